@@ -1,0 +1,36 @@
+"""Exact top-k retrieval faster than reading the data, and image generation conditioned on it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from knnfast._version import __version__
+
+# Public names and where they live. Nothing is imported before it is used, so that a service that
+# only searches never loads torch, and `import knnfast` costs milliseconds.
+_PUBLIC = {
+    "Database": "knnfast.database",
+    "KNNDiffusion": "knnfast.pipeline",
+    "encoders": "knnfast.encoders",
+    "ops": "knnfast.ops",
+    "reference": "knnfast.ops.reference",
+    "search": "knnfast.search",
+}
+_MODULES = {"encoders", "ops", "reference", "search"}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562)."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'knnfast' has no attribute {name!r}")
+    module = importlib.import_module(_PUBLIC[name])
+    value = module if name in _MODULES else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
