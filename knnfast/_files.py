@@ -1,0 +1,78 @@
+"""Files written whole or not at all, and read with a clear word when something is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader, or a crash, sees the old file or the new one."""
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(fd, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def dump_json(value: Any) -> bytes:
+    """The one form in which JSON is written."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, atomically."""
+    write_atomic(path, dump_json(value))
+
+
+def read_json(path: Path, expected_format: str | None = None) -> dict[str, Any]:
+    """Read a JSON object; `expected_format` is compared with its "format" entry.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, not an object, or of another format; the message names the path.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: not valid JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    if expected_format is not None and value.get("format") != expected_format:
+        raise ValueError(f"{path}: format is {value.get('format')!r}, expected {expected_format!r}")
+    return value
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Refuse a file that is missing or whose bytes are not those that were saved."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if sha256_file(path) != expected:
+        raise ValueError(f"{path}: damaged (its SHA-256 is not the recorded one)")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

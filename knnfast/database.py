@@ -1,0 +1,443 @@
+"""Database: an exact index of image embeddings, with what each row is a picture of."""
+
+from __future__ import annotations
+
+import io
+import math
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from knnfast import _files
+from knnfast.search import Index
+
+if TYPE_CHECKING:
+    from knnfast.encoders import Embeddings, Encoder, EncoderCard
+
+FORMAT = "knnfast-database"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+ATLAS_SIDE = 32  # thumbnails on a side of one atlas: 32 x 32 cells of 64 px make 2048 px
+READ_ERRORS = (
+    OSError,
+    UnidentifiedImageError,
+    ValueError,
+    SyntaxError,
+    Image.DecompressionBombError,
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """What one row of the index is."""
+
+    id: int
+    name: str
+    group: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """One search result: the item and its score under the index's metric."""
+
+    item: Item
+    score: float
+
+
+class Database:
+    """Images as a retrieval database: embeddings, names, groups, sources and thumbnails.
+
+    The rows' embeddings live in an `Index` (cosine); everything else is metadata by id. A database
+    belongs to the encoder that made its rows: embeddings of another one are refused.
+
+    Args:
+        encoder: card of the encoder whose embeddings the rows are.
+        thumbnail_size: pixels on a side of the stored thumbnails.
+    """
+
+    def __init__(self, encoder: EncoderCard, thumbnail_size: int = 64) -> None:
+        if thumbnail_size < 1:
+            raise ValueError(f"thumbnail_size: must be at least 1, got {thumbnail_size}")
+        self.encoder = encoder
+        self.index = Index(encoder.dim, metric="cosine")
+        self._items: dict[int, Item] = {}
+        self._thumbnails = _Thumbnails(thumbnail_size)
+
+    # ---- making one -------------------------------------------------------------------------
+
+    @classmethod
+    def build(
+        cls,
+        folder: str | Path,
+        encoder: Encoder,
+        *,
+        batch_size: int = 64,
+        thumbnail_size: int = 64,
+        progress: bool = False,
+        on_skip: Callable[[Path, str], None] | None = None,
+    ) -> Database:
+        """Embed every image (png, jpg, webp) below `folder`.
+
+        An image's name is its file name without the ending, its group the folder it lies in,
+        relative to `folder`. A file that cannot be read as an image is left out and reported to
+        `on_skip(path, reason)`; the search goes on.
+
+        Raises:
+            FileNotFoundError: `folder` is no folder. ValueError: it holds no readable image.
+        """
+        root = Path(folder)
+        paths = list_images(root)
+        db = cls(encoder.card, thumbnail_size)
+        images: list[Image.Image] = []
+        kept: list[Path] = []
+
+        def flush() -> None:
+            if images:
+                db.add(
+                    encoder.encode_images(images),
+                    images,
+                    names=[p.stem for p in kept],
+                    groups=[p.parent.relative_to(root).as_posix() for p in kept],
+                    sources=[p.relative_to(root).as_posix() for p in kept],
+                )
+            images.clear()
+            kept.clear()
+
+        for path in _progress(paths, progress, "embedding"):
+            try:
+                images.append(read_image(path))
+            except ValueError as e:
+                if on_skip is not None:
+                    on_skip(path, str(e))
+                continue
+            kept.append(path)
+            if len(images) == batch_size:
+                flush()
+        flush()
+        if not len(db):
+            raise ValueError(f"{root}: no readable image (png, jpg, webp) below it")
+        return db
+
+    def add(
+        self,
+        embeddings: Embeddings,
+        images: Sequence[Image.Image],
+        *,
+        names: Sequence[str],
+        groups: Sequence[str] | None = None,
+        sources: Sequence[str] | None = None,
+    ) -> np.ndarray:
+        """Append images with their embeddings; returns their ids, [N] int64.
+
+        Raises:
+            ValueError: embeddings of another encoder, or lengths that differ. Nothing is added.
+        """
+        self.check_encoder(embeddings.card)
+        n = len(embeddings.vectors)
+        groups = [""] * n if groups is None else groups
+        sources = [""] * n if sources is None else sources
+        for label, values in (
+            ("images", images), ("names", names), ("groups", groups), ("sources", sources),
+        ):  # fmt: skip
+            if len(values) != n:
+                raise ValueError(f"{label}: has {len(values)} entries for {n} embeddings")
+        ids = np.asarray(self.index.add(embeddings.vectors))
+        for i, image, name, group, source in zip(
+            ids.tolist(), images, names, groups, sources, strict=True
+        ):
+            self._items[i] = Item(i, name, group, source)
+            self._thumbnails.put(i, image)
+        return ids
+
+    @classmethod
+    def merge(cls, databases: Sequence[Database]) -> Database:
+        """One database holding the rows of several made by one encoder; ids count anew.
+
+        Raises:
+            ValueError: none given, or their encoders differ.
+        """
+        if not databases:
+            raise ValueError("databases: at least one is needed to merge, got none")
+        first = databases[0]
+        merged = cls(first.encoder, first._thumbnails.size)
+        for db in databases:
+            merged.check_encoder(db.encoder)
+        for db in databases:
+            old = db.ids
+            ids = np.asarray(merged.index.add(db.index.vectors(old)))
+            for i, j in zip(ids.tolist(), old.tolist(), strict=True):
+                item = db[j]
+                merged._items[i] = Item(i, item.name, item.group, item.source)
+                merged._thumbnails.put(i, db.thumbnail(j))
+        return merged
+
+    # ---- using it ---------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, id: int) -> Item:
+        try:
+            return self._items[id]
+        except KeyError:
+            raise KeyError(f"id {id} is not in this database") from None
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self._items.values())
+
+    def __repr__(self) -> str:
+        return f"Database({len(self):,} images, encoder={self.encoder.name!r})"
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Ids of all rows in the order they were added, [N] int64."""
+        return np.fromiter(self._items, np.int64, len(self._items))
+
+    @property
+    def groups(self) -> dict[str, int]:
+        """Each group and how many images it holds, by name."""
+        counts: dict[str, int] = {}
+        for item in self:
+            counts[item.group] = counts.get(item.group, 0) + 1
+        return dict(sorted(counts.items()))
+
+    def ids_of(self, groups: Iterable[str]) -> np.ndarray:
+        """Ids of the images in these groups, [n] int64; feed them to `search(allow=...)`."""
+        wanted = {groups} if isinstance(groups, str) else set(groups)
+        if unknown := wanted - set(self.groups):
+            raise ValueError(f"groups: {sorted(unknown)} not in this database: {list(self.groups)}")
+        return np.array([item.id for item in self if item.group in wanted], np.int64)
+
+    def thumbnail(self, id: int) -> Image.Image:
+        """The image of a row as stored: RGB, at most `thumbnail_size` on a side, padded white."""
+        self[id]
+        return self._thumbnails.get(id)
+
+    def check_encoder(self, card: EncoderCard) -> None:
+        """Refuse embeddings that another encoder made: their scores would mean nothing."""
+        if card.sha256 != self.encoder.sha256:
+            raise ValueError(
+                f"embeddings of encoder {card.name!r} ({card.sha256[:12]}) do not fit this "
+                f"database, which was built with {self.encoder.name!r} ({self.encoder.sha256[:12]})"
+            )
+
+    def search(
+        self, queries: Embeddings, k: int, *, allow: np.ndarray | None = None
+    ) -> list[list[Neighbour]]:
+        """The k nearest images of each query by cosine, best first; exact, ties by lower id.
+
+        Args:
+            queries: [M, dim] embeddings by this database's encoder.
+            k: neighbours, k >= 1; fewer come back when fewer rows are allowed.
+            allow: int64 ids to search among (see `ids_of`).
+        """
+        self.check_encoder(queries.card)
+        scores, ids = self.index.search(queries.vectors, k, allow=allow)
+        return [
+            [
+                Neighbour(self._items[i], s)
+                for s, i in zip(row_s, row_i, strict=True)
+                if i >= 0
+            ]
+            for row_s, row_i in zip(scores.tolist(), ids.tolist(), strict=True)
+        ]  # fmt: skip
+
+    def vectors(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Stored embeddings of these rows, [n, dim] float32."""
+        return np.asarray(self.index.vectors(np.asarray(ids, np.int64))).astype(np.float32)
+
+    # ---- files ------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the database into folder `path`, atomically.
+
+        New files carry a new generation's name; the manifest `database.json` is replaced last and
+        old files are removed after it, so that a kill at any moment leaves the old or the new one.
+        """
+        root = Path(path)
+        if root.exists() and not root.is_dir():
+            raise ValueError(f"{root}: is a file; a database is saved as a folder")
+        if root.is_dir() and any(root.iterdir()) and not (root / "database.json").is_file():
+            raise ValueError(f"{root}: is a folder with other content; give a new or empty one")
+        root.mkdir(parents=True, exist_ok=True)
+        generation = uuid.uuid4().hex[:8]
+        ids = self.ids
+        items = [self._items[i] for i in ids.tolist()]
+        files: dict[str, str] = {}
+
+        def put(name: str, data: bytes) -> str:
+            _files.write_atomic(root / name, data)
+            files[name] = _files.sha256_file(root / name)
+            return name
+
+        columns = {
+            "ids": ids.tolist(),
+            "names": [x.name for x in items],
+            "groups": [x.group for x in items],
+            "sources": [x.source for x in items],
+        }
+        atlases = self._thumbnails.atlases(ids)
+        manifest = {
+            "format": FORMAT,
+            "version": 1,
+            "encoder": self.encoder.to_dict(),
+            "count": len(self),
+            "index": f"index-{generation}",
+            "items": put(f"items-{generation}.json", _files.dump_json(columns)),
+            "thumbnail_size": self._thumbnails.size,
+            "thumbnails": [
+                put(f"thumbnails-{generation}-{n:04}.webp", data) for n, data in enumerate(atlases)
+            ],
+            "sha256": files,
+        }
+        self.index.save(root / f"index-{generation}")
+        _files.write_json(root / "database.json", manifest)
+        for old in root.iterdir():
+            if generation not in old.name and old.name != "database.json":
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+    @classmethod
+    def open(cls, path: str | Path) -> Database:
+        """Open a saved database; thumbnails are read when first asked for.
+
+        Raises:
+            FileNotFoundError: no database at `path`, or a file of it is missing.
+            ValueError: a damaged or foreign file; the message names it.
+        """
+        from knnfast.encoders import EncoderCard
+
+        root = Path(path)
+        if not (root / "database.json").is_file():
+            raise FileNotFoundError(f"{root}: no database there (it has no database.json)")
+        manifest_path = root / "database.json"
+        manifest = _files.read_json(manifest_path, FORMAT)
+        try:
+            card = EncoderCard.from_dict(manifest["encoder"])
+            items_path = root / _plain_name(manifest["items"])
+            atlas_paths = [root / _plain_name(n) for n in manifest["thumbnails"]]
+            sha256 = {str(k): str(v) for k, v in manifest["sha256"].items()}
+            db = cls.__new__(cls)
+            db.encoder = card
+            _files.check_sha256(items_path, sha256[items_path.name])
+            columns = _files.read_json(items_path)
+            rows = zip(
+                columns["ids"], columns["names"], columns["groups"], columns["sources"],
+                strict=True,
+            )  # fmt: skip
+            db._items = {int(i): Item(int(i), str(n), str(g), str(s)) for i, n, g, s in rows}
+            db._thumbnails = _Thumbnails(int(manifest["thumbnail_size"]))
+            db._thumbnails.lend(list(db._items), [(p, sha256[p.name]) for p in atlas_paths])
+            index_path = root / _plain_name(manifest["index"])
+        except (KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{manifest_path}: incomplete or malformed ({e!r})") from None
+        db.index = Index.open(index_path)
+        if db.index.dim != card.dim or len(db.index) != len(db._items):
+            raise ValueError(
+                f"{manifest_path}: the index holds {len(db.index)} rows of {db.index.dim} numbers, "
+                f"the manifest says {len(db._items)} of {card.dim}"
+            )
+        return db
+
+
+class _Thumbnails:
+    """Small pictures by id: PIL images once touched, cells of WebP atlases on disk before."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._images: dict[int, Image.Image] = {}
+        self._lent: dict[int, tuple[int, int]] = {}  # id -> (atlas, cell)
+        self._files: list[tuple[Path, str]] = []
+
+    def put(self, id: int, image: Image.Image) -> None:
+        self._images[id] = ImageOps.pad(
+            flatten(image), (self.size, self.size), Image.Resampling.LANCZOS, color="white"
+        )
+
+    def lend(self, ids: list[int], files: list[tuple[Path, str]]) -> None:
+        per = ATLAS_SIDE**2
+        if len(files) != math.ceil(len(ids) / per):
+            raise ValueError(f"{len(files)} thumbnail atlases for {len(ids)} images")
+        for path, _ in files:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: no such file")
+        self._files = files
+        self._lent = {i: divmod(n, per) for n, i in enumerate(ids)}
+
+    def get(self, id: int) -> Image.Image:
+        if id not in self._images:
+            self._read_atlas(self._lent[id][0])
+        return self._images[id]
+
+    def _read_atlas(self, atlas: int) -> None:
+        path, sha256 = self._files[atlas]
+        _files.check_sha256(path, sha256)
+        sheet = read_image(path)
+        for i, (a, cell) in self._lent.items():
+            if a == atlas and i not in self._images:
+                x, y = cell % ATLAS_SIDE * self.size, cell // ATLAS_SIDE * self.size
+                self._images[i] = sheet.crop((x, y, x + self.size, y + self.size))
+
+    def atlases(self, ids: np.ndarray) -> Iterator[bytes]:
+        """WebP sheets (quality 90) of ATLAS_SIDE^2 cells in the order of `ids`; the last is cut."""
+        per = ATLAS_SIDE**2
+        for start in range(0, len(ids), per):
+            chunk = ids[start : start + per].tolist()
+            height = math.ceil(len(chunk) / ATLAS_SIDE) * self.size
+            sheet = Image.new("RGB", (ATLAS_SIDE * self.size, height), "white")
+            for cell, i in enumerate(chunk):
+                at = (cell % ATLAS_SIDE * self.size, cell // ATLAS_SIDE * self.size)
+                sheet.paste(self.get(i), at)
+            buffer = io.BytesIO()
+            sheet.save(buffer, "WEBP", quality=90, method=6)
+            yield buffer.getvalue()
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """All png, jpg and webp files below `folder`, sorted."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    return sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read an image as RGB, turned upright, transparency on white.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not an image, or a damaged one.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with Image.open(path) as image:
+            return flatten(ImageOps.exif_transpose(image))
+    except READ_ERRORS as e:
+        raise ValueError(f"{path}: not a readable image ({e})") from None
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """RGB with transparency laid on white."""
+    if image.mode == "P" or "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _plain_name(name: object) -> str:
+    """A file name inside the database's own folder, never a path out of it."""
+    if not isinstance(name, str) or not name or Path(name).name != name or name in (".", ".."):
+        raise TypeError(f"not a plain file name: {name!r}")
+    return name
+
+
+def _progress(items: Sequence[Path], shown: bool, label: str) -> Iterable[Path]:
+    from tqdm import tqdm
+
+    return tqdm(items, desc=label, unit="image", disable=not shown)
