@@ -1,0 +1,268 @@
+"""The `knnfast` command."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from knnfast._version import __version__
+
+# What bad input raises: one line on stderr and exit code 2. Anything else is a bug and shows itself.
+BAD_INPUT = (ValueError, TypeError, OSError, ImportError, KeyError)
+
+
+class _Group(click.Group):
+    """Turns errors of bad input into one clear line; `--debug` keeps the traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BAD_INPUT as e:
+            if ctx.params.get("debug"):
+                raise
+            message = e.args[0] if isinstance(e, KeyError) and e.args else e
+            click.echo("error: " + " ".join(str(message).split()), err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Exact retrieval, and images generated from what it finds."""
+
+
+@main.command()
+@click.argument("prompts", nargs=-1)
+@click.option("--image", "images", multiple=True, type=click.Path(), help="Query by picture.")
+@click.option("--image-weight", default=0.5, show_default=True, help="Share of the picture.")
+@click.option("-n", "num_images", default=1, show_default=True, help="Images per query.")
+@click.option("--k", default=10, show_default=True, help="Neighbours to condition on.")
+@click.option("--steps", default=25, show_default=True, help="Denoising steps.")
+@click.option("--guidance", default=3.0, show_default=True, help="Guidance weight; 1 is none.")
+@click.option("--truncation", default=1.0, show_default=True, help="Keep this mass of the codes.")
+@click.option("--seed", type=int, help="0 ... 2^64-1; drawn when not given.")
+@click.option("--database", help="A database of the model by name, or a folder.")
+@click.option("--group", "groups", multiple=True, help="Search only this group (repeatable).")
+@click.option("--no-query", is_flag=True, help="Condition on the neighbours alone.")
+@click.option("--no-neighbours", is_flag=True, help="Condition on the query alone.")
+@click.option("--model", default="stickers", show_default=True, help="A bundle or a folder.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--out", default="out", show_default=True, type=click.Path(path_type=Path))
+@click.option("--sheet", type=click.Path(path_type=Path), help="Samples beside neighbours, PNG.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+def generate(
+    prompts: tuple[str, ...],
+    images: tuple[str, ...],
+    image_weight: float,
+    num_images: int,
+    no_query: bool,
+    no_neighbours: bool,
+    groups: tuple[str, ...],
+    model: str,
+    device: str,
+    out: Path,
+    sheet: Path | None,
+    as_json: bool,
+    database: str | None,
+    **options: Any,
+) -> None:
+    """Generate images for PROMPTS, for pictures (--image), or for both.
+
+    Writes one PNG per image and a sheet that shows each sample beside its retrieved neighbours.
+    """
+    from knnfast.pipeline import KNNDiffusion
+    from knnfast.sheet import contact_sheet
+
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: {out} is a file; give a folder")
+    pipe = KNNDiffusion.from_pretrained(model, device=device)
+    if database is not None:
+        pipe.database = database
+    with _Bar("denoising", hidden=as_json) as bar:
+        result = pipe(
+            list(prompts) or None,
+            image=list(images) or None,
+            image_weight=image_weight,
+            num_images=num_images,
+            groups=list(groups) or None,
+            use_query=not no_query,
+            use_neighbours=not no_neighbours,
+            callback=bar,
+            **options,
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    files = []
+    for n, image in enumerate(result.images):
+        label = result.labels[n // num_images]
+        path = out / f"{_slug(label)}-{result.seed}-{n % num_images}.png"
+        image.save(path)
+        files.append(path)
+    sheet = sheet or out / f"{_slug(result.labels[0])}-{result.seed}-sheet.png"
+    sheet.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(result, pipe.database).save(sheet)
+    if as_json:
+        neighbours = [
+            [{"id": x.item.id, "name": x.item.name, "group": x.item.group,
+              "source": x.item.source, "score": x.score} for x in row]
+            for row in result.neighbours
+        ]  # fmt: skip
+        report = {
+            "files": [str(f) for f in files], "sheet": str(sheet), "seed": result.seed,
+            "labels": result.labels, "neighbours": neighbours, "seconds": result.timings,
+        }  # fmt: skip
+        click.echo(json.dumps(report, indent=1))
+        return
+    for label, row in zip(result.labels, result.neighbours, strict=True):
+        click.echo(f"{label}: " + ", ".join(f"{x.item.name} {x.score:.3f}" for x in row))
+    for path in [*files, sheet]:
+        click.echo(path)
+    click.echo(
+        f"seed {result.seed}; "
+        + ", ".join(f"{phase} {1e3 * s:.0f} ms" for phase, s in result.timings.items())
+    )
+
+
+@main.group()
+def database() -> None:
+    """Build, describe and merge retrieval databases."""
+
+
+@database.command("build")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--encoder",
+    required=True,
+    help="A model bundle (stickers), an encoder's folder, or open_clip:MODEL/PRETRAINED.",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--batch-size", default=64, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def database_build(
+    folder: Path, encoder: str, out: Path, batch_size: int, device: str, as_json: bool
+) -> None:
+    """Embed every png, jpg and webp below FOLDER into a database."""
+    from knnfast.database import Database, list_images
+
+    list_images(folder)  # a wrong path is told before an encoder is loaded
+    skipped: list[dict[str, str]] = []
+
+    def on_skip(path: Path, reason: str) -> None:
+        skipped.append({"file": str(path), "reason": reason})
+        if not as_json:
+            click.echo(f"skipped {reason}", err=True)
+
+    db = Database.build(
+        folder, _encoder(encoder, device), batch_size=batch_size,
+        progress=not as_json and sys.stderr.isatty(), on_skip=on_skip,
+    )  # fmt: skip
+    db.save(out)
+    if as_json:
+        click.echo(json.dumps({"path": str(out), "images": len(db), "skipped": skipped}, indent=1))
+    else:
+        click.echo(f"{out}: {len(db):,} images, {len(skipped):,} damaged files skipped")
+
+
+@database.command("info")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True)
+def database_info(path: Path, as_json: bool) -> None:
+    """Describe a saved database."""
+    from knnfast.database import Database
+
+    db = Database.open(path)
+    info = {
+        "path": str(path),
+        "images": len(db),
+        "encoder": db.encoder.to_dict(),
+        "metric": db.index.metric,
+        "bytes": db.index.nbytes,
+        "groups": db.groups,
+    }
+    if as_json:
+        click.echo(json.dumps(info, indent=1))
+        return
+    click.echo(f"{path}: {len(db):,} images, {db.index.nbytes / 2**20:.1f} MiB of embeddings")
+    click.echo(f"encoder {db.encoder.name}, {db.encoder.dim} numbers, {db.encoder.sha256[:12]}")
+    for group, count in db.groups.items():
+        click.echo(f"{count:8,}  {group or '(no group)'}")
+
+
+@database.command("merge")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path))
+def database_merge(paths: tuple[Path, ...], out: Path) -> None:
+    """Merge databases made by one encoder."""
+    from knnfast.database import Database
+
+    merged = Database.merge([Database.open(p) for p in paths])
+    merged.save(out)
+    click.echo(f"{out}: {len(merged):,} images")
+
+
+@main.command()
+@click.option("--model", default="stickers", show_default=True, help="A bundle or a folder.")
+@click.option("--json", "as_json", is_flag=True)
+def info(model: str, as_json: bool) -> None:
+    """Say what is installed and what a model holds."""
+    import torch
+
+    from knnfast import _C
+    from knnfast.pipeline import KNNDiffusion
+
+    pipe = KNNDiffusion.from_pretrained(model)
+    report = {
+        "knnfast": __version__,
+        "torch": torch.__version__,
+        "cuda_built": _C.has_cuda,
+        "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "model": model,
+        "encoder": pipe.encoder.card.to_dict(),
+        "databases": {name: len(db) for name, db in pipe.databases.items()},
+        "parameters": sum(p.numel() for p in pipe.denoiser.parameters()),
+    }
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+        return
+    for key, value in report.items():
+        click.echo(f"{key:12} {value}")
+
+
+class _Bar:
+    """A progress bar fed by `callback(done, total)`."""
+
+    def __init__(self, label: str, hidden: bool) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            desc=label, unit="step", leave=False, disable=hidden or not sys.stderr.isatty()
+        )
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+
+def _encoder(spec: str, device: str) -> Any:
+    """An encoder by its own spec, or the one of a model bundle."""
+    from knnfast.encoders import load_encoder
+    from knnfast.pipeline import BUNDLES
+
+    bundled = BUNDLES / spec / "encoder"
+    return load_encoder(bundled if bundled.is_dir() else spec, device=device)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48] or "image"

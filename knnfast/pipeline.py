@@ -1,0 +1,367 @@
+"""KNNDiffusion: a prompt becomes an embedding, its neighbours, tokens, an image."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+
+from knnfast import _files
+from knnfast.database import Database, Neighbour, read_image
+from knnfast.diffusion.denoiser import Denoiser
+from knnfast.diffusion.sampler import sample
+from knnfast.diffusion.tokenizer import VQTokenizer
+from knnfast.encoders import Embeddings, Encoder, load_encoder
+
+if TYPE_CHECKING:
+    from knnfast.diffusion.schedule import Schedule
+
+FORMAT = "knnfast-model"
+BUNDLES = Path(__file__).parent / "bundles"
+Picture = Image.Image | str | Path
+
+
+@dataclass
+class Output:
+    """What a call of the pipeline returns.
+
+    `images` holds `num_images` pictures per query, query by query; `neighbours` one list per query,
+    nearest first; `timings` seconds by phase (encode, search, denoise, decode).
+    """
+
+    images: list[Image.Image]
+    neighbours: list[list[Neighbour]]
+    timings: dict[str, float]
+    seed: int
+    labels: list[str] = field(default_factory=list)
+
+
+class KNNDiffusion:
+    """Text-to-image by retrieval: a diffusion model conditioned on nearest image embeddings.
+
+    The model is trained on images alone; a prompt enters through the encoder's text tower and the
+    images it finds (Sheynin et al. 2022, section 3).
+
+    Args:
+        encoder: makes the embeddings of prompts and images; the databases' own.
+        tokenizer: turns codes into pixels.
+        denoiser: predicts the clean codes from noised ones and the condition.
+        databases: by name; the first is the default.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        tokenizer: VQTokenizer,
+        denoiser: Denoiser,
+        databases: Mapping[str, Database],
+    ) -> None:
+        if not databases:
+            raise ValueError("databases: at least one is needed, got none")
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.denoiser = denoiser
+        self.databases: dict[str, Database] = {}
+        for name, database in databases.items():
+            database.check_encoder(encoder.card)
+            self.databases[name] = database
+        self._database = next(iter(self.databases.values()))
+        self.device = next(denoiser.parameters()).device
+
+    # ---- loading and saving -----------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, device: str | torch.device = "cpu"
+    ) -> KNNDiffusion:
+        """Load a bundle of the package by name ("stickers"), or a folder by path.
+
+        Every file is compared with the SHA-256 recorded when it was saved.
+
+        Raises:
+            FileNotFoundError: no such bundle, or a file of it is missing.
+            ValueError: a damaged or foreign file; the message names it.
+        """
+        root = find_model(name_or_path)
+        manifest_path = root / "model.json"
+        manifest = _files.read_json(manifest_path, FORMAT)
+        try:
+            for name, sha256 in manifest["sha256"].items():
+                _files.check_sha256(root / name, sha256)
+            encoder_spec = str(manifest["encoder"])
+            database_names = [str(name) for name in manifest["databases"]]
+        except (KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{manifest_path}: incomplete or malformed ({e!r})") from None
+        local = root / encoder_spec
+        encoder = load_encoder(local if local.is_dir() else encoder_spec, device=device)
+        return cls(
+            encoder,
+            VQTokenizer.from_folder(root / "tokenizer", device=device),
+            Denoiser.from_folder(root / "denoiser", device=device),
+            {name: Database.open(root / "databases" / name) for name in database_names},
+        )
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the whole pipeline into a new or empty folder that `from_pretrained` reads.
+
+        The manifest is written last: a folder without it is no model.
+        """
+        root = Path(path)
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise ValueError(f"{root}: exists already; give a new or an empty folder")
+        root.mkdir(parents=True, exist_ok=True)
+        encoder = self.encoder.save(root / "encoder")
+        self.tokenizer.save(root / "tokenizer")
+        self.denoiser.save(root / "denoiser")
+        for name, database in self.databases.items():
+            database.save(root / "databases" / name)
+        write_manifest(root, encoder or "encoder", list(self.databases))
+
+    # ---- databases --------------------------------------------------------------------------
+
+    @property
+    def database(self) -> Database:
+        """The database that is searched; assign another one (or its name) to swap it."""
+        return self._database
+
+    @database.setter
+    def database(self, value: Database | str) -> None:
+        self._database = self._find_database(value)
+
+    def _find_database(self, value: Database | str | Path | None) -> Database:
+        if value is None:
+            return self._database
+        if isinstance(value, str) and value in self.databases:
+            return self.databases[value]
+        if isinstance(value, str | Path):
+            if not Path(value).is_dir():
+                raise ValueError(
+                    f"database: {str(value)!r} is neither one of {sorted(self.databases)} "
+                    "nor a folder"
+                )
+            value = Database.open(value)
+        value.check_encoder(self.encoder.card)
+        return value
+
+    # ---- generation -------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        image: Picture | Sequence[Picture] | None = None,
+        image_weight: float = 0.5,
+        k: int = 10,
+        steps: int | Sequence[int] = 25,
+        guidance: float = 3.0,
+        truncation: float = 1.0,
+        num_images: int = 1,
+        seed: int | None = None,
+        database: Database | str | Path | None = None,
+        groups: Sequence[str] | None = None,
+        use_query: bool = True,
+        use_neighbours: bool = True,
+        batch_size: int = 32,
+        callback: Callable[[int, int], None] | None = None,
+    ) -> Output:
+        """Generate images for prompts, for images, or for pairs of both.
+
+        Args:
+            prompt: one text or several.
+            image: one picture (PIL or a file) or several; beside a prompt, one for each.
+            image_weight: share of the image in a query of both, in [0, 1].
+            k: neighbours to condition on, 1 <= k <= size of the database.
+            steps: number of denoising steps (1 ... T), or descending times from T.
+            guidance: classifier-free guidance weight; 1 means none.
+            truncation: keep the most probable classes up to this mass, in (0, 1]; 1 keeps all.
+            num_images: samples per query, >= 1.
+            seed: 0 ... 2^64 - 1, same seed, same images on one machine; None draws one.
+            database: which one to search: a name, a folder or a `Database`; None: the default.
+            groups: search only these groups of the database.
+            use_query, use_neighbours: switch off a part of the condition.
+            batch_size: images denoised at once; the random numbers do not depend on it.
+            callback: called with (finished, total) network steps.
+
+        Returns:
+            Output: images, neighbours, timings, seed.
+
+        Raises:
+            ValueError, TypeError: an argument out of its range; nothing has been computed.
+        """
+        prompts, pictures = _check_queries(prompt, image)
+        db = self._find_database(database)
+        allow = None if groups is None else db.ids_of(groups)
+        size = len(db) if allow is None else len(allow)
+        _check_range("k", k, 1, size, "the size of the database")
+        _check_range("num_images", num_images, 1)
+        _check_range("batch_size", batch_size, 1)
+        if not 0 <= image_weight <= 1:
+            raise ValueError(f"image_weight: must lie in [0, 1], got {image_weight}")
+        if seed is None:
+            seed = secrets.randbits(63)
+        _check_range("seed", seed, 0, 2**64 - 1)
+        images = [read_image(p) if isinstance(p, str | Path) else p for p in pictures]
+
+        timings: dict[str, float] = {}
+        clock = _Clock(timings, self.device)
+        query = self._encode(prompts, images, image_weight)
+        clock("encode")
+        neighbours = db.search(query, k, allow=allow)
+        cond, mask = self._condition(db, query, neighbours, k, use_query, use_neighbours)
+        clock("search")
+        owner = np.repeat(np.arange(len(query)), num_images)
+        index = np.tile(np.arange(num_images), len(query))
+        codes = []
+        batches = range(0, len(owner), batch_size)
+        for n, start in enumerate(batches):
+            part = slice(start, start + batch_size)
+            codes.append(
+                sample(
+                    self.denoiser,
+                    self.schedule,
+                    cond[owner[part]],
+                    mask[owner[part]],
+                    steps=steps,
+                    guidance=guidance,
+                    truncation=truncation,
+                    seed=seed,
+                    image_indices=torch.from_numpy(index[part]).to(self.device),
+                    callback=_scaled(callback, n, len(batches)),
+                )
+            )
+        clock("denoise")
+        pixels = torch.cat([self.tokenizer.decode(c) for c in codes])
+        arrays = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        clock("decode")
+        labels = prompts or [f"image {n + 1}" for n in range(len(images))]
+        return Output([Image.fromarray(a) for a in arrays], neighbours, timings, seed, labels)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise schedule that the denoiser was trained with."""
+        return self.denoiser.schedule
+
+    def _encode(
+        self, prompts: Sequence[str], images: Sequence[Image.Image], image_weight: float
+    ) -> Embeddings:
+        parts: list[tuple[float, np.ndarray]] = []
+        if prompts:
+            weight = 1 - image_weight if images else 1.0
+            parts.append((weight, self.encoder.encode_text(prompts).vectors))
+        if images:
+            weight = image_weight if prompts else 1.0
+            parts.append((weight, self.encoder.encode_images(images).vectors))
+        mixed = sum(w * v for w, v in parts)
+        norm = np.linalg.norm(mixed, axis=1, keepdims=True)
+        return Embeddings((mixed / np.maximum(norm, 1e-12)).astype(np.float32), self.encoder.card)
+
+    def _condition(
+        self,
+        db: Database,
+        query: Embeddings,
+        neighbours: list[list[Neighbour]],
+        k: int,
+        use_query: bool,
+        use_neighbours: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k+1 condition embeddings, [P, k+1, E], and which of them count, [P, k+1]."""
+        cond = torch.zeros(len(query), k + 1, self.encoder.dim)
+        mask = torch.zeros(len(query), k + 1, dtype=torch.bool)
+        cond[:, 0] = torch.from_numpy(query.vectors)
+        mask[:, 0] = use_query
+        for row, found in enumerate(neighbours):
+            ids = [n.item.id for n in found]
+            cond[row, 1 : len(ids) + 1] = torch.from_numpy(db.vectors(ids))
+            mask[row, 1 : len(ids) + 1] = use_neighbours
+        return cond.to(self.device), mask.to(self.device)
+
+
+def find_model(name_or_path: str | Path) -> Path:
+    """Folder of a bundle of the package (by name) or of a saved model (by path)."""
+    bundled = BUNDLES / str(name_or_path)
+    if isinstance(name_or_path, str) and (bundled / "model.json").is_file():
+        return bundled
+    root = Path(name_or_path)
+    if (root / "model.json").is_file():
+        return root
+    names = sorted(p.parent.name for p in BUNDLES.glob("*/model.json"))
+    raise FileNotFoundError(
+        f"model {str(name_or_path)!r}: neither a bundle of the package ({', '.join(names)}) "
+        "nor a folder with a model.json"
+    )
+
+
+def write_manifest(root: Path, encoder: str, databases: Sequence[str]) -> None:
+    """Write `model.json`: what the folder holds, with the SHA-256 of every file."""
+    files = sorted(p for p in root.rglob("*") if p.is_file() and p != root / "model.json")
+    manifest = {
+        "format": FORMAT,
+        "version": 1,
+        "encoder": encoder,
+        "databases": list(databases),
+        "sha256": {p.relative_to(root).as_posix(): _files.sha256_file(p) for p in files},
+    }
+    _files.write_json(root / "model.json", manifest)
+
+
+def _check_queries(
+    prompt: str | Sequence[str] | None, image: Picture | Sequence[Picture] | None
+) -> tuple[list[str], list[Picture]]:
+    if prompt is None and image is None:
+        raise ValueError("prompt: give a prompt, an image, or both; got neither")
+    prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+    for text in prompts:
+        if not isinstance(text, str):
+            raise TypeError(f"prompt: expected text, got {type(text).__name__}")
+        if not text.strip():
+            raise ValueError(f"prompt: must hold at least one word, got {text!r}")
+    one = isinstance(image, str | Path | Image.Image)
+    pictures = [] if image is None else [image] if one else list(image)  # type: ignore
+    if not prompts and not pictures:
+        raise ValueError("prompt: the list is empty")
+    if prompts and pictures and len(prompts) != len(pictures):
+        raise ValueError(f"image: {len(pictures)} images beside {len(prompts)} prompts")
+    return prompts, pictures
+
+
+def _check_range(
+    name: str, value: int, low: int, high: int | None = None, why_high: str = ""
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name}: expected a whole number, got {value!r}")
+    if value < low or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"{low} ... {high}"
+        allowed += f" ({why_high})" if why_high else ""
+        raise ValueError(f"{name}: must be {allowed}, got {value}")
+
+
+def _scaled(
+    callback: Callable[[int, int], None] | None, part: int, parts: int
+) -> Callable[[int, int], None] | None:
+    """A callback for one of several equal parts, told in terms of the whole."""
+    if callback is None:
+        return None
+    return lambda done, total: callback(part * total + done, parts * total)
+
+
+class _Clock:
+    """Writes the seconds since the last call, or since it was made, under a name."""
+
+    def __init__(self, timings: dict[str, float], device: torch.device) -> None:
+        self.timings = timings
+        self.device = device
+        self.last = time.perf_counter()
+
+    def __call__(self, phase: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.timings[phase] = now - self.last
+        self.last = now

@@ -1,0 +1,65 @@
+"""One picture that shows generated samples beside the neighbours they were conditioned on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from knnfast.database import Database
+    from knnfast.pipeline import Output
+
+CELL = 96  # pixels on a side of a sample as shown
+SMALL = 56  # and of a neighbour
+GAP = 8
+CAPTION = 22
+
+
+def contact_sheet(output: Output, database: Database, max_neighbours: int = 10) -> Image.Image:
+    """Draw one row per query: its text, its samples, then its neighbours with name and score.
+
+    Args:
+        output: what `KNNDiffusion.__call__` returned.
+        database: the database that was searched; it holds the thumbnails.
+        max_neighbours: neighbours shown per row.
+    """
+    rows = len(output.neighbours)
+    per_row = len(output.images) // rows
+    shown = min(max_neighbours, max(len(n) for n in output.neighbours))
+    left = GAP + per_row * (CELL + GAP) + 2 * GAP
+    column = SMALL + 28
+    width = left + shown * column + GAP
+    height = GAP + rows * (CAPTION + CELL + GAP)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    large, small = ImageFont.load_default(15), ImageFont.load_default(10)
+    for row, neighbours in enumerate(output.neighbours):
+        y = GAP + row * (CAPTION + CELL + GAP)
+        draw.text((GAP, y), output.labels[row], "black", large)
+        if row == 0:
+            draw.text((left, y + 4), "retrieved neighbours", "gray", small)
+        y += CAPTION
+        for n, image in enumerate(_samples(output, row, per_row)):
+            at = (GAP + n * (CELL + GAP), y)
+            sheet.paste(image.resize((CELL, CELL), Image.Resampling.LANCZOS), at)
+        for n, neighbour in enumerate(neighbours[:shown]):
+            x = left + n * column
+            thumbnail = database.thumbnail(neighbour.item.id)
+            sheet.paste(thumbnail.resize((SMALL, SMALL), Image.Resampling.LANCZOS), (x, y))
+            draw.text((x, y + SMALL + 3), _clip(neighbour.item.name, column, small), "black", small)
+            draw.text((x, y + SMALL + 15), f"{neighbour.score:.3f}", "gray", small)
+    return sheet
+
+
+def _samples(output: Output, row: int, per_row: int) -> Sequence[Image.Image]:
+    return output.images[row * per_row : (row + 1) * per_row]
+
+
+def _clip(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    if font.getlength(text) <= width - 4:
+        return text
+    while text and font.getlength(text + "\u2026") > width - 4:
+        text = text[:-1]
+    return text + "\u2026"
