@@ -12,8 +12,8 @@ import click
 
 from knnfast._version import __version__
 
-# What bad input raises: one line on stderr and exit code 2. Anything else is a bug and shows itself.
-BAD_INPUT = (ValueError, TypeError, OSError, ImportError, KeyError)
+# What bad input raises: one line on stderr, exit code 2. Anything else is a bug and shows itself.
+BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
 
 
 class _Group(click.Group):
@@ -25,8 +25,8 @@ class _Group(click.Group):
         except BAD_INPUT as e:
             if ctx.params.get("debug"):
                 raise
-            message = e.args[0] if isinstance(e, KeyError) and e.args else e
-            click.echo("error: " + " ".join(str(message).split()), err=True)
+
+            click.echo("error: " + " ".join(str(e).split()), err=True)
             ctx.exit(2)
 
 

@@ -185,7 +185,8 @@ class KNNDiffusion:
             seed: 0 ... 2^64 - 1, same seed, same images on one machine; None draws one.
             database: which one to search: a name, a folder or a `Database`; None: the default.
             groups: search only these groups of the database.
-            use_query, use_neighbours: switch off a part of the condition.
+            use_query: condition on the query's embedding.
+            use_neighbours: condition on the neighbours' embeddings.
             batch_size: images denoised at once; the random numbers do not depend on it.
             callback: called with (finished, total) network steps.
 
