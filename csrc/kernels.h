@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// The inner loops, one table of them per instruction set. The units that are compiled for an
+// instruction set include this file and intrinsics only: an inline function of the standard library
+// compiled there could be linked into code that runs everywhere.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace knnfast {
+
+constexpr int kBlockRows = 16;  // rows of a block of codes
+constexpr int kBlockDims = 4;   // dimensions of a group, side by side for one dot-product unit
+constexpr int kQueryPad = 64;   // a query's codes and values are zero-filled to a multiple of this
+
+// One segment as a scan sees it (segment.h says what the arrays are).
+struct ScanRows {
+  const uint8_t* codes;
+  const float *scale, *residual, *norm;
+  const uint16_t* rows;
+  const float* row_norm;
+  const uint16_t* live;  // 16 bits a block, or null: all live
+  int dim, groups;
+};
+
+// One query prepared for one segment and one scan. The upper bound of a row's score is
+//   int8:  u = mul·scale·(c·p) + err·(residual + kappa·norm) + sq·norm² + base
+//   fp16:  u = mul·(x·v)·inv + err·n + sq·row_norm² + base, inv = 1 and n = row_norm
+//          (cosine: inv = 1/row_norm, or 0 for a zero row, and n = 1)
+struct ScanQuery {
+  const int8_t* codes;  // p, [groups·4] and zeros
+  const float* values;  // v, [dim] and zeros
+  int32_t offset;       // -128·Σp: codes are stored plus 128
+  float mul, err, sq, base;
+  float tau;  // rows with u < tau are out
+};
+
+// Gets the rows whose bound reached tau; returns the query's new tau.
+struct Sink {
+  float (*hit)(Sink* self, int query, uint32_t block, const float* upper, uint32_t mask);
+};
+
+struct Kernels {
+  const char* name;
+  // Bounds of the rows of blocks [begin, end) for `nq` queries; `kappa` is shared by them.
+  void (*scan_int8)(const ScanRows&, uint32_t begin, uint32_t end, ScanQuery*, int nq, float kappa,
+                    bool l2, Sink*);
+  void (*scan_fp16)(const ScanRows&, uint32_t begin, uint32_t end, ScanQuery*, int nq, bool l2,
+                    bool cosine, Sink*);
+  // Canonical sums over d elements: 32 FP64 lanes, combined by the tree 16, 8, 4, 2, 1.
+  double (*dot)(const uint16_t* x, const double* q, int dim);
+  double (*l2)(const uint16_t* x, const double* q, int dim);
+  double (*norm2)(const uint16_t* x, int dim);
+  // Conversions. to_half returns false if a value is NaN or beyond ±65504 after rounding.
+  bool (*to_half)(const float* x, uint16_t* out, int64_t n);
+  void (*to_float)(const uint16_t* x, float* out, int64_t n);
+  // One row of y (float, [dim]): writes codes (stride 64 bytes a group), scale, residual, norm.
+  void (*quantize_row)(const float* y, int dim, uint8_t* codes, float* scale, float* residual,
+                       float* norm);
+};
+
+const Kernels& kernels();  // the best this machine has, or KNNFAST_ISA's
+
+}  // namespace knnfast

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+// knnfast::Index: exact top-k over resident FP16 rows. The whole C++ API.
+//
+//   knnfast::Index ix(512, knnfast::Metric::ip);
+//   ix.add(rows, knnfast::DType::f32, n);
+//   ix.search(queries, knnfast::DType::f32, m, k, scores, ids);
+//
+// The answer is a function of the data alone: the k rows with the best *canonical score* (FP64, 32
+// lanes, fixed tree; ties go to the lower id), whatever the scan, batch, thread count or machine.
+// Any number of threads may search while one writes; a search sees one snapshot.
+// Errors: std::invalid_argument (a bad argument), DamagedFile (a bad file), std::system_error.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if defined(__GNUC__)
+#define KNNFAST_API __attribute__((visibility("default")))
+#else
+#define KNNFAST_API
+#endif
+
+namespace knnfast {
+
+enum class Metric { ip, cosine, l2 };
+enum class Scan { fp16, int8, automatic };
+enum class DType { f16, bf16, f32 };
+
+// A file of an index that is damaged, truncated or hostile; what() names its path and the reason.
+struct KNNFAST_API DamagedFile : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Which rows a search may return: ids (any order, repeats allowed) or a packed little-endian bitset
+// over ids (bit i of byte i/8). Neither set: no restriction.
+struct IdSet {
+  const int64_t* ids = nullptr;
+  const uint8_t* bits = nullptr;
+  int64_t count = 0;  // ids, or bytes of the bitset
+  bool set() const { return ids != nullptr || bits != nullptr; }
+};
+
+struct SearchOptions {
+  IdSet allow, deny;
+};
+
+struct Stats {
+  int64_t searches = 0;       // calls
+  int64_t queries = 0;        // queries in them
+  int64_t rows_scanned = 0;   // (row, query) pairs that met a bound, or a canonical score at once
+  int64_t rows_opened = 0;    // pairs whose bound reached the threshold
+  int64_t rows_rescored = 0;  // pairs that got a canonical score
+  int64_t chunks_int8 = 0, chunks_fp16 = 0, chunks_canonical = 0;  // how chunks were scanned
+};
+
+struct RangeResult {
+  std::vector<int64_t> lims;  // query i owns [lims[i], lims[i+1])
+  std::vector<float> scores;  // best first
+  std::vector<int64_t> ids;
+};
+
+class KNNFAST_API Index {
+ public:
+  Index(int64_t dim, Metric metric = Metric::ip, Scan scan = Scan::automatic);
+  ~Index();
+  Index(Index&&) noexcept;
+  Index& operator=(Index&&) noexcept;
+
+  // Appends n rows (row i at rows + i * stride elements; stride 0 means dim). ids null: automatic.
+  // The ids in use go to ids_out when it is given. A rejected call changes nothing.
+  void add(const void* rows, DType dtype, int64_t n, const int64_t* ids = nullptr,
+           int64_t* ids_out = nullptr, int64_t stride = 0);
+
+  // The k best rows of each of m queries: [m, k] scores and ids, best first; missing: id -1 with
+  // -inf (l2: +inf).
+  void search(const void* queries, DType dtype, int64_t m, int64_t k, float* scores, int64_t* ids,
+              const SearchOptions& options = {}, int64_t stride = 0) const;
+
+  // All rows scoring above `radius` (l2: nearer than it), strictly, as FAISS means it.
+  RangeResult range_search(const void* queries, DType dtype, int64_t m, double radius,
+                           const SearchOptions& options = {}, int64_t stride = 0) const;
+
+  void vectors(const int64_t* ids, int64_t n, uint16_t* out) const;  // stored FP16 rows, [n, dim]
+  std::vector<int64_t> ids() const;                                  // live ids, in row order
+  int64_t remove(const int64_t* ids, int64_t n);                     // how many were found
+  void compact();                                                    // forget the removed rows
+
+  int64_t dim() const;
+  Metric metric() const;
+  Scan scan() const;
+  int64_t size() const;    // live rows
+  int64_t nbytes() const;  // bytes in use
+  Stats stats() const;
+
+  void save(const std::string& folder) const;  // atomic: a kill leaves the old or the new index
+  static Index open(const std::string& folder, bool mmap = true, Scan scan = Scan::automatic);
+  // Checks every payload; the paths of the damaged ones. Empty for an index that was never saved.
+  std::vector<std::string> verify() const;
+
+  struct Impl;
+
+ private:
+  explicit Index(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+KNNFAST_API void set_num_threads(int n);  // threads of one search; n >= 1
+KNNFAST_API int num_threads();
+KNNFAST_API const char* isa();  // the instruction set in use: portable|avx2|avx512|avx512vnni|amx
+
+}  // namespace knnfast
