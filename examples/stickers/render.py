@@ -126,13 +126,11 @@ def main() -> int:
     (out / "images").mkdir(parents=True, exist_ok=True)
     font = ImageFont.truetype(str(FONT), STRIKE, layout_engine=ImageFont.Layout.RAQM)
     keywords = read_keywords(CLDR)
-    stickers: list[dict] = []
-    variants: list[dict] = []
-    pictures: dict[str, list[np.ndarray]] = {"stickers": [], "variants": []}
-    by_codepoints: dict[tuple[str, ...], str] = {}
-    stems: set[str] = set()
-    seen: dict[bytes, str] = {}
-    undrawn, twins = [], []
+    plain: list[tuple[dict, np.ndarray]] = []
+    toned: list[tuple[dict, np.ndarray]] = []
+    base: dict[tuple[str, ...], str] = {}  # code points without skin tone -> name
+    shortest: dict[bytes, str] = {}  # picture -> the shortest name that has it
+    undrawn = []
     for row in read_sequences(EMOJI_TEST):
         text = row.pop("text")
         picture = draw(text, font)
@@ -141,33 +139,44 @@ def main() -> int:
             continue
         words = keywords.get(text.replace("\ufe0f", ""), [])
         row["keywords"] = [w for w in dict.fromkeys(words) if w != row["name"]]
-        plain = tuple(c for c in row["codepoints"] if c != "fe0f" and int(c, 16) not in SKIN_TONES)
-        if any(int(c, 16) in SKIN_TONES for c in row["codepoints"]):
-            variants.append({**row, "base": by_codepoints.get(plain)})
-            pictures["variants"].append(np.asarray(picture))
+        tones = [c for c in row["codepoints"] if int(c, 16) in SKIN_TONES]
+        key = tuple(c for c in row["codepoints"] if c != "fe0f" and c not in tones)
+        if tones:
+            toned.append(({**row, "base": base.get(key)}, np.asarray(picture)))
             continue
-        by_codepoints[plain] = row["name"]
-        if (twin := seen.setdefault(picture.tobytes(), row["name"])) != row["name"]:
+        base[key] = row["name"]
+        plain.append((row, np.asarray(picture)))
+        pixels = picture.tobytes()
+        shortest[pixels] = min(shortest.get(pixels, row["name"]), row["name"], key=len)
+
+    kept: list[tuple[dict, np.ndarray]] = []
+    twins = []
+    stems: set[str] = set()
+    for row, pixels in plain:
+        if (twin := shortest[pixels.tobytes()]) != row["name"]:
             twins.append(f"{row['name']} = {twin}")
             continue
         stem = slug(row["name"])
         if not stem or stem in stems:
             stem = "-".join([stem or "sticker", *row["codepoints"]])
         stems.add(stem)
-        animal = is_animal(row["subgroup"])
         row["file"] = f"images/{stem}.png"
-        row["animal"] = animal
-        row["held_out"] = not animal and is_held_out(row["name"])
-        picture.save(out / row["file"])
-        stickers.append(row)
-        pictures["stickers"].append(np.asarray(picture))
+        row["animal"] = is_animal(row["subgroup"])
+        row["held_out"] = not row["animal"] and is_held_out(row["name"])
+        Image.fromarray(pixels).save(out / row["file"])
+        kept.append((row, pixels))
 
-    for name, rows in (("stickers", stickers), ("variants", variants)):
-        np.save(out / f"{'images' if name == 'stickers' else name}.npy", np.stack(pictures[name]))
-        (out / f"{name}.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+    for rows, table, array in (
+        (kept, "stickers.json", "images.npy"),
+        (toned, "variants.json", "variants.npy"),
+    ):
+        np.save(out / array, np.stack([pixels for _, pixels in rows]))
+        text = json.dumps([row for row, _ in rows], ensure_ascii=False, indent=1)
+        (out / table).write_text(text + "\n", encoding="utf-8")
+    stickers = [row for row, _ in kept]
     print(
         f"{len(stickers)} stickers ({sum(r['animal'] for r in stickers)} animals, "
-        f"{sum(r['held_out'] for r in stickers)} held out), {len(variants)} variants, "
+        f"{sum(r['held_out'] for r in stickers)} held out), {len(toned)} variants, "
         f"{len(undrawn)} sequences without a glyph, {len(twins)} with another's picture, "
         f"{time.perf_counter() - start:.1f} s -> {out}"
     )
