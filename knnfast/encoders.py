@@ -18,9 +18,11 @@ cosine(text, image) = sqrt(w) cos(s_text, s_image) and ranks images by meaning a
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import re
+import shutil
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,12 +36,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FORMAT = "knnfast.encoder/1"
+from knnfast import _files
+
+FORMAT = "knnfast-encoder"
 CONFIG_FILE = "encoder.json"
 WEIGHTS_FILE = "encoder.safetensors"
 WORDS_FILE = "words.txt"
 
 __all__ = [
+    "Embeddings",
     "Encoder",
     "EncoderCard",
     "ImageTower",
@@ -84,6 +89,22 @@ class EncoderCard:
             raise ValueError(f"not an encoder card: {error!r} in {values!r}") from None
 
 
+@dataclass(frozen=True)
+class Embeddings:
+    """Vectors with the card of the encoder that made them.
+
+    Args:
+        vectors: [N, dim] float32, unit rows.
+        card: whose they are.
+    """
+
+    vectors: np.ndarray
+    card: EncoderCard
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+
 class Encoder:
     """Turns images and texts into unit float32 rows of one space."""
 
@@ -94,13 +115,35 @@ class Encoder:
         """Length of a vector."""
         return self.card.dim
 
-    def encode_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> np.ndarray:
-        """Encode PIL images of any size and mode to [N, dim] float32 unit rows."""
+    def encode_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> Embeddings:
+        """Encode PIL images of any size and mode: vectors [N, dim] float32, unit rows."""
+        _check_batch(batch_size)
+        rows = np.zeros((len(images), self.dim), np.float32)
+        for start in range(0, len(images), batch_size):
+            part = images[start : start + batch_size]
+            rows[start : start + len(part)] = self._image_rows(part)
+        return Embeddings(rows, self.card)
+
+    def encode_text(self, texts: Sequence[str]) -> Embeddings:
+        """Encode texts: vectors [N, dim] float32, unit rows; an unreadable text is a ValueError."""
+        if isinstance(texts, str):
+            raise TypeError("texts must be a sequence of strings, got one string")
+        return Embeddings(self._text_rows(texts), self.card)
+
+    def save(self, folder: str | Path) -> str | None:
+        """Write the encoder into a folder, or return the name by which others can load it."""
         raise NotImplementedError
 
-    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        """Encode texts to [N, dim] float32 unit rows; an unreadable text is a ValueError."""
+    def _image_rows(self, images: Sequence[Image.Image]) -> np.ndarray:
         raise NotImplementedError
+
+    def _text_rows(self, texts: Sequence[str]) -> np.ndarray:
+        raise NotImplementedError
+
+
+def _check_batch(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
 
 def load_encoder(spec: str | Path, device: str | torch.device = "cpu") -> Encoder:
@@ -232,6 +275,9 @@ class ImageTower(nn.Module):
         config: image_size, semantic_dim; `vit` {width, depth, heads} or `resnet` {widths};
             optionally appearance_dim, thumbnail (its side) and semantic_share (w).
     """
+
+    appearance_mean: Tensor
+    appearance_basis: Tensor
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__()
@@ -462,10 +508,8 @@ def save_encoder(
         "notes": dict(notes),
     }
     save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / WEIGHTS_FILE)
-    (folder / WORDS_FILE).write_text("".join(f"{w}\n" for w in words), encoding="utf-8")
-    (folder / CONFIG_FILE).write_text(
-        json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    _files.write_atomic(folder / WORDS_FILE, "".join(f"{w}\n" for w in words).encode())
+    _files.write_json(folder / CONFIG_FILE, description)
     return card
 
 
@@ -478,11 +522,10 @@ class SmallEncoder(Encoder):
 
         if not folder.is_dir():
             raise FileNotFoundError(f"no encoder folder at {folder}")
+        self.folder = folder
         self.device = torch.device(device)
         try:
-            self.config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-            if self.config.get("format") != FORMAT:
-                raise ValueError(f"format {self.config.get('format')!r}, expected {FORMAT!r}")
+            self.config = _files.read_json(folder / CONFIG_FILE, FORMAT)
             self.card = EncoderCard.from_dict(self.config["card"])
             tensors = load_file(folder / WEIGHTS_FILE)
             words = (folder / WORDS_FILE).read_text(encoding="utf-8").split()
@@ -508,28 +551,24 @@ class SmallEncoder(Encoder):
             raise ValueError(f"cannot load the encoder in {folder}: {reason}") from error
         self.tower.eval().requires_grad_(False).to(self.device)
 
-    def encode_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> np.ndarray:
-        """Encode PIL images of any size and mode to [N, dim] float32 unit rows."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        out = np.zeros((len(images), self.dim), np.float32)
-        for start in range(0, len(images), batch_size):
-            stop = min(start + batch_size, len(images))
-            batch = torch.from_numpy(pixels(images[start:stop], self.card.image_size))
-            with torch.inference_mode():
-                scaled = batch.to(self.device).permute(0, 3, 1, 2).float() / 255
-                out[start:stop] = self.tower(scaled).cpu().numpy()
-        return out
+    def save(self, folder: str | Path) -> None:
+        """Copy the encoder's files into a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (CONFIG_FILE, WEIGHTS_FILE, WORDS_FILE):
+            shutil.copyfile(self.folder / name, folder / name)
 
-    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        """Encode texts to [N, dim] float32 unit rows; an unreadable text is a ValueError."""
-        if isinstance(texts, str):
-            raise TypeError("texts must be a sequence of strings, got one string")
+    def _image_rows(self, images: Sequence[Image.Image]) -> np.ndarray:
+        batch = torch.from_numpy(pixels(images, self.card.image_size)).to(self.device)
+        with torch.inference_mode():
+            return self.tower(batch.permute(0, 3, 1, 2).float() / 255).cpu().numpy()
+
+    def _text_rows(self, texts: Sequence[str]) -> np.ndarray:
         if self.table is None:
             raise ValueError(f"the encoder {self.card.name} has no text side")
-        out = np.zeros((len(texts), self.dim), np.float32)
-        out[:, : self.table.dim] = self.table.encode(texts)
-        return out
+        rows = np.zeros((len(texts), self.dim), np.float32)
+        rows[:, : self.table.dim] = self.table.encode(texts)
+        return rows
 
 
 # -- open_clip ----------------------------------------------------------------------------------
@@ -539,6 +578,7 @@ class OpenClipEncoder(Encoder):
     """A model of open_clip (extra `clip`), by name and pretrained tag, or from a local folder."""
 
     def __init__(self, spec: str, device: str | torch.device = "cpu"):
+        self.spec = spec
         body = spec.removeprefix("open_clip:")
         local = body.startswith("local-dir:")
         model, slash, pretrained = body.partition("/")
@@ -580,23 +620,17 @@ class OpenClipEncoder(Encoder):
             tokens = self._tokenizer(list(texts)).to(self.device)
             return F.normalize(self._network.encode_text(tokens).float(), dim=-1)
 
-    def encode_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> np.ndarray:
-        """Encode PIL images of any size and mode to [N, dim] float32 unit rows."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        out = np.zeros((len(images), self.dim), np.float32)
-        for start in range(0, len(images), batch_size):
-            part = images[start : start + batch_size]
-            batch = torch.stack([self._preprocess(image.convert("RGB")) for image in part])
-            with torch.inference_mode():
-                rows = self._network.encode_image(batch.to(self.device)).float()
-            out[start : start + len(part)] = F.normalize(rows, dim=-1).cpu().numpy()
-        return out
+    def save(self, folder: str | Path) -> str:
+        """Return the name to load it by; the weights stay where open_clip keeps them."""
+        return self.spec
 
-    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        """Encode texts to [N, dim] float32 unit rows."""
-        if isinstance(texts, str):
-            raise TypeError("texts must be a sequence of strings, got one string")
+    def _image_rows(self, images: Sequence[Image.Image]) -> np.ndarray:
+        batch = torch.stack([self._preprocess(image.convert("RGB")) for image in images])
+        with torch.inference_mode():
+            rows = self._network.encode_image(batch.to(self.device)).float()
+        return F.normalize(rows, dim=-1).cpu().numpy()
+
+    def _text_rows(self, texts: Sequence[str]) -> np.ndarray:
         for i, text in enumerate(texts):
             if not text.strip():
                 raise ValueError(f"text {i} is empty")
@@ -616,24 +650,26 @@ def _raw(value: Tensor) -> np.ndarray:
     )
 
 
-def _import_open_clip() -> Any:
-    """Import open_clip, whose transforms need a torchvision that may be a foreign build.
+_schemas: list[Any] = []  # torch.library.Library objects undo their definitions when collected
 
-    A torchvision built for another torch fails at import, because the schemas of its C++
-    operators are missing. open_clip uses its transforms only, so the schemas alone do.
+
+def _import_open_clip() -> Any:
+    """Import open_clip, also beside a torchvision that was built for another torch.
+
+    Such a torchvision fails at import, because its C++ operators cannot be loaded. open_clip uses
+    its image transforms alone, so it is enough that the operators' schemas exist.
     """
     try:
-        import importlib.util
-
-        if importlib.util.find_spec("open_clip") is None:
-            raise ImportError("no module named open_clip")
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for schema in (
-            "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-            "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        ):
-            if not hasattr(torch.ops.torchvision, schema.partition("(")[0]):
-                library.define(schema)
+        found = importlib.util.find_spec("torchvision")
+        if found is not None and found.origin is not None and not _schemas:
+            for path in Path(found.origin).parent.glob("_C*.so"):
+                try:
+                    torch.ops.load_library(path)
+                except OSError:
+                    library = torch.library.Library("torchvision", "FRAGMENT")
+                    for op in ("nms", "qnms"):
+                        library.define(f"{op}(Tensor dets, Tensor scores, float iou) -> Tensor")
+                    _schemas.append(library)
         import open_clip
     except Exception as error:
         raise RuntimeError(

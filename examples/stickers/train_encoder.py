@@ -27,9 +27,10 @@ from torch.nn import functional as F
 
 from knnfast.encoders import ImageTower, WordTable, load_encoder, save_encoder, words_of
 
-EPOCHS = 60
-BATCH = 128
-RATE = 1.2e-3
+CYCLES = (  # epochs, batch, peak rate; the second starts from the first one's average
+    (60, 128, 1.2e-3),
+    (40, 64, 8e-4),
+)
 DECAY = 0.05
 TEMPERATURE = 0.05
 SEED = 1
@@ -39,7 +40,7 @@ TOWER = {
     "semantic_dim": 256,
     "appearance_dim": 256,
     "thumbnail": 16,
-    "semantic_share": 0.6,
+    "semantic_share": 0.5,
     "vit": {"width": 160, "depth": 6, "heads": 5},
 }
 FLATTEN = 0.4  # 0: plain principal components, 1: all components equally strong
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("out/stickers"))
     parser.add_argument("--out", type=Path, help="encoder folder; DATA/encoder by default")
     parser.add_argument("--trial", action="store_true")
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--cycles", type=int, default=len(CYCLES), help="stop after so many")
     args = parser.parse_args()
     start = time.perf_counter()
     torch.manual_seed(SEED)
@@ -110,18 +111,20 @@ def main() -> None:
         by_keyword = F.cross_entropy(s @ bank.T / TEMPERATURE, right[rows])
         return by_name + by_keyword + (1 - (s * target[rows]).sum(1)).mean()
 
-    seconds = train(
-        tower,
-        loss_of,
-        stickers,
-        np.flatnonzero(~unseen),
-        args.data / f"{name}.checkpoint.safetensors",
-        epochs=args.epochs,
-        batch=BATCH,
-        rate=RATE,
-        decay=DECAY,
-        seed=SEED,
-    )
+    seconds = 0.0
+    for cycle, (epochs, batch, rate) in enumerate(CYCLES[: args.cycles], start=1):
+        seconds += train(
+            tower,
+            loss_of,
+            stickers,
+            np.flatnonzero(~unseen),
+            args.data / f"{name}.cycle{cycle}.checkpoint.safetensors",
+            epochs=epochs,
+            batch=batch,
+            rate=rate,
+            decay=DECAY,
+            seed=SEED + 10 * cycle - 10,
+        )
 
     tower.eval()
     images = embed(tower.semantic, stickers.clean())
@@ -147,7 +150,7 @@ def main() -> None:
             "seconds": round(seconds),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "epochs": args.epochs,
+            "cycles": CYCLES[: args.cycles],
             "seen": "nine tenths of the stickers" if args.trial else "all stickers, animals too",
         },
         "quality": {key: round(value, 4) for key, value in report.items()},
