@@ -55,8 +55,8 @@ def below(w0: Tensor, w1: Tensor, n: int) -> Tensor:
 def gumbel(word: Tensor) -> Tensor:
     """Gumbel noise from one 32-bit word, FP64: -log(-log1p(-v)), v = (word + 1/2) 2^-32.
 
-    v is never 0, so the noise stays below 22.9; the FP32 backends clamp v at 1 - 2^-24, so theirs
-    stays above -2.82 (1 in 2^25 of the losers is moved by that, no winner).
+    Neither v nor 1 - v is ever 0, so the noise lies in (-3.14, 22.88). The FP32 backends take 1 - v
+    from the complemented word, which keeps both ends as exact as the middle.
     """
     v = (word.double() + 0.5) * 2.0**-32
     return -torch.log(-torch.log1p(-v))

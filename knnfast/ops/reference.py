@@ -19,9 +19,9 @@ from knnfast.ops import philox
 class Folded(NamedTuple):
     """One layer's condition, folded into the layer's weights: constant over a sampling run."""
 
-    A: Tensor  # [B, D, H, N]  W_q,h K_h^T / sqrt(d_h): from a normalised token to its scores
-    a: Tensor  # [B, H, N]     b_q,h K_h^T / sqrt(d_h)
-    C: Tensor  # [B, H, N, D]  V_h W_o,h: from probabilities to the output
+    A: Tensor  # [B, D, N, H]  W_q,h K_h^T / sqrt(d_h): from a normalised token to its scores
+    a: Tensor  # [B, N, H]     b_q,h K_h^T / sqrt(d_h)
+    C: Tensor  # [B, N, H, D]  V_h W_o,h: from probabilities to the output
     bias: Tensor  # [D]        b_o
     mask: Tensor  # [B, N]     bool, which of the N = k + 1 embeddings are on
 
@@ -52,10 +52,10 @@ def fold_neighbours(
     V = n @ w_v.T
     V = (V if b_v is None else V + b_v.double()).view(B, N, heads, d_h)
     scale = d_h**-0.5
-    A = torch.einsum("hed,bnhe->bdhn", w_q.view(heads, d_h, -1), K) * scale
+    A = torch.einsum("hed,bnhe->bdnh", w_q.view(heads, d_h, -1), K) * scale
     b_q = n.new_zeros(width) if b_q is None else b_q.double()
-    a = torch.einsum("he,bnhe->bhn", b_q.view(heads, d_h), K) * scale
-    C = torch.einsum("bnhe,dhe->bhnd", V, w_o.view(-1, heads, d_h))
+    a = torch.einsum("he,bnhe->bnh", b_q.view(heads, d_h), K) * scale
+    C = torch.einsum("bnhe,dhe->bnhd", V, w_o.view(-1, heads, d_h))
     bias = n.new_zeros(w_o.shape[0]) if b_o is None else b_o
     if mask is None:
         mask = torch.ones(B, N, dtype=torch.bool, device=n.device)
@@ -83,11 +83,11 @@ def neighbour_attention(
         z = z * (1 + _rows(scale))
     if shift is not None:
         z = z + _rows(shift)
-    scores = torch.einsum("bld,bdhn->blhn", z, A) + a[:, None]
-    scores = scores.masked_fill(~folded.mask[:, None, None, :], float("-inf"))
+    scores = torch.einsum("bld,bdnh->blnh", z, A) + a[:, None]
+    scores = scores.masked_fill(~folded.mask[:, None, :, None], float("-inf"))
     on = folded.mask.any(-1)[:, None, None]
-    p = torch.softmax(torch.where(on[..., None], scores, 0.0), -1) if A.shape[-1] else scores
-    out = torch.einsum("blhn,bhnd->bld", p, C) + bias
+    p = torch.softmax(torch.where(on[..., None], scores, 0.0), 2)
+    out = torch.einsum("blnh,bnhd->bld", p, C) + bias
     out = torch.where(on, out, 0.0)
     return (x64 + out if residual else out).to(x.dtype)
 

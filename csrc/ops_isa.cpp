@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+// Compiled once per instruction set, with KNNFAST_ISA naming it: the table of row kernels.
+#include "attention_rows.h"
+#include "loss_rows.h"
+#include "step_rows.h"
+
+#define KF_STRING_(x) #x
+#define KF_STRING(x) KF_STRING_(x)
+
+namespace knnfast {
+namespace KNNFAST_ISA {
+
+extern const OpsKernels kTable;
+const OpsKernels kTable = {KF_STRING(KNNFAST_ISA), scores, draw,  sum_exp, loss_row,
+                           kRows,                  packed_size, block_scratch, pack, attend};
+
+}  // namespace KNNFAST_ISA
+}  // namespace knnfast

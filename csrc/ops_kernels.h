@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// The row kernels of the fused ops, one table of them per instruction set (ops_isa.cpp is compiled
+// once for each). Rows belong to threads; nothing here allocates or knows about threads.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace knnfast {
+
+enum DType { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
+constexpr int kPad = 64;  // scratch rows are padded to a multiple of this
+
+// How a row of logits becomes p: guidance, temperature, truncation (DESIGN: the transition step).
+struct RowRule {
+  int K, dtype;
+  float guidance, temperature;
+  double top_r;
+  int top_k;
+};
+
+struct RowPlace {
+  uint32_t position, image, counter3;
+  uint64_t seed;
+};
+
+// One image's step in the loss, for rows at MASK (i < 0 in the kernel) or real (i = x_t):
+//   Q_j = u (delta_j + e0), P_j = u (p_j + e) for j != i;  Q_i = v (delta_i + f0), P_i = v (p_i + f)
+struct LossStep {
+  double A_t, B_t, A_s, B_s;
+  double mask_u;  // c A_s / C_t
+  double real_u;  // b A_s / B_t
+  double real_v;  // (a + b) A_s / (A_t + B_t)
+};
+
+struct AttentionShape {
+  int D, N, H;           // width, embeddings, heads
+  int dtype;             // of x and y
+  int64_t row_x, row_y;  // elements from token to token
+  double eps;
+  bool norm, residual;
+};
+
+struct OpsKernels {
+  const char* name;
+  // l [padded K] from the row; false if a value is NaN or +inf, or every class is excluded.
+  // Returns where l is: `scratch`, or the row itself when nothing changes it.
+  const float* (*scores)(const RowRule&, const void* cond, const void* null, float* scratch,
+                         float* maximum);
+  int64_t (*draw)(const float* l, int K, float sharpness, const RowPlace&);
+  double (*sum_exp)(const float* l, int K, float maximum);
+  // Loss and gradient of one row; grad may be the row itself. False on NaN, +inf, no finite class.
+  bool (*loss_row)(const LossStep&, const void* row, int dtype, int K, int64_t x_0, int64_t x_t,
+                   double weight, double auxiliary, void* grad, void* scratch, double* kl,
+                   double* nll);
+  // Attention: weights packed once an image, then blocks of `block_rows` tokens.
+  int block_rows;
+  size_t (*packed_size)(const AttentionShape&);  // bytes
+  size_t (*block_scratch)(const AttentionShape&);
+  void (*pack)(const AttentionShape&, const void* A, const void* a, const void* C,
+               const void* bias, const bool* mask, const void* scale, const void* shift,
+               void* packed);
+  void (*attend)(const AttentionShape&, const void* packed, const void* x, void* y, int rows,
+                 void* scratch);
+};
+
+const OpsKernels& ops_kernels();  // the best this machine has, or KNNFAST_ISA's
+
+}  // namespace knnfast

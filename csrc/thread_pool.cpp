@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "thread_pool.h"
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "knnfast/index.h"
+
+namespace knnfast {
+namespace {
+
+class Pool {
+ public:
+  explicit Pool(int workers) {
+    for (int i = 0; i < workers; ++i) threads_.emplace_back([this, i] { serve(i + 1); });
+  }
+
+  ~Pool() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& t : threads_) t.join();
+  }
+
+  void run(int64_t tasks, const std::function<void(int, int64_t)>& work) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      work_ = &work;
+      tasks_ = tasks;
+      next_.store(0);
+      error_ = nullptr;
+      busy_ = static_cast<int>(threads_.size());
+      round_.fetch_add(1);
+    }
+    wake_.notify_all();
+    drain(0);
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [&] { return busy_ == 0; });
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  void drain(int thread) {
+    try {
+      for (int64_t task; (task = next_.fetch_add(1)) < tasks_;) (*work_)(thread, task);
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!error_) error_ = std::current_exception();
+      next_.store(tasks_);
+    }
+  }
+
+  void serve(int thread) {
+    uint64_t seen = 0;
+    for (;;) {
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return stop_ || round_.load() != seen; });
+        if (stop_) return;
+        seen = round_.load();
+      }
+      drain(thread);
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (--busy_ == 0) done_.notify_one();
+    }
+  }
+
+  std::vector<std::thread> threads_;
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  const std::function<void(int, int64_t)>* work_ = nullptr;
+  int64_t tasks_ = 0;
+  std::atomic<int64_t> next_{0};
+  std::atomic<uint64_t> round_{0};
+  std::exception_ptr error_;
+  int busy_ = 0;
+  bool stop_ = false;
+};
+
+int hardware_threads() {
+#ifdef __linux__
+  cpu_set_t set;
+  if (pthread_getaffinity_np(pthread_self(), sizeof set, &set) == 0 && CPU_COUNT(&set) > 0)
+    return CPU_COUNT(&set);
+#endif
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+struct Owner {
+  std::mutex mutex;  // held by the caller that is using the pool
+  Pool* pool = nullptr;
+  int workers = -1;
+};
+
+// Never destroyed: a search may still run while the process ends.
+Owner* g_owner = new Owner;
+std::atomic<int> g_threads{0};
+
+// The child of a fork has no workers, and perhaps a mutex locked for ever: both are left behind.
+void after_fork() { g_owner = new Owner; }
+
+Owner& owner() {
+  static const int registered = pthread_atfork(nullptr, nullptr, after_fork);
+  (void)registered;
+  return *g_owner;
+}
+
+}  // namespace
+
+int num_threads() {
+  const int n = g_threads.load(std::memory_order_relaxed);
+  if (n > 0) return n;
+  static const int hardware = hardware_threads();
+  return hardware;
+}
+
+void set_num_threads(int n) {
+  if (n < 1) throw std::invalid_argument("n must be at least 1, got " + std::to_string(n));
+  g_threads.store(n, std::memory_order_relaxed);
+}
+
+void parallel_for(int64_t tasks, const std::function<void(int, int64_t)>& work, int threads) {
+  if (threads <= 0) threads = num_threads();
+  if (tasks > 1 && threads > 1) {
+    Owner& o = owner();
+    std::unique_lock<std::mutex> lock(o.mutex, std::try_to_lock);
+    if (lock.owns_lock()) {
+      if (o.workers != threads - 1) {
+        delete o.pool;
+        o.pool = nullptr;
+        o.pool = new Pool(threads - 1);
+        o.workers = threads - 1;
+      }
+      o.pool->run(tasks, work);
+      return;
+    }
+  }
+  for (int64_t task = 0; task < tasks; ++task) work(0, task);
+}
+
+}  // namespace knnfast

@@ -1,0 +1,58 @@
+"""Argument checks shared by all backends: ValueError and TypeError that name the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LOGIT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+
+# The one torch.library fragment of the wing; each op file defines its own ops in it.
+library = torch.library.Library("knnfast", "FRAGMENT")
+
+
+def check_dtype(name: str, x: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """Raise TypeError unless x has one of the allowed types."""
+    if x.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{name}: dtype must be one of {names}, got {x.dtype}")
+
+
+def check_shape(name: str, x: Tensor, shape: Sequence[int | None]) -> None:
+    """Raise ValueError unless x has this shape (None: any size)."""
+    if x.dim() != len(shape) or any(
+        want is not None and got != want for got, want in zip(x.shape, shape, strict=True)
+    ):
+        wanted = ", ".join("*" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name}: shape must be [{wanted}], got {list(x.shape)}")
+
+
+def check_device(name: str, x: Tensor, device: torch.device) -> None:
+    """Raise ValueError unless x lies on the device."""
+    if x.device != device:
+        raise ValueError(f"{name}: must be on {device}, got {x.device}")
+
+
+def rows(x: Tensor) -> Tensor:
+    """Return x, or a copy, with last stride 1 and rows at one common distance."""
+    if x.dim() < 2:
+        return x.contiguous()
+    if x.stride(-1) == 1 and all(
+        x.stride(d) == x.stride(d + 1) * x.shape[d + 1] or x.shape[d] == 1
+        for d in range(x.dim() - 2)
+    ):
+        return x
+    return x.contiguous()
+
+
+def row_stride(x: Tensor) -> int:
+    """Elements from row to row of a tensor that `rows` returned."""
+    return x.stride(-2) if x.shape[-2] > 1 or x.dim() == 2 else x.shape[-1]
+
+
+def pointer(x: Tensor | None) -> int:
+    """The address of the first element, 0 for None."""
+    return 0 if x is None else x.data_ptr()

@@ -1,0 +1,365 @@
+"""The transition step of discrete diffusion: tokens x_t and logits in, tokens x_s out.
+
+Dense (`transition_step`) and row-sparse (`sample_head`) forms have one meaning, the mixture of
+`knnfast.reference.transition_step`: most positions are decided without the network, so the dense
+form reads few rows of the logits and the sparse form computes few rows of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from knnfast.ops import reference
+from knnfast.ops._checks import (
+    DTYPE_CODES,
+    LOGIT_TYPES,
+    check_device,
+    check_dtype,
+    check_shape,
+    library,
+    pointer,
+    row_stride,
+    rows,
+)
+
+_BAD = "logits: NaN, +inf or no finite class in {} of the rows that are drawn"
+_SEED_MASK = (1 << 64) - 1
+
+
+def transition_step(
+    logits: Tensor,
+    x_t: Tensor,
+    weights: Tensor,
+    *,
+    seed: int | Tensor,
+    image_indices: Tensor | None = None,
+    null_logits: Tensor | None = None,
+    guidance: float = 1.0,
+    temperature: float = 1.0,
+    top_r: float = 1.0,
+    top_k: int = 0,
+    purity: float | None = None,
+) -> Tensor:
+    """Draw x_s ~ p(x_s | x_t) from the logits of p(x_0 | x_t).
+
+    p(x_s | x_t) = w_p p + w_u uniform + (1 - w_p - w_u) [x_s = x_t]
+
+    Args:
+        logits: [B, L, K], fp16 | bf16 | fp32, last stride 1 (anything else is copied).
+        x_t: tokens, [B, L] int64; K is MASK.
+        weights: the step, [7] or [B, 7] fp64, from `transition_weights`, on the device of logits.
+        seed: the Philox key; an int64 tensor of one element can change between graph replays.
+        image_indices: [B] int64, each image's place in the random counters; 0..B-1 when None.
+        null_logits: the unconditional pass, like logits: l = null + guidance (logits - null).
+        guidance: 1 means none.
+        temperature: > 0, divides the logits.
+        top_r: keep the classes that hold this mass; 1 keeps all.
+        top_k: keep this many classes; 0 keeps all.
+        purity: sharpness r >= 0 of purity sampling, which sets the purest masked positions.
+    Returns:
+        x_s: [B, L] int64.
+    Raises: ValueError shape, range, device; on the CPU also NaN, +inf or no finite class in a row
+        that is drawn (on CUDA such a token is -1, nothing synchronises); TypeError dtype.
+    Numerics: choices in FP64; p in FP32, for the same seed perturbed scores agree with FP64 within
+        1e-5.  Backends: triton, cpu, reference.
+    Memory: O(B L).  Deterministic: yes.  Differentiable: no.
+    """
+    check_dtype("logits", logits, LOGIT_TYPES)
+    check_shape("logits", logits, (None, None, None))
+    B, L, K = logits.shape
+    if null_logits is not None:
+        check_dtype("null_logits", null_logits, (logits.dtype,))
+        check_shape("null_logits", null_logits, (B, L, K))
+        check_device("null_logits", null_logits, logits.device)
+    x_t, weights, image_indices, seed = _check_step(
+        logits, B, L, K, x_t, weights, image_indices, seed, temperature, top_r, top_k
+    )
+    if purity is not None and not purity >= 0:
+        raise ValueError(f"purity: must be >= 0, got {purity}")
+    return torch.ops.knnfast.transition_step(
+        logits, null_logits, x_t, weights, image_indices, seed,
+        float(guidance), float(temperature), float(top_r), int(top_k), purity,
+    )  # fmt: skip
+
+
+def sample_head(
+    features: Tensor,
+    weight: Tensor | Callable[[Tensor], Tensor],
+    bias: Tensor | None,
+    x_t: Tensor,
+    weights: Tensor,
+    *,
+    seed: int | Tensor,
+    image_indices: Tensor | None = None,
+    null_features: Tensor | None = None,
+    guidance: float = 1.0,
+    temperature: float = 1.0,
+    top_r: float = 1.0,
+    top_k: int = 0,
+    num_codes: int | None = None,
+) -> Tensor:
+    """Draw x_s ~ p(x_s | x_t) with the head run on the rows that need it alone.
+
+    logits = features @ weight.T + bias; the tokens are `transition_step`'s for those logits.
+
+    Args:
+        features: [B, L, D], what the head reads, fp16 | bf16 | fp32.
+        weight: [K, D] of the head's linear layer; or any callable from rows [n, D] to logits
+            [n, K] (then bias is None and num_codes says K; a callable may not look at other rows).
+        bias: [K] or None.
+        x_t, weights, seed, image_indices, guidance, temperature, top_r, top_k: as in
+            `transition_step`.
+        null_features: features of the unconditional pass, like features.
+    Returns:
+        x_s: [B, L] int64.
+    Raises: as `transition_step`.
+    Memory: O(n K) for the n rows that are drawn (3 % at 100 steps).  Backends: triton, cpu.
+    A callable head on CUDA synchronises once, to learn n; a weight does not.
+    """
+    check_dtype("features", features, LOGIT_TYPES)
+    check_shape("features", features, (None, None, None))
+    B, L, D = features.shape
+    if null_features is not None:
+        check_dtype("null_features", null_features, (features.dtype,))
+        check_shape("null_features", null_features, (B, L, D))
+        check_device("null_features", null_features, features.device)
+    if isinstance(weight, Tensor):
+        check_dtype("weight", weight, (features.dtype,))
+        check_shape("weight", weight, (None, D))
+        check_device("weight", weight, features.device)
+        num_codes = weight.shape[0]
+        if bias is not None:
+            check_shape("bias", bias, (num_codes,))
+    elif bias is not None or num_codes is None:
+        raise ValueError("weight: a callable head takes bias=None and needs num_codes")
+    x_t, weights, image_indices, seed = _check_step(
+        features, B, L, num_codes, x_t, weights, image_indices, seed, temperature, top_r, top_k
+    )
+    options = float(guidance), float(temperature), float(top_r), int(top_k)
+    if isinstance(weight, Tensor):
+        return torch.ops.knnfast.sample_head(
+            features, null_features, weight, bias, x_t, weights, image_indices, seed, *options
+        )
+    x_s, drawn = torch.ops.knnfast.transition_choose(x_t, weights, image_indices, seed, num_codes)
+    if drawn.numel() == 0:
+        return x_s
+    logits = weight(features.reshape(B * L, D)[drawn])
+    null = None
+    if null_features is not None:
+        null = weight(null_features.reshape(B * L, D)[drawn])
+    return torch.ops.knnfast.transition_rows(
+        logits, null, drawn, x_t, x_s, weights, image_indices, seed, *options
+    )
+
+
+sample_prior = reference.sample_prior
+
+
+def _check_step(
+    like: Tensor,
+    B: int,
+    L: int,
+    K: int,
+    x_t: Tensor,
+    weights: Tensor,
+    image_indices: Tensor | None,
+    seed: int | Tensor,
+    temperature: float,
+    top_r: float,
+    top_k: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_dtype("x_t", x_t, (torch.int64,))
+    check_shape("x_t", x_t, (B, L))
+    check_device("x_t", x_t, like.device)
+    check_dtype("weights", weights, (torch.float64,))
+    check_shape("weights", weights, (B, 7) if weights.dim() == 2 else (7,))
+    check_device("weights", weights, like.device)
+    if K < 2:
+        raise ValueError(f"logits: at least 2 classes, got {K}")
+    if not temperature > 0:
+        raise ValueError(f"temperature: must be > 0, got {temperature}")
+    if not 0 < top_r <= 1:
+        raise ValueError(f"top_r: must be in (0, 1], got {top_r}")
+    if top_k < 0:
+        raise ValueError(f"top_k: must be >= 0, got {top_k}")
+    if image_indices is None:
+        image_indices = torch.arange(B, device=like.device)
+    else:
+        check_dtype("image_indices", image_indices, (torch.int64,))
+        check_shape("image_indices", image_indices, (B,))
+        check_device("image_indices", image_indices, like.device)
+    if not isinstance(seed, Tensor):
+        seed = torch.full((1,), seed, dtype=torch.int64, device=like.device)
+    return x_t, weights, image_indices, seed.reshape(1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Registration
+
+_STEP = "Tensor x_t, Tensor weights, Tensor image_indices, Tensor seed"
+_RULE = "float guidance, float temperature, float top_r, int top_k"
+library.define(
+    f"transition_step(Tensor logits, Tensor? null_logits, {_STEP}, {_RULE}, float? purity)"
+    " -> Tensor"
+)
+library.define(
+    "sample_head(Tensor features, Tensor? null_features, Tensor weight, Tensor? bias, "
+    f"{_STEP}, {_RULE}) -> Tensor"
+)
+library.define(f"transition_choose({_STEP}, int num_codes) -> (Tensor, Tensor)")
+library.define(
+    "transition_rows(Tensor logits, Tensor? null_logits, Tensor rows, Tensor x_t, Tensor x_s, "
+    f"Tensor weights, Tensor image_indices, Tensor seed, {_RULE}) -> Tensor"
+)
+
+
+def _grid(x_t: Tensor, K: int, weights: Tensor, image_indices: Tensor, seed: Tensor) -> tuple:
+    B, L = x_t.shape
+    key = int(seed) & _SEED_MASK
+    step = 7 if weights.dim() == 2 else 0
+    return B, L, K, pointer(weights), step, pointer(image_indices), key
+
+
+def _raise_bad(bad: int) -> None:
+    if bad:
+        raise ValueError(_BAD.format(bad))
+
+
+def _step_cpu(
+    logits, null_logits, x_t, weights, image_indices, seed,
+    guidance, temperature, top_r, top_k, purity,
+):  # fmt: skip
+    from knnfast import _C
+
+    logits, x_t, weights = rows(logits), x_t.contiguous(), weights.contiguous()
+    image_indices = image_indices.contiguous()
+    null = None if null_logits is None else rows(null_logits)
+    grid = _grid(x_t, logits.shape[-1], weights, image_indices, seed)
+    x_s = torch.empty_like(x_t)
+    rule = DTYPE_CODES[logits.dtype], guidance, temperature, top_r, top_k
+    stride, null_stride = row_stride(logits), 0 if null is None else row_stride(null)
+    if purity is not None:
+        _raise_bad(
+            _C.transition_purity(
+                *grid, *rule, purity, pointer(logits), pointer(null), stride, null_stride,
+                pointer(x_t), pointer(x_s),
+            )
+        )  # fmt: skip
+        return x_s
+    drawn = torch.empty(x_t.numel(), dtype=torch.int64)
+    count = _C.transition_choose(*grid, pointer(x_t), pointer(x_s), pointer(drawn))
+    _raise_bad(
+        _C.transition_rows(
+            *grid, *rule, pointer(logits), pointer(null), stride, null_stride, False,
+            pointer(x_t), pointer(drawn), count, pointer(x_s),
+        )
+    )  # fmt: skip
+    return x_s
+
+
+def _choose_cpu(x_t, weights, image_indices, seed, num_codes):
+    from knnfast import _C
+
+    x_t, weights, image_indices = x_t.contiguous(), weights.contiguous(), image_indices.contiguous()
+    x_s, drawn = torch.empty_like(x_t), torch.empty(x_t.numel(), dtype=torch.int64)
+    grid = _grid(x_t, num_codes, weights, image_indices, seed)
+    count = _C.transition_choose(*grid, pointer(x_t), pointer(x_s), pointer(drawn))
+    return x_s, drawn[:count].clone()
+
+
+def _rows_cpu(
+    logits, null_logits, drawn, x_t, x_s, weights, image_indices, seed,
+    guidance, temperature, top_r, top_k,
+):  # fmt: skip
+    from knnfast import _C
+
+    logits, x_t, weights = rows(logits), x_t.contiguous(), weights.contiguous()
+    image_indices, drawn = image_indices.contiguous(), drawn.contiguous()
+    null = None if null_logits is None else rows(null_logits)
+    x_s = x_s.clone()
+    _raise_bad(
+        _C.transition_rows(
+            *_grid(x_t, logits.shape[-1], weights, image_indices, seed),
+            DTYPE_CODES[logits.dtype], guidance, temperature, top_r, top_k,
+            pointer(logits), pointer(null), row_stride(logits),
+            0 if null is None else row_stride(null), True,
+            pointer(x_t), pointer(drawn), drawn.numel(), pointer(x_s),
+        )
+    )  # fmt: skip
+    return x_s
+
+
+def _head_cpu(
+    features, null_features, weight, bias, x_t, weights, image_indices, seed,
+    guidance, temperature, top_r, top_k,
+):  # fmt: skip
+    x_s, drawn = _choose_cpu(x_t, weights, image_indices, seed, weight.shape[0])
+    if drawn.numel() == 0:
+        return x_s
+
+    def head(f):
+        return torch.nn.functional.linear(f.reshape(-1, f.shape[-1])[drawn], weight, bias)
+
+    return _rows_cpu(
+        head(features), None if null_features is None else head(null_features), drawn, x_t, x_s,
+        weights, image_indices, seed, guidance, temperature, top_r, top_k,
+    )  # fmt: skip
+
+
+def _step_cuda(*args):
+    from knnfast.kernels.transition_step import launch_transition_step
+
+    return launch_transition_step(*args)
+
+
+def _head_cuda(*args):
+    from knnfast.kernels.sample_head import launch_sample_head
+
+    return launch_sample_head(*args)
+
+
+def _choose_cuda(x_t, weights, image_indices, seed, num_codes):
+    from knnfast.kernels.sample_head import launch_transition_choose
+
+    x_s, drawn, count = launch_transition_choose(x_t, weights, image_indices, seed, num_codes)
+    return x_s, drawn[: int(count)]
+
+
+def _rows_cuda(*args):
+    from knnfast.kernels.transition_step import launch_transition_rows
+
+    return launch_transition_rows(*args)
+
+
+for _name, _cpu, _cuda in (
+    ("transition_step", _step_cpu, _step_cuda),
+    ("sample_head", _head_cpu, _head_cuda),
+    ("transition_choose", _choose_cpu, _choose_cuda),
+    ("transition_rows", _rows_cpu, _rows_cuda),
+):
+    library.impl(_name, _cpu, "CPU")
+    library.impl(_name, _cuda, "CUDA")
+
+
+@torch.library.register_fake("knnfast::transition_step", lib=library)
+def _(logits, null_logits, x_t, *_):
+    return x_t.new_empty(x_t.shape)
+
+
+@torch.library.register_fake("knnfast::sample_head", lib=library)
+def _(features, null_features, weight, bias, x_t, *_):
+    return x_t.new_empty(x_t.shape)
+
+
+@torch.library.register_fake("knnfast::transition_choose", lib=library)
+def _(x_t, *_):
+    count = torch.library.get_ctx().new_dynamic_size()
+    return x_t.new_empty(x_t.shape), x_t.new_empty((count,))
+
+
+@torch.library.register_fake("knnfast::transition_rows", lib=library)
+def _(logits, null_logits, drawn, x_t, *_):
+    return x_t.new_empty(x_t.shape)

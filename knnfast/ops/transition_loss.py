@@ -1,0 +1,208 @@
+"""The variational loss of discrete diffusion with its gradient, in one pass over the logits."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from knnfast.ops import reference
+from knnfast.ops._checks import (
+    DTYPE_CODES,
+    check_device,
+    check_dtype,
+    check_shape,
+    library,
+    pointer,
+    row_stride,
+    rows,
+)
+
+_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def transition_loss(
+    logits: Tensor,
+    x_0: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    schedule: reference.Schedule,
+    *,
+    weight: Tensor | None = None,
+    auxiliary: float = 5e-4,
+    adaptive: bool = True,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Variational loss and its gradient in logits.
+
+    1 / (B L) sum_b weight_b sum_l [KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t))
+                                    - auxiliary f(t) log p_theta(x_0)]
+
+    Args:
+        logits: of p_theta(x_0 | x_t), [B, L, K], fp16 | bf16 | fp32 | fp64.
+        x_0: clean tokens, [B, L] int64 in [0, K).
+        x_t: noisy tokens, [B, L] int64 in [0, K].
+        t: levels, [B] int64 in [1, T].
+        schedule: cumulative A, B, C for levels 0..T.
+        weight: [B] factors, e.g. of importance-sampled t; 1 when None.
+        auxiliary: factor of -log p_theta(x_0).
+        adaptive: f(t) = 2 - (t - 1) / T, else 1.
+        inplace: write the gradient over the logits (their values are lost; only when the backward
+            pass of whatever made them does not need them).
+    Returns:
+        loss: scalar, fp32 (fp64 for fp64 logits).
+        kl: [B], each image's mean KL, without gradient, for importance sampling.
+    Raises: ValueError shape, range, device, and on the CPU NaN or +inf in logits; TypeError dtype.
+    Numerics: FP32 per class, FP64 per row.  Backends: triton, cpu, reference.
+    Memory: the gradient, nothing with inplace.  Deterministic: yes.
+    Differentiable: once, in logits.
+    """
+    check_dtype("logits", logits, _TYPES)
+    check_shape("logits", logits, (None, None, None))
+    B, L, K = logits.shape
+    for name, x, shape in (("x_0", x_0, (B, L)), ("x_t", x_t, (B, L)), ("t", t, (B,))):
+        check_dtype(name, x, (torch.int64,))
+        check_shape(name, x, shape)
+        check_device(name, x, logits.device)
+    if inplace and torch.is_grad_enabled() and logits.requires_grad and logits.is_leaf:
+        raise ValueError("inplace: logits is a leaf that requires grad, it cannot be overwritten")
+    table, levels = _table(schedule, K, logits.device)
+    steps = table[t]
+    factor = torch.full_like(steps[:, 0], auxiliary)
+    if adaptive:
+        factor = factor * (2 - (t.double() - 1) / levels)
+    if weight is None:
+        weight = torch.ones_like(factor)
+    else:
+        check_shape("weight", weight, (B,))
+        check_device("weight", weight, logits.device)
+        weight = weight.detach().double()
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _TransitionLoss.apply(logits, x_0, x_t, steps, weight, factor, inplace)
+    loss, kl, _ = torch.ops.knnfast.transition_loss(logits, x_0, x_t, steps, weight, factor)
+    return loss, kl
+
+
+class _TransitionLoss(torch.autograd.Function):
+    """The forward pass has the gradient already; the backward pass scales it."""
+
+    @staticmethod
+    def forward(ctx, logits, x_0, x_t, steps, weight, factor, inplace):
+        if inplace:
+            data = logits.detach()
+            loss, kl = torch.ops.knnfast.transition_loss_(data, x_0, x_t, steps, weight, factor)
+            grad = data
+        else:
+            loss, kl, grad = torch.ops.knnfast.transition_loss(
+                logits.detach(), x_0, x_t, steps, weight, factor
+            )
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(kl)
+        return loss, kl
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_loss, _):
+        (grad,) = ctx.saved_tensors
+        return grad * d_loss.to(grad.dtype), None, None, None, None, None, None
+
+
+def _table(
+    schedule: reference.Schedule, K: int, device: torch.device
+) -> tuple[Tensor, int]:
+    """Each level's LossStep (csrc/ops_kernels.h), [T + 1, 7] FP64 on the device, made once."""
+    A, B, C = (tuple(float(v) for v in getattr(schedule, name)) for name in "ABC")
+    return _cached_table(A, B, C, str(device)), len(A) - 1
+
+
+@functools.lru_cache(maxsize=32)
+def _cached_table(A: tuple, B: tuple, C: tuple, device: str) -> Tensor:
+    out = [[0.0] * 7]
+    for t in range(1, len(A)):
+        a, b, c = reference.stride(A, B, C, t, t - 1)
+        A_s, B_s = A[t - 1], B[t - 1]
+        mask_u = c * A_s / C[t] if C[t] > 0 else 0.0
+        real_u = b * A_s / B[t] if B[t] > 0 else 0.0
+        real_v = (a + b) * A_s / (A[t] + B[t]) if B[t] > 0 else 0.0
+        out.append([A[t], B[t], A_s, B_s, mask_u, real_u, real_v])
+    return torch.tensor(out, dtype=torch.float64, device=device)
+
+
+# ---------------------------------------------------------------------------------------------
+# Registration
+
+_ARGS = "Tensor x_0, Tensor x_t, Tensor steps, Tensor weight, Tensor auxiliary"
+library.define(f"transition_loss(Tensor logits, {_ARGS}) -> (Tensor, Tensor, Tensor)")
+library.define(f"transition_loss_(Tensor(a!) logits, {_ARGS}) -> (Tensor, Tensor)")
+
+
+def _run_cpu(logits, grad, x_0, x_t, steps, weight, auxiliary):
+    from knnfast import _C
+
+    B, L, K = logits.shape
+    x_0, x_t, steps = x_0.contiguous(), x_t.contiguous(), steps.contiguous()
+    weight, auxiliary = weight.contiguous(), auxiliary.contiguous()
+    if x_0.numel() and not (0 <= int(x_0.min()) and int(x_0.max()) < K):
+        raise ValueError(f"x_0: must lie in [0, {K})")
+    if x_t.numel() and not (0 <= int(x_t.min()) and int(x_t.max()) <= K):
+        raise ValueError(f"x_t: must lie in [0, {K}]")
+    loss = torch.zeros((), dtype=torch.float64)
+    kl = torch.empty(B, dtype=torch.float64)
+    bad = _C.transition_loss(
+        B, L, K, DTYPE_CODES[logits.dtype], pointer(logits), row_stride(logits), pointer(x_0),
+        pointer(x_t), pointer(steps), pointer(weight), pointer(auxiliary), pointer(grad),
+        row_stride(grad), pointer(loss), pointer(kl),
+    )  # fmt: skip
+    if bad:
+        raise ValueError(f"logits: NaN, +inf or no finite class in {bad} rows")
+    dtype = _loss_type(logits)
+    return loss.to(dtype), kl.to(dtype)
+
+
+def _loss_type(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _loss_cpu(logits, *args):
+    logits = rows(logits)
+    grad = torch.empty(logits.shape, dtype=logits.dtype)
+    return *_run_cpu(logits, grad, *args), grad
+
+
+def _loss_inplace_cpu(logits, *args):
+    if rows(logits).data_ptr() != logits.data_ptr():
+        raise ValueError("inplace: logits must have last stride 1 and evenly spaced rows")
+    return _run_cpu(logits, logits, *args)
+
+
+def _loss_cuda(logits, *args):
+    from knnfast.kernels.transition_loss import launch_transition_loss
+
+    return launch_transition_loss(logits, None, *args)
+
+
+def _loss_inplace_cuda(logits, *args):
+    from knnfast.kernels.transition_loss import launch_transition_loss
+
+    return launch_transition_loss(logits, logits, *args)[:2]
+
+
+library.impl("transition_loss", _loss_cpu, "CPU")
+library.impl("transition_loss", _loss_cuda, "CUDA")
+library.impl("transition_loss_", _loss_inplace_cpu, "CPU")
+library.impl("transition_loss_", _loss_inplace_cuda, "CUDA")
+
+
+@torch.library.register_fake("knnfast::transition_loss", lib=library)
+def _(logits, *_):
+    dtype = _loss_type(logits)
+    kl = logits.new_empty((logits.shape[0],), dtype=dtype)
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return logits.new_empty((), dtype=dtype), kl, grad
+
+
+@torch.library.register_fake("knnfast::transition_loss_", lib=library)
+def _(logits, *_):
+    dtype = _loss_type(logits)
+    return logits.new_empty((), dtype=dtype), logits.new_empty((logits.shape[0],), dtype=dtype)
