@@ -88,8 +88,8 @@ static void product(const S* a, int lda, const S* panels, int depth, S* out, int
 
 template <class S>
 static size_t packed_bytes(const AttentionShape& s) {
-  // the packed image, and room to widen A and C before they are cut into panels
-  return (Layout<S>(s).end + 2 * size_t(s.D) * size_t(s.H) * size_t(s.N)) * sizeof(S);
+  // the packed image, and room to widen A or C before it is cut into panels
+  return (Layout<S>(s).end + size_t(s.D) * size_t(s.H) * size_t(s.N)) * sizeof(S);
 }
 static size_t packed_size(const AttentionShape& s) {
   return s.dtype == kFloat64 ? packed_bytes<double>(s) : packed_bytes<float>(s);
@@ -108,12 +108,14 @@ static void pack_of(const AttentionShape& s, const void* A, const void* a, const
                     const void* bias, const bool* mask, const void* scale, const void* shift,
                     S* to) {
   const Layout<S> at(s);
-  S* wide = to + at.end;
-  const int64_t n = int64_t(s.D) * at.HN;
-  to_float(A, s.dtype, wide, n);
-  pack_panels(wide, s.D, at.HN, to + at.A);
-  to_float(C, s.dtype, wide, n);
-  pack_panels(wide, at.HN, s.D, to + at.C);
+  const bool narrow = s.dtype == kFloat16 || s.dtype == kBFloat16;
+  auto widened = [&](const void* w) {
+    if (!narrow) return static_cast<const S*>(w);
+    to_float(w, s.dtype, to + at.end, int64_t(s.D) * at.HN);
+    return static_cast<const S*>(to + at.end);
+  };
+  pack_panels(widened(A), s.D, at.HN, to + at.A);
+  pack_panels(widened(C), at.HN, s.D, to + at.C);
   to_float(a, s.dtype, to + at.a, at.HN);
   to_float(bias, s.dtype, to + at.bias, s.D);
   if (scale) to_float(scale, s.dtype, to + at.scale, s.D);

@@ -53,21 +53,17 @@ template <class S>
 KF_INLINE void store(S* p, Vec<S> v) {
   *reinterpret_cast<typename VecOf<S>::loose*>(p) = v;
 }
-template <class S>
-KF_INLINE Vec<S> splat(S s) {
-  return Vec<S>{} + s;
-}
-// The first n < kLanes elements, the others filled.
-template <class S>
-KF_INLINE Vec<S> load_part(const S* p, int n, S fill) {
-  Vec<S> v = splat(fill);
-  for (int l = 0; l < n; ++l) v[l] = p[l];
-  return v;
-}
-template <class S>
-KF_INLINE void store_part(S* p, Vec<S> v, int n) {
-  for (int l = 0; l < n; ++l) p[l] = v[l];
-}
+// Broadcasts by name: from 0 + s the compiler makes an addition and a shuffle.
+#if defined(__AVX512F__)
+KF_INLINE Vec<float> splat(float s) { return (Vec<float>)_mm512_set1_ps(s); }
+KF_INLINE Vec<double> splat(double s) { return (Vec<double>)_mm512_set1_pd(s); }
+#elif defined(__AVX2__)
+KF_INLINE Vec<float> splat(float s) { return (Vec<float>)_mm256_set1_ps(s); }
+KF_INLINE Vec<double> splat(double s) { return (Vec<double>)_mm256_set1_pd(s); }
+#else
+KF_INLINE Vec<float> splat(float s) { return Vec<float>{s, s, s, s}; }
+KF_INLINE Vec<double> splat(double s) { return Vec<double>{s, s}; }
+#endif
 template <class S>
 KF_INLINE Vec<S> max(Vec<S> a, Vec<S> b) {
   return a > b ? a : b;
