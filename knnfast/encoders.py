@@ -331,8 +331,12 @@ def words_of(text: str) -> list[str]:
 
 
 def grams(word: str) -> list[str]:
-    """Cut a word into its character pairs and triples, ends marked."""
-    marked = f"^{word}$"
+    """Cut a word into its character pairs and triples, ends marked.
+
+    Spellings of one sound count as one (ph and f, ck and k, y and i), doubled letters as single.
+    """
+    sound = word.replace("ph", "f").replace("ck", "k").replace("y", "i")
+    marked = "^" + re.sub(r"(.)\1", r"\1", sound) + "$"
     return [marked[i : i + n] for n in (2, 3) for i in range(len(marked) - n + 1)]
 
 

@@ -159,7 +159,7 @@ def train(
                 values[f"average.{name}"] = a
                 values[f"first.{name}"], values[f"second.{name}"] = m
             partial = checkpoint.with_suffix(".partial")
-            save_file(values, partial)
+            save_file({key: value.contiguous() for key, value in values.items()}, partial)
             partial.replace(checkpoint)
     with torch.no_grad():
         for p, a in zip(parameters, average, strict=True):

@@ -17,7 +17,6 @@ Usage: python examples/stickers/render.py [--out out/stickers]
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import re
 import sys
@@ -29,6 +28,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from knnfast.evaluate import held_out
+
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 EMOJI_TEST = Path("/usr/share/unicode/emoji/emoji-test.txt")
 CLDR = Path("/usr/share/unicode/cldr/common")
@@ -36,7 +37,6 @@ STRIKE = 109  # the font's only bitmap size; its glyphs are 136x128 pixels
 CANVAS = 136
 SIZE = 64
 SKIN_TONES = range(0x1F3FB, 0x1F400)
-HELD_OUT_SHARE = 0.1
 
 
 def read_sequences(path: Path) -> list[dict]:
@@ -100,12 +100,6 @@ def is_animal(subgroup: str) -> bool:
     return subgroup.startswith("animal-") or subgroup in ("cat-face", "monkey-face")
 
 
-def is_held_out(name: str) -> bool:
-    """Pick a fixed tenth of all names by hash."""
-    digest = hashlib.sha256(name.encode()).digest()
-    return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
-
-
 def main() -> int:
     """Render everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -162,7 +156,7 @@ def main() -> int:
         stems.add(stem)
         row["file"] = f"images/{stem}.png"
         row["animal"] = is_animal(row["subgroup"])
-        row["held_out"] = not row["animal"] and is_held_out(row["name"])
+        row["held_out"] = not row["animal"] and held_out(row["name"])
         Image.fromarray(pixels).save(out / row["file"])
         kept.append((row, pixels))
 

@@ -2,7 +2,8 @@
 """Distil sentence embeddings of single words: the vectors that the encoder's text side is made of.
 
 Words: all whole words of MiniLM's vocabulary, all words of the stickers' names and keywords, and
-the WordNet lemmas nearest in meaning to any of these texts, WORDS in all. A word's vector is
+the WordNet lemmas nearest in meaning to any of these texts, WORDS in all; then the lemmas that
+WordNet calls synonyms of a sticker's word. A word's vector is
 MiniLM("a WORD") + GLOSS_SHARE * MiniLM("WORD, SYNONYMS: DEFINITION") where WordNet knows it (the
 commonest sense), normalised. The mean is removed; the vector is multiplied by the word's weight
 SIF / (SIF + frequency) (Arora et al. 2017; frequency by Zipf's law from its rank in MiniLM's
@@ -36,6 +37,7 @@ GLOSS_SHARE = 0.5
 SIF = 1e-3
 UNRANKED = 20000  # the rank given to words outside MiniLM's vocabulary
 DIM = 256
+ARTICLE = 0.1  # weight of "a" and "i", which are letters of stickers and function words of prompts
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -77,8 +79,8 @@ class MiniLM:
         return out
 
 
-def read_wordnet() -> dict[str, str]:
-    """Read WordNet's one-word lemmas, each with synonyms and definition of its commonest sense."""
+def read_wordnet() -> dict[str, tuple[list[str], str]]:
+    """Read WordNet's one-word lemmas: synonyms and definition of their commonest sense."""
     uses: Counter[tuple[str, int]] = Counter()
     for line in (WORDNET / "cntlist.rev").read_text().splitlines():
         key, _, count = line.split()
@@ -101,9 +103,9 @@ def read_wordnet() -> dict[str, str]:
         line = data[name][offset : data[name].index(b"\n", offset)].decode()
         fields = line.split()
         names = [fields[4 + 2 * i].replace("_", " ") for i in range(int(fields[3], 16))]
-        synonyms = [n for n in names if n.lower() != word][:3]
+        synonyms = [n for n in names if n.lower() != word]
         definition = line.split("|", 1)[1].split(";")[0].strip()
-        glosses[word] = ", ".join([word, *synonyms]) + ": " + definition
+        glosses[word] = synonyms, ", ".join([word, *synonyms[:3]]) + ": " + definition
     return glosses
 
 
@@ -125,7 +127,8 @@ def main() -> None:
     vocabulary = (teacher.folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
     ranked = [w for w in vocabulary if re.fullmatch("[a-z]{2,}", w)]
     rank = {word: i + 1 for i, word in enumerate(ranked)}
-    own = sorted({word for text in texts for word in words_of(text)} - rank.keys())
+    spoken = {word for text in texts for word in words_of(text)}
+    own = sorted(spoken - rank.keys())
     base = ranked + own
     more = sorted(glosses.keys() - set(base))
     plain = teacher([f"a {word}" for word in base + more])
@@ -133,19 +136,28 @@ def main() -> None:
     nearest = np.concatenate([(p @ anchors.T).max(1) for p in np.array_split(plain, 32)])
     order = len(base) + np.argsort(-nearest[len(base) :], kind="stable")
     chosen = np.concatenate([np.arange(len(base)), np.sort(order[: WORDS - len(base)])])
+    extra = [
+        i
+        for i in np.sort(order[WORDS - len(base) :])
+        if spoken & set(glosses[more[i - len(base)]][0])
+    ]
+    chosen = np.concatenate([chosen, np.array(extra, int)])
     words = [(base + more)[i] for i in chosen]
     vectors = plain[chosen]
     known = [i for i, word in enumerate(words) if word in glosses]
-    vectors[known] += GLOSS_SHARE * teacher([glosses[words[i]] for i in known])
+    vectors[known] += GLOSS_SHARE * teacher([glosses[words[i]][1] for i in known])
     vectors = unit(vectors)
-    vectors -= vectors.mean(0)
+    vectors -= vectors[:WORDS].mean(0)
     frequency = 1 / (10 * np.array([rank.get(w, UNRANKED) for w in words]))
     vectors *= (SIF / (SIF + frequency))[:, None]
-    _, spectrum, axes = np.linalg.svd(vectors, full_matrices=False)
+    _, spectrum, axes = np.linalg.svd(vectors[:WORDS], full_matrices=False)
     kept = (spectrum[:DIM] ** 2).sum() / (spectrum**2).sum()
-    np.savez(target, words=np.array(words), vectors=(vectors @ axes[:DIM].T).astype(np.float32))
+    vectors = (vectors @ axes[:DIM].T).astype(np.float32)
+    vectors[[i for i, word in enumerate(words) if word in ("a", "i")]] *= ARTICLE
+    np.savez(target, words=np.array(words), vectors=vectors)
     print(
-        f"{len(words)} words ({len(base)} of MiniLM and the stickers, the rest of WordNet), "
+        f"{len(words)} words ({len(base)} of MiniLM and the stickers, "
+        f"the rest of WordNet, {len(extra)} of them as synonyms), "
         f"{DIM} of 384 directions keep {kept:.3f}, {time.perf_counter() - start:.0f} s -> {target}"
     )
 

@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics of generated images, and the evaluation of a model bundle with them.
+
+The metrics are plain functions on arrays, computed in FP64. `evaluate` generates for fixed
+prompts and seeds and measures by two encoders: the conditioning one and a judge that the
+generator has never met. Every figure stands beside what real and wrong pictures get.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from knnfast.database import Database
+    from knnfast.encoders import Encoder
+    from knnfast.pipeline import KNNDiffusion
+
+__all__ = [
+    "bootstrap_interval",
+    "cmmd",
+    "evaluate",
+    "held_out",
+    "mean_score",
+    "nearest_distance",
+    "pixel_distance",
+    "r_precision",
+    "report",
+]
+
+MODES = {  # name: (use_query, use_neighbours)
+    "neighbours_and_query": (True, True),
+    "query_only": (True, False),
+    "neighbours_only": (False, True),
+}
+DEFAULT_MODE = "neighbours_and_query"
+
+
+def held_out(name: str, share: float = 0.1) -> bool:
+    """Tell whether a name belongs to the fixed share that recipes keep out of training.
+
+    A name is held out when the first 32 bits of its SHA-256 are below share * 2^32.
+    """
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:4], "big") < share * 2**32
+
+
+# -- metrics ------------------------------------------------------------------------------------
+
+
+def r_precision(images: np.ndarray, texts: np.ndarray, right: np.ndarray, k: int) -> np.ndarray:
+    """Tell for each image whether its own text is among the k nearest of all texts.
+
+    hit_i = [ #{j : <x_i, t_j> > <x_i, t_right(i)>} + #{j < right(i) : equal} < k ]
+
+    Args:
+        images: [N, D] unit rows.
+        texts: [M, D] unit rows.
+        right: [N] int64, the row of each image's own text.
+        k: 1 <= k <= M.
+
+    Returns:
+        [N] float64 of 0 and 1; its mean is R-precision@k.
+    """
+    if not 1 <= k <= len(texts):
+        raise ValueError(f"k must be between 1 and {len(texts)}, got {k}")
+    scores = np.asarray(images, np.float64) @ np.asarray(texts, np.float64).T
+    right = np.asarray(right, np.int64)
+    own = scores[np.arange(len(scores)), right][:, None]
+    earlier = np.arange(len(texts))[None, :] < right[:, None]
+    rank = (scores > own).sum(1) + ((scores == own) & earlier).sum(1)
+    return (rank < k).astype(np.float64)
+
+
+def mean_score(images: np.ndarray, texts: np.ndarray) -> float:
+    """Average the cosines of pairs: (1/N) sum_i <x_i, t_i> for unit rows [N, D] and [N, D]."""
+    products = np.asarray(images, np.float64) * np.asarray(texts, np.float64)
+    return float(products.sum(1).mean())
+
+
+def cmmd(x: np.ndarray, y: np.ndarray, sigma: float = 10.0, scale: float = 1000.0) -> float:
+    """Measure the distance of two sets of embeddings (Jayasumana et al. 2024, Eq. 4).
+
+    scale * [ mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j) ],
+    k(a, b) = exp(-|a - b|^2 / (2 sigma^2)): the unbiased estimate of the squared maximum mean
+    discrepancy, so two samples of one distribution give 0 on average, at times a little less.
+
+    Args:
+        x: [m, D], m >= 2.
+        y: [n, D], n >= 2.
+        sigma: the kernel's width; 10 is the paper's.
+        scale: 1000 is the paper's.
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if len(x) < 2 or len(y) < 2:
+        raise ValueError(f"cmmd needs two rows on each side, got {len(x)} and {len(y)}")
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        square = (a * a).sum(1)[:, None] + (b * b).sum(1)[None, :] - 2 * a @ b.T
+        return np.exp(-np.maximum(square, 0) / (2 * sigma**2))
+
+    def within(a: np.ndarray) -> float:
+        return float((kernel(a, a).sum() - len(a)) / (len(a) * (len(a) - 1)))
+
+    return scale * (within(x) + within(y) - 2 * float(kernel(x, y).mean()))
+
+
+def nearest_distance(x: np.ndarray, database: np.ndarray) -> np.ndarray:
+    """Return 1 - max_j <x_i, d_j> for unit rows [N, D] and [M, D]: [N], 0 for a copy."""
+    return 1 - (np.asarray(x, np.float64) @ np.asarray(database, np.float64).T).max(1)
+
+
+def pixel_distance(x: np.ndarray, database: np.ndarray) -> np.ndarray:
+    """Return each picture's smallest root mean square difference to any of a database's.
+
+    Args:
+        x: [N, H, W, 3] uint8.
+        database: [M, H, W, 3] uint8.
+
+    Returns:
+        [N] float64 in [0, 1], full scale 1; 0 for a copy.
+    """
+    a = np.asarray(x).reshape(len(x), -1).astype(np.float64) / 255
+    b = np.asarray(database).reshape(len(database), -1).astype(np.float64) / 255
+    square = (a * a).sum(1)[:, None] + (b * b).sum(1)[None, :] - 2 * a @ b.T
+    return np.sqrt(np.maximum(square, 0).min(1) / a.shape[1])
+
+
+def bootstrap_interval(
+    values: np.ndarray, level: float = 0.95, rounds: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of [N] independent values (Efron 1979)."""
+    values = np.asarray(values, np.float64)
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), (rounds, len(values)))].mean(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+# -- the evaluation -----------------------------------------------------------------------------
+
+
+class _Real:
+    """The stickers of all databases: names, pictures, which are held out, which are animals."""
+
+    def __init__(self, databases: Mapping[str, Database], training: str, other: str):
+        for name in (training, other):
+            if name not in databases:
+                raise ValueError(f"no database {name!r} in this model: {sorted(databases)}")
+        self.names: list[str] = []
+        self.images: list[Image.Image] = []
+        known: list[int] = []
+        for which in (training, other):
+            for item in databases[which]:
+                if item.name in self.names:
+                    raise ValueError(f"two stickers are called {item.name!r}")
+                self.names.append(item.name)
+                self.images.append(databases[which].thumbnail(item.id).convert("RGB"))
+                known.append(which == training)
+        self.row = {name: i for i, name in enumerate(self.names)}
+        self.training = np.array(known, bool)
+        self.held_out = np.array([held_out(name) for name in self.names]) & self.training
+
+
+class _View:
+    """One encoder's embeddings of all names and all real stickers."""
+
+    def __init__(self, encoder: Encoder, real: _Real):
+        self.encoder = encoder
+        self.texts = encoder.encode_text(real.names).vectors
+        self.real = encoder.encode_images(real.images).vectors
+
+    def hits(self, rows: np.ndarray, right: np.ndarray) -> dict[str, np.ndarray]:
+        """Measure R-precision of embeddings, image by image."""
+        return {f"r_precision@{k}": r_precision(rows, self.texts, right, k) for k in (1, 10)}
+
+
+def _pixels(images: Sequence[Image.Image], size: tuple[int, int]) -> np.ndarray:
+    return np.stack([np.asarray(image.convert("RGB").resize(size)) for image in images])
+
+
+def evaluate(
+    pipe: KNNDiffusion,
+    judge: Encoder | str | Path | None = None,
+    *,
+    prompts: int = 300,
+    k: int = 10,
+    steps: int = 25,
+    guidance: float = 3.0,
+    seed: int = 0,
+    training: str = "stickers",
+    other: str = "animals",
+    other_prompts: int = 40,
+    other_samples: int = 4,
+    batch: int = 25,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a model bundle that holds a database it was trained on and one it has never seen.
+
+    Prompts are names: half of stickers that the generator was trained on, half of held-out ones
+    (fewer where there are not enough). Each mode of MODES generates one image a prompt. Then
+    `other_prompts` names of the other database are generated with each of the two databases.
+
+    Args:
+        pipe: the model.
+        judge: an encoder that did not condition it, or a folder of one; by default the judge of
+            the embedded bundle.
+        prompts: how many names, training and held-out together.
+        k: neighbours of a prompt.
+        steps: denoising steps.
+        guidance: classifier-free guidance weight.
+        seed: of the choice of prompts and of all samples.
+        training: name of the database whose images the generator was trained on.
+        other: name of the database it has never seen.
+        other_prompts: how many names of the other database.
+        other_samples: images for each of these, and for each database.
+        batch: prompts generated at once.
+        progress: called with (images done, images in all).
+
+    Returns:
+        A JSON-able dictionary; `report` prints it.
+    """
+    from knnfast.encoders import load_encoder
+
+    if prompts < 4 or other_prompts < 2 or other_samples < 1:
+        raise ValueError("at least 4 prompts, 2 of the other database and 1 sample of each")
+    if judge is None:
+        judge = Path(__file__).parent / "bundles" / "stickers" / "judge"
+    if isinstance(judge, str | Path):
+        judge = load_encoder(judge)
+    if judge.card.sha256 == pipe.encoder.card.sha256:
+        raise ValueError("the judge is the encoder that conditions the generator")
+    start = time.perf_counter()
+    real = _Real(pipe.databases, training, other)
+    views = {"encoder": _View(pipe.encoder, real), "judge": _View(judge, real)}
+    rng = np.random.default_rng(seed)
+    unseen = rng.permutation(np.flatnonzero(real.held_out))[: prompts // 2]
+    seen = rng.permutation(np.flatnonzero(real.training & ~real.held_out))[: prompts - len(unseen)]
+    foreign = rng.permutation(np.flatnonzero(~real.training))[:other_prompts]
+    chosen = np.concatenate([seen, unseen])
+    is_unseen = np.arange(len(chosen)) >= len(seen)
+    total = len(MODES) * len(chosen) + 2 * len(foreign) * other_samples
+    done = 0
+
+    def generate(rows: np.ndarray, samples: int, database: str, mode: str) -> list[Image.Image]:
+        nonlocal done
+        use_query, use_neighbours = MODES[mode]
+        images: list[Image.Image] = []
+        for number, first in enumerate(range(0, len(rows), batch)):
+            part = [real.names[row] for row in rows[first : first + batch]]
+            images += pipe(
+                part,
+                k=k,
+                steps=steps,
+                guidance=guidance,
+                num_images=samples,
+                seed=seed + number,
+                database=database,
+                use_query=use_query,
+                use_neighbours=use_neighbours,
+            ).images
+            done += len(part) * samples
+            if progress is not None:
+                progress(done, total)
+        return images
+
+    reference = np.flatnonzero(real.held_out)
+    size = real.images[0].size
+    real_pixels = _pixels(real.images, size)
+    searched = np.flatnonzero(real.training)
+
+    def measure(images: list[Image.Image]) -> dict[str, Any]:
+        """Measure images of the chosen prompts, one each."""
+        out: dict[str, Any] = {}
+        for label, view in views.items():
+            rows = view.encoder.encode_images(images).vectors
+            hits = view.hits(rows, chosen)
+            values: dict[str, Any] = {}
+            for metric, found in hits.items():
+                low, high = bootstrap_interval(found)
+                values[metric] = float(found.mean())
+                values[f"{metric}_interval"] = [low, high]
+                values[f"{metric}_training"] = float(found[~is_unseen].mean())
+                values[f"{metric}_held_out"] = float(found[is_unseen].mean())
+            values["score"] = mean_score(rows, view.texts[chosen])
+            values["cmmd_to_held_out"] = cmmd(rows, view.real[reference])
+            values["nearest_distance"] = float(nearest_distance(rows, view.real[searched]).mean())
+            out[label] = values
+        out["nearest_pixel_distance"] = float(
+            pixel_distance(_pixels(images, size), real_pixels[searched]).mean()
+        )
+        return out
+
+    generated = {mode: measure(generate(chosen, 1, training, mode)) for mode in MODES}
+
+    names = [real.names[row] for row in chosen]
+    found = pipe.databases[training].search(pipe.encoder.encode_text(names), 1)
+    nearest = [pipe.databases[training].thumbnail(hit[0].item.id) for hit in found]
+    own = [real.images[row] for row in chosen]
+    shuffled = np.roll(chosen, len(chosen) // 2 + 1)
+    bounds: dict[str, Any] = {
+        "nearest_sticker": measure(nearest),
+        "tokenizer": measure(_reconstruct(pipe, own)),
+        "real": measure(own),
+    }
+    for label, view in views.items():
+        bounds["real"][label]["score_shuffled"] = mean_score(
+            view.real[chosen], view.texts[shuffled]
+        )
+        bounds["real"][label]["cmmd_training_to_held_out"] = cmmd(
+            view.real[seen], view.real[reference]
+        )
+
+    judged = views["judge"]
+    shares: dict[str, np.ndarray] = {}
+    for database in (other, training):
+        rows = judge.encode_images(generate(foreign, other_samples, database, DEFAULT_MODE)).vectors
+        nearest_rows = (rows @ judged.real.T).argmax(1)
+        shares[database] = (~real.training[nearest_rows]).reshape(-1, other_samples).mean(1)
+    difference = shares[other] - shares[training]
+    out_of_distribution = {
+        "prompts": len(foreign),
+        "samples": other_samples,
+        "share_by_database": {
+            name: {"mean": float(values.mean()), "interval": list(bootstrap_interval(values))}
+            for name, values in shares.items()
+        },
+        "difference": {
+            "mean": float(difference.mean()),
+            "interval": list(bootstrap_interval(difference)),
+        },
+        "note": "the generator has seen none of them; encoder, judge and tokenizer have",
+    }
+    return {
+        "settings": {
+            "prompts_training": len(seen),
+            "prompts_held_out": len(unseen),
+            "names": len(real.names),
+            "k": k,
+            "steps": steps,
+            "guidance": guidance,
+            "seed": seed,
+            "encoder": pipe.encoder.card.to_dict(),
+            "judge": judge.card.to_dict(),
+        },
+        "chance": {"r_precision@1": 1 / len(real.names), "r_precision@10": 10 / len(real.names)},
+        "generated": generated,
+        "bounds": bounds,
+        "out_of_distribution": out_of_distribution,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _reconstruct(pipe: KNNDiffusion, images: Sequence[Image.Image]) -> list[Image.Image]:
+    """Send pictures through the tokenizer and back."""
+    import torch
+    from PIL import Image
+
+    from knnfast.encoders import pixels
+
+    out: list[Image.Image] = []
+    for start in range(0, len(images), 50):
+        part = torch.from_numpy(pixels(images[start : start + 50], pipe.tokenizer.image_size))
+        with torch.inference_mode():
+            batch = part.to(pipe.device).permute(0, 3, 1, 2).float() / 255
+            back = pipe.tokenizer.decode(pipe.tokenizer.encode(batch)).clamp(0, 1)
+        array = (back * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        out += [Image.fromarray(picture) for picture in array]
+    return out
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """Set an evaluation out as text."""
+    columns = (
+        "R@1",
+        "R@10",
+        "R@10 training",
+        "R@10 held out",
+        "score",
+        "CMMD",
+        "nearest",
+        "pixels",
+    )
+    keys = (
+        "r_precision@1",
+        "r_precision@10",
+        "r_precision@10_training",
+        "r_precision@10_held_out",
+        "score",
+        "cmmd_to_held_out",
+        "nearest_distance",
+    )
+    lines = []
+    for label in ("judge", "encoder"):
+        lines.append(f"{'by the ' + label:24}" + "".join(f"{c:>15}" for c in columns))
+        for name, values in {**result["generated"], **result["bounds"]}.items():
+            row = [values[label][key] for key in keys] + [values["nearest_pixel_distance"]]
+            lines.append(f"  {name:22}" + "".join(f"{v:15.3f}" for v in row))
+        wrong = result["bounds"]["real"][label]["score_shuffled"]
+        lines.append(f"  {'real, shuffled names':22}{'':60}{wrong:15.3f}")
+    lines.append(f"chance: R@10 {result['chance']['r_precision@10']:.4f}")
+    shares = result["out_of_distribution"]
+    for name, value in [
+        *((f"with database {n!r}", v) for n, v in shares["share_by_database"].items()),
+        ("difference", shares["difference"]),
+    ]:
+        low, high = value["interval"]
+        lines.append(
+            f"unseen kind, {name}: {value['mean']:.3f} (95 % interval {low:.3f} to {high:.3f})"
+        )
+    return "\n".join(lines)
