@@ -420,7 +420,7 @@ class WordTable:
                 shared[row] += weight
         cosines = [(s / (math.sqrt(own) * self._lengths[row]), row) for row, s in shared.items()]
         best = sorted(cosines, key=lambda pair: (-pair[0], pair[1]))[: self.NEIGHBOURS]
-        return [(row, float(cosine)) for cosine, row in best if cosine >= self.FLOOR]
+        return [(row, min(float(cosine), 1.0)) for cosine, row in best if cosine >= self.FLOOR]
 
     def _rarity(self, gram: str) -> float:
         assert self._postings is not None
