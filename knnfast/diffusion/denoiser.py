@@ -1,0 +1,356 @@
+"""The denoiser: a transformer over code patches that reads the query and its neighbours."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from knnfast.diffusion.schedule import Schedule
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """Sizes of a denoiser.
+
+    Attributes:
+        num_codes: K; the mask is index K.
+        grid: rows and columns of codes.
+        patch: side of the square of codes one transformer token holds.
+        width: of the transformer, D.
+        depth: number of layers.
+        heads: of self-attention.
+        cross_heads: of cross-attention, H.
+        mlp_width: hidden width of the feed-forward part.
+        canvas_width: numbers a condition embedding paints at each transformer token.
+        canvas_heads: of the attention over those paintings.
+        canvas_layers: layers that read them.
+        code_width: width of a code's embedding and of a row of the head.
+        embed_dim: E, of the condition embeddings.
+        time_width: of the time embedding.
+        ranks: neighbours told apart by rank; later ones share the last rank.
+        num_steps: T of the schedule it is trained with.
+        schedule: name of that schedule.
+    """
+
+    num_codes: int = 512
+    grid: tuple[int, int] = (16, 16)
+    patch: int = 2
+    width: int = 256
+    depth: int = 5
+    heads: int = 4
+    cross_heads: int = 8
+    mlp_width: int = 1024
+    canvas_width: int = 32
+    canvas_heads: int = 4
+    canvas_layers: tuple[int, ...] = (0, 2)
+    code_width: int = 128
+    embed_dim: int = 512
+    time_width: int = 128
+    ranks: int = 10
+    num_steps: int = 100
+    schedule: str = "mask"
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "cross_heads"):
+            if self.width % getattr(self, name):
+                raise ValueError(f"width {self.width} is not a multiple of {name}")
+        if self.canvas_width % self.canvas_heads:
+            raise ValueError(f"canvas_width {self.canvas_width} is not a multiple of canvas_heads")
+        if any(not 0 <= i < self.depth for i in self.canvas_layers):
+            raise ValueError(f"canvas_layers {self.canvas_layers} must lie in [0, {self.depth})")
+        if self.grid[0] % self.patch or self.grid[1] % self.patch:
+            raise ValueError(f"grid {self.grid} is not a multiple of patch {self.patch}")
+
+    @property
+    def length(self) -> int:
+        """Number of codes L."""
+        return self.grid[0] * self.grid[1]
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> DenoiserConfig:
+        """Read what `to_dict` wrote; an unknown name is an error."""
+        unknown = sorted(set(raw) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown denoiser settings {unknown}")
+        listed = {k: tuple(v) for k, v in raw.items() if isinstance(v, list)}
+        return cls(**{**raw, **listed})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """AdaLN: LayerNorm without parameters, then scale and shift per sample."""
+    return F.layer_norm(x, x.shape[-1:]) * (1.0 + scale[:, None]) + shift[:, None]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    """Multi-head softmax attention of q [B, N, D] over k, v [B, M, D]; bias [B, 1, 1, M].
+
+    Written out: with so few tokens the scores are small, and torch's fused CPU attention spends
+    ten times longer in its backward pass.
+    """
+    b, n, d = q.shape
+    q, k, v = (u.view(b, -1, heads, d // heads).transpose(1, 2) for u in (q, k, v))
+    scores = (q * (d // heads) ** -0.5) @ k.transpose(-1, -2)  # [B, H, N, M]
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    h = scores.float().softmax(-1).to(v.dtype) @ v
+    return h.transpose(1, 2).reshape(b, n, d)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(width, 3 * width)
+        self.to_out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend; x is normalised tokens, [B, N, D]."""
+        q, k, v = self.to_qkv(x).chunk(3, dim=-1)
+        return self.to_out(_attend(q, k, v, self.heads))
+
+
+class CrossAttention(nn.Module):
+    """Attention of the code tokens to the condition tokens; adds 0 where all of them are off."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.to_out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, cond: Tensor, bias: Tensor, present: Tensor) -> Tensor:
+        """Attend.
+
+        Args:
+            x: normalised tokens, [B, N, D].
+            cond: condition tokens, [B, k+1, D].
+            bias: 0 or -inf for each condition token, all 0 where none is on, [B, 1, 1, k+1].
+            present: 1 where some condition token is on, else 0, [B, 1, 1].
+        """
+        h = _attend(self.to_q(x), self.to_k(cond), self.to_v(cond), self.heads, bias)
+        return self.to_out(h) * present.to(x.dtype)
+
+
+class CanvasAttention(nn.Module):
+    """Attention of each token to what the condition embeddings paint at its own place.
+
+    Cross-attention hands every token the same few vectors; an embedding that describes a picture's
+    layout then has to be unpacked token by token. Here each embedding is first spread over the
+    grid by one linear map, once per sample, and a token mixes the paintings at its place.
+    """
+
+    def __init__(self, cfg: DenoiserConfig) -> None:
+        super().__init__()
+        self.heads = cfg.canvas_heads
+        self.to_q = nn.Linear(cfg.width, 16 * cfg.canvas_heads)
+        self.to_k = nn.Linear(cfg.width, 16 * cfg.canvas_heads)
+        self.to_out = nn.Linear(cfg.canvas_width, cfg.width)
+
+    def forward(
+        self, x: Tensor, cond: Tensor, paintings: Tensor, bias: Tensor, present: Tensor
+    ) -> Tensor:
+        """Attend; `paintings` is [B, k+1, N, canvas_width], the rest as in `CrossAttention`."""
+        b, n, _ = x.shape
+        q = self.to_q(F.layer_norm(x, x.shape[-1:])).view(b, n, self.heads, 16).transpose(1, 2)
+        k = self.to_k(cond).view(b, -1, self.heads, 16).transpose(1, 2)
+        scores = (q * 0.25) @ k.transpose(-1, -2) + bias.to(q.dtype)  # [B, H, N, k+1]
+        mix = scores.float().softmax(-1).to(x.dtype).permute(0, 3, 2, 1)  # [B, k+1, N, H]
+        values = paintings.view(b, -1, n, self.heads, paintings.shape[-1] // self.heads)
+        h = (mix.unsqueeze(-1) * values).sum(1).reshape(b, n, -1)
+        return self.to_out(h) * present.to(x.dtype)
+
+
+class Layer(nn.Module):
+    """Self-attention, cross-attention, squared-ReLU feed-forward, each behind an AdaLN.
+
+    A layer with a canvas reads it first.
+    """
+
+    def __init__(self, cfg: DenoiserConfig, canvas: bool) -> None:
+        super().__init__()
+        if canvas:
+            self.canvas_attention = CanvasAttention(cfg)
+        self.self_attention = SelfAttention(cfg.width, cfg.heads)
+        self.cross_attention = CrossAttention(cfg.width, cfg.cross_heads)
+        self.mlp_in = nn.Linear(cfg.width, cfg.mlp_width)
+        self.mlp_out = nn.Linear(cfg.mlp_width, cfg.width)
+        # Added to the shared time modulation: shift and scale of each of the three norms.
+        self.modulation = nn.Parameter(torch.zeros(6, cfg.width))
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        cond: Tensor,
+        paintings: Tensor,
+        bias: Tensor,
+        present: Tensor,
+    ) -> Tensor:
+        """Map tokens [B, N, D] to the same shape; time is [B, 6, D]."""
+        if hasattr(self, "canvas_attention"):
+            x = x + self.canvas_attention(x, cond, paintings, bias, present)
+        shift1, scale1, shift2, scale2, shift3, scale3 = (time + self.modulation).unbind(1)
+        x = x + self.self_attention(_modulate(x, shift1, scale1))
+        x = x + self.cross_attention(_modulate(x, shift2, scale2), cond, bias, present)
+        return x + self.mlp_out(F.relu(self.mlp_in(_modulate(x, shift3, scale3))).square())
+
+
+class Denoiser(nn.Module):
+    """Predict the clean codes from corrupted ones, a level, and k+1 condition embeddings.
+
+    One transformer token holds patch x patch codes (the process treats the codes of a step
+    independently anyway). The condition embeddings get a learned mark (query, or the neighbour's
+    rank), a small shared network reads each, and every layer attends to the result.
+
+    Args:
+        config: sizes.
+    """
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        cfg = self.config = config
+        p2, d = cfg.patch**2, cfg.width
+        tokens = cfg.length // p2
+        narrow = max(8, cfg.code_width // 2)
+        self.code_embedding = nn.Embedding(cfg.num_codes + 1, narrow)
+        self.patch_in = nn.Linear(p2 * narrow, d)
+        self.position = nn.Parameter(torch.randn(tokens, d) * 0.02)
+        self.time_in = nn.Linear(cfg.time_width, cfg.time_width)
+        self.time_out = nn.Linear(cfg.time_width, 6 * d)
+        self.cond_in = nn.Linear(cfg.embed_dim, d)
+        self.cond_mark = nn.Parameter(torch.randn(1 + cfg.ranks, d) * 0.1)
+        self.cond_mlp_in = nn.Linear(d, 2 * d)
+        self.cond_mlp_out = nn.Linear(2 * d, d)
+        self.canvas = nn.Linear(cfg.embed_dim, tokens * cfg.canvas_width)
+        self.layers = nn.ModuleList(Layer(cfg, i in cfg.canvas_layers) for i in range(cfg.depth))
+        self.norm_out = nn.LayerNorm(d)
+        self.patch_out = nn.Linear(d, p2 * cfg.code_width)
+        self.head = nn.Linear(cfg.code_width, cfg.num_codes)
+        self._init()
+
+    def _init(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5 * 0.8)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.code_embedding.weight, std=1.0)
+        for layer in self.layers:
+            for out in (layer.self_attention.to_out, layer.cross_attention.to_out, layer.mlp_out):
+                out.weight.data.mul_(0.5 / math.sqrt(self.config.depth))
+        self.time_out.weight.data.mul_(0.1)
+        self.cond_mlp_out.weight.data.mul_(0.5)
+        self.head.weight.data.mul_(0.3)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule the denoiser is trained with."""
+        cfg = self.config
+        return Schedule(cfg.schedule, cfg.num_steps, cfg.num_codes)
+
+    def time_modulation(self, t: Tensor) -> Tensor:
+        """Levels [B] to the shared AdaLN shifts and scales [B, 6, D]."""
+        half = self.config.time_width // 2
+        steps = torch.arange(half, device=t.device, dtype=torch.float32)
+        angle = t.float()[:, None] * torch.exp(steps * (-math.log(1e4) / half))[None]
+        wave = torch.cat([angle.cos(), angle.sin()], dim=1)
+        h = self.time_out(F.silu(self.time_in(wave)))
+        return h.view(len(t), 6, self.config.width)
+
+    def read_condition(self, cond: Tensor) -> Tensor:
+        """Condition embeddings [B, k+1, E], query first, to condition tokens [B, k+1, D]."""
+        rank = torch.arange(cond.shape[1], device=cond.device).clamp_max(self.config.ranks)
+        # Unit rows of E numbers become rows of variance 1.
+        h = self.cond_in(cond * math.sqrt(self.config.embed_dim)) + self.cond_mark[rank]
+        g = F.layer_norm(h, h.shape[-1:])
+        return F.layer_norm(
+            h + self.cond_mlp_out(F.relu(self.cond_mlp_in(g)).square()), h.shape[-1:]
+        )
+
+    def tokens(self, x_t: Tensor) -> Tensor:
+        """Codes [B, L] to transformer tokens [B, L / patch^2, D]."""
+        (rows, cols), p = self.config.grid, self.config.patch
+        e = self.code_embedding(x_t).view(len(x_t), rows // p, p, cols // p, p, -1)
+        e = e.permute(0, 1, 3, 2, 4, 5).reshape(len(x_t), (rows // p) * (cols // p), -1)
+        return self.patch_in(e) + self.position
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Tensor, cond_mask: Tensor) -> Tensor:
+        """Everything but the head: one row for each code, [B, L, code_width].
+
+        Args:
+            x_t: corrupted codes, [B, L] int64, the mask is K.
+            t: levels, [B] int64.
+            cond: condition embeddings, [B, k+1, E], query first, then neighbours nearest first.
+            cond_mask: which of them are on, [B, k+1] bool.
+        """
+        (rows, cols), p = self.config.grid, self.config.patch
+        x = self.tokens(x_t)
+        time = self.time_modulation(t).to(x.dtype)
+        tokens = self.read_condition(cond)
+        paintings = self.canvas(cond * math.sqrt(self.config.embed_dim))
+        paintings = paintings.view(*cond.shape[:2], -1, self.config.canvas_width)
+        some = cond_mask.any(1)
+        off = ~(cond_mask | ~some[:, None])
+        bias = torch.zeros_like(off, dtype=torch.float32).masked_fill(off, float("-inf"))
+        for layer in self.layers:
+            x = layer(x, time, tokens, paintings, bias[:, None, None], some[:, None, None])
+        y = self.patch_out(self.norm_out(x))
+        y = y.view(len(x), rows // p, cols // p, p, p, -1).permute(0, 1, 3, 2, 4, 5)
+        return y.reshape(len(x), rows * cols, -1)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor, cond_mask: Tensor) -> Tensor:
+        """Logits of the clean codes, [B, L, K]."""
+        return self.head(self.features(x_t, t, cond, cond_mask))
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write `config.json` and `model.safetensors`; `dtype` is the stored type."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}
+        save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        text = json.dumps(self.config.to_dict(), indent=2) + "\n"
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def from_folder(cls, path: str | Path, device: str | torch.device = "cpu") -> Denoiser:
+        """Load what `save` wrote, as FP32 in evaluation mode.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged or does not fit.
+        """
+        folder = Path(path)
+        try:
+            raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            if not isinstance(raw, dict):
+                raise ValueError("not a JSON object")
+            model = cls(DenoiserConfig.from_dict(raw))
+        except (UnicodeDecodeError, ValueError, TypeError) as e:
+            raise ValueError(f"denoiser {folder / CONFIG_FILE}: {e}") from e
+        weights = folder / WEIGHTS_FILE
+        if not weights.is_file():
+            raise FileNotFoundError(f"denoiser weights are missing: {weights}")
+        try:
+            model.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
+        except (SafetensorError, RuntimeError, ValueError) as e:
+            raise ValueError(f"denoiser {weights}: {e}") from e
+        return model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,92 @@
+"""Sampling: from the prior down any list of levels, each step exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from knnfast.diffusion.denoiser import Denoiser
+from knnfast.diffusion.schedule import Schedule
+from knnfast.ops import reference
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    cond: Tensor,
+    cond_mask: Tensor,
+    steps: int | Sequence[int] = 25,
+    guidance: float = 3.0,
+    seed: int = 0,
+    truncation: float = 1.0,
+    top_k: int = 0,
+    temperature: float = 1.0,
+    image_indices: Tensor | None = None,
+    callback: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Draw codes.
+
+    Args:
+        denoiser: the network.
+        schedule: of the corruption; may be another one than in training.
+        cond: condition embeddings, [B, k+1, E], query first, then neighbours nearest first.
+        cond_mask: which of them are on, [B, k+1] bool.
+        steps: number of steps, or the levels to visit (falling from T); any list is exact.
+        guidance: w in l = l_null + w (l_cond - l_null); 1 means none.
+        seed: of the random numbers; with the image index it fixes an image, whatever the batch.
+        truncation: keep the most probable classes up to this mass; 1 keeps all.
+        top_k: keep this many classes; 0 keeps all.
+        temperature: divides the logits after guidance.
+        image_indices: [B] int64, the images' indices in the random numbers; default 0...B-1.
+        callback: called with (steps done, steps) after each step.
+
+    Returns:
+        Codes, [B, L] int64.
+
+    Raises:
+        ValueError: a bad list of steps, truncation or temperature, or another number of codes.
+    """
+    if not 0.0 < truncation <= 1.0:
+        raise ValueError(f"truncation must be in (0, 1], got {truncation}")
+    if not temperature > 0.0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    if schedule.num_codes != denoiser.config.num_codes:
+        raise ValueError(
+            f"the schedule's num_codes {schedule.num_codes} is not the denoiser's "
+            f"{denoiser.config.num_codes}"
+        )
+    levels = schedule.levels(steps if isinstance(steps, int) else list(steps))
+    k, length = schedule.num_codes, denoiser.config.length
+    batch = len(cond)
+    x = reference.sample_prior(
+        schedule, levels[0], k, (batch, length), seed=seed, image_indices=image_indices
+    )
+    guided = guidance != 1.0
+    if guided:
+        cond = torch.cat([cond, torch.zeros_like(cond)])
+        cond_mask = torch.cat([cond_mask, torch.zeros_like(cond_mask)])
+    for done, (t, s) in enumerate(pairwise(levels), start=1):
+        level = torch.full((len(cond),), t, dtype=torch.int64)
+        doubled = torch.cat([x, x]) if guided else x
+        rows = denoiser.features(doubled, level, cond, cond_mask)
+        x = reference.sample_head(
+            rows[:batch],
+            denoiser.head.weight,
+            denoiser.head.bias,
+            x,
+            reference.transition_weights(schedule, t, s, k),
+            seed=seed,
+            image_indices=image_indices,
+            null_features=rows[batch:] if guided else None,
+            guidance=guidance,
+            temperature=temperature,
+            top_r=truncation,
+            top_k=top_k,
+        )
+        if callback is not None:
+            callback(done, len(levels) - 1)
+    return x

@@ -1,0 +1,88 @@
+"""Corruption schedules of discrete diffusion: how likely a code is kept, replaced, or masked.
+
+Levels t = 0...T; t = 0 is data. A code is kept with probability A_t, replaced by each of the K
+codes with probability B_t, masked with probability C_t: A_t + K B_t + C_t = 1.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+NAMES = ("vq_diffusion", "mask_replace", "mask")
+
+
+class Schedule:
+    """Cumulative probabilities of a named schedule.
+
+    Args:
+        name: `vq_diffusion` (the published code's: K B_t = 1e-6 at every level), `mask_replace`
+            (0.9 masked and 0.1 uniform at T) or `mask` (no replacement).
+        num_steps: T >= 1 (`vq_diffusion`: >= 2).
+        num_codes: K >= 1 codes, the mask not counted.
+
+    Attributes:
+        A, B, C: [T + 1] float64, index 0 is data.
+    """
+
+    def __init__(self, name: str, num_steps: int = 100, num_codes: int = 512) -> None:
+        if name not in NAMES:
+            raise ValueError(f"schedule must be one of {', '.join(NAMES)}, got {name!r}")
+        least = 2 if name == "vq_diffusion" else 1
+        if num_steps < least:
+            raise ValueError(f"num_steps must be >= {least} for {name}, got {num_steps}")
+        if num_codes < 1:
+            raise ValueError(f"num_codes must be >= 1, got {num_codes}")
+        self.name, self.num_steps, self.num_codes = name, num_steps, num_codes
+        progress = np.arange(1, num_steps + 1) / num_steps
+        if name == "vq_diffusion":
+            line = np.arange(num_steps) / (num_steps - 1)
+            kept = 0.99999 + line * (0.000009 - 0.99999)
+            masked = 0.000009 + line * (0.99999 - 0.000009)
+        elif name == "mask_replace":
+            kept, masked = 1.0 - progress, 0.9 * progress
+        else:
+            kept, masked = 1.0 - progress, progress
+        self.A = np.concatenate([[1.0], kept])
+        self.C = np.concatenate([[0.0], masked])
+        replaced = np.zeros(num_steps + 1) if name == "mask" else 1.0 - self.A - self.C
+        replaced[0] = 0.0
+        self.B = replaced / num_codes
+        for array in (self.A, self.B, self.C):
+            array.setflags(write=False)
+
+    def stride(self, s: int, t: int) -> tuple[float, float, float]:
+        """Keep, replace (per code) and mask probabilities of the jump from level s to level t > s.
+
+        Q_{s->t} has a on the diagonal, b added to every entry among codes, c into the mask.
+        """
+        if not 0 <= s < t <= self.num_steps:
+            raise ValueError(f"need 0 <= s < t <= {self.num_steps}, got s={s}, t={t}")
+        a = self.A[t] / self.A[s]
+        c = 1.0 - (1.0 - self.C[t]) / (1.0 - self.C[s])
+        b = (self.B[t] - a * self.B[s]) / (1.0 - self.C[s])
+        return float(a), float(max(b, 0.0)), float(c)
+
+    def levels(self, steps: int | list[int] | tuple[int, ...]) -> list[int]:
+        """Levels a sampler visits, from T down to 0.
+
+        Args:
+            steps: a number of steps (levels evenly spaced), or the levels themselves: strictly
+                falling from T; a missing final 0 is added.
+        """
+        top = self.num_steps
+        if isinstance(steps, int):
+            if not 1 <= steps <= top:
+                raise ValueError(f"steps must be in [1, {top}], got {steps}")
+            return [round(top * (steps - i) / steps) for i in range(steps + 1)]
+        listed = [int(v) for v in steps]
+        if listed and listed[-1] != 0:
+            listed.append(0)
+        falling = all(a > b for a, b in pairwise(listed))
+        if len(listed) < 2 or listed[0] != top or not falling:
+            raise ValueError(f"steps must fall strictly from {top} to 0, got {list(steps)}")
+        return listed
+
+    def __repr__(self) -> str:
+        return f"Schedule({self.name!r}, num_steps={self.num_steps}, num_codes={self.num_codes})"

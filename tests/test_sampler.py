@@ -1,0 +1,141 @@
+"""The sampler: exact on a known posterior, bits fixed by seed and image index, bad input."""
+
+import pytest
+import torch
+
+from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
+from knnfast.diffusion.sampler import sample
+from knnfast.diffusion.schedule import NAMES, Schedule
+
+K, L = 5, 4
+
+
+class Independent(torch.nn.Module):
+    """A stand-in denoiser whose codes are independent with known probabilities.
+
+    The exact p(x_0 | x_t) of that data is known in closed form, so the sampler must reproduce the
+    data's distribution for every schedule and every list of steps.
+    """
+
+    def __init__(self, p: torch.Tensor, schedule: Schedule) -> None:
+        super().__init__()
+        self.p, self.schedule = p, schedule
+        self.config = DenoiserConfig(num_codes=K, grid=(2, 2), code_width=K)
+        self.head = torch.nn.Linear(K, K)
+        self.head.weight.data.copy_(torch.eye(K))
+        self.head.bias.data.zero_()
+
+    def features(self, x_t, t, cond, mask):
+        level = int(t[0])
+        a, b = self.schedule.A[level], self.schedule.B[level]
+        joint = self.p.expand(len(x_t), L, K).clone()
+        real = x_t < K
+        likelihood = torch.full((len(x_t), L, K), float(b), dtype=torch.float64)
+        likelihood.scatter_add_(
+            2, x_t.clamp_max(K - 1)[..., None], torch.full((len(x_t), L, 1), float(a)).double()
+        )
+        joint = torch.where(real[..., None], joint * likelihood, joint)
+        return (joint / joint.sum(-1, keepdim=True)).clamp_min(1e-30).log().float()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("steps", [1, 4, [20, 13, 2]], ids=str)
+def test_distribution(name: str, steps: int | list[int]) -> None:
+    """Chi-square of the drawn codes against the data's distribution."""
+    schedule = Schedule(name, 20, K)
+    p = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]] * L, dtype=torch.float64)
+    count = 4000
+    net = Independent(p, schedule)
+    cond, mask = torch.zeros(count, 1, 3), torch.zeros(count, 1, dtype=torch.bool)
+    codes = sample(net, schedule, cond, mask, steps=steps, guidance=1.0, seed=3)
+    assert codes.shape == (count, L)
+    assert codes.max() < K
+    seen = torch.bincount(codes.flatten(), minlength=K).double()
+    expected = p[0] * count * L
+    statistic = ((seen - expected) ** 2 / expected).sum()
+    assert statistic < 18.5  # 4 degrees of freedom: 0.1 %
+
+
+@pytest.fixture
+def tiny() -> Denoiser:
+    config = DenoiserConfig(
+        num_codes=11, grid=(4, 4), width=32, depth=2, heads=2, cross_heads=4, mlp_width=48,
+        canvas_width=8, canvas_heads=2, canvas_layers=(0,), code_width=16, embed_dim=12,
+        time_width=16, ranks=3, num_steps=10,
+    )  # fmt: skip
+    return Denoiser(config).eval().requires_grad_(False)
+
+
+def condition(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(5)
+    cond = torch.nn.functional.normalize(torch.randn(batch, 4, 12, generator=g), dim=-1)
+    return cond, torch.ones(batch, 4, dtype=torch.bool)
+
+
+def test_same_seed_same_bits(tiny: Denoiser) -> None:
+    cond, mask = condition(6)
+    draw = lambda seed: sample(tiny, tiny.schedule, cond, mask, steps=5, seed=seed)  # noqa: E731
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batch_does_not_matter(tiny: Denoiser, name: str) -> None:
+    """An image depends on its own index and condition: drawn alone it is the same image.
+
+    Matrix products may round differently in another batch; at most 1 image in 100 may differ.
+    """
+    count = 100
+    cond, mask = condition(count)
+    schedule = Schedule(name, 10, 11)
+    whole = sample(tiny, schedule, cond, mask, steps=4, seed=9)
+    differ = 0
+    for part in torch.arange(count).split(7):
+        alone = sample(tiny, schedule, cond[part], mask[part], steps=4, seed=9, image_indices=part)
+        differ += int((alone != whole[part]).any(1).sum())
+    assert differ <= count // 100
+
+
+def test_guidance_one_is_no_guidance(tiny: Denoiser) -> None:
+    """With w = 1 the null condition drops out; with no condition at all guidance does nothing."""
+    cond, mask = condition(3)
+    a = sample(tiny, tiny.schedule, cond, mask, steps=5, guidance=1.0)
+    assert not torch.equal(a, sample(tiny, tiny.schedule, cond, mask, steps=5, guidance=6.0))
+    off = torch.zeros_like(mask)
+    b = sample(tiny, tiny.schedule, cond, off, steps=5, guidance=1.0)
+    assert torch.equal(b, sample(tiny, tiny.schedule, cond, off, steps=5, guidance=6.0))
+
+
+def test_truncation_to_the_best_class(tiny: Denoiser) -> None:
+    """One step with one class left is the argmax, whatever the seed."""
+    cond, mask = condition(3)
+    for kept in ({"top_k": 1}, {"truncation": 1e-6}):
+        draws = [
+            sample(tiny, tiny.schedule, cond, mask, steps=1, guidance=1.0, seed=s, **kept)
+            for s in (0, 1)
+        ]
+        assert torch.equal(*draws)
+        start = torch.full((3, 16), 11)
+        logits = tiny(start, torch.full((3,), 10), cond, mask)
+        assert torch.equal(draws[0], logits.argmax(-1))
+
+
+def test_callback_and_levels(tiny: Denoiser) -> None:
+    cond, mask = condition(1)
+    seen: list[tuple[int, int]] = []
+    sample(tiny, tiny.schedule, cond, mask, steps=[10, 6, 1], callback=lambda *a: seen.append(a))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_rejects(tiny: Denoiser) -> None:
+    cond, mask = condition(2)
+    with pytest.raises(ValueError, match="steps must"):
+        sample(tiny, tiny.schedule, cond, mask, steps=0)
+    with pytest.raises(ValueError, match="steps must"):
+        sample(tiny, tiny.schedule, cond, mask, steps=[9, 0])
+    with pytest.raises(ValueError, match="truncation"):
+        sample(tiny, tiny.schedule, cond, mask, truncation=0.0)
+    with pytest.raises(ValueError, match="temperature"):
+        sample(tiny, tiny.schedule, cond, mask, temperature=0.0)
+    with pytest.raises(ValueError, match="num_codes"):
+        sample(tiny, Schedule("mask", 10, 12), cond, mask)
