@@ -255,6 +255,7 @@ class Denoiser(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.code_embedding.weight, std=1.0)
         for layer in self.layers:
+            assert isinstance(layer, Layer)  # for the type checker
             for out in (layer.self_attention.to_out, layer.cross_attention.to_out, layer.mlp_out):
                 out.weight.data.mul_(0.5 / math.sqrt(self.config.depth))
         self.time_out.weight.data.mul_(0.1)

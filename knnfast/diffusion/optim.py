@@ -61,7 +61,7 @@ class Muon:
         self.adam.step()
         self.adam.zero_grad()
         for shape, named in self.matrices.items():
-            params = [p for _, p in named]
+            params: list[Tensor] = [p for _, p in named]
             grads = [p.grad for p in params if p.grad is not None]
             buffers = [self.buffers[n] for n, _ in named]
             torch._foreach_lerp_(buffers, grads, 1 - self.momentum)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from knnfast.diffusion.denoiser import Denoiser
 from knnfast.diffusion.schedule import Schedule
-from knnfast.ops import reference
+from knnfast.ops import sample_head, sample_prior, transition_weights
 
 
 @torch.no_grad()
@@ -59,12 +59,13 @@ def sample(
             f"the schedule's num_codes {schedule.num_codes} is not the denoiser's "
             f"{denoiser.config.num_codes}"
         )
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be in [0, 2^64), got {seed}")
+    key = seed - 2**64 if seed >= 2**63 else seed  # the same 64 bits as an int64
     levels = schedule.levels(steps if isinstance(steps, int) else list(steps))
     k, length = schedule.num_codes, denoiser.config.length
     batch = len(cond)
-    x = reference.sample_prior(
-        schedule, levels[0], k, (batch, length), seed=seed, image_indices=image_indices
-    )
+    x = sample_prior(schedule, levels[0], k, (batch, length), seed=key, image_indices=image_indices)
     guided = guidance != 1.0
     if guided:
         cond = torch.cat([cond, torch.zeros_like(cond)])
@@ -73,13 +74,13 @@ def sample(
         level = torch.full((len(cond),), t, dtype=torch.int64)
         doubled = torch.cat([x, x]) if guided else x
         rows = denoiser.features(doubled, level, cond, cond_mask)
-        x = reference.sample_head(
+        x = sample_head(
             rows[:batch],
             denoiser.head.weight,
             denoiser.head.bias,
             x,
-            reference.transition_weights(schedule, t, s, k),
-            seed=seed,
+            transition_weights(schedule, t, s, k),
+            seed=key,
             image_indices=image_indices,
             null_features=rows[batch:] if guided else None,
             guidance=guidance,

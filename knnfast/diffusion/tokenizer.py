@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,10 +74,9 @@ class TokenizerConfig:
 class NormSiLU(nn.GroupNorm):
     """GroupNorm followed by SiLU; training may set `fused`, a faster form of the same function."""
 
-    fused: ClassVar[Callable[[Tensor, Tensor, Tensor, int, float], Tensor] | None] = None
-
     def __init__(self, groups: int, channels: int) -> None:
         super().__init__(groups, channels, eps=1e-6)
+        self.fused: Callable[[Tensor, Tensor, Tensor, int, float], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise and activate [B, C, H, W]."""

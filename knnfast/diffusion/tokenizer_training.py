@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,33 +56,47 @@ def _grad_x(dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor, a: Tensor, c: T
     return (du * scale[:, None] + x.float() * a[:, None] + c[:, None]).to(x.dtype)
 
 
-# One pass over the activations each: torch's own GroupNorm takes three quarters of a training step
-# in channels-last bfloat16 on a CPU.
-_scale_shift_c = torch.compile(_scale_shift)
-_apply_c = torch.compile(_apply)
-_grad_sums_c = torch.compile(_grad_sums)
-_grad_x_c = torch.compile(_grad_x)
+class _Passes(NamedTuple):
+    """The four passes over the activations."""
+
+    scale_shift: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    apply: Callable[..., Tensor]
+    grad_sums: Callable[..., tuple[Tensor, Tensor]]
+    grad_x: Callable[..., Tensor]
+
+
+_PLAIN = _Passes(_scale_shift, _apply, _grad_sums, _grad_x)
+
+
+@cache
+def _compiled() -> _Passes:
+    """Each pass as one fused loop: torch's own GroupNorm takes three quarters of a training step in
+    channels-last bfloat16 on a CPU."""
+    passes: tuple[Any, ...] = tuple(torch.compile(f) for f in _PLAIN)
+    return _Passes(*passes)
 
 
 class _NormSiLU(torch.autograd.Function):
     """SiLU(GroupNorm(x)) for channels-last x, with a backward that recomputes the activation."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, groups: int, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, passes: _Passes, x: Tensor, w: Tensor, b: Tensor, groups: int, eps: float
+    ) -> Tensor:
         batch, c, height, width = x.shape
         rows = x.permute(0, 2, 3, 1).reshape(batch, height * width, c)
-        mean, rstd, scale, shift = _scale_shift_c(rows, w, b, groups, eps)
+        mean, rstd, scale, shift = passes.scale_shift(rows, w, b, groups, eps)
         ctx.save_for_backward(rows, w, mean, rstd, scale, shift)
-        ctx.groups, ctx.shape = groups, x.shape
-        return _apply_c(rows, scale, shift).view(batch, height, width, c).permute(0, 3, 1, 2)
+        ctx.passes, ctx.groups, ctx.shape = passes, groups, x.shape
+        return passes.apply(rows, scale, shift).view(batch, height, width, c).permute(0, 3, 1, 2)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, w, mean, rstd, scale, shift = ctx.saved_tensors
         batch, c, height, width = ctx.shape
         count = height * width * (c // ctx.groups)
         dy = dy.permute(0, 2, 3, 1).reshape(rows.shape)
-        sum_du, sum_dux = _grad_sums_c(dy, rows, scale, shift)
+        sum_du, sum_dux = ctx.passes.grad_sums(dy, rows, scale, shift)
         sum_dun = (sum_dux - sum_du * mean) * rstd
 
         def group_mean(v: Tensor) -> Tensor:
@@ -88,16 +104,19 @@ class _NormSiLU(torch.autograd.Function):
             return v.expand(batch, ctx.groups, c // ctx.groups).reshape(batch, c)
 
         g1, g2 = group_mean(sum_du * w), group_mean(sum_dun * w)
-        dx = _grad_x_c(dy, rows, scale, shift, -rstd * rstd * g2, rstd * (rstd * mean * g2 - g1))
+        dx = ctx.passes.grad_x(
+            dy, rows, scale, shift, -rstd * rstd * g2, rstd * (rstd * mean * g2 - g1)
+        )
         dx = dx.view(batch, height, width, c).permute(0, 3, 1, 2)
-        return dx, sum_dun.sum(0), sum_du.sum(0), None, None
+        return None, dx, sum_dun.sum(0), sum_du.sum(0), None, None
 
 
-def fuse_norms(model: VQTokenizer, on: bool) -> None:
-    """Switch the training form of GroupNorm + SiLU on or off."""
+def fuse_norms(model: VQTokenizer, on: bool, compile: bool = False) -> None:
+    """Switch the training form of GroupNorm + SiLU on or off; `compile` fuses its passes."""
+    passes = _compiled() if compile else _PLAIN
     for module in model.modules():
         if isinstance(module, NormSiLU):
-            module.fused = _NormSiLU.apply if on else None  # type: ignore[misc]
+            module.fused = partial(_NormSiLU.apply, passes) if on else None
 
 
 def kmeans(rows: Tensor, k: int, rounds: int, generator: torch.Generator) -> Tensor:
@@ -143,6 +162,7 @@ def train_tokenizer(
     augmented: float = 0.5,
     eval_every: int = 250,
     start: VQTokenizer | None = None,
+    compile: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -173,7 +193,7 @@ def train_tokenizer(
     torch.manual_seed(seed)
     g = torch.Generator().manual_seed(seed)
     model = VQTokenizer(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    fuse_norms(model, True)
+    fuse_norms(model, True, compile)
     if start is not None:
         model.load_state_dict(start.state_dict())
         warmup = 0
@@ -193,7 +213,8 @@ def train_tokenizer(
     for step in bar:
         x = images[torch.randint(len(images), (batch,), generator=g)].float() / 255
         n = int(batch * augmented)
-        x = torch.cat([augment(x[:n], g), x[n:]]).contiguous(memory_format=torch.channels_last)
+        x = torch.cat([augment(x[:n], g), x[n:]]) if n else x
+        x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             z = model.latents(x).float()
         if step == warmup and start is None:
@@ -247,7 +268,7 @@ def train_tokenizer(
                 "code_entropy": round(float(torch.special.entr(counts / counts.sum()).sum()), 3),
                 "codes_used": int((counts > 0.02 * batch).sum()),
             }
-            fuse_norms(model, True)
+            fuse_norms(model, True, compile)
             record["history"].append(row)
             bar.write(json.dumps(row))
             model.save(out)

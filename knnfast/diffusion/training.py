@@ -29,7 +29,7 @@ from knnfast.diffusion.pairs import ConditionConfig, ConditionSampler, Pairs
 from knnfast.diffusion.sampler import sample
 from knnfast.diffusion.schedule import Schedule
 from knnfast.diffusion.tokenizer import VQTokenizer
-from knnfast.ops import reference
+from knnfast.ops import transition_loss
 
 if TYPE_CHECKING:
     from knnfast.database import Database
@@ -158,7 +158,7 @@ class Trainer:
             if self.schedule.B[1:].any():
                 logits = self.net.head(features).float()
                 weight = torch.full((len(t),), float(steps))
-                return reference.transition_loss(
+                return transition_loss(
                     logits,
                     x0,
                     x_t,
@@ -340,7 +340,12 @@ def draw_grid(
     targets, cond, mask = ConditionSampler(trainer.sampler.pairs, shown).draw(count, generator, 1)
     net, schedule = trainer.averaged(), trainer.schedule
     rows = [targets]
-    rows += [sample(net, schedule, cond, mask, steps=steps, guidance=3.0, seed=s) for s in (0, 1)]
+    rows += [
+        sample(
+            net, schedule, cond, mask, steps=min(steps, schedule.num_steps), guidance=3.0, seed=s
+        )
+        for s in (0, 1)
+    ]
     pixels = torch.stack([tokenizer.decode(codes) for codes in rows])  # [R, B, 3, S, S]
     r, b, c, h, w = pixels.shape
     sheet = pixels.permute(0, 3, 1, 4, 2).reshape(r * h, b * w, c)

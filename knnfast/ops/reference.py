@@ -5,7 +5,7 @@ Slow and readable; tests and benchmarks measure every backend against these func
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -103,9 +103,12 @@ def _rows(v: Tensor) -> Tensor:
 class Schedule(Protocol):
     """Cumulative coefficients for levels 0..T: A + K B + C = 1, (A, B, C)[0] = (1, 0, 0)."""
 
-    A: object
-    B: object
-    C: object
+    @property
+    def A(self) -> Any: ...
+    @property
+    def B(self) -> Any: ...
+    @property
+    def C(self) -> Any: ...
 
 
 # Columns of a step's weights, FP64. The first is the level t, for the random counters.
@@ -320,7 +323,7 @@ def sample_prior(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Draw x_t [B, L] from the schedule's own prior: MASK with C / (C + K B), else uniform."""
-    B, C = float(schedule.B[t]), float(schedule.C[t])  # type: ignore[index]
+    B, C = float(schedule.B[t]), float(schedule.C[t])
     x = torch.full(shape, num_codes, dtype=torch.int64, device=device)
     level = torch.tensor([float(t)], dtype=torch.float64, device=device)
     t_, position, image, seed = _coordinates(x, level, image_indices, seed)
@@ -365,7 +368,7 @@ def transition_loss(
     f(t) = 2 - (t - 1) / T when adaptive, else 1. Returns (loss, KL per image [B], mean over L).
     """
     K = logits.shape[-1]
-    levels = len(schedule.A) - 1  # type: ignore[arg-type]
+    levels = len(schedule.A) - 1
     logp = torch.log_softmax(logits.double(), -1)
     rows = torch.stack([transition_weights(schedule, int(v), int(v) - 1, K) for v in t])
     rows = rows.to(logits.device)

@@ -1,0 +1,333 @@
+"""Training: the loss against its definition, resuming, neighbours, and images alone."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from knnfast.diffusion import training
+from knnfast.diffusion.augment import augment
+from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
+from knnfast.diffusion.optim import Muon, orthogonalize
+from knnfast.diffusion.pairs import ConditionConfig, ConditionSampler, Pairs
+from knnfast.diffusion.schedule import NAMES, Schedule
+from knnfast.diffusion.tokenizer import TokenizerConfig, VQTokenizer
+from knnfast.diffusion.tokenizer_training import fuse_norms, kmeans, redundant, train_tokenizer
+from knnfast.diffusion.training import TrainConfig, Trainer, corrupt, masked_row_weight, train
+from knnfast.ops import reference
+
+E, K, N = 12, 11, 40
+TINY = DenoiserConfig(
+    num_codes=K, grid=(4, 4), width=32, depth=2, heads=2, cross_heads=4, mlp_width=48,
+    canvas_width=8, canvas_heads=2, canvas_layers=(0,), code_width=16, embed_dim=E, time_width=16,
+    ranks=3, num_steps=10,
+)  # fmt: skip
+QUICK = TrainConfig(
+    steps=6, batch=8, warmup=2, checkpoint_every=2, log_every=2, bf16=False,
+    condition=ConditionConfig(k=3, semantic=8),
+)  # fmt: skip
+
+
+def pairs(worlds: int = 2) -> Pairs:
+    g = torch.Generator().manual_seed(0)
+    return Pairs(
+        torch.randint(K, (worlds, N, 16), generator=g).short(),
+        F.normalize(torch.randn(worlds, N, E, generator=g), dim=-1).half(),
+        torch.arange(0, 30),
+        torch.arange(5, 40),
+    )
+
+
+# ---- the process --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_corrupt_follows_the_schedule(name: str) -> None:
+    schedule = Schedule(name, 10, K)
+    codes = torch.full((6000, 16), 4)
+    t = torch.full((6000,), 7)
+    x_t = corrupt(codes, t, schedule, torch.Generator().manual_seed(1))
+    seen = torch.bincount(x_t.flatten(), minlength=K + 1).double() / x_t.numel()
+    expected = torch.full((K + 1,), float(schedule.B[7]))
+    expected[4] += float(schedule.A[7])
+    expected[K] = float(schedule.C[7])
+    torch.testing.assert_close(seen, expected.double(), atol=0.006, rtol=0)
+
+
+def test_masked_loss_is_the_definition() -> None:
+    """Value and gradient equal FP64 autograd of the variational loss plus the auxiliary term.
+
+    For B = 0 a real code is known, so the definition is taken over masked codes alone.
+    """
+    schedule = Schedule("mask", 10, K)
+    x0 = torch.randint(K, (5, 16))
+    t = torch.randint(1, 11, (5,))
+    x_t = corrupt(x0, t, schedule, torch.Generator().manual_seed(2))
+    rows = x_t == K
+    logits = torch.randn(5, 16, K, dtype=torch.float64, requires_grad=True)
+
+    nll = F.cross_entropy(logits[rows], x0[rows], reduction="none")
+    weight = masked_row_weight(schedule, auxiliary=0.3).double()[t][:, None].expand(5, 16)[rows]
+    ours = (weight * nll).sum() / x0.numel()
+    (grad,) = torch.autograd.grad(ours, logits)
+
+    certain = F.one_hot(x_t.clamp_max(K - 1), K).double().mul(2.0).sub(1.0).mul(1e9)
+    known = torch.where(rows[..., None], logits, certain)  # a real code is predicted as itself
+    want, _ = reference.transition_loss(known, x0, x_t, t, schedule, auxiliary=0.3)
+    (want_grad,) = torch.autograd.grad(want, logits)
+    torch.testing.assert_close(ours.float(), want.float(), atol=0, rtol=1e-6)
+    torch.testing.assert_close(grad, want_grad, atol=1e-9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trainer_loss(name: str) -> None:
+    """The trainer's loss is T times the definition, on what the network gives."""
+    trainer = Trainer(
+        DenoiserConfig(**{**TINY.to_dict(), "grid": (4, 4), "schedule": name}), QUICK, pairs()
+    )
+    x0, x_t, t, cond, mask = trainer.batch(3, trainer.sampler, 8)
+    got = trainer.loss(x0, x_t, t, cond, mask)
+    logits = trainer.net(x_t, t, cond, mask).double()
+    if name == "mask":
+        certain = F.one_hot(x_t.clamp_max(K - 1), K).double().mul(2.0).sub(1.0).mul(1e9)
+        logits = torch.where((x_t == K)[..., None], logits, certain)
+    schedule = Schedule(name, 10, K)
+    want, _ = reference.transition_loss(logits, x0, x_t, t, schedule, auxiliary=0.01)
+    torch.testing.assert_close(got.double(), 10 * want.double(), atol=1e-4, rtol=1e-4)
+
+
+# ---- conditions ---------------------------------------------------------------------------------
+
+
+def drawn(config: ConditionConfig, count: int = 200, seed: int = 0, worlds: int = 2):
+    p = pairs(worlds)
+    g = torch.Generator().manual_seed(seed)
+    return p, *ConditionSampler(p, config).draw(count, g)
+
+
+def world_and_ids(p: Pairs, rows: torch.Tensor) -> torch.Tensor:
+    """(world, id) of each embedding row [n, E]."""
+    flat = p.embeddings.reshape(-1, E).float()
+    at = torch.cdist(rows, flat).argmin(1)
+    return torch.stack([at // N, at % N], 1)
+
+
+def test_neighbours_are_the_nearest_of_the_same_world() -> None:
+    plain = ConditionConfig(
+        k=4, vary_k=0, text_like=0, noise=0, exclude=1, near=2.0, subset=0, original=0.5,
+        no_query=0, no_neighbours=0, null=0,
+    )  # fmt: skip
+    p, codes, cond, mask = drawn(plain)
+    assert mask.all()
+    flat = p.codes.reshape(-1, 16).long()
+    target = torch.tensor([int((flat == c).all(1).nonzero()[0, 0]) for c in codes])
+    world, ids = target // N, target % N
+    assert set(ids.tolist()) <= set(p.targets.tolist())
+    assert {0, 1} == set(world.tolist())
+    for i in range(len(codes)):
+        rows = p.embeddings[world[i]].float()
+        torch.testing.assert_close(cond[i, 0], F.normalize(rows[ids[i]], dim=0))
+        scores = rows @ rows[ids[i]]
+        scores[ids[i]] = -2.0  # itself is excluded
+        scores[:5] = -2.0  # not in the database
+        nearest = scores.topk(4).indices
+        torch.testing.assert_close(cond[i, 1:], rows[nearest], atol=1e-6, rtol=0)
+
+
+def test_exclude() -> None:
+    """exclude=1 never shows the target or a near-duplicate; exclude=0 shows it first."""
+    always = ConditionConfig(
+        k=3, text_like=0, noise=0, subset=0, no_query=0, no_neighbours=0, null=0, vary_k=0
+    )
+    p = pairs()
+    twin = p.embeddings.clone()
+    twin[:, 7] = twin[:, 6]  # a near-duplicate of image 6
+    p = Pairs(p.codes, twin, torch.tensor([6]), p.database)
+    for exclude, expected in ((1.0, False), (0.0, True)):
+        config = ConditionConfig(**{**always.to_dict(), "exclude": exclude})
+        g = torch.Generator().manual_seed(0)
+        _, cond, mask = ConditionSampler(p, config).draw(50, g)
+        same = (cond[:, 1:] * cond[:, :1]).sum(-1) > 0.99
+        assert same.any() == expected
+        assert mask.all()
+
+
+def test_switches_and_query() -> None:
+    config = ConditionConfig(
+        k=3, semantic=8, text_like=0.5, noise=1.0, confuse=0.5, no_query=0.2, no_neighbours=0.2,
+        null=0.1,
+    )  # fmt: skip
+    _, _, cond, mask = drawn(config, count=4000)
+    query, neighbours = mask[:, 0], mask[:, 1:].any(1)
+    for state, share in (
+        (~query & ~neighbours, 0.1), (~query & neighbours, 0.2),
+        (query & ~neighbours, 0.2), (query & neighbours, 0.5),
+    ):  # fmt: skip
+        assert state.float().mean() == pytest.approx(share, abs=0.04)
+    assert not cond[~mask].any()
+    torch.testing.assert_close(cond[query, 0].norm(dim=1), torch.ones(int(query.sum())))
+    text_like = (cond[query, 0, 8:] == 0).all(1)
+    assert text_like.float().mean() == pytest.approx(0.5, abs=0.05)
+    assert set(mask[query & neighbours, 1:].sum(1).tolist()) == {1, 2, 3}
+
+
+def test_small_database_pads() -> None:
+    p = pairs()
+    p = Pairs(p.codes, p.embeddings, torch.arange(10, 13), torch.arange(10, 13))
+    config = ConditionConfig(k=3, exclude=1.0, no_query=0, no_neighbours=0, null=0, vary_k=0)
+    _, cond, mask = ConditionSampler(p, config).draw(50, torch.Generator().manual_seed(0))
+    assert (mask.sum(1) <= 3).all()  # the query and at most two others
+    assert not cond[~mask].any()
+    with pytest.raises(ValueError, match=r"k must be in \[1, 3\]"):
+        ConditionSampler(p, ConditionConfig(k=4))
+
+
+def test_augment_stays_in_range_and_changes_each_image() -> None:
+    images = torch.rand(1, 3, 16, 16).expand(6, 3, 16, 16)
+    out = augment(images, torch.Generator().manual_seed(0))
+    assert out.shape == images.shape
+    assert 0 <= out.min() <= out.max() <= 1
+    assert len({float(x.sum()) for x in out}) == 6
+    same = augment(images, torch.Generator().manual_seed(0))
+    assert torch.equal(out, same)
+    white = augment(torch.ones(4, 3, 16, 16), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(white, torch.ones_like(white), atol=1e-3, rtol=0)
+
+
+# ---- the loop -----------------------------------------------------------------------------------
+
+
+def test_orthogonalize() -> None:
+    for shape in ((2, 32, 32), (2, 64, 32), (2, 32, 64)):
+        s = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+        assert s.min() > 0.3
+        assert s.max() < 1.3
+
+
+def test_optimiser_learns_and_splits_stacked_matrices() -> None:
+    model = Denoiser(TINY)
+    optimizer = Muon(model, lr=0.01)
+    assert (96, 32) in optimizer.matrices
+    names = {n for ps in optimizer.matrices.values() for n, _ in ps} | {
+        n for n, _ in optimizer.others
+    }
+    assert names == {n for n, _ in model.named_parameters()}
+    assert not any(n.startswith(("head", "code_embedding")) for n in optimizer.buffers)
+
+
+def test_loss_falls() -> None:
+    config = TrainConfig(
+        steps=80, batch=32, warmup=5, lr=0.02, bf16=False,
+        condition=ConditionConfig(k=3, semantic=8, null=0.0),
+    )  # fmt: skip
+    p = pairs()
+    trainer = Trainer(TINY, config, Pairs(p.codes, p.embeddings, torch.arange(6, 9), p.database))
+    losses = [float(trainer.advance()["loss"]) for _ in range(80)]
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+
+
+KILLED = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_training as t
+from knnfast.diffusion import training
+torch.set_num_threads(1)
+save = training.Trainer.save
+def save_then_die(self, folder):
+    save(self, folder)
+    if self.step == 4:
+        import os, signal
+        os.kill(os.getpid(), signal.SIGKILL)
+training.Trainer.save = save_then_die
+training.train(t.pairs(), {out!r}, t.tokenizer(), model=t.TINY, config=t.QUICK, progress=False)
+"""
+
+
+def tokenizer() -> VQTokenizer:
+    torch.manual_seed(0)
+    config = TokenizerConfig(
+        block_out_channels=(8, 8), latent_channels=4, num_vq_embeddings=K, sample_size=8,
+        norm_num_groups=4, mid_block_add_attention=False,
+    )  # fmt: skip
+    return VQTokenizer(config).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_resume_after_kill_is_bit_identical(tmp_path: Path, one_thread: None) -> None:
+    code = KILLED.format(tests=str(Path(__file__).parent), out=str(tmp_path / "killed"))
+    died = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert died.returncode == -9, died.stderr
+    assert not (tmp_path / "killed" / "training.json").exists()
+    for out in ("killed", "whole"):
+        record = train(
+            pairs(), tmp_path / out, tokenizer(), model=TINY, config=QUICK, progress=False
+        )
+        assert record["steps"] == 6
+    a, b = (load_file(tmp_path / o / training.STATE_FILE) for o in ("killed", "whole"))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    for file in ("denoiser/model.safetensors", "grids/000006.png"):
+        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    log = (tmp_path / "killed" / "log.csv").read_text().splitlines()
+    assert log[0].startswith("step,loss")
+    assert [line.split(",")[0] for line in log[1:]] == ["2", "4", "6"]
+
+
+# ---- the tokenizer's training -------------------------------------------------------------------
+
+
+def test_fused_norm_is_group_norm() -> None:
+    """The training form of GroupNorm + SiLU: value and gradients against FP64."""
+    model = VQTokenizer(tokenizer().config)
+    norm = model.decoder.conv_norm_out
+    x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x64, w64, b64 = (v.detach().double().requires_grad_() for v in (x, norm.weight, norm.bias))
+    want = F.silu(F.group_norm(x64, 4, w64, b64, norm.eps))
+    dy = torch.randn_like(x)
+    grads = torch.autograd.grad(want, (x64, w64, b64), dy.double())
+    fuse_norms(model, True)
+    x.requires_grad_()
+    got = norm(x)
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+    for a, b in zip(torch.autograd.grad(got, (x, norm.weight, norm.bias), dy), grads, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
+    fuse_norms(model, False)
+    torch.testing.assert_close(norm(x).double(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_kmeans_and_redundant_codes() -> None:
+    centres = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]])
+    rows = centres.repeat(50, 1) + 0.1 * torch.randn(150, 2)
+    found = kmeans(rows, 3, 20, torch.Generator().manual_seed(3))
+    assert torch.cdist(centres, found).amin(1).max() < 0.2
+    book = torch.tensor([[0.0, 0.0], [0.1, 0.0], [5.0, 0.0]])
+    assert redundant(book, torch.tensor([1.0, 9.0, 1.0]), 0.5).tolist() == [True, False, False]
+
+
+def test_tokenizer_learns(tmp_path: Path) -> None:
+    base = torch.rand(8, 3, 1, 1).expand(8, 3, 8, 8)
+    images = (base * 255).byte()
+    record = train_tokenizer(
+        images, images, tmp_path, tokenizer().config, steps=60, batch=16, warmup=15, lr=5e-3,
+        augmented=0.0, eval_every=30, progress=False,
+    )  # fmt: skip
+    history = [row["psnr_held_out"] for row in record["history"]]
+    assert history[-1] > history[0] + 1.0
+    again = VQTokenizer.from_folder(tmp_path)
+    assert again.encode(images.float() / 255).shape == (8, 16)
