@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+// Plan and launch of a search. Per round of `chunk` queries, five launches in stream order:
+//   prepare    queries to operand form, error factors
+//   scan       topk_scan.cu (up to 64 queries), topk_scan_sm90.cu or topk_scan_tiled.cu
+//   threshold  k-th largest lower bound of each query
+//   open       bins whose upper bound reaches it; canonical scores; k best of each share
+//   merge      final order, FP32 scores, user ids
+// No allocation, no synchronisation, no read of device memory: all sizes come from the plan, so the
+// launches can be captured in a CUDA graph. Workspace per query: 4 bytes per 32 rows for the upper
+// bounds, the same or an eighth of it for the lower ones, 16·k·shares for candidates.
+#include "topk_cuda.cuh"
+#include "topk_launch.h"
+
+namespace knnfast {
+namespace cuda {
+namespace {
+
+constexpr int kStreamBatch = 64;  // largest batch of the streaming kernel
+
+size_t align(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+int64_t tiles_of(const IndexView& index) { return (index.rows + kTileRows - 1) / kTileRows; }
+
+// Fits the streaming kernel to the shared memory: narrower panels, then fewer stages.
+bool fit_stream(TopkPlan& plan, bool int8, int slices, const Device& device) {
+  plan.kernel = Kernel::kStream;
+  plan.columns = plan.batch <= 8 ? 8 : plan.batch <= 16 ? 16 : plan.batch <= 32 ? 32 : 64;
+  for (; plan.columns >= 8; plan.columns /= 2) {
+    plan.planes = int8 && plan.columns <= 32 ? 2 : 1;
+    // Two blocks on a multiprocessor hide each other's epilogues; one with a wide panel will do.
+    for (int budget : {device.shared_bytes / 2 - 1024, device.shared_bytes})
+      for (int stages : {8, 6, 4}) {
+        plan.stages = stages;
+        if (stream_shared_bytes(int8, plan.columns * plan.planes, slices, plan.columns, stages) <=
+            static_cast<size_t>(budget < 0 ? 0 : budget))
+          return true;
+      }
+  }
+  return false;
+}
+
+bool fit_sm90(TopkPlan& plan, bool int8, int slices, const Device& device) {
+  plan.kernel = Kernel::kSm90;
+  plan.columns = 128;
+  plan.planes = 1;
+  for (int resident : {1, 0})
+    for (int stages : {6, 5, 4, 3}) {
+      plan.resident = resident;
+      plan.stages = stages;
+      if (sm90_shared_bytes(int8, slices, stages, resident != 0) <=
+          static_cast<size_t>(device.shared_bytes))
+        return true;
+    }
+  return false;
+}
+
+bool fit_tiled(TopkPlan& plan, bool int8, const Device& device) {
+  plan.kernel = Kernel::kTiled;
+  plan.columns = 128;
+  plan.planes = 1;
+  for (int stages : {4, 3}) {
+    plan.stages = stages;
+    const size_t need = tiled_shared_bytes(int8, stages);
+    if (need <= static_cast<size_t>(device.shared_bytes / (stages == 4 ? 2 : 1))) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+int padded_dim(const IndexView& index) {
+  return index.scan == kInt8 ? code_slices(index.dim) * 128 : half_slices(index.dim) * 64;
+}
+
+Workspace carve(const TopkPlan& plan, const IndexView& index, void* memory, size_t* bytes) {
+  unsigned char* at = static_cast<unsigned char*>(memory);
+  size_t used = 0;
+  auto take = [&](size_t size) {
+    unsigned char* p = at ? at + used : nullptr;
+    used += align(size);
+    return p;
+  };
+  const size_t chunk = static_cast<size_t>(plan.chunk), bins = static_cast<size_t>(plan.bins);
+  const size_t columns = static_cast<size_t>(ceil_div(plan.chunk, plan.columns)) * plan.columns;
+  const size_t row_bytes = static_cast<size_t>(padded_dim(index)) * (index.scan == kInt8 ? 1 : 2);
+  Workspace w;
+  w.states = reinterpret_cast<QueryState*>(take(chunk * sizeof(QueryState)));
+  w.panels = take(columns * plan.planes * row_bytes);
+  w.values = reinterpret_cast<float*>(take(chunk * padded_dim(index) * sizeof(float)));
+  w.raw = reinterpret_cast<float*>(take(chunk * index.dim * sizeof(float)));
+  w.upper = reinterpret_cast<float*>(take(chunk * bins * sizeof(float)));
+  w.lower = reinterpret_cast<float*>(take(chunk * (bins >> plan.lower_shift) * sizeof(float)));
+  w.threshold = reinterpret_cast<float*>(take(chunk * sizeof(float)));
+  w.counts = reinterpret_cast<int*>(take(chunk * plan.shares * sizeof(int)));
+  w.candidates =
+      reinterpret_cast<Candidate*>(take(chunk * plan.shares * plan.k * sizeof(Candidate)));
+  if (bytes) *bytes = used;
+  return w;
+}
+
+TopkPlan plan_topk(const IndexView& index, int batch, int k, const Device& device, size_t memory,
+                   int force_kernel) {
+  TopkPlan plan{};
+  plan.rows = index.rows;
+  plan.batch = batch;
+  plan.k = k;
+  const bool int8 = index.scan == kInt8;
+  const int slices = int8 ? code_slices(index.dim) : half_slices(index.dim);
+  const int64_t tiles = tiles_of(index);
+  // 2^31 bins are 2^36 rows: beyond any device's memory.
+  if (batch < 1 || k < 1 || k > kMaxK || index.dim < 1 || index.dim > kMaxDim ||
+      tiles > (int64_t{1} << 27))
+    return plan;
+  const bool hopper = device.capability >= 90 && device.capability < 100;
+  bool fits = false;
+  if (force_kernel < 0) {
+    fits = batch <= kStreamBatch && fit_stream(plan, int8, slices, device);
+    if (!fits) fits = hopper && fit_sm90(plan, int8, slices, device);
+    if (!fits) fits = fit_tiled(plan, int8, device);
+  } else {
+    const Kernel kernel = static_cast<Kernel>(force_kernel);
+    fits = kernel == Kernel::kStream  ? fit_stream(plan, int8, slices, device)
+           : kernel == Kernel::kTiled ? fit_tiled(plan, int8, device)
+                                      : hopper && fit_sm90(plan, int8, slices, device);
+  }
+  if (!fits || open_shared_bytes(index.dim, k) > static_cast<size_t>(device.shared_bytes))
+    return plan;
+
+  plan.bins = static_cast<int>(tiles) * (kTileRows / kBinRows);
+  // Fewer, coarser lower bounds save traffic where k of them still hardly ever share a bin.
+  const int coarse = plan.kernel == Kernel::kSm90 ? 3 : plan.kernel == Kernel::kTiled ? 1 : 0;
+  plan.lower_shift = (plan.bins >> coarse) >= 16 * k ? coarse : 0;
+  // The largest round that fits the memory, in whole panels.
+  plan.chunk = batch;
+  for (;;) {
+    const int most = 4 * device.multiprocessors / plan.chunk;
+    const int enough = plan.bins / 512;
+    plan.shares = most < enough ? most : enough;
+    if (plan.shares < 1) plan.shares = 1;
+    carve(plan, index, nullptr, &plan.workspace_bytes);
+    if (plan.workspace_bytes <= memory || plan.chunk <= plan.columns) break;
+    plan.chunk = ceil_div(plan.chunk, 2 * plan.columns) * plan.columns;
+  }
+  const int panels = ceil_div(plan.chunk, plan.columns);
+  if (plan.kernel == Kernel::kStream) {
+    const size_t shared =
+        stream_shared_bytes(int8, plan.columns * plan.planes, slices, plan.columns, plan.stages);
+    const int per_sm = 2 * (shared + 1024) <= static_cast<size_t>(device.shared_bytes) ? 2 : 1;
+    const int64_t blocks = static_cast<int64_t>(device.multiprocessors) * per_sm;
+    plan.grid = static_cast<int>(blocks < 2 * tiles ? blocks : 2 * tiles);
+  } else {
+    // Blocks of all panels walk the same tiles together, so that L2 serves all but the first.
+    const int per_sm = plan.kernel == Kernel::kTiled && plan.stages == 4 ? 2 : 1;
+    int64_t walkers = device.multiprocessors * per_sm / panels;
+    const int64_t work = plan.kernel == Kernel::kTiled ? 2 * tiles : tiles;
+    if (walkers > work) walkers = work;
+    plan.grid = static_cast<int>(walkers < 1 ? 1 : walkers) * panels;
+  }
+  return plan;
+}
+
+int launch_topk(const TopkPlan& plan, const TopkParams& params, void* stream) {
+  if (plan.workspace_bytes == 0 || params.index.rows != plan.rows) return cudaErrorInvalidValue;
+  const IndexView& index = params.index;
+  const bool int8 = index.scan == kInt8;
+  const Workspace w = carve(plan, index, params.workspace, nullptr);
+  for (int first = 0; first < plan.batch; first += plan.chunk) {
+    const int count = plan.batch - first < plan.chunk ? plan.batch - first : plan.chunk;
+    int error = launch_prepare(plan, params, w, first, count, stream);
+    if (error) return error;
+    if (plan.bins > 0) {
+      ScanArgs args{};
+      args.segments = index.segments;
+      args.filter = index.filter;
+      args.panels = w.panels;
+      args.queries = w.states;
+      args.upper = w.upper;
+      args.lower = w.lower;
+      args.rows = index.rows;
+      args.tiles_per_segment = static_cast<int>(index.rows_per_segment / kTileRows);
+      args.tiles = plan.bins / (kTileRows / kBinRows);
+      args.slices = int8 ? code_slices(index.dim) : half_slices(index.dim);
+      args.bins = plan.bins;
+      args.lower_shift = plan.lower_shift;
+      args.batch = count;
+      args.panels_count = ceil_div(count, plan.columns);
+      args.metric = index.metric;
+      // A last, smaller round has fewer panels: the grid stays a whole number of walkers.
+      TopkPlan round = plan;
+      if (plan.kernel != Kernel::kStream) {
+        const int panels = ceil_div(plan.chunk, plan.columns);
+        round.grid = plan.grid / panels * args.panels_count;
+      }
+      error = plan.kernel == Kernel::kStream  ? launch_stream_scan(round, args, int8, stream)
+              : plan.kernel == Kernel::kTiled ? launch_tiled_scan(round, args, int8, stream)
+                                              : launch_sm90_scan(round, args, int8, stream);
+      if (error) return error;
+    }
+    error = launch_threshold(plan, w, count, stream);
+    if (!error) error = launch_open(plan, params, w, count, stream);
+    if (!error) error = launch_merge(plan, params, w, first, count, stream);
+    if (error) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace cuda
+}  // namespace knnfast

@@ -1,0 +1,469 @@
+// SPDX-License-Identifier: Apache-2.0
+// The top-k kernels on the emulator against a plain reference: the same ids and the same bits.
+//
+//   test_topk                        all cases, one seed
+//   test_topk SEED [NAME]            another order of threads; only cases whose name holds NAME
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "cuda_emu.h"
+#include "topk_cuda.h"
+
+using namespace knnfast::cuda;
+
+namespace {
+
+// --- data
+
+struct Random {
+  std::mt19937_64 engine;
+  explicit Random(uint64_t seed) : engine(seed) {}
+  double normal() { return std::normal_distribution<double>()(engine); }
+  int below(int n) { return static_cast<int>(engine() % static_cast<uint64_t>(n)); }
+};
+
+struct Case {
+  std::string name;
+  int n, dim, batch, k;
+  Metric metric = kIp;
+  Scan scan = kFp16;
+  int kernel = -1;              // -1: the plan's choice
+  std::string data = "normal";  // normal | ties | equal | mean | scales | spike | zero | near
+  bool own_ids = false;
+  std::string filter = "none";  // none | remove | allow | deny_bits | nothing
+  DType dtype = kF32;
+  int64_t segment = 512;
+  size_t memory = size_t{1} << 30;
+  int shared = 227 * 1024;
+  int multiprocessors = 5;
+};
+
+float value(const Case& c, Random& r, int row, int j, bool query) {
+  if (c.data == "ties") return static_cast<float>(r.below(3) - 1);
+  if (c.data == "equal")
+    return query ? static_cast<float>(r.normal()) : static_cast<float>(j % 5) - 2;
+  if (c.data == "mean") return static_cast<float>(40.0 + (j % 7) + 0.5 * r.normal());
+  if (c.data == "scales")
+    return static_cast<float>(r.normal() * std::ldexp(1.0, query ? row % 60 - 30 : row % 27 - 16));
+  if (c.data == "spike") return static_cast<float>(j == 0 ? 5e4 : r.normal());
+  if (c.data == "zero") return row % 3 == 0 ? 0.0f : static_cast<float>(r.normal());
+  if (c.data == "near") return static_cast<float>((j % 3) + (r.below(64) == 0 ? 0x1p-9 : 0.0));
+  if (c.data == "huge")
+    return query ? static_cast<float>(r.normal() * 1e36) : static_cast<float>(r.normal());
+  return static_cast<float>(r.normal());
+}
+
+template <class T>
+struct DeviceArray {
+  emu::Guarded memory;
+  explicit DeviceArray(size_t n = 0, size_t align = 16)
+      : memory(std::max<size_t>(n * sizeof(T), 1), align) {
+    std::memset(memory.begin, 0xCD, memory.bytes);  // uninitialised memory is never zero
+  }
+  explicit DeviceArray(const std::vector<T>& v) : DeviceArray(v.size()) {
+    std::copy(v.begin(), v.end(), get());
+  }
+  T* get() const { return reinterpret_cast<T*>(memory.begin); }
+};
+
+// --- the definition
+
+double canonical(const uint16_t* x, const float* q, int dim, Metric metric) {
+  double sum[32] = {}, xx[32] = {}, qq[32] = {};
+  for (int j = 0; j < dim; ++j) {
+    const double a = half_bits_to_float(x[j]), b = q[j];
+    const double t = b - a;
+    sum[j % 32] += metric == kL2 ? t * t : a * b;
+    xx[j % 32] += a * a;
+    qq[j % 32] += b * b;
+  }
+  auto tree = [](double* v) {
+    for (int w = 16; w; w /= 2)
+      for (int i = 0; i < w; ++i) v[i] += v[i + w];
+    return v[0];
+  };
+  const double s = tree(sum);
+  if (metric != kCosine) return s;
+  const double nx = std::sqrt(tree(xx)), nq = std::sqrt(tree(qq));
+  return nx == 0 || nq == 0 ? 0.0 : s / (nx * nq);
+}
+
+struct Answer {
+  double score;
+  int64_t id;
+};
+
+std::vector<Answer> reference(const std::vector<uint16_t>& rows, const std::vector<int64_t>& ids,
+                              const std::vector<bool>& found, const float* q, int dim,
+                              Metric metric) {
+  std::vector<Answer> all;
+  for (size_t i = 0; i < ids.size(); ++i)
+    if (found[i])
+      all.push_back({canonical(&rows[i * static_cast<size_t>(dim)], q, dim, metric), ids[i]});
+  std::sort(all.begin(), all.end(), [&](const Answer& a, const Answer& b) {
+    if (a.score != b.score) return metric == kL2 ? a.score < b.score : a.score > b.score;
+    return a.id < b.id;
+  });
+  return all;
+}
+
+// --- one case: build an index on the "device", search, compare
+
+int check(int error) {
+  if (error) emu::fault("a launch returned error " + std::to_string(error));
+  return error;
+}
+
+uint16_t to_bf16(float f) { return static_cast<uint16_t>(emu::bits<uint32_t>(f) >> 16); }
+
+bool run(const Case& c, std::string& why) {
+  Random random(emu::rng()());
+  const auto n = static_cast<size_t>(c.n), d = static_cast<size_t>(c.dim);
+  std::vector<float> values(n * d), queries(static_cast<size_t>(c.batch) * d);
+  for (size_t i = 0; i < values.size(); ++i)
+    values[i] = value(c, random, static_cast<int>(i / d), static_cast<int>(i % d), false);
+  for (size_t i = 0; i < queries.size(); ++i)
+    queries[i] = value(c, random, static_cast<int>(i / d), static_cast<int>(i % d), true);
+  if (c.data == "zero") std::fill(queries.begin(), queries.begin() + c.dim, 0.0f);
+  std::vector<uint16_t> rows(n * d);
+  for (size_t i = 0; i < rows.size(); ++i) rows[i] = float_to_half_bits(values[i]);
+  std::vector<int64_t> ids(n);
+  for (size_t i = 0; i < n; ++i)
+    ids[i] = c.own_ids ? static_cast<int64_t>((i * 7919) % 100003) : static_cast<int64_t>(i);
+
+  // Rows in, in two uneven pieces per segment.
+  const int64_t capacity = c.segment;
+  const size_t segments = n / static_cast<size_t>(capacity) + 1;
+  std::vector<DeviceArray<unsigned char>> half, codes;
+  std::vector<DeviceArray<HalfTerm>> half_terms;
+  std::vector<DeviceArray<CodeTerm>> code_terms;
+  std::vector<DeviceArray<uint32_t>> alive;
+  std::vector<DeviceArray<int64_t>> own;
+  std::vector<SegmentView> views;
+  DeviceArray<float> device_rows(values), mean(static_cast<size_t>(code_slices(c.dim)) * 128);
+  DeviceArray<int> bad(std::vector<int>{0});
+  for (size_t s = 0; s < segments; ++s) {
+    const int64_t begin = static_cast<int64_t>(s) * capacity;
+    const int64_t count = std::max<int64_t>(0, std::min<int64_t>(capacity, c.n - begin));
+    half.emplace_back(static_cast<size_t>(capacity * half_slices(c.dim) * kSlice));
+    codes.emplace_back(static_cast<size_t>(capacity * code_slices(c.dim) * kSlice));
+    half_terms.emplace_back(static_cast<size_t>(capacity));
+    code_terms.emplace_back(static_cast<size_t>(capacity));
+    alive.emplace_back(std::vector<uint32_t>(static_cast<size_t>(capacity / 32), 0));
+    own.emplace_back(std::vector<int64_t>(ids.begin() + begin, ids.begin() + begin + count));
+    SegmentView view{half[s].get(),
+                     codes[s].get(),
+                     half_terms[s].get(),
+                     code_terms[s].get(),
+                     alive[s].get(),
+                     c.own_ids ? own[s].get() : nullptr,
+                     begin};
+    for (int64_t at = 0, piece; at < count; at += piece) {
+      piece = std::min<int64_t>(count - at, at ? count : (count + 1) / 3 + 1);
+      check(
+          launch_pack({device_rows.get() + (begin + at) * c.dim, kF32, c.dim, piece, half[s].get(),
+                       half_terms[s].get(), alive[s].get(), at, c.dim, c.metric, bad.get()},
+                      nullptr));
+    }
+    if (s == 0) check(launch_mean(view, count, c.dim, c.metric, mean.get(), nullptr));
+    check(launch_quantize(
+        {view, mean.get(), codes[s].get(), code_terms[s].get(), 0, count, c.dim, c.metric},
+        nullptr));
+    views.push_back(view);
+  }
+  if (*bad.get()) {
+    why = "finite rows were called bad";
+    return false;
+  }
+
+  // Removals and filters.
+  std::vector<bool> found(n, true);
+  DeviceArray<SegmentView> device_views(views);
+  IndexView index{device_views.get(), mean.get(), nullptr, c.n, capacity, c.dim, c.metric, c.scan};
+  DeviceArray<uint32_t> filter((n + kTileRows - 1) / kTileRows * (kTileRows / 32));
+  std::vector<int64_t> some;
+  std::vector<uint8_t> bitset(13000, 0);
+  for (size_t i = 0; i < n; ++i) {
+    if (c.filter == "none") continue;
+    const bool chosen = c.filter == "nothing" ? false : random.below(3) == 0;
+    if (c.filter == "remove" && chosen) {
+      alive[i / static_cast<size_t>(capacity)].get()[i % static_cast<size_t>(capacity) / 32] &=
+          ~(1u << (i % 32));
+      found[i] = false;
+    } else if (c.filter == "allow" || c.filter == "nothing") {
+      found[i] = chosen;
+      if (chosen) some.push_back(ids[i]);
+    } else if (c.filter == "deny_bits" && chosen) {
+      found[i] = false;
+      bitset[static_cast<size_t>(ids[i] / 8)] |= static_cast<uint8_t>(1 << (ids[i] % 8));
+    }
+  }
+  std::sort(some.begin(), some.end());
+  if (some.empty()) some.push_back(-1);
+  DeviceArray<int64_t> device_some(some);
+  DeviceArray<uint8_t> device_bits(bitset);
+  if (c.filter == "allow" || c.filter == "nothing" || c.filter == "deny_bits") {
+    const bool bits = c.filter == "deny_bits";
+    check(launch_filter(
+        index,
+        {bits ? nullptr : device_some.get(), nullptr, bits ? 0 : static_cast<int64_t>(some.size())},
+        {nullptr, bits ? device_bits.get() : nullptr,
+         bits ? static_cast<int64_t>(bitset.size()) : 0},
+        filter.get(), nullptr));
+    index.filter = filter.get();
+  }
+
+  // Search.
+  const Device device{c.multiprocessors, c.shared, 90};
+  const TopkPlan plan = plan_topk(index, c.batch, c.k, device, c.memory, c.kernel);
+  if (!plan.workspace_bytes) {
+    why = "no plan";
+    return false;
+  }
+  DeviceArray<unsigned char> workspace(plan.workspace_bytes, 256);
+  const auto results = static_cast<size_t>(c.batch) * static_cast<size_t>(c.k);
+  DeviceArray<float> scores(results);
+  DeviceArray<int64_t> out_ids(results);
+  DeviceArray<double> exact(results);
+  std::vector<uint16_t> small(queries.size());
+  for (size_t i = 0; i < queries.size(); ++i) {
+    if (c.dtype == kF32) continue;
+    small[i] = c.dtype == kF16 ? float_to_half_bits(queries[i]) : to_bf16(queries[i]);
+    queries[i] = c.dtype == kF16 ? half_bits_to_float(small[i])
+                                 : emu::bits<float>(static_cast<uint32_t>(small[i]) << 16);
+  }
+  const bool poison = c.batch > 2;  // one query with a NaN
+  if (poison && c.dtype == kF32) queries[d + d / 2] = std::numeric_limits<float>::quiet_NaN();
+  DeviceArray<float> device_queries(queries);
+  DeviceArray<uint16_t> device_small(small);
+  const void* query_pointer =
+      c.dtype == kF32 ? static_cast<const void*>(device_queries.get()) : device_small.get();
+  check(launch_topk(plan,
+                    {index, query_pointer, c.dtype, c.dim, scores.get(), out_ids.get(), exact.get(),
+                     workspace.get()},
+                    nullptr));
+
+  for (int m = 0; m < c.batch; ++m) {
+    const float* q = &queries[static_cast<size_t>(m) * d];
+    const bool bad_query = poison && c.dtype == kF32 && m == 1;
+    const auto want =
+        bad_query ? std::vector<Answer>() : reference(rows, ids, found, q, c.dim, c.metric);
+    for (int i = 0; i < c.k; ++i) {
+      const size_t at = static_cast<size_t>(m) * static_cast<size_t>(c.k) + static_cast<size_t>(i);
+      const bool real = static_cast<size_t>(i) < want.size();
+      const float missing = bad_query         ? std::numeric_limits<float>::quiet_NaN()
+                            : c.metric == kL2 ? std::numeric_limits<float>::infinity()
+                                              : -std::numeric_limits<float>::infinity();
+      const int64_t id = real ? want[static_cast<size_t>(i)].id : -1;
+      const double score = real ? want[static_cast<size_t>(i)].score : missing;
+      const float rounded = static_cast<float>(score), got = scores.get()[at];
+      const bool same = bad_query ? std::isnan(got) : got == rounded && exact.get()[at] == score;
+      if (out_ids.get()[at] != id || !same) {
+        char text[200];
+        std::snprintf(text, sizeof text,
+                      "query %d, place %d: id %lld score %.9g, want id %lld score %.9g", m, i,
+                      static_cast<long long>(out_ids.get()[at]), static_cast<double>(got),
+                      static_cast<long long>(id), static_cast<double>(rounded));
+        why = text;
+        return false;
+      }
+    }
+  }
+
+  // Rows come back as they went in.
+  std::vector<int64_t> positions;
+  for (int i = 0; i < 20 && c.n > 0; ++i) positions.push_back(random.below(c.n));
+  positions.push_back(-1);
+  DeviceArray<int64_t> device_positions(positions);
+  DeviceArray<uint16_t> gathered(positions.size() * d);
+  check(launch_gather(index, device_positions.get(), static_cast<int64_t>(positions.size()),
+                      gathered.get(), nullptr));
+  for (size_t i = 0; i < positions.size() * d; ++i) {
+    const int64_t p = positions[i / d];
+    if (gathered.get()[i] != (p < 0 ? 0 : rows[static_cast<size_t>(p) * d + i % d])) {
+      why = "gather";
+      return false;
+    }
+  }
+  return true;
+}
+
+bool refuses(std::string& why) {
+  DeviceArray<float> row(std::vector<float>{1.0f, 7e4f, 2.0f});
+  DeviceArray<unsigned char> half(static_cast<size_t>(256 * kSlice));
+  DeviceArray<HalfTerm> terms(256);
+  DeviceArray<uint32_t> alive(std::vector<uint32_t>(8, 0));
+  DeviceArray<int> bad(std::vector<int>{0});
+  check(launch_pack(
+      {row.get(), kF32, 3, 1, half.get(), terms.get(), alive.get(), 0, 3, kIp, bad.get()},
+      nullptr));
+  if (!*bad.get()) {
+    why = "a value beyond 65504 was taken";
+    return false;
+  }
+  IndexView index{nullptr, nullptr, nullptr, 100, 256, 8, kIp, kFp16};
+  const Device device{132, 227 * 1024, 90};
+  if (plan_topk(index, 1, kMaxK + 1, device, size_t{1} << 30).workspace_bytes) {
+    why = "k beyond the limit";
+    return false;
+  }
+  index.dim = kMaxDim + 1;
+  if (plan_topk(index, 1, 1, device, size_t{1} << 30).workspace_bytes) {
+    why = "dim beyond the limit";
+    return false;
+  }
+  return true;
+}
+
+std::vector<Case> cases() {
+  const Metric metrics[] = {kIp, kCosine, kL2};
+  std::vector<Case> all;
+  auto add = [&](Case c) {
+    c.name = std::string(c.scan == kInt8 ? "int8" : "fp16") + " " +
+             (c.metric == kIp   ? "ip"
+              : c.metric == kL2 ? "l2"
+                                : "cosine") +
+             " " +
+             (c.kernel < 0    ? "auto"
+              : c.kernel == 0 ? "stream"
+              : c.kernel == 1 ? "tiled"
+                              : "sm90") +
+             " " + c.data + " filter=" + c.filter + " n=" + std::to_string(c.n) +
+             " d=" + std::to_string(c.dim) + " batch=" + std::to_string(c.batch) +
+             " k=" + std::to_string(c.k);
+    all.push_back(c);
+  };
+  int turn = 0;
+  auto next = [&](int n) { return turn++ % n; };
+  for (Scan scan : {kFp16, kInt8}) {
+    // Every kernel and data set, metrics in turn.
+    for (int kernel : {0, 1, 2})
+      for (const char* data :
+           {"normal", "ties", "equal", "mean", "scales", "spike", "zero", "near", "huge"}) {
+        Case c{"", 300, 40, kernel == 0 ? 5 : 9, 7};
+        c.scan = scan;
+        c.kernel = kernel;
+        c.data = data;
+        c.metric = metrics[next(3)];
+        add(c);
+      }
+    // Every metric on the hardest data, small batch.
+    for (Metric metric : metrics)
+      for (const char* data : {"mean", "zero", "near", "huge"}) {
+        Case c{"", 520, 24, 4, 9};
+        c.scan = scan;
+        c.data = data;
+        c.metric = metric;
+        add(c);
+      }
+    // Odd dimensions and sizes, filters, id forms, query types, segments.
+    const char* filters[] = {"none", "remove", "allow", "deny_bits", "nothing"};
+    for (int dim : {1, 3, 31, 64, 100, 129, 384}) {
+      Case c{"", dim > 128 ? 260 : 700, dim, 1 + next(3), 10};
+      c.scan = scan;
+      c.metric = metrics[next(3)];
+      c.filter = filters[next(5)];
+      c.own_ids = next(2) == 0;
+      c.segment = 256;
+      c.dtype = static_cast<DType>(next(3));
+      add(c);
+    }
+    for (int n : {0, 1, 9, 255, 256, 257, 1100}) {
+      Case c{"", n, 17, 2, 10};
+      c.scan = scan;
+      c.metric = metrics[next(3)];
+      c.filter = filters[next(4)];
+      c.own_ids = next(2) == 1;
+      add(c);
+    }
+    for (const char* filter : filters) {
+      Case c{"", 600, 33, 3, 12};
+      c.scan = scan;
+      c.filter = filter;
+      c.own_ids = true;
+      c.metric = metrics[next(3)];
+      add(c);
+    }
+    // Batches through every panel width and kernel; k from one to beyond the rows.
+    for (int batch : {1, 8, 9, 16, 17, 33, 64, 65, 130}) {
+      Case c{"", 270, 20, batch, 5};
+      c.scan = scan;
+      c.metric = metrics[next(3)];
+      add(c);
+    }
+    for (int k : {1, 100, 500, 1000, 2000}) {
+      Case c{"", 1500, 12, 2, k};
+      c.scan = scan;
+      c.metric = metrics[next(3)];
+      c.data = k == 500 ? "ties" : "normal";
+      c.multiprocessors = 1;
+      add(c);
+    }
+    // Rings that wrap: several slices and several tiles a block.
+    for (int kernel : {0, 1, 2}) {
+      Case c{"", 1100, 300, kernel == 0 ? 3 : 10, 6};
+      c.scan = scan;
+      c.kernel = kernel;
+      c.metric = metrics[next(3)];
+      c.multiprocessors = 1;
+      add(c);
+    }
+    // Coarse lower bounds, several rounds, streamed and resident panels, a small ring.
+    for (int kernel : {1, 2}) {
+      Case c{"", 4600, 8, 3, 1};
+      c.scan = scan;
+      c.kernel = kernel;
+      c.metric = metrics[next(3)];
+      c.multiprocessors = 3;
+      add(c);
+    }
+    {
+      Case c{"", 300, 70, 140, 4};
+      c.scan = scan;
+      c.memory = 1;
+      c.segment = 256;
+      c.filter = "remove";
+      add(c);
+      c.batch = 20;
+      c.kernel = 0;
+      c.shared = 80 * 1024;
+      add(c);
+      c.kernel = 2;
+      c.shared = 176 * 1024;
+      c.dim = scan == kInt8 ? 500 : 250;
+      c.n = 260;
+      c.filter = "none";
+      add(c);  // the panel does not fit: its slices travel
+    }
+  }
+  return all;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  emu::set_seed(argc > 1 ? std::strtoull(argv[1], nullptr, 0) : 1);
+  const std::string only = argc > 2 ? argv[2] : "";
+  int failures = 0, count = 0;
+  std::string why;
+  if (!refuses(why)) {
+    std::printf("FAIL refusals: %s\n", why.c_str());
+    ++failures;
+  }
+  for (const Case& c : cases()) {
+    if (c.name.find(only) == std::string::npos) continue;
+    if (std::getenv("VERBOSE")) std::fprintf(stderr, "%s\n", c.name.c_str());
+    ++count;
+    why.clear();
+    if (run(c, why)) continue;
+    std::printf("FAIL %s: %s\n", c.name.c_str(), why.c_str());
+    std::fflush(stdout);
+    ++failures;
+  }
+  std::printf("%d cases, %d failures\n", count, failures);
+  return failures != 0;
+}

@@ -1,0 +1,98 @@
+"""Every .cu compiles for each GPU target, without spills, within its budget. Needs nvcc, no GPU."""
+
+import functools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+SOURCES = sorted(p.name for p in CSRC.glob("*.cu"))
+TARGETS = ["80", "90a", "100"]
+
+# Most registers a thread of a scan kernel may use: (threads of a block) x (blocks meant to share a
+# multiprocessor) of them fit into its 65,536.
+REGISTERS = {
+    "topk_scan_kernel": 65536 // (128 * 2),
+    "topk_tiled_kernel": 65536 // 256,
+    "sm90_topk_kernel": 65536 // 384 // 8 * 8,
+}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc"),
+]
+
+
+@functools.cache
+def compile_kernels(source, target, folder):
+    """{kernel name: {registers, stack, spills}} as ptxas reports them."""
+    done = subprocess.run(
+        ["nvcc", "-std=c++17", "-O3", f"-gencode=arch=compute_{target},code=sm_{target}",
+         "-Xptxas", "-v", "-Werror", "all-warnings", "-c", str(CSRC / source),
+         "-o", str(folder / f"{source}.{target}.o")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = {}
+    entry = re.compile(
+        r"Compiling entry function '(?P<name>\S+)'.*?"
+        r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+        r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+        re.S,
+    )
+    for m in entry.finditer(done.stderr):
+        found[m["name"]] = {
+            "registers": int(m["registers"]),
+            "stack": int(m["stack"]),
+            "spills": int(m["stores"]) + int(m["loads"]),
+        }
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cuda")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_compiles_without_spills(source, target, folder):
+    kernels = compile_kernels(source, target, folder)
+    assert kernels or source == "topk_cuda.cu"  # the one that only launches
+    for name, use in kernels.items():
+        assert use["spills"] <= 32, (name, use)  # bytes, outside the scans' loops
+        for kernel, limit in REGISTERS.items():
+            if kernel in name:
+                assert use["spills"] == use["stack"] == 0, (name, use)
+                assert use["registers"] <= limit, (name, use)
+
+
+def test_every_scan_kernel_is_there(folder):
+    """The budgets above are met by kernels that exist: every instance, under its name."""
+    counts = dict.fromkeys(REGISTERS, 0)
+    for source in SOURCES:
+        for name in compile_kernels(source, "90a", folder):
+            for kernel in counts:
+                counts[kernel] += kernel in name
+    assert counts == {"topk_scan_kernel": 8, "topk_tiled_kernel": 4, "sm90_topk_kernel": 4}
+
+
+def test_hopper_uses_its_own_instructions(folder):
+    """The sm_90a scan holds wgmma and bulk copies, not the portable path under another name."""
+    done = subprocess.run(
+        ["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=compute_90a", "-ptx",
+         str(CSRC / "topk_scan_sm90.cu"), "-o", str(folder / "sm90.ptx")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ptx = (folder / "sm90.ptx").read_text()
+    for instruction in (
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16",
+        "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8",
+        "cp.async.bulk.shared::cluster.global.mbarrier",
+        "setmaxnreg.inc",
+    ):
+        assert instruction in ptx
