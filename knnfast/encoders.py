@@ -473,6 +473,27 @@ def _fingerprint(
     return digest.hexdigest()
 
 
+def _pack(tensors: dict[str, np.ndarray], key: str, value: np.ndarray) -> None:
+    """Store a weight: matrices as int8 with one FP16 scale for each row, all else as FP16."""
+    if value.ndim < 2:
+        tensors[f"tower.{key}"] = value.astype(np.float16)
+        return
+    rows = value.reshape(len(value), -1)
+    scale = np.maximum(np.abs(rows).max(1) / 127, 1e-7).astype(np.float16).astype(np.float32)
+    codes = np.clip(np.rint(rows / scale[:, None]), -127, 127).astype(np.int8)
+    tensors[f"tower.{key}"] = codes.reshape(value.shape)
+    tensors[f"scale.{key}"] = scale.astype(np.float16)
+
+
+def _unpack(tensors: Mapping[str, np.ndarray], key: str) -> Tensor:
+    """Return a weight in FP32 as `_pack` stored it."""
+    value = torch.from_numpy(tensors[f"tower.{key}"].astype(np.float32))
+    if f"scale.{key}" in tensors:
+        scale = torch.from_numpy(tensors[f"scale.{key}"].astype(np.float32))
+        value *= scale.view(-1, *[1] * (value.ndim - 1))
+    return value
+
+
 def save_encoder(
     folder: str | Path,
     name: str,
@@ -481,7 +502,7 @@ def save_encoder(
     table: WordTable | None,
     notes: Mapping[str, Any],
 ) -> EncoderCard:
-    """Write an encoder folder: JSON, FP16 safetensors, the word list; return its card.
+    """Write an encoder folder: JSON, int8 and FP16 safetensors, the words; return its card.
 
     Args:
         folder: where to; made if missing.
@@ -495,10 +516,9 @@ def save_encoder(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"tower.{key}": value.detach().cpu().numpy().astype(np.float16)
-        for key, value in tower.state_dict().items()
-    }
+    tensors: dict[str, np.ndarray] = {}
+    for key, value in tower.state_dict().items():
+        _pack(tensors, key, value.detach().cpu().float().numpy())
     words: list[str] = []
     if table is not None:
         tensors |= {"text.codes": table.codes, "text.scales": table.scales}
@@ -539,12 +559,8 @@ class SmallEncoder(Encoder):
             if found != self.card.sha256:
                 raise ValueError(f"weights hash to {found}, the card says {self.card.sha256}")
             self.tower = ImageTower(self.config["tower"])
-            state = {
-                key.removeprefix("tower."): torch.from_numpy(value.astype(np.float32))
-                for key, value in tensors.items()
-                if key.startswith("tower.")
-            }
-            self.tower.load_state_dict(state)
+            keys = [key.removeprefix("tower.") for key in tensors if key.startswith("tower.")]
+            self.tower.load_state_dict({key: _unpack(tensors, key) for key in keys})
             if (self.tower.dim, self.tower.image_size) != (self.card.dim, self.card.image_size):
                 raise ValueError("the card's sizes are not the network's")
             self.table = None
@@ -554,6 +570,11 @@ class SmallEncoder(Encoder):
             reason = f"missing {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"cannot load the encoder in {folder}: {reason}") from error
         self.tower.eval().requires_grad_(False).to(self.device)
+
+    def describe(self, notes: Mapping[str, Any]) -> None:
+        """Replace the notes in encoder.json; the weights and their hash stay."""
+        self.config["notes"] = dict(notes)
+        _files.write_json(self.folder / CONFIG_FILE, self.config)
 
     def save(self, folder: str | Path) -> None:
         """Copy the encoder's files into a folder."""

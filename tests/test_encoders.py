@@ -104,6 +104,27 @@ def test_notes_are_not_hashed(tmp_path):
     assert sha({}) == sha({"quality": 1})
 
 
+def test_notes_can_be_replaced(folder):
+    encoder = load_encoder(folder)
+    encoder.describe({"quality": 0.9})
+    again = load_encoder(folder)
+    assert again.config["notes"] == {"quality": 0.9}
+    assert again.card == encoder.card
+
+
+def test_weights_are_stored_to_half_a_step(folder):
+    """Matrices keep 8 bits a row: no value is off by more than half a step of its row."""
+    loaded = load_encoder(folder).tower.state_dict()
+    for key, value in toy_tower().state_dict().items():
+        if value.ndim < 2:
+            torch.testing.assert_close(loaded[key], value.half().float(), atol=0, rtol=0)
+            continue
+        step = value.flatten(1).abs().amax(1) / 127
+        # The FP16 scale may be off by 2^-11, which 127 steps feel.
+        worst = (loaded[key] - value).flatten(1).abs().amax(1)
+        assert (worst <= step * (0.5 + 127 / 2048) + 1e-6).all(), key
+
+
 def flip_a_weight(folder):
     path = folder / encoders.WEIGHTS_FILE
     data = bytearray(path.read_bytes())

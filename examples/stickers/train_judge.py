@@ -25,7 +25,14 @@ from common import Stickers, embed, text_report, train
 from torch import nn
 from torch.nn import functional as F
 
-from knnfast.encoders import ImageTower, WordTable, save_encoder, words_of
+from knnfast.encoders import (
+    ImageTower,
+    SmallEncoder,
+    WordTable,
+    load_encoder,
+    save_encoder,
+    words_of,
+)
 
 EPOCHS = 50
 BATCH = 128
@@ -103,9 +110,11 @@ def main() -> None:
         decay=DECAY,
         seed=SEED,
     )
-    judge.eval()
     table = WordTable.quantise(judge.words, judge.vectors.detach().numpy(), BITS)
-    report = text_report(stickers, table.encode, embed(judge.tower.semantic, stickers.clean()))
+    save_encoder(out, "stickers-judge", {"tower": TOWER}, judge.tower, table, {})
+    encoder = load_encoder(out)
+    assert isinstance(encoder, SmallEncoder)
+    report = text_report(stickers, table.encode, embed(encoder.tower.semantic, stickers.clean()))
     notes = {
         "training": {
             "script": "examples/stickers/train_judge.py",
@@ -122,7 +131,8 @@ def main() -> None:
             "names": "Unicode emoji data (Unicode licence)",
         },
     }
-    card = save_encoder(out, "stickers-judge", {"tower": TOWER}, judge.tower, table, notes)
+    encoder.describe(notes)
+    card = encoder.card
     print(json.dumps(report, indent=1))
     print(f"{card.name} {card.sha256[:12]}, {time.perf_counter() - start:.0f} s -> {out}")
 

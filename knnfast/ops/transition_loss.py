@@ -108,9 +108,7 @@ class _TransitionLoss(torch.autograd.Function):
         return grad * d_loss.to(grad.dtype), None, None, None, None, None, None
 
 
-def _table(
-    schedule: reference.Schedule, K: int, device: torch.device
-) -> tuple[Tensor, int]:
+def _table(schedule: reference.Schedule, K: int, device: torch.device) -> tuple[Tensor, int]:
     """Each level's LossStep (csrc/ops_kernels.h), [T + 1, 7] FP64 on the device, made once."""
     A, B, C = (tuple(float(v) for v in getattr(schedule, name)) for name in "ABC")
     return _cached_table(A, B, C, str(device)), len(A) - 1
