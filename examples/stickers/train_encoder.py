@@ -78,6 +78,16 @@ def appearance_psnr(tower: ImageTower, images: torch.Tensor) -> float:
     return float(-10 * torch.log10(((rebuilt.clamp(0, 1) - small) ** 2).mean()))
 
 
+def read_trial(data: Path) -> dict:
+    """Return what a trial run measured on stickers and keywords it had not seen, if there was one."""
+    path = data / "encoder-trial" / "encoder.json"
+    if not path.exists():
+        return {}
+    notes = json.loads(path.read_text(encoding="utf-8"))["notes"]
+    unseen = {key: value for key, value in notes["quality"].items() if key.startswith("unseen")}
+    return {"cycles": notes["training"]["cycles"], **unseen}
+
+
 def main() -> None:
     """Train, measure, save the folder and the embeddings of all stickers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -166,6 +176,7 @@ def main() -> None:
             "seen": "nine tenths of the stickers" if args.trial else "all stickers, animals too",
         },
         "quality": {key: round(value, 4) for key, value in report.items()},
+        "trial": read_trial(args.data) if not args.trial else {},
         "sources": {
             "pictures": "Noto Color Emoji (OFL-1.1)",
             "names and keywords": "Unicode emoji data and CLDR (Unicode licence)",
