@@ -366,8 +366,7 @@ class WordTable:
         self.row = {word: i for i, word in enumerate(self.words)}
         if len(self.row) != len(self.words):
             raise ValueError("the vocabulary holds a word twice")
-        self._postings: dict[str, list[int]] | None = None
-        self._lengths = np.zeros(0)
+        self._letters: tuple[dict[str, list[int]], list[float]] | None = None
 
     @classmethod
     def quantise(cls, words: Sequence[str], vectors: np.ndarray, bits: int) -> WordTable:
@@ -402,29 +401,34 @@ class WordTable:
 
     def similar(self, word: str) -> list[tuple[int, float]]:
         """Find up to NEIGHBOURS rows that share the word's letters, with their cosines."""
-        if self._postings is None:
-            postings = defaultdict(list)
-            for row, known in enumerate(self.words):
-                for gram in set(grams(known)):
-                    postings[gram].append(row)
-            self._postings = dict(postings)
-            self._lengths = np.sqrt(
-                [sum(self._rarity(g) ** 2 for g in set(grams(w))) for w in self.words]
-            )
+        if self._letters is None:
+            self._letters = self._index_letters()
+        postings, lengths = self._letters
         shared: dict[int, float] = defaultdict(float)
         own = 0.0
         for gram in set(grams(word)):
-            weight = self._rarity(gram) ** 2
+            rows = postings.get(gram, [])
+            weight = self._rarity(len(rows))
             own += weight
-            for row in self._postings.get(gram, ()):
+            for row in rows:
                 shared[row] += weight
-        cosines = [(s / (math.sqrt(own) * self._lengths[row]), row) for row, s in shared.items()]
+        cosines = [(s / math.sqrt(own * lengths[row]), row) for row, s in shared.items()]
         best = sorted(cosines, key=lambda pair: (-pair[0], pair[1]))[: self.NEIGHBOURS]
         return [(row, min(float(cosine), 1.0)) for cosine, row in best if cosine >= self.FLOOR]
 
-    def _rarity(self, gram: str) -> float:
-        assert self._postings is not None
-        return math.log((1 + len(self.words)) / (1 + len(self._postings.get(gram, ()))))
+    def _index_letters(self) -> tuple[dict[str, list[int]], list[float]]:
+        """Return which rows hold each letter group, and each row's squared length in them."""
+        postings: dict[str, list[int]] = defaultdict(list)
+        pieces = [set(grams(word)) for word in self.words]
+        for row, groups in enumerate(pieces):
+            for gram in groups:
+                postings[gram].append(row)
+        weight = {gram: self._rarity(len(rows)) for gram, rows in postings.items()}
+        return dict(postings), [sum(weight[g] for g in groups) for groups in pieces]
+
+    def _rarity(self, count: int) -> float:
+        """Weigh a letter group by the squared logarithm of its inverse frequency."""
+        return math.log((2 + len(self.words)) / (1 + count)) ** 2
 
     def parts(self, text: str) -> list[tuple[int, float]]:
         """Return the (row, weight) pairs whose weighted sum is the text."""

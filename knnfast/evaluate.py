@@ -198,7 +198,7 @@ def evaluate(
     training: str = "stickers",
     other: str = "animals",
     other_prompts: int = 40,
-    other_samples: int = 4,
+    other_samples: int = 2,
     batch: int = 25,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:

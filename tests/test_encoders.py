@@ -304,6 +304,12 @@ def test_unknown_words_land_near_their_letters(unknown, rows):
     assert all(0.25 <= cosine <= 1 for cosine in found.values())
 
 
+def test_a_vocabulary_of_one_word():
+    table = WordTable.quantise(["cat"], np.ones((1, 4), np.float32), 8)
+    assert table.similar("cats")[0][0] == 0
+    assert table.similar("zzz") == []
+
+
 def test_an_unknown_word_weighs_less_than_a_known_one():
     table = toy_table()
     assert 0 < sum(weight for _, weight in table.parts("elephand")) < 1

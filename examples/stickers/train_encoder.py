@@ -79,7 +79,7 @@ def appearance_psnr(tower: ImageTower, images: torch.Tensor) -> float:
 
 
 def read_trial(data: Path) -> dict:
-    """Return what a trial run measured on stickers and keywords it had not seen, if there was one."""
+    """Return what a trial run measured on stickers and keywords that it had not seen."""
     path = data / "encoder-trial" / "encoder.json"
     if not path.exists():
         return {}
