@@ -73,7 +73,7 @@ def sample(
     for done, (t, s) in enumerate(pairwise(levels), start=1):
         level = torch.full((len(cond),), t, dtype=torch.int64)
         doubled = torch.cat([x, x]) if guided else x
-        rows = denoiser.features(doubled, level, cond, cond_mask)
+        rows = denoiser.features(doubled, level, cond, cond_mask).to(denoiser.head.weight.dtype)
         x = sample_head(
             rows[:batch],
             denoiser.head.weight,
