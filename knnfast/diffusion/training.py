@@ -340,12 +340,9 @@ def draw_grid(
     targets, cond, mask = ConditionSampler(trainer.sampler.pairs, shown).draw(count, generator, 1)
     net, schedule = trainer.averaged(), trainer.schedule
     rows = [targets]
-    rows += [
-        sample(
-            net, schedule, cond, mask, steps=min(steps, schedule.num_steps), guidance=3.0, seed=s
-        )
-        for s in (0, 1)
-    ]
+    steps = min(steps, schedule.num_steps)
+    with torch.autocast("cpu", torch.bfloat16, enabled=trainer.config.bf16):
+        rows += [sample(net, schedule, cond, mask, steps, guidance=3.0, seed=s) for s in (0, 1)]
     pixels = torch.stack([tokenizer.decode(codes) for codes in rows])  # [R, B, 3, S, S]
     r, b, c, h, w = pixels.shape
     sheet = pixels.permute(0, 3, 1, 4, 2).reshape(r * h, b * w, c)
