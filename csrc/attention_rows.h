@@ -52,11 +52,14 @@ static void pack_panels(const S* src, int rows, int cols, S* dst) {
   }
 }
 
-// out[kRows, NV vectors] = a[kRows, depth] panel[depth, NV vectors]
+// out[kRows, NV vectors] = a[kRows, depth] panel[depth, NV vectors]. Long sums are taken in parts of
+// kDepth: the rounding error then grows with kDepth and depth / kDepth, not with depth.
+constexpr int kDepth = 128;
+
 template <class S, int NV>
-static void tile(const S* a, int lda, const S* panel, int depth, S* out, int ldo) {
+static void tile_part(const S* a, int lda, const S* panel, int first, int last, S* out, int ldo) {
   Vec<S> acc[kRows][NV] = {};
-  for (int k = 0; k < depth; ++k) {
+  for (int k = first; k < last; ++k) {
     Vec<S> b[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v)
@@ -71,7 +74,16 @@ static void tile(const S* a, int lda, const S* panel, int depth, S* out, int ldo
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) store(out + size_t(r) * ldo + v * kLanes<S>, acc[r][v]);
+    for (int v = 0; v < NV; ++v) {
+      S* o = out + size_t(r) * ldo + v * kLanes<S>;
+      store(o, first ? load(o) + acc[r][v] : acc[r][v]);
+    }
+}
+
+template <class S, int NV>
+static void tile(const S* a, int lda, const S* panel, int depth, S* out, int ldo) {
+  for (int k = 0; k < depth; k += kDepth)
+    tile_part<S, NV>(a, lda, panel, k, k + kDepth < depth ? k + kDepth : depth, out, ldo);
 }
 
 template <class S>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 from knnfast._version import __version__
@@ -20,6 +21,11 @@ _PUBLIC = {
 _MODULES = {"encoders", "ops", "reference", "search"}
 
 __all__ = ["__version__", *_PUBLIC]
+
+# On PYTHONPATH a checkout keeps knnfast.kernels beside the package, as the folder `kernels`.
+_ROOT = Path(__file__).resolve().parent.parent
+if (_ROOT / "setup.py").is_file() and (_ROOT / "kernels" / "tiles.py").is_file():
+    __path__.append(str(_ROOT))
 
 
 def __getattr__(name: str) -> Any:

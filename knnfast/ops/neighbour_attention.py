@@ -61,6 +61,7 @@ def fold_neighbours(
         heads: H, divides D_in.
         mask: [B, N] bool, the embeddings that are on; all when None.
         fold: True folds, False keeps keys and values; None folds when H N <= 0.75 D.
+
     Returns:
         Folded, or Unfolded where folding does not pay; both serve `neighbour_attention`.
     Raises: ValueError shape or range; TypeError dtype.
@@ -126,6 +127,7 @@ def neighbour_attention(
         norm: False takes z = x (1 + scale) + shift.
         eps: of the layer norm.
         residual: False leaves x + out.
+
     Returns:
         y: like x, contiguous. An image whose mask is all off keeps y = x (0 without residual).
     Raises: ValueError shape or device; TypeError dtype.

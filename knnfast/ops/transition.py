@@ -59,6 +59,7 @@ def transition_step(
         top_r: keep the classes that hold this mass; 1 keeps all.
         top_k: keep this many classes; 0 keeps all.
         purity: sharpness r >= 0 of purity sampling, which sets the purest masked positions.
+
     Returns:
         x_s: [B, L] int64.
     Raises: ValueError shape, range, device; on the CPU also NaN, +inf or no finite class in a row
@@ -113,6 +114,7 @@ def sample_head(
         x_t, weights, seed, image_indices, guidance, temperature, top_r, top_k: as in
             `transition_step`.
         null_features: features of the unconditional pass, like features.
+
     Returns:
         x_s: [B, L] int64.
     Raises: as `transition_step`.

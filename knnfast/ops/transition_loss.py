@@ -50,6 +50,7 @@ def transition_loss(
         adaptive: f(t) = 2 - (t - 1) / T, else 1.
         inplace: write the gradient over the logits (their values are lost; only when the backward
             pass of whatever made them does not need them).
+
     Returns:
         loss: scalar, fp32 (fp64 for fp64 logits).
         kl: [B], each image's mean KL, without gradient, for importance sampling.
@@ -108,6 +109,7 @@ class _TransitionLoss(torch.autograd.Function):
         return grad * d_loss.to(grad.dtype), None, None, None, None, None, None
 
 
+@torch.compiler.assume_constant_result
 def _table(schedule: reference.Schedule, K: int, device: torch.device) -> tuple[Tensor, int]:
     """Each level's LossStep (csrc/ops_kernels.h), [T + 1, 7] FP64 on the device, made once."""
     A, B, C = (tuple(float(v) for v in getattr(schedule, name)) for name in "ABC")
@@ -141,9 +143,9 @@ def _run_cpu(logits, grad, x_0, x_t, steps, weight, auxiliary):
     B, L, K = logits.shape
     x_0, x_t, steps = x_0.contiguous(), x_t.contiguous(), steps.contiguous()
     weight, auxiliary = weight.contiguous(), auxiliary.contiguous()
-    if x_0.numel() and not (0 <= int(x_0.min()) and int(x_0.max()) < K):
+    if x_0.numel() and not (int(x_0.min()) >= 0 and int(x_0.max()) < K):
         raise ValueError(f"x_0: must lie in [0, {K})")
-    if x_t.numel() and not (0 <= int(x_t.min()) and int(x_t.max()) <= K):
+    if x_t.numel() and not (int(x_t.min()) >= 0 and int(x_t.max()) <= K):
         raise ValueError(f"x_t: must lie in [0, {K}]")
     loss = torch.zeros((), dtype=torch.float64)
     kl = torch.empty(B, dtype=torch.float64)

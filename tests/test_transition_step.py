@@ -1,0 +1,378 @@
+"""transition_step on every backend against its FP64 definition, in distribution, and at its ends.
+
+Statistical tests draw with fixed seeds. Each compares a chi-square statistic with its 1 - 1e-6
+quantile, so that a correct implementation fails one of the about 40 with probability 4e-5.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from transition_helpers import SCHEDULES, levels, random_logits, weights_of
+
+from knnfast import ops, reference
+
+FALSE_ALARM = 1e-6
+RULES = {
+    "plain": {},
+    "guided": {"guidance": 3.0, "null": True},
+    "temperature": {"temperature": 0.7},
+    "top_r": {"top_r": 0.8},
+    "top_k": {"top_k": 3},
+    "all": {"guidance": 2.0, "null": True, "temperature": 1.3, "top_r": 0.9, "top_k": 5},
+    "purity": {"purity": 1.0},
+}
+
+
+def interpreted(logits, x_t, weights, *, seed, image_indices=None, null_logits=None, **rule):
+    """Call the Triton kernel on CPU tensors through the interpreter."""
+    from knnfast.kernels.transition_step import launch_transition_step
+
+    if image_indices is None:
+        image_indices = torch.arange(len(x_t))
+    rule = {"guidance": 1.0, "temperature": 1.0, "top_r": 1.0, "top_k": 0, "purity": None} | rule
+    seed = torch.tensor([seed])
+    return launch_transition_step(
+        logits, null_logits, x_t, weights, image_indices, seed, *rule.values()
+    )
+
+
+def make(K, B, L, rule, dtype=torch.float32, masked=0.5):
+    rule = dict(rule)
+    logits = random_logits((B, L, K), dtype=dtype)
+    if rule.pop("null", False):
+        rule["null_logits"] = random_logits((B, L, K), dtype=dtype)
+    x_t = torch.where(torch.rand(B, L) < masked, K, torch.randint(0, K, (B, L)))
+    return logits, x_t, rule
+
+
+def agree(got, logits, x_t, weights, **rule):
+    """Equal tokens; where they differ the FP64 scores must be within 1e-5 of each other."""
+    expected = reference.transition_step(logits, x_t, weights, **rule)
+    wrong = got != expected
+    assert wrong.double().mean() < 1e-3, f"{int(wrong.sum())} of {wrong.numel()} tokens differ"
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("K", [2, 3, 63, 64, 257, 8192])
+def test_matches_reference(name, K, rule):
+    B, L = (3, 37) if K < 8192 else (1, 8)
+    logits, x_t, kw = make(K, B, L, RULES[rule])
+    for t, s in [(1, 0), (50, 49), (100, 60)]:
+        weights = weights_of(name, K, t, s)
+        got = ops.transition_step(logits, x_t, weights, seed=7, **kw)
+        agree(got, logits, x_t, weights, seed=7, **kw)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_lower_types(dtype):
+    logits, x_t, kw = make(130, 2, 64, RULES["guided"], dtype)
+    weights = weights_of("mask_replace", 130, 60, 30)
+    got = ops.transition_step(logits, x_t, weights, seed=1, **kw)
+    agree(got, logits, x_t, weights, seed=1, **kw)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
+@pytest.mark.parametrize("rule", ["plain", "all", "purity"])
+@pytest.mark.parametrize("name", ["mask_replace", "mask"])
+def test_triton_matches_reference(name, rule):
+    if torch.cuda.is_available():
+        pytest.skip("compiled in this process; the gpu tests cover it")
+    logits, x_t, kw = make(13, 2, 9, RULES[rule])
+    weights = weights_of(name, 13, 100, 40)
+    got = interpreted(logits, x_t, weights, seed=11, **kw)
+    agree(got, logits, x_t, weights, seed=11, **kw)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("K", [2, 257, 4096, 8192])
+def test_cuda_matches_reference(K, rule, dtype):
+    logits, x_t, kw = make(K, 2, 65, RULES[rule], dtype)
+    weights = weights_of("mask_replace", K, 100, 40)
+    device = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in kw.items()}
+    got = ops.transition_step(logits.cuda(), x_t.cuda(), weights.cuda(), seed=3, **device)
+    agree(got.cpu(), logits, x_t, weights, seed=3, **kw)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays_with_a_new_seed():
+    logits, x_t, _ = make(512, 2, 64, {})
+    logits, x_t, seed = logits.cuda(), x_t.cuda(), torch.tensor([1], device="cuda")
+    weights = weights_of("mask_replace", 512, 100, 40).cuda()
+    feature, head = torch.randn(2, 64, 32).cuda(), torch.randn(512, 32).cuda()
+    for _ in range(2):
+        ops.transition_step(logits, x_t, weights, seed=seed)
+        ops.sample_head(feature, head, None, x_t, weights, seed=seed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        dense = ops.transition_step(logits, x_t, weights, seed=seed)
+        sparse = ops.sample_head(feature, head, None, x_t, weights, seed=seed)
+    for value in (5, 6):
+        seed.fill_(value)
+        graph.replay()
+        expected = ops.transition_step(logits, x_t, weights, seed=value)
+        assert torch.equal(dense, expected)
+        expected = ops.sample_head(feature, head, None, x_t, weights, seed=value)
+        assert torch.equal(sparse, expected)
+
+
+@pytest.mark.gpu
+def test_cuda_bad_rows_are_minus_one():
+    logits, x_t, _ = make(16, 1, 4, {}, masked=1.0)
+    logits[0, 0, 3], logits[0, 1, 3], logits[0, 2] = float("nan"), float("inf"), float("-inf")
+    weights = weights_of("mask", 16, 100, 0).cuda()
+    got = ops.transition_step(logits.cuda(), x_t.cuda(), weights, seed=0)[0]
+    assert got[:3].tolist() == [-1, -1, -1]
+    assert 0 <= int(got[3]) < 16
+
+
+def test_strided_views_and_per_image_steps():
+    K = 64
+    wide = random_logits((2, 18, 2 * K))
+    logits, x_t = wide[:, ::2, :K], torch.full((2, 9), K)
+    per_image = torch.stack([weights_of("mask_replace", K, 90, 80), weights_of("mask", K, 5, 0)])
+    got = ops.transition_step(logits, x_t, per_image, seed=4)
+    for b in range(2):
+        one = ops.transition_step(
+            logits[b : b + 1], x_t[b : b + 1], per_image[b], seed=4,
+            image_indices=torch.tensor([b]),
+        )  # fmt: skip
+        assert torch.equal(got[b : b + 1], one)
+    agree(got, logits, x_t, per_image, seed=4)
+
+
+def test_result_does_not_depend_on_the_batch():
+    logits, x_t, _ = make(100, 6, 20, {})
+    weights = weights_of("mask_replace", 100, 70, 30)
+    index = torch.tensor([4, 9, 2, 11, 0, 7])
+    whole = ops.transition_step(logits, x_t, weights, seed=5, image_indices=index)
+    for part in (slice(0, 2), slice(2, 3), slice(3, 6)):
+        got = ops.transition_step(
+            logits[part], x_t[part], weights, seed=5, image_indices=index[part]
+        )
+        assert torch.equal(got, whole[part])
+    again = ops.transition_step(logits, x_t, weights, seed=5, image_indices=index)
+    assert torch.equal(again, whole)
+    other = ops.transition_step(logits, x_t, weights, seed=6, image_indices=index)
+    assert not torch.equal(other, whole)
+
+
+def chi_square(counts, expected):
+    """Pool cells below 5 expected, and compare with the 1 - FALSE_ALARM quantile."""
+    counts, expected = np.asarray(counts, float), np.asarray(expected, float)
+    assert (counts[expected == 0] == 0).all(), "an impossible token was drawn"
+    keep = expected >= 5
+    pooled = np.r_[counts[keep], counts[~keep].sum()], np.r_[expected[keep], expected[~keep].sum()]
+    if pooled[1][-1] < 5:
+        # a Poisson bound for what is left, at the same rate
+        assert stats.poisson.sf(pooled[0][-1] - 1, max(pooled[1][-1], 1e-30)) > FALSE_ALARM
+        pooled = pooled[0][:-1], pooled[1][:-1]
+    if len(pooled[0]) < 2:
+        return
+    statistic = ((pooled[0] - pooled[1]) ** 2 / pooled[1]).sum()
+    assert statistic < stats.chi2.isf(FALSE_ALARM, len(pooled[0]) - 1)
+
+
+@pytest.mark.parametrize("rule", ["plain", "guided", "top_r"])
+@pytest.mark.parametrize("stride", [1, 4, 25])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_distribution(name, stride, rule, seed):
+    """10^6 draws for MASK and 10^6 for a real token against the mixture written out."""
+    K, n = 6, 1_000_000
+    t = 50
+    row, _, kw = make(K, 1, 1, RULES[rule])
+    weights = weights_of(name, K, t, t - stride)
+    options = {k: v for k, v in kw.items() if k != "null_logits"}
+    logp = reference.class_scores(row[0, 0], kw.get("null_logits", row)[0, 0], **options)
+    wide = {"null_logits": kw["null_logits"].expand(1, n, K)} if "null_logits" in kw else {}
+    for x_t in (K, 2):
+        x = torch.full((1, n), x_t)
+        got = ops.transition_step(row.expand(1, n, K), x, weights, seed=seed, **(kw | wide))
+        p = reference.transition_distribution(logp, torch.tensor(x_t), weights)
+        chi_square(np.bincount(got[0], minlength=K + 1), p.numpy() * n)
+
+
+def test_rare_events_appear_at_their_rate(seed):
+    """A class of probability 2^-20, drawn 2^24 times: 16 expected."""
+    n, times = 1 << 20, 16
+    row = torch.tensor([0.0, -float(np.log(2.0**20 - 1))])
+    weights = weights_of("mask", 2, 1, 0)
+    x = torch.full((1, n), 2)
+    hits = 0
+    for i in range(times):
+        image = torch.tensor([i])
+        got = ops.transition_step(row.expand(1, n, 2), x, weights, seed=seed, image_indices=image)
+        hits += int((got == 1).sum())
+    low, high = stats.poisson.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], 16.0)
+    assert low <= hits <= high
+
+
+def test_tails_never_give_a_masked_class():
+    ninf = float("-inf")
+    weights = weights_of("mask", 3, 100, 0)
+    x = torch.full((1, 50_000), 3)
+    for row, allowed in [
+        ([ninf, 1e4, -1e4], {1}), ([ninf, ninf, -1e4], {2}), ([ninf, 0.0, 0.0], {1, 2}),
+        ([1e4, 1e4, ninf], {0, 1}), ([-1e4, -1e4, -1e4], {0, 1, 2}),
+    ]:  # fmt: skip
+        logits = torch.tensor(row).expand(1, 50_000, 3)
+        assert set(ops.transition_step(logits, x, weights, seed=0).unique().tolist()) == allowed
+        sharp = ops.transition_step(
+            logits, x, weights, seed=0, null_logits=logits, guidance=7.5, top_r=0.99
+        )
+        assert set(sharp.unique().tolist()) <= allowed
+    # excluded in the null pass alone counts too
+    null = torch.tensor([0.0, ninf, 0.0]).expand(1, 50_000, 3)
+    cond = torch.zeros(1, 50_000, 3)
+    got = ops.transition_step(cond, x, weights, seed=0, null_logits=null, guidance=2.0)
+    assert set(got.unique().tolist()) == {0, 2}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
+def test_bad_rows_raise(bad):
+    logits, x_t, _ = make(8, 1, 4, {}, masked=1.0)
+    if bad is None:
+        logits[0, 2] = float("-inf")
+    else:
+        logits[0, 2, 5] = bad
+    for kw in ({}, {"purity": 1.0}, {"null_logits": torch.zeros_like(logits), "guidance": 2.0}):
+        with pytest.raises(ValueError, match="NaN, \\+inf or no finite class"):
+            ops.transition_step(logits, x_t, weights_of("mask", 8, 100, 0), seed=0, **kw)
+
+
+def posterior_at_stride(p, x_t, schedule, t, skip, K):
+    """The step that VQ-Diffusion's fast mode takes: one-step posterior at t - skip + 1."""
+    weights = reference.transition_weights(schedule, t - skip + 1, t - skip, K)
+    return reference.transition_distribution(p.log(), x_t, weights)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("steps", [[100, 0], [100, 50, 0], list(range(100, -1, -5))])
+def test_strided_sampling_with_an_ideal_denoiser(name, steps, seed):
+    """Single and independent tokens keep their distribution for any list of steps."""
+    K, n = 4, 200_000
+    schedule = levels(name, K)
+    truth = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
+    x = reference.sample_prior(schedule, 100, K, (n, 2), seed=seed)
+    for t, s in itertools.pairwise(steps):
+        # p(x_0 | x_t) by Bayes from this token alone: ideal, as tokens are independent
+        A, B, C = (float(getattr(schedule, c)[t]) for c in "ABC")
+        likelihood = torch.full((K + 1, K), B, dtype=torch.float64)
+        likelihood[range(K), range(K)] += A
+        likelihood[K] = C
+        ideal = truth[:, None, :] * likelihood[None]  # [2, x_t, x_0]
+        ideal = ideal / ideal.sum(-1, keepdim=True)
+        logits = ideal.log().float()[torch.arange(2)[None], x]
+        weights = reference.transition_weights(schedule, t, s, K)
+        x = ops.transition_step(logits, x, weights, seed=seed)
+    joint = np.bincount((x[:, 0] * K + x[:, 1]).numpy(), minlength=K * K)
+    expected = (truth[0][:, None] * truth[1][None]).reshape(-1).numpy() * n
+    if name == "vq_diffusion":  # starts from x_T, of which 1e-5 differs from the forward process
+        assert np.abs(joint / n - expected / n).max() < 6 * np.sqrt(0.25 / n) + 2e-5
+    else:
+        chi_square(joint, expected)
+
+
+def test_one_step_posterior_at_a_stride_fails():
+    """What VQ-Diffusion's fast mode does instead leaves nearly half masked before the last draw."""
+    K, skip = 4, 5
+    schedule = levels("vq_diffusion", K)
+    p = torch.full((K,), 0.25, dtype=torch.float64)
+    mask = torch.tensor(K)
+    wrong = right = 1.0
+    for t in range(100, skip, -skip):
+        wrong *= float(posterior_at_stride(p, mask, schedule, t, skip, K)[K])
+        weights = reference.transition_weights(schedule, t, t - skip, K)
+        right *= float(reference.transition_distribution(p.log(), mask, weights)[K])
+    assert wrong == pytest.approx(0.4747, abs=1e-3)
+    assert right < 0.051
+    assert right == pytest.approx(float(schedule.C[skip] / schedule.C[100]), rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [2, 5, 20])
+def test_correlated_tokens_mismatch_is_one_over_2n(n, seed):
+    """Two equal tokens, unmasked in the same step of n, are drawn apart: 1/n of 1/2 (K = 2)."""
+    images = 100_000
+    schedule = levels("mask", 2)
+    x = torch.full((images, 2), 2)
+    steps = [round(100 * (n - i) / n) for i in range(n + 1)]
+    for t, s in itertools.pairwise(steps):
+        other = x.flip(1)
+        logits = torch.zeros(images, 2, 2)
+        known = other < 2
+        logits[known] = torch.where(
+            torch.nn.functional.one_hot(other[known], 2).bool(), 0.0, float("-inf")
+        )
+        weights = reference.transition_weights(schedule, t, s, 2)
+        x = ops.transition_step(logits, x, weights, seed=seed)
+    mismatch = float((x[:, 0] != x[:, 1]).double().mean())
+    sigma = np.sqrt(0.5 / n / images)
+    assert abs(mismatch - 1 / (2 * n)) < stats.norm.isf(FALSE_ALARM / 2) * sigma
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"logits": torch.zeros(2, 3)}, ValueError, "logits"),
+        ({"logits": torch.zeros(2, 3, 4, dtype=torch.float64)}, TypeError, "logits"),
+        ({"x_t": torch.zeros(2, 4, dtype=torch.int64)}, ValueError, "x_t"),
+        ({"x_t": torch.zeros(2, 3, dtype=torch.int32)}, TypeError, "x_t"),
+        ({"weights": torch.zeros(6, dtype=torch.float64)}, ValueError, "weights"),
+        ({"weights": torch.zeros(7)}, TypeError, "weights"),
+        ({"null_logits": torch.zeros(2, 3, 5)}, ValueError, "null_logits"),
+        ({"temperature": 0.0}, ValueError, "temperature"),
+        ({"top_r": 0.0}, ValueError, "top_r"),
+        ({"top_k": -1}, ValueError, "top_k"),
+        ({"purity": -1.0}, ValueError, "purity"),
+        ({"image_indices": torch.zeros(3, dtype=torch.int64)}, ValueError, "image_indices"),
+    ],
+)
+def test_rejects(change, error, match):
+    call = {
+        "logits": torch.zeros(2, 3, 4), "x_t": torch.zeros(2, 3, dtype=torch.int64),
+        "weights": weights_of("mask", 4, 50, 25), "seed": 0,
+    } | change  # fmt: skip
+    logits, x_t, weights = call.pop("logits"), call.pop("x_t"), call.pop("weights")
+    with pytest.raises(error, match=match):
+        ops.transition_step(logits, x_t, weights, **call)
+
+
+def test_empty():
+    for shape in [(0, 3, 4), (2, 0, 4)]:
+        x_t = torch.zeros(shape[:2], dtype=torch.int64)
+        got = ops.transition_step(torch.zeros(shape), x_t, weights_of("mask", 4, 50, 25), seed=0)
+        assert got.shape == shape[:2]
+
+
+def test_opcheck_and_compile():
+    logits, x_t, _ = make(16, 2, 5, {})
+    weights = weights_of("mask_replace", 16, 50, 25)
+    index, key = torch.arange(2), torch.tensor([3])
+    torch.library.opcheck(
+        torch.ops.knnfast.transition_step.default,
+        (logits, logits, x_t, weights, index, key, 2.0, 1.0, 1.0, 0, None),
+    )
+    torch.library.opcheck(
+        torch.ops.knnfast.sample_head.default,
+        (torch.randn(2, 5, 8), None, torch.randn(16, 8), None, x_t, weights, index, key, 1.0, 1.0,
+         1.0, 0),
+    )  # fmt: skip
+
+    def call(logits, x_t, weights, seed):
+        return ops.transition_step(logits.float() * 1.0, x_t, weights, seed=seed) + 0
+
+    eager = call(logits, x_t, weights, key)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(logits, x_t, weights, key), eager)
+
+    class Step(torch.nn.Module):
+        def forward(self, logits, x_t, weights, seed):
+            return call(logits, x_t, weights, seed)
+
+    exported = torch.export.export(Step(), (logits, x_t, weights, key))
+    assert torch.equal(exported.module()(logits, x_t, weights, key), eager)
