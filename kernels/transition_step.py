@@ -3,7 +3,7 @@
 p(x_s | x_t) = w_p p + w_u uniform + (1 - w_p - w_u) [x_s = x_t]        (reference.transition_step)
 
 One program a token. Most tokens are decided by the choice alone and read nothing; the others read
-their row once (twice with guidance) into registers. Bytes: rows drawn * K * itemsize (* 2) + 16 B L;
+their row once into registers. Bytes: rows drawn * K * itemsize (twice with guidance) + 16 B L;
 FLOPs: about 150 a class drawn (Philox, two logarithms); bandwidth binds at FP16 and K >= 1024.
 Accumulates in FP32, choices in FP64. Ties go to the lower class. NaN, +inf or no finite class: -1.
 """

@@ -217,6 +217,9 @@ def test_opcheck_compile_autocast():
     torch.testing.assert_close(exported.module()(x, *folded), eager)
     with torch.autocast("cpu", torch.bfloat16):
         low = ops.neighbour_attention(x, folded, **ada)
-    assert low.dtype == torch.bfloat16
+        out = ops.neighbour_attention(x, folded, **ada, residual=False)
+    assert low.dtype == torch.float32  # the residual stream keeps its type
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(low, x + out)
     full = ops.neighbour_attention(x, folded, **ada)
-    torch.testing.assert_close(low.float(), full, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(low, full, rtol=0.1, atol=0.1)

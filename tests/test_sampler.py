@@ -25,7 +25,10 @@ class Independent(torch.nn.Module):
         self.head.weight.data.copy_(torch.eye(K))
         self.head.bias.data.zero_()
 
-    def features(self, x_t, t, cond, mask):
+    def prepare(self, cond, mask, fold):
+        return cond
+
+    def features(self, x_t, t, cond):
         level = int(t[0])
         a, b = self.schedule.A[level], self.schedule.B[level]
         joint = self.p.expand(len(x_t), L, K).clone()

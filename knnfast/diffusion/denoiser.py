@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from knnfast.diffusion.schedule import Schedule
+from knnfast.ops import Folded, Unfolded, fold_neighbours, neighbour_attention
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -92,6 +94,16 @@ class DenoiserConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
+class Condition(NamedTuple):
+    """What the layers read of a condition; constant over a sampling run (`Denoiser.prepare`)."""
+
+    tokens: Tensor  # [B, k+1, D]
+    paintings: Tensor  # [B, k+1, N, canvas_width]
+    bias: Tensor  # 0 or -inf for each condition token, all 0 where none is on, [B, 1, 1, k+1]
+    present: Tensor  # where some condition token is on, [B, 1, 1] bool
+    folded: Sequence[Folded | Unfolded | None]  # each layer's, for `ops.neighbour_attention`
+
+
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """AdaLN: LayerNorm without parameters, then scale and shift per sample."""
     return F.layer_norm(x, x.shape[-1:]) * (1.0 + scale[:, None]) + shift[:, None]
@@ -150,6 +162,14 @@ class CrossAttention(nn.Module):
         h = _attend(self.to_q(x), self.to_k(cond), self.to_v(cond), self.heads, bias)
         return self.to_out(h) * present.to(x.dtype)
 
+    def fold(self, cond: Tensor, cond_mask: Tensor) -> Folded | Unfolded:
+        """Fold condition tokens into the weights: the same attention, prepared once a run."""
+        q, k, v, out = self.to_q, self.to_k, self.to_v, self.to_out
+        return fold_neighbours(
+            cond, q.weight, k.weight, v.weight, out.weight, q.bias, v.bias, out.bias,
+            heads=self.heads, mask=cond_mask,
+        )  # fmt: skip
+
 
 class CanvasAttention(nn.Module):
     """Attention of each token to what the condition embeddings paint at its own place.
@@ -198,20 +218,18 @@ class Layer(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(6, cfg.width))
 
     def forward(
-        self,
-        x: Tensor,
-        time: Tensor,
-        cond: Tensor,
-        paintings: Tensor,
-        bias: Tensor,
-        present: Tensor,
+        self, x: Tensor, time: Tensor, c: Condition, folded: Folded | Unfolded | None
     ) -> Tensor:
         """Map tokens [B, N, D] to the same shape; time is [B, 6, D]."""
         if hasattr(self, "canvas_attention"):
-            x = x + self.canvas_attention(x, cond, paintings, bias, present)
+            x = x + self.canvas_attention(x, c.tokens, c.paintings, c.bias, c.present)
         shift1, scale1, shift2, scale2, shift3, scale3 = (time + self.modulation).unbind(1)
         x = x + self.self_attention(_modulate(x, shift1, scale1))
-        x = x + self.cross_attention(_modulate(x, shift2, scale2), cond, bias, present)
+        if folded is None:
+            z = _modulate(x, shift2, scale2)
+            x = x + self.cross_attention(z, c.tokens, c.bias, c.present)
+        else:
+            x = neighbour_attention(x, folded, scale=scale2, shift=shift2)
         return x + self.mlp_out(F.relu(self.mlp_in(_modulate(x, shift3, scale3))).square())
 
 
@@ -294,26 +312,47 @@ class Denoiser(nn.Module):
         e = e.permute(0, 1, 3, 2, 4, 5).reshape(len(x_t), (rows // p) * (cols // p), -1)
         return self.patch_in(e) + self.position
 
-    def features(self, x_t: Tensor, t: Tensor, cond: Tensor, cond_mask: Tensor) -> Tensor:
-        """Everything but the head: one row for each code, [B, L, code_width].
+    def prepare(self, cond: Tensor, cond_mask: Tensor, fold: bool = False) -> Condition:
+        """Read a condition, once for all steps of a sampling run.
 
         Args:
-            x_t: corrupted codes, [B, L] int64, the mask is K.
-            t: levels, [B] int64.
             cond: condition embeddings, [B, k+1, E], query first, then neighbours nearest first.
             cond_mask: which of them are on, [B, k+1] bool.
+            fold: fold them into each layer's weights (`ops.fold_neighbours`); it pays when the
+                result serves several steps.
         """
-        (rows, cols), p = self.config.grid, self.config.patch
-        x = self.tokens(x_t)
-        time = self.time_modulation(t).to(x.dtype)
         tokens = self.read_condition(cond)
         paintings = self.canvas(cond * math.sqrt(self.config.embed_dim))
         paintings = paintings.view(*cond.shape[:2], -1, self.config.canvas_width)
         some = cond_mask.any(1)
         off = ~(cond_mask | ~some[:, None])
         bias = torch.zeros_like(off, dtype=torch.float32).masked_fill(off, float("-inf"))
-        for layer in self.layers:
-            x = layer(x, time, tokens, paintings, bias[:, None, None], some[:, None, None])
+        folded: list[Folded | Unfolded | None] = [None] * len(self.layers)
+        if fold:
+            for i, layer in enumerate(self.layers):
+                assert isinstance(layer, Layer)  # for the type checker
+                folded[i] = layer.cross_attention.fold(tokens, cond_mask)
+        return Condition(tokens, paintings, bias[:, None, None], some[:, None, None], folded)
+
+    def features(
+        self, x_t: Tensor, t: Tensor, cond: Tensor | Condition, cond_mask: Tensor | None = None
+    ) -> Tensor:
+        """Everything but the head: one row for each code, [B, L, code_width].
+
+        Args:
+            x_t: corrupted codes, [B, L] int64, the mask is K.
+            t: levels, [B] int64.
+            cond: what `prepare` returned; or embeddings, [B, k+1, E], with their cond_mask.
+            cond_mask: which of the embeddings are on, [B, k+1] bool.
+        """
+        if not isinstance(cond, Condition):
+            assert cond_mask is not None
+            cond = self.prepare(cond, cond_mask)
+        (rows, cols), p = self.config.grid, self.config.patch
+        x = self.tokens(x_t)
+        time = self.time_modulation(t).to(x.dtype)
+        for layer, folded in zip(self.layers, cond.folded, strict=True):
+            x = layer(x, time, cond, folded)
         y = self.patch_out(self.norm_out(x))
         y = y.view(len(x), rows // p, cols // p, p, p, -1).permute(0, 1, 3, 2, 4, 5)
         return y.reshape(len(x), rows * cols, -1)

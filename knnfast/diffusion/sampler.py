@@ -70,10 +70,11 @@ def sample(
     if guided:
         cond = torch.cat([cond, torch.zeros_like(cond)])
         cond_mask = torch.cat([cond_mask, torch.zeros_like(cond_mask)])
+    condition = denoiser.prepare(cond, cond_mask, fold=True)
     for done, (t, s) in enumerate(pairwise(levels), start=1):
         level = torch.full((len(cond),), t, dtype=torch.int64)
         doubled = torch.cat([x, x]) if guided else x
-        rows = denoiser.features(doubled, level, cond, cond_mask).to(denoiser.head.weight.dtype)
+        rows = denoiser.features(doubled, level, condition).to(denoiser.head.weight.dtype)
         x = sample_head(
             rows[:batch],
             denoiser.head.weight,

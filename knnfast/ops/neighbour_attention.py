@@ -154,8 +154,14 @@ def neighbour_attention(
     for name, v in zip(Folded._fields, folded, strict=True):
         check_device(f"folded.{name}", v, x.device)
     if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, A, a, C, bias = (v.to(dtype) for v in (x, A, a, C, bias))
+        # The products in autocast's type, the residual stream in its own.
+        low = torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            out = neighbour_attention(
+                x.to(low), Folded(A.to(low), a.to(low), C.to(low), bias.to(low), mask),
+                scale=scale, shift=shift, norm=norm, eps=eps, residual=False,
+            )  # fmt: skip
+        return x + out if residual else out
     for name, v in (("A", A), ("a", a), ("C", C), ("bias", bias)):
         check_dtype(f"folded.{name}", v, (x.dtype,))
     scale = None if scale is None else scale.to(x.dtype)
@@ -226,8 +232,8 @@ class _NeighbourAttention(torch.autograd.Function):
         if shift is not None:
             d_shift = dz.sum(1) if shift.dim() == 2 else dz.sum((0, 1))
         d_hat = dz
-        if scale is not None:
-            d_scale = (dz * hat).sum(1) if scale.dim() == 2 else (dz * hat).sum((0, 1))
+        if s is not None:
+            d_scale = (dz * hat).sum(1) if s.dim() == 2 else (dz * hat).sum((0, 1))
             d_hat = dz * (1 + _rows(s))
         if ctx.norm:
             mean = d_hat.mean(-1, keepdim=True)

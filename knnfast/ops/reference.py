@@ -5,6 +5,7 @@ Slow and readable; tests and benchmarks measure every backend against these func
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -104,11 +105,11 @@ class Schedule(Protocol):
     """Cumulative coefficients for levels 0..T: A + K B + C = 1, (A, B, C)[0] = (1, 0, 0)."""
 
     @property
-    def A(self) -> Any: ...
+    def A(self) -> Any: ...  # noqa: D102
     @property
-    def B(self) -> Any: ...
+    def B(self) -> Any: ...  # noqa: D102
     @property
-    def C(self) -> Any: ...
+    def C(self) -> Any: ...  # noqa: D102
 
 
 # Columns of a step's weights, FP64. The first is the level t, for the random counters.
@@ -145,7 +146,7 @@ def transition_weights(
 
 
 def stride(
-    A: list[float], B: list[float], C: list[float], t: int, s: int
+    A: Sequence[float], B: Sequence[float], C: Sequence[float], t: int, s: int
 ) -> tuple[float, float, float]:
     """q(x_t | x_s) as (a, b, c): keep, each replacement, mask."""
     a = A[t] / A[s]
