@@ -110,6 +110,16 @@ def test_cross_attention_folds() -> None:
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)  # softmax is FP32 in the layer
 
 
+def test_folded_trunk_is_the_trunk() -> None:
+    model = made()
+    x_t, t, cond, mask = inputs()
+    mask[0] = False
+    condition = model.prepare(cond, mask, fold=True)
+    torch.testing.assert_close(
+        model.features(x_t, t, condition), model.features(x_t, t, cond, mask), atol=2e-5, rtol=2e-5
+    )
+
+
 def test_file_round_trip(tmp_path: Path) -> None:
     model = made()
     model.save(tmp_path, torch.float32)

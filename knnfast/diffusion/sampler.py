@@ -70,9 +70,11 @@ def sample(
     if guided:
         cond = torch.cat([cond, torch.zeros_like(cond)])
         cond_mask = torch.cat([cond_mask, torch.zeros_like(cond_mask)])
-    condition = denoiser.prepare(cond, cond_mask, fold=True)
+    # The fused attention wants one type throughout, which autocast does not keep.
+    fold = not torch.is_autocast_enabled(cond.device.type)
+    condition = denoiser.prepare(cond, cond_mask, fold=fold)
     for done, (t, s) in enumerate(pairwise(levels), start=1):
-        level = torch.full((len(cond),), t, dtype=torch.int64)
+        level = torch.full((len(cond),), t, dtype=torch.int64, device=x.device)
         doubled = torch.cat([x, x]) if guided else x
         rows = denoiser.features(doubled, level, condition).to(denoiser.head.weight.dtype)
         x = sample_head(
@@ -80,7 +82,7 @@ def sample(
             denoiser.head.weight,
             denoiser.head.bias,
             x,
-            transition_weights(schedule, t, s, k),
+            transition_weights(schedule, t, s, k, device=x.device),
             seed=key,
             image_indices=image_indices,
             null_features=rows[batch:] if guided else None,
