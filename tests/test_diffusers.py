@@ -1,0 +1,113 @@
+"""The drop-in scheduler and attention processor against diffusers' own."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+diffusers = pytest.importorskip("diffusers")
+
+from knnfast.diffusion.scheduler import NeighbourAttnProcessor, VQDiffusionScheduler  # noqa: E402
+
+# CPU machines carry a torchvision whose image extension does not load (requirements/clip-cpu.txt).
+pytestmark = pytest.mark.filterwarnings("ignore:Failed to load image:UserWarning")
+
+
+def test_same_configuration_and_interface():
+    ours = VQDiffusionScheduler(num_vec_classes=9, num_train_timesteps=50)
+    theirs = diffusers.VQDiffusionScheduler.from_config(ours.config)
+    again = VQDiffusionScheduler.from_config(theirs.config)
+    assert again.config["num_train_timesteps"] == 50
+    assert again.mask_class == theirs.mask_class == 8
+    assert torch.equal(again.timesteps, theirs.timesteps)
+    x = torch.full((1, 4), 8)
+    out = again.step(torch.zeros(1, 8, 4), 49, x)
+    assert out.prev_sample.shape == (1, 4)
+    assert again.step(torch.zeros(1, 8, 4), 49, x, return_dict=False)[0].dtype == torch.int64
+
+
+def test_one_step_draws_from_their_posterior(seed):
+    K, L, t = 4, 400_000, 30
+    ours, theirs = VQDiffusionScheduler(K + 1), diffusers.VQDiffusionScheduler(K + 1)
+    logp = torch.log_softmax(torch.randn(1, K, 1) * 2, 1)
+    for x_t in (K, 1):
+        x = torch.full((1, 1), x_t)
+        p = theirs.q_posterior(logp, x, torch.tensor(t)).exp()[0, :, 0].double().numpy()
+        got = ours.step(
+            logp.expand(1, K, L), t, x.expand(1, L).contiguous(),
+            generator=torch.Generator().manual_seed(seed),
+        ).prev_sample  # fmt: skip
+        counts = np.bincount(got[0], minlength=K + 1)
+        keep = p * L > 5
+        chi = ((counts - p * L) ** 2 / np.maximum(p * L, 1e-9))[keep].sum()
+        assert counts[~keep].sum() < 40
+        if keep.sum() > 1:
+            assert chi < stats.chi2.isf(1e-6, keep.sum() - 1) + 1e-3 * L * 3e-5
+
+
+@pytest.mark.parametrize("n", [1, 4, 7, 25, 100])
+def test_strided_steps_visit_the_whole_chain(n):
+    """Half way down the list half of the tokens are unmasked; diffusers starts near the end."""
+    K, L = 8, 20_000
+    ours = VQDiffusionScheduler(K + 1)
+    ours.set_timesteps(n)
+    assert len(ours.timesteps) == n
+    assert int(ours.timesteps[0]) == 99
+    x = torch.full((1, L), K)
+    generator = torch.Generator().manual_seed(0)
+    for i, t in enumerate(ours.timesteps):
+        share = float((x == K).double().mean())
+        assert share == pytest.approx((int(t) + 1) / 100, abs=0.03)
+        assert i > 0 or share == 1.0
+        x = ours.step(torch.zeros(1, K, L), t, x, generator=generator).prev_sample
+    assert int(x.max()) < K
+    with pytest.raises(ValueError, match="timestep"):
+        ours.step(torch.zeros(1, K, L), 100, x)
+    ours.set_timesteps(timesteps=[99, 10, 3])
+    assert ours.timesteps.tolist() == [99, 10, 3]
+    with pytest.raises(ValueError, match="fall"):
+        ours.set_timesteps(timesteps=[3, 10])
+
+
+def unet():
+    return diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1,
+        block_out_channels=(32, 64), norm_num_groups=8, cross_attention_dim=24,
+        attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()  # fmt: skip
+
+
+def test_processor_equals_diffusers_in_a_unet():
+    model = unet()
+    x, cond = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 24)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    with torch.no_grad():
+        expected = [
+            model(x, 5, cond).sample, model(x, 5, cond, encoder_attention_mask=mask).sample
+        ]  # fmt: skip
+        processors = {name: NeighbourAttnProcessor() for name in model.attn_processors}
+        model.set_attn_processor(dict(processors))
+        for _ in range(2):  # the second time from the kept folds
+            torch.testing.assert_close(model(x, 5, cond).sample, expected[0], rtol=1e-4, atol=1e-5)
+        kept = [p._folded for p in processors.values() if p._folded is not None]
+        assert kept
+        model(x, 9, cond)
+        assert next(p._folded for p in processors.values() if p._folded is not None) is kept[0]
+        got = model(x, 5, cond, encoder_attention_mask=mask).sample
+        torch.testing.assert_close(got, expected[1], rtol=1e-4, atol=1e-5)
+        cond.mul_(2.0)  # a changed condition is folded anew
+        assert not torch.allclose(model(x, 5, cond).sample, expected[0], atol=1e-3)
+
+
+def test_processor_trains():
+    results = []
+    for ours in (False, True):
+        torch.manual_seed(0)
+        model = unet()
+        if ours:
+            model.set_attn_processor({n: NeighbourAttnProcessor() for n in model.attn_processors})
+        model(torch.ones(1, 3, 8, 8), 5, torch.ones(1, 3, 24)).sample.square().mean().backward()
+        results.append({n: p.grad for n, p in model.named_parameters() if "attn2" in n})
+    for name, grad in results[0].items():
+        torch.testing.assert_close(results[1][name], grad, rtol=1e-3, atol=1e-6)
