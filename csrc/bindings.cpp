@@ -1,12 +1,223 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Python module: the only file that knows pybind11. It checks nothing that knnfast/ has checked.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <cstring>
+#include <system_error>
+
+#include "knnfast/index.h"
 #include "ops_cpu.h"
 
 namespace py = pybind11;
 
+// ---- search ------------------------------------------------------------------------------------
 namespace {
+
+using knnfast::DType;
+using knnfast::Index;
+
+struct Rows {  // [m, d] or [d], last stride 1
+  const void* data;
+  DType dtype;
+  int64_t m, stride;
+  bool single;
+};
+
+DType dtype_of(const py::array& a, bool bf16, const char* name) {
+  const py::dtype t = a.dtype();
+  if (bf16) return DType::bf16;
+  if (t.kind() == 'f' && t.itemsize() == 4) return DType::f32;
+  if (t.kind() == 'f' && t.itemsize() == 2) return DType::f16;
+  throw py::type_error(std::string(name) + " must be float16, bfloat16 or float32, got " +
+                       py::str(t).cast<std::string>());
+}
+
+// `bf16`: the array's 16-bit words are bfloat16. `hold` keeps a copy alive where one was needed.
+Rows rows_of(const py::array& given, bool bf16, int64_t dim, const char* name, py::array& hold) {
+  hold = given;
+  const DType dtype = dtype_of(hold, bf16, name);
+  const int64_t rank = hold.ndim();
+  if ((rank != 1 && rank != 2) || hold.shape(rank - 1) != dim)
+    throw py::value_error(std::string(name) + " must have shape [n, " + std::to_string(dim) +
+                          "] or [" + std::to_string(dim) + "], got " +
+                          py::str(hold.attr("shape")).cast<std::string>());
+  const int64_t size = hold.itemsize();
+  auto direct = [&] {
+    if (dim > 1 && hold.strides(rank - 1) != size) return false;
+    if (!hold.dtype().equal(hold.dtype().attr("newbyteorder")("="))) return false;
+    return rank == 1 || (hold.strides(0) >= 0 && hold.strides(0) % size == 0);
+  };
+  if (!direct()) {
+    hold = py::array::ensure(
+        py::module_::import("numpy").attr("array")(hold, py::arg("order") = "C"));
+    if (!hold.dtype().equal(hold.dtype().attr("newbyteorder")("=")))
+      hold = hold.attr("astype")(hold.dtype().attr("newbyteorder")("="));
+  }
+  Rows r{hold.data(), dtype, rank == 1 ? 1 : hold.shape(0), dim, rank == 1};
+  if (rank == 2 && r.m > 1) r.stride = hold.strides(0) / size;
+  if (r.stride == 0) {  // one row, broadcast
+    hold = py::array::ensure(
+        py::module_::import("numpy").attr("array")(hold, py::arg("order") = "C"));
+    r.data = hold.data();
+    r.stride = dim;
+  }
+  return r;
+}
+
+using Int64s = py::array_t<int64_t, py::array::c_style>;
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
+
+knnfast::IdSet id_set(const py::object& given, py::object& hold) {
+  knnfast::IdSet set;
+  if (given.is_none()) return set;
+  hold = given;
+  static const int64_t kNothing = 0;
+  if (py::isinstance<Bytes>(given)) {
+    const Bytes a = given.cast<Bytes>();
+    set.bits = a.size() ? a.data() : reinterpret_cast<const uint8_t*>(&kNothing);
+    set.count = a.size();
+  } else {
+    const Int64s a = given.cast<Int64s>();
+    set.ids = a.size() ? a.data() : &kNothing;
+    set.count = a.size();
+  }
+  return set;
+}
+
+py::tuple search(const Index& ix, const py::array& queries, int64_t k, bool bf16,
+                 const py::object& allow, const py::object& deny, const py::object& out) {
+  py::array hold;
+  const Rows q = rows_of(queries, bf16, ix.dim(), "queries", hold);
+  if (k < 1) throw py::value_error("k must be at least 1, got " + std::to_string(k));
+  py::object hold_allow, hold_deny;
+  const knnfast::SearchOptions options{id_set(allow, hold_allow), id_set(deny, hold_deny)};
+  std::vector<py::ssize_t> shape;
+  if (!q.single) shape.push_back(q.m);
+  shape.push_back(k);
+  py::array_t<float> scores;
+  py::array_t<int64_t> ids;
+  if (out.is_none()) {
+    scores = py::array_t<float>(shape);
+    ids = py::array_t<int64_t>(shape);
+  } else {
+    const py::tuple pair = out;
+    scores = pair[0].cast<py::array_t<float>>();
+    ids = pair[1].cast<py::array_t<int64_t>>();
+  }
+  float* s = scores.mutable_data();
+  int64_t* i = ids.mutable_data();
+  {
+    py::gil_scoped_release release;
+    ix.search(q.data, q.dtype, q.m, k, s, i, options, q.stride);
+  }
+  return py::make_tuple(scores, ids);
+}
+
+py::tuple range_search(const Index& ix, const py::array& queries, double radius, bool bf16,
+                       const py::object& allow, const py::object& deny) {
+  py::array hold;
+  const Rows q = rows_of(queries, bf16, ix.dim(), "queries", hold);
+  py::object hold_allow, hold_deny;
+  const knnfast::SearchOptions options{id_set(allow, hold_allow), id_set(deny, hold_deny)};
+  knnfast::RangeResult r;
+  {
+    py::gil_scoped_release release;
+    r = ix.range_search(q.data, q.dtype, q.m, radius, options, q.stride);
+  }
+  return py::make_tuple(py::array_t<int64_t>(static_cast<py::ssize_t>(r.lims.size()), r.lims.data()),
+                        py::array_t<float>(static_cast<py::ssize_t>(r.scores.size()), r.scores.data()),
+                        py::array_t<int64_t>(static_cast<py::ssize_t>(r.ids.size()), r.ids.data()));
+}
+
+Int64s add(Index& ix, const py::array& rows, bool bf16, const py::object& ids) {
+  py::array hold;
+  const Rows r = rows_of(rows, bf16, ix.dim(), "vectors", hold);
+  Int64s given, used(static_cast<py::ssize_t>(r.m));
+  if (!ids.is_none()) given = ids.cast<Int64s>();
+  const int64_t* own = ids.is_none() ? nullptr : given.data();
+  int64_t* out = used.mutable_data();
+  {
+    py::gil_scoped_release release;
+    ix.add(r.data, r.dtype, r.m, own, out, r.stride);
+  }
+  return used;
+}
+
+py::array vectors(const Index& ix, const Int64s& ids, const py::object& out) {
+  py::array rows = out.is_none()
+                       ? py::array(py::dtype("e"), std::vector<py::ssize_t>{ids.size(), ix.dim()})
+                       : py::array(out);
+  const int64_t n = ids.size();
+  const int64_t* from = ids.data();
+  uint16_t* to = static_cast<uint16_t*>(rows.mutable_data());
+  py::gil_scoped_release release;
+  ix.vectors(from, n, to);
+  return rows;
+}
+
+py::dict stats(const Index& ix) {
+  const knnfast::Stats s = ix.stats();
+  py::dict d;
+  d["searches"] = s.searches;
+  d["queries"] = s.queries;
+  d["rows_scanned"] = s.rows_scanned;
+  d["rows_opened"] = s.rows_opened;
+  d["rows_rescored"] = s.rows_rescored;
+  d["chunks_int8"] = s.chunks_int8;
+  d["chunks_fp16"] = s.chunks_fp16;
+  d["chunks_canonical"] = s.chunks_canonical;
+  return d;
+}
+
+void bind_search(py::module_& m) {
+  py::register_exception<knnfast::DamagedFile>(m, "DamagedFile", PyExc_ValueError);
+  py::register_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const std::system_error& e) {
+      const py::tuple args = py::make_tuple(e.code().value(), e.what());
+      PyErr_SetObject(PyExc_OSError, args.ptr());
+    }
+  });
+  using release = py::call_guard<py::gil_scoped_release>;
+  py::class_<Index>(m, "Index")
+      .def(py::init([](int64_t dim, int metric, int scan) {
+        return Index(dim, knnfast::Metric(metric), knnfast::Scan(scan));
+      }))
+      .def("add", add)
+      .def("search", search)
+      .def("range_search", range_search)
+      .def("vectors", vectors)
+      .def("ids",
+           [](const Index& ix) {
+             const std::vector<int64_t> ids = ix.ids();
+             return Int64s(static_cast<py::ssize_t>(ids.size()), ids.data());
+           })
+      .def("remove",
+           [](Index& ix, const Int64s& ids) {
+             const int64_t* from = ids.data();
+             const int64_t n = ids.size();
+             py::gil_scoped_release unlocked;
+             return ix.remove(from, n);
+           })
+      .def("compact", &Index::compact, release())
+      .def("save", &Index::save, release())
+      .def_static("open", &Index::open, release())
+      .def("verify", &Index::verify, release())
+      .def_property_readonly("dim", &Index::dim)
+      .def_property_readonly("metric", [](const Index& ix) { return int(ix.metric()); })
+      .def_property_readonly("scan", [](const Index& ix) { return int(ix.scan()); })
+      .def_property_readonly("size", &Index::size)
+      .def_property_readonly("nbytes", &Index::nbytes)
+      .def("stats", stats);
+  m.def("set_num_threads", knnfast::set_num_threads);
+  m.def("num_threads", knnfast::num_threads);
+  m.def("isa", knnfast::isa);
+}
+
+// ---- ops ---------------------------------------------------------------------------------------
 
 // Tensors arrive as addresses (0: absent); knnfast/ops has checked shapes, types and strides.
 template <class T>
@@ -85,5 +296,6 @@ void bind_ops(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "knnfast's C++/CUDA core";
   m.attr("has_cuda") = bool(KNNFAST_HAS_CUDA);
+  bind_search(m);
   bind_ops(m);
 }

@@ -24,14 +24,14 @@ struct ScanRows {
 };
 
 // One query prepared for one segment and one scan. The upper bound of a row's score is
-//   int8:  u = mul·scale·(c·p) + err·(residual + kappa·norm) + sq·norm² + base
+//   int8:  u = mul·scale·(c·p) + err·residual + err_norm·norm + sq·norm² + base
 //   fp16:  u = mul·(x·v)·inv + err·n + sq·row_norm² + base, inv = 1 and n = row_norm
 //          (cosine: inv = 1/row_norm, or 0 for a zero row, and n = 1)
 struct ScanQuery {
   const int8_t* codes;  // p, [groups·4] and zeros
   const float* values;  // v, [dim] and zeros
   int32_t offset;       // -128·Σp: codes are stored plus 128
-  float mul, err, sq, base;
+  float mul, err, err_norm, sq, base;
   float tau;  // rows with u < tau are out
 };
 
@@ -42,9 +42,9 @@ struct Sink {
 
 struct Kernels {
   const char* name;
-  // Bounds of the rows of blocks [begin, end) for `nq` queries; `kappa` is shared by them.
-  void (*scan_int8)(const ScanRows&, uint32_t begin, uint32_t end, ScanQuery*, int nq, float kappa,
-                    bool l2, Sink*);
+  // Bounds of the rows of blocks [begin, end) for `nq` queries.
+  void (*scan_int8)(const ScanRows&, uint32_t begin, uint32_t end, ScanQuery*, int nq, bool l2,
+                    Sink*);
   void (*scan_fp16)(const ScanRows&, uint32_t begin, uint32_t end, ScanQuery*, int nq, bool l2,
                     bool cosine, Sink*);
   // Canonical sums over d elements: 32 FP64 lanes, combined by the tree 16, 8, 4, 2, 1.

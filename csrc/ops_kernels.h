@@ -8,7 +8,7 @@
 
 namespace knnfast {
 
-enum DType { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
+enum OpDType { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
 constexpr int kPad = 64;  // scratch rows are padded to a multiple of this
 
 // How a row of logits becomes p: guidance, temperature, truncation (DESIGN: the transition step).

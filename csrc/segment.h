@@ -7,7 +7,7 @@
 //   rows      FP16, row-major, [n][dim], no padding
 //   row_norm  float, ‖x‖ rounded to nearest
 //   ids       int64 [n], or none: then the id of row i is first_id + i
-//   dead      one bit a row, set when removed; null while nothing was removed
+//   live      16 bits a block of 16 rows, cleared when a row is removed; none while all live
 //
 // *Codes* cover the first n/16*16 rows (the whole blocks); the tail is scored canonically. With
 // μ = mean (float), y = x - μ (cosine: y = x/‖x‖ - μ, a zero row counting as x/‖x‖ = 0):
@@ -78,23 +78,24 @@ struct Segment {
   Buffer row_norm;  // float
 };
 
-using Bits = std::vector<uint64_t>;
+using LiveMask = std::vector<uint16_t>;
 
 struct SegmentView {
   std::shared_ptr<Segment> segment;
   std::shared_ptr<Codes> codes;  // null with scan="fp16"
   std::shared_ptr<Buffer> ids;   // null: first_id + row
-  std::shared_ptr<const Bits> dead;
+  std::shared_ptr<const LiveMask> live;
   int64_t first_id = 0;
-  uint32_t n = 0;        // rows
-  bool sealed = false;   // nothing may be appended (a file's rows)
-  std::string files;     // stem of the files it came from, if any
+  uint32_t n = 0;       // rows
+  bool sealed = false;  // nothing may be appended (a file's rows)
 
   uint32_t blocks() const { return n / kBlockRows; }
   int64_t id(uint32_t row) const {
     return ids ? ids->as<int64_t>()[row] : first_id + static_cast<int64_t>(row);
   }
-  bool alive(uint32_t row) const { return !dead || !((*dead)[row / 64] >> (row % 64) & 1); }
+  bool alive(uint32_t row) const {
+    return !live || ((*live)[row / kBlockRows] >> (row % kBlockRows) & 1);
+  }
 };
 
 using Snapshot = std::vector<SegmentView>;

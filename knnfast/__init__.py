@@ -12,11 +12,13 @@ from knnfast._version import __version__
 # only searches never loads torch, and `import knnfast` costs milliseconds.
 _PUBLIC = {
     "Database": "knnfast.database",
+    "Index": "knnfast.search",
     "KNNDiffusion": "knnfast.pipeline",
     "encoders": "knnfast.encoders",
     "ops": "knnfast.ops",
     "reference": "knnfast.ops.reference",
     "search": "knnfast.search",
+    "set_num_threads": "knnfast.search",
 }
 _MODULES = {"encoders", "ops", "reference", "search"}
 

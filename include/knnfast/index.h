@@ -97,7 +97,7 @@ class KNNFAST_API Index {
   Stats stats() const;
 
   void save(const std::string& folder) const;  // atomic: a kill leaves the old or the new index
-  static Index open(const std::string& folder, bool mmap = true, Scan scan = Scan::automatic);
+  static Index open(const std::string& folder, bool mmap = true);
   // Checks every payload; the paths of the damaged ones. Empty for an index that was never saved.
   std::vector<std::string> verify() const;
 

@@ -388,3 +388,62 @@ def transition_loss(
     loss = (scale[:, None] * per_token).mean()
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return loss.to(dtype), kl.mean(-1).detach().to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------
+# Top-k
+
+
+def canonical_sum(terms: Tensor) -> Tensor:
+    """Sum over the last axis in the order that fixes the bits: 32 lanes, then a tree.
+
+    Lane l adds terms l, l + 32, ... in order; lanes combine by the strides 16, 8, 4, 2, 1.
+    """
+    d = terms.shape[-1]
+    terms = torch.nn.functional.pad(terms, (0, -d % 32)).unflatten(-1, (-1, 32))
+    lanes = torch.zeros_like(terms[..., 0, :])
+    for step in terms.unbind(-2):
+        lanes = lanes + step
+    for stride in (16, 8, 4, 2, 1):
+        lanes = lanes[..., :stride] + lanes[..., stride : 2 * stride]
+    return lanes[..., 0]
+
+
+def canonical_scores(q: Tensor, x: Tensor, metric: str = "ip") -> Tensor:
+    """The FP64 scores of queries q [M, D] against rows x [N, D], in the fixed order: [M, N]."""
+    q = q.float().double()
+    x = x.half().double()
+    rows = []
+    for query in q:
+        if metric == "l2":
+            t = query - x
+            rows.append(canonical_sum(t * t))
+            continue
+        dot = canonical_sum(x * query)
+        if metric == "cosine":
+            norms = canonical_sum(x * x).sqrt() * canonical_sum(query * query).sqrt()
+            dot = torch.where(norms > 0, dot / norms, 0.0)
+        rows.append(dot)
+    return torch.stack(rows) if rows else q.new_zeros(0, len(x))
+
+
+def topk(
+    q: Tensor, x: Tensor, k: int, metric: str = "ip", ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k best rows of x [N, D] (kept as FP16) for every query of q [M, D] (taken as FP32).
+
+    Order is decided on the FP64 canonical score, ties go to the lower id, and rounding to FP32
+    comes last; missing results are id -1 with -inf (l2: +inf).
+
+    Returns:
+        scores: [M, k] fp32, best first: ip and cosine descend, l2 (squared) ascends.
+        ids: [M, k] int64, from `ids` [N] or the row numbers.
+    """
+    ids = torch.arange(len(x)) if ids is None else ids
+    by_id = ids.argsort()
+    score = canonical_scores(q, x, metric)[:, by_id]
+    order = score.argsort(dim=1, descending=metric != "l2", stable=True)[:, :k]
+    missing = float("inf") if metric == "l2" else -float("inf")
+    pad = (0, k - order.shape[1])
+    scores = torch.nn.functional.pad(score.gather(1, order).float(), pad, value=missing)
+    return scores, torch.nn.functional.pad(ids[by_id][order], pad, value=-1)

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collector.h"
+
+namespace knnfast {
+
+void Collector::start(const SegmentView* segments, const Kernels* kernels, Metric metric, int dim,
+                      Query* query, size_t k) {
+  segments_ = segments;
+  kernels_ = kernels;
+  metric_ = metric;
+  dim_ = dim;
+  query_ = query;
+  k_ = k;
+  range_ = false;
+  capacity_ = std::max<size_t>(128, 4 * k);
+  tau_ = kNoThreshold;
+  pending_.clear();
+  best_.clear();
+  opened = rescored = 0;
+}
+
+void Collector::start_range(const SegmentView* segments, const Kernels* kernels, Metric metric,
+                            int dim, Query* query, double radius_key) {
+  start(segments, kernels, metric, dim, query, 0);
+  range_ = true;
+  radius_key_ = radius_key;
+  capacity_ = 256;
+  tau_ = round_down(radius_key * query->key_scale);
+}
+
+void Collector::offer(double key, int64_t id) {
+  if (!(key == key)) return;  // only a damaged file holds rows that score NaN
+  const Found found{key, id};
+  if (range_) {
+    if (key > radius_key_) best_.push_back(found);
+  } else if (best_.size() < k_) {
+    best_.push_back(found);
+    std::push_heap(best_.begin(), best_.end(), better);
+  } else if (better(found, best_.front())) {
+    std::pop_heap(best_.begin(), best_.end(), better);
+    best_.back() = found;
+    std::push_heap(best_.begin(), best_.end(), better);
+  }
+}
+
+void Collector::rescore(uint32_t segment, uint32_t row) {
+  const SegmentView& s = segments_[segment];
+  const uint16_t* x = s.segment->rows.as<uint16_t>() + static_cast<size_t>(row) * dim_;
+  ++rescored;
+  offer(canonical_key(*kernels_, metric_, *query_, x, dim_), s.id(row));
+}
+
+void Collector::raise() {
+  if (range_ || best_.size() < k_) return;
+  const float tau = round_down(best_.front().key * query_->key_scale);
+  if (!(tau > tau_)) return;
+  tau_ = tau;
+  float shared = query_->tau.load(std::memory_order_relaxed);
+  while (shared < tau &&
+         !query_->tau.compare_exchange_weak(shared, tau, std::memory_order_relaxed)) {
+  }
+}
+
+void Collector::drop_below() {
+  refresh();
+  const float tau = tau_;
+  pending_.erase(std::remove_if(pending_.begin(), pending_.end(),
+                                [tau](const Candidate& c) { return !(c.upper >= tau); }),
+                 pending_.end());
+}
+
+void Collector::rescore_first(size_t count) {
+  // Rows lie anywhere in memory: ask for the ones after next while this one is summed.
+  constexpr size_t kAhead = 3;
+  auto fetch = [&](const Candidate& c) {
+    const char* x = reinterpret_cast<const char*>(
+        segments_[c.segment].segment->rows.as<uint16_t>() + static_cast<size_t>(c.row) * dim_);
+    for (int line = 0; line < std::min(dim_ * 2, 4096); line += 64) __builtin_prefetch(x + line);
+  };
+  for (size_t i = 0; i < std::min(kAhead, count); ++i) fetch(pending_[i]);
+  for (size_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) fetch(pending_[i + kAhead]);
+    if (pending_[i].upper >= tau_) rescore(pending_[i].segment, pending_[i].row);
+    if (i % 64 == 63) raise();
+  }
+  pending_.erase(pending_.begin(), pending_.begin() + static_cast<std::ptrdiff_t>(count));
+  raise();
+}
+
+void Collector::shrink() {
+  drop_below();
+  if (!range_ && pending_.size() >= capacity_ / 2 && pending_.size() > k_) {
+    // The k best by bound first: they make tau what it can be.
+    std::nth_element(
+        pending_.begin(), pending_.begin() + static_cast<std::ptrdiff_t>(k_), pending_.end(),
+        [](const Candidate& a, const Candidate& b) { return a.upper > b.upper; });
+    rescore_first(k_);
+    drop_below();
+  }
+  if (pending_.size() > capacity_ / 2) rescore_first(pending_.size());
+}
+
+void Collector::take(Collector& other) {
+  if (range_)
+    best_.insert(best_.end(), other.best_.begin(), other.best_.end());
+  else
+    for (const Found& f : other.best_) offer(f.key, f.id);
+  raise();
+  pending_.insert(pending_.end(), other.pending_.begin(), other.pending_.end());
+  opened += other.opened;
+  rescored += other.rescored;
+}
+
+const std::vector<Found>& Collector::finish() {
+  capacity_ = 0;
+  shrink();
+  std::sort(best_.begin(), best_.end(), better);
+  return best_;
+}
+
+}  // namespace knnfast

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX-512 without VNNI (F, BW, DQ, VL).
+#include "kernels_avx512.h"
+
+namespace knnfast {
+extern const Kernels kAvx512 = {"avx512", scan_int8<false>, scan_fp16, dot,
+                                l2,       norm2,            to_half,   to_float,
+                                quantize_row_plain};
+}  // namespace knnfast

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX-512 bodies, included by the units with and without VNNI. Sixteen rows fill one register: a
+// block's sums need no horizontal additions, and the test against tau is one compare.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels_common.h"
+
+namespace knnfast {
+namespace {
+
+// acc[b][q] += codes · query over one group of four dimensions.
+template <bool VNNI>
+inline __m512i dot_group(__m512i acc, __m512i codes, __m512i query) {
+#ifdef __AVX512VNNI__
+  if (VNNI) return _mm512_dpbusd_epi32(acc, codes, query);
+#endif
+  const __m512i even = _mm512_and_si512(codes, _mm512_set1_epi32(0x00ff00ff));
+  const __m512i odd = _mm512_srli_epi16(codes, 8);
+  const __m512i q_even = _mm512_srai_epi16(_mm512_slli_epi16(query, 8), 8);
+  const __m512i q_odd = _mm512_srai_epi16(query, 8);
+  return _mm512_add_epi32(acc, _mm512_add_epi32(_mm512_madd_epi16(even, q_even),
+                                                _mm512_madd_epi16(odd, q_odd)));
+}
+
+struct BlockTerms {  // what the bound takes from 16 rows
+  __m512 scale, residual, norm;
+  __mmask16 live;
+};
+
+inline BlockTerms load_terms(const ScanRows& rows, uint32_t block) {
+  const size_t first = static_cast<size_t>(block) * kBlockRows;
+  BlockTerms t;
+  t.scale = _mm512_loadu_ps(rows.scale + first);
+  t.residual = _mm512_loadu_ps(rows.residual + first);
+  t.norm = _mm512_loadu_ps(rows.norm + first);
+  t.live = rows.live ? rows.live[block] : 0xffff;
+  return t;
+}
+
+template <bool L2>
+inline void test_block(const BlockTerms& t, __m512i sum, ScanQuery& q, int index, uint32_t block,
+                       Sink* sink) {
+  __m512 u = _mm512_fmadd_ps(_mm512_set1_ps(q.err), t.residual, _mm512_set1_ps(q.base));
+  u = _mm512_fmadd_ps(_mm512_set1_ps(q.err_norm), t.norm, u);
+  if (L2) u = _mm512_fmadd_ps(_mm512_set1_ps(q.sq), _mm512_mul_ps(t.norm, t.norm), u);
+  u = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), t.scale), _mm512_set1_ps(q.mul), u);
+  const __mmask16 mask =
+      _mm512_mask_cmp_ps_mask(t.live, u, _mm512_set1_ps(q.tau), _CMP_GE_OQ);
+  if (__builtin_expect(mask != 0, 0)) {
+    float upper[kBlockRows];
+    _mm512_storeu_ps(upper, u);
+    q.tau = sink->hit(sink, index, block, upper, mask);
+  }
+}
+
+template <bool VNNI, bool L2, int NB, int NQ>
+void int8_tile(const ScanRows& rows, uint32_t block, ScanQuery* queries, int index, Sink* sink) {
+  const size_t stride = static_cast<size_t>(rows.groups) * 64;
+  const uint8_t* codes = rows.codes + block * stride;
+  __m512i acc[NB][NQ];
+  for (int b = 0; b < NB; ++b)
+    for (int q = 0; q < NQ; ++q) acc[b][q] = _mm512_set1_epi32(queries[q].offset);
+  for (int g = 0; g < rows.groups; ++g) {
+    __m512i c[NB];
+    for (int b = 0; b < NB; ++b) c[b] = _mm512_loadu_si512(codes + b * stride + g * 64);
+    for (int q = 0; q < NQ; ++q) {
+      int32_t word;
+      memcpy(&word, queries[q].codes + g * kBlockDims, 4);
+      const __m512i w = _mm512_set1_epi32(word);
+      for (int b = 0; b < NB; ++b) acc[b][q] = dot_group<VNNI>(acc[b][q], c[b], w);
+    }
+  }
+  for (int b = 0; b < NB; ++b) {
+    const BlockTerms t = load_terms(rows, block + b);
+    for (int q = 0; q < NQ; ++q)
+      test_block<L2>(t, acc[b][q], queries[q], index + q, block + b, sink);
+  }
+}
+
+template <bool VNNI, bool L2, int NB>
+void int8_blocks(const ScanRows& rows, uint32_t block, ScanQuery* queries, int nq,
+                 Sink* sink) {
+  int q = 0;
+  for (; q + 8 <= nq; q += 8) int8_tile<VNNI, L2, NB, 8>(rows, block, queries + q, q, sink);
+  for (; q + 4 <= nq; q += 4) int8_tile<VNNI, L2, NB, 4>(rows, block, queries + q, q, sink);
+  for (; q < nq; ++q) int8_tile<VNNI, L2, NB, 1>(rows, block, queries + q, q, sink);
+}
+
+template <bool VNNI, bool L2>
+void scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries,
+                      int nq, Sink* sink) {
+  uint32_t b = begin;
+  if (nq < 4)
+    for (; b + 4 <= end; b += 4)
+      for (int q = 0; q < nq; ++q)
+        int8_tile<VNNI, L2, 4, 1>(rows, b, queries + q, q, sink);
+  for (; b + 2 <= end; b += 2) int8_blocks<VNNI, L2, 2>(rows, b, queries, nq, sink);
+  for (; b < end; ++b) int8_blocks<VNNI, L2, 1>(rows, b, queries, nq, sink);
+}
+
+template <bool VNNI>
+void scan_int8(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
+               bool l2, Sink* sink) {
+  auto* scan = l2 ? scan_int8_metric<VNNI, true> : scan_int8_metric<VNNI, false>;
+  scan(rows, begin, end, queries, nq, sink);
+}
+
+// sums[q][r] = rows[r] · values of query q, for 4 rows and NQ queries.
+template <int NQ>
+inline void fp16_tile(const uint16_t* x, int dim, const ScanQuery* queries, float (*sums)[16]) {
+  __m512 acc[4][NQ];
+  for (auto& row : acc)
+    for (__m512& a : row) a = _mm512_setzero_ps();
+  for (int j = 0; j < dim; j += 16) {
+    const __mmask16 m = dim - j >= 16 ? 0xffff : static_cast<__mmask16>((1 << (dim - j)) - 1);
+    __m512 f[4];
+    for (int r = 0; r < 4; ++r)
+      f[r] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, x + static_cast<size_t>(r) * dim + j));
+    for (int q = 0; q < NQ; ++q) {
+      const __m512 v = _mm512_loadu_ps(queries[q].values + j);
+      for (int r = 0; r < 4; ++r) acc[r][q] = _mm512_fmadd_ps(f[r], v, acc[r][q]);
+    }
+  }
+  for (int q = 0; q < NQ; ++q)
+    for (int r = 0; r < 4; ++r) sums[q][r] = _mm512_reduce_add_ps(acc[r][q]);
+}
+
+void scan_fp16(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
+               bool l2, bool cosine, Sink* sink) {
+  for (uint32_t b = begin; b < end; ++b) {
+    const size_t first = static_cast<size_t>(b) * kBlockRows;
+    const __m512 norm = _mm512_loadu_ps(rows.row_norm + first);
+    const __mmask16 live = rows.live ? rows.live[b] : 0xffff;
+    if (!live) continue;
+    const __m512 one = _mm512_set1_ps(1);
+    const __m512 inverse =
+        cosine ? _mm512_maskz_div_ps(
+                     _mm512_cmp_ps_mask(norm, _mm512_setzero_ps(), _CMP_GT_OQ), one, norm)
+               : one;
+    const __m512 error = cosine ? one : norm;
+    for (int q0 = 0; q0 < nq; q0 += 4) {
+      const int count = nq - q0 < 4 ? nq - q0 : 4;
+      alignas(64) float sums[4][16];
+      for (int r = 0; r < kBlockRows; r += 4) {
+        const uint16_t* x = rows.rows + (first + r) * rows.dim;
+        float(*out)[16] = reinterpret_cast<float(*)[16]>(&sums[0][r]);
+        if (count == 4)
+          fp16_tile<4>(x, rows.dim, queries + q0, out);
+        else if (count == 3)
+          fp16_tile<3>(x, rows.dim, queries + q0, out);
+        else if (count == 2)
+          fp16_tile<2>(x, rows.dim, queries + q0, out);
+        else
+          fp16_tile<1>(x, rows.dim, queries + q0, out);
+      }
+      for (int i = 0; i < count; ++i) {
+        ScanQuery& q = queries[q0 + i];
+        __m512 u = _mm512_fmadd_ps(_mm512_set1_ps(q.err), error, _mm512_set1_ps(q.base));
+        if (l2) u = _mm512_fmadd_ps(_mm512_set1_ps(q.sq), _mm512_mul_ps(norm, norm), u);
+        u = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_load_ps(sums[i]), inverse),
+                            _mm512_set1_ps(q.mul), u);
+        const __mmask16 mask =
+            _mm512_mask_cmp_ps_mask(live, u, _mm512_set1_ps(q.tau), _CMP_GE_OQ);
+        if (mask) {
+          float upper[kBlockRows];
+          _mm512_storeu_ps(upper, u);
+          q.tau = sink->hit(sink, q0 + i, b, upper, mask);
+        }
+      }
+    }
+  }
+}
+
+// Lanes 0-7, 8-15, 16-23, 24-31.
+inline double combine(__m512d a, __m512d b, __m512d c, __m512d d) {
+  const __m512d e = _mm512_add_pd(_mm512_add_pd(a, c), _mm512_add_pd(b, d));
+  const __m256d f = _mm256_add_pd(_mm512_castpd512_pd256(e), _mm512_extractf64x4_pd(e, 1));
+  const __m128d g = _mm_add_pd(_mm256_castpd256_pd128(f), _mm256_extractf128_pd(f, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(g, _mm_unpackhi_pd(g, g)));
+}
+
+// Calls step(lane group, x as 8 doubles, j) over the row; elements past dim are zero.
+template <class Step>
+inline void for_lanes(const uint16_t* x, int dim, Step step) {
+  for (int j = 0; j < dim; j += 16) {
+    const __mmask16 m = dim - j >= 16 ? 0xffff : static_cast<__mmask16>((1 << (dim - j)) - 1);
+    const __m512 f = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, x + j));
+    step(_mm512_cvtps_pd(_mm512_castps512_ps256(f)), j);
+    step(_mm512_cvtps_pd(_mm512_extractf32x8_ps(f, 1)), j + 8);
+  }
+}
+
+double dot(const uint16_t* x, const double* q, int dim) {
+  __m512d acc[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(),
+                    _mm512_setzero_pd()};
+  for_lanes(x, dim, [&](__m512d v, int j) {  // exact products: fused or not, the same bits
+    acc[j / 8 % 4] = _mm512_fmadd_pd(v, _mm512_loadu_pd(q + j), acc[j / 8 % 4]);
+  });
+  return combine(acc[0], acc[1], acc[2], acc[3]);
+}
+
+double l2(const uint16_t* x, const double* q, int dim) {
+  __m512d acc[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(),
+                    _mm512_setzero_pd()};
+  for_lanes(x, dim, [&](__m512d v, int j) {  // never fused
+    const __m512d t = _mm512_sub_pd(_mm512_loadu_pd(q + j), v);
+    acc[j / 8 % 4] = _mm512_add_pd(acc[j / 8 % 4], _mm512_mul_pd(t, t));
+  });
+  return combine(acc[0], acc[1], acc[2], acc[3]);
+}
+
+double norm2(const uint16_t* x, int dim) {
+  __m512d acc[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(),
+                    _mm512_setzero_pd()};
+  for_lanes(x, dim, [&](__m512d v, int j) {
+    acc[j / 8 % 4] = _mm512_fmadd_pd(v, v, acc[j / 8 % 4]);
+  });
+  return combine(acc[0], acc[1], acc[2], acc[3]);
+}
+
+bool to_half(const float* x, uint16_t* out, int64_t n) {
+  __mmask16 bad = 0;
+  const __m256i top = _mm256_set1_epi16(0x7c00);
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 m = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (n - i)) - 1);
+    const __m256i h = _mm512_cvtps_ph(_mm512_maskz_loadu_ps(m, x + i), _MM_FROUND_TO_NEAREST_INT);
+    bad |= _mm256_cmpeq_epi16_mask(_mm256_and_si256(h, top), top);
+    _mm256_mask_storeu_epi16(out + i, m, h);
+  }
+  return bad == 0;
+}
+
+void to_float(const uint16_t* x, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 m = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (n - i)) - 1);
+    _mm512_mask_storeu_ps(out + i, m, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, x + i)));
+  }
+}
+
+}  // namespace
+}  // namespace knnfast

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX-512 with VNNI: vpdpbusd takes unsigned codes and a signed, broadcast query word.
+#include "kernels_avx512.h"
+
+namespace knnfast {
+extern const Kernels kAvx512Vnni = {"avx512vnni", scan_int8<true>, scan_fp16, dot,
+                                    l2,           norm2,           to_half,   to_float,
+                                    quantize_row_plain};
+}  // namespace knnfast

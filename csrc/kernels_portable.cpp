@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels in plain C++: any machine, and the form to read first.
+#include "kernels_common.h"
+
+namespace knnfast {
+namespace {
+
+void report(const ScanRows& rows, uint32_t block, ScanQuery& query, int index, const float* upper,
+            Sink* sink) {
+  uint32_t mask = 0;
+  for (int r = 0; r < kBlockRows; ++r) mask |= static_cast<uint32_t>(upper[r] >= query.tau) << r;
+  if (rows.live) mask &= rows.live[block];
+  if (mask) query.tau = sink->hit(sink, index, block, upper, mask);
+}
+
+void scan_int8(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
+               bool l2, Sink* sink) {
+  for (uint32_t b = begin; b < end; ++b) {
+    const uint8_t* codes = rows.codes + static_cast<size_t>(b) * rows.groups * 64;
+    const float* scale = rows.scale + static_cast<size_t>(b) * kBlockRows;
+    const float* residual = rows.residual + static_cast<size_t>(b) * kBlockRows;
+    const float* norm = rows.norm + static_cast<size_t>(b) * kBlockRows;
+    for (int q = 0; q < nq; ++q) {
+      int32_t sum[kBlockRows];
+      for (int32_t& s : sum) s = queries[q].offset;
+      for (int g = 0; g < rows.groups; ++g) {
+        const int8_t* p = queries[q].codes + g * kBlockDims;
+        const uint8_t* c = codes + g * 64;
+        for (int r = 0; r < kBlockRows; ++r)
+          sum[r] += c[4 * r] * p[0] + c[4 * r + 1] * p[1] + c[4 * r + 2] * p[2] +
+                    c[4 * r + 3] * p[3];
+      }
+      float upper[kBlockRows];
+      for (int r = 0; r < kBlockRows; ++r) {
+        upper[r] = queries[q].mul * (static_cast<float>(sum[r]) * scale[r]) +
+                   (queries[q].err * residual[r] + queries[q].err_norm * norm[r] + queries[q].base);
+        if (l2) upper[r] += queries[q].sq * (norm[r] * norm[r]);
+      }
+      report(rows, b, queries[q], q, upper, sink);
+    }
+  }
+}
+
+void scan_fp16(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
+               bool l2, bool cosine, Sink* sink) {
+  constexpr int kStep = 256;
+  for (uint32_t b = begin; b < end; ++b) {
+    const size_t first = static_cast<size_t>(b) * kBlockRows;
+    for (int q0 = 0; q0 < nq; q0 += 8) {
+      const int count = nq - q0 < 8 ? nq - q0 : 8;
+      float sum[8][kBlockRows] = {};
+      for (int r = 0; r < kBlockRows; ++r) {
+        const uint16_t* x = rows.rows + (first + r) * rows.dim;
+        for (int j0 = 0; j0 < rows.dim; j0 += kStep) {
+          const int n = rows.dim - j0 < kStep ? rows.dim - j0 : kStep;
+          float f[kStep];
+          for (int j = 0; j < n; ++j) f[j] = half_to_float(x[j0 + j]);
+          for (int q = 0; q < count; ++q) {
+            const float* v = queries[q0 + q].values + j0;
+            float s = 0;
+#pragma omp simd reduction(+ : s)
+            for (int j = 0; j < n; ++j) s += f[j] * v[j];
+            sum[q][r] += s;
+          }
+        }
+      }
+      for (int q = 0; q < count; ++q) {
+        ScanQuery& query = queries[q0 + q];
+        float upper[kBlockRows];
+        for (int r = 0; r < kBlockRows; ++r) {
+          const float n = rows.row_norm[first + r];
+          const float inverse = cosine ? (n > 0 ? 1 / n : 0) : 1;
+          upper[r] = query.mul * (sum[q][r] * inverse) + (query.err * (cosine ? 1 : n) + query.base);
+          if (l2) upper[r] += query.sq * (n * n);
+        }
+        report(rows, b, query, q0 + q, upper, sink);
+      }
+    }
+  }
+}
+
+double combine(double* lanes) {
+  for (int stride = 16; stride > 0; stride /= 2)
+    for (int l = 0; l < stride; ++l) lanes[l] += lanes[l + stride];
+  return lanes[0];
+}
+
+double dot(const uint16_t* x, const double* q, int dim) {
+  double lanes[32] = {};
+  for (int j = 0; j < dim; ++j) lanes[j % 32] += static_cast<double>(half_to_float(x[j])) * q[j];
+  return combine(lanes);
+}
+
+double l2(const uint16_t* x, const double* q, int dim) {
+  double lanes[32] = {};
+  for (int j = 0; j < dim; ++j) {
+    const double t = q[j] - static_cast<double>(half_to_float(x[j]));
+    lanes[j % 32] += t * t;
+  }
+  return combine(lanes);
+}
+
+double norm2(const uint16_t* x, int dim) {
+  double lanes[32] = {};
+  for (int j = 0; j < dim; ++j) {
+    const double v = half_to_float(x[j]);
+    lanes[j % 32] += v * v;
+  }
+  return combine(lanes);
+}
+
+bool to_half(const float* x, uint16_t* out, int64_t n) {
+  bool finite = true;
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = float_to_half(x[i]);
+    finite &= (out[i] & 0x7c00) != 0x7c00;
+  }
+  return finite;
+}
+
+void to_float(const uint16_t* x, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = half_to_float(x[i]);
+}
+
+}  // namespace
+
+extern const Kernels kPortable = {"portable", scan_int8, scan_fp16, dot,
+                                  l2,         norm2,     to_half,   to_float,
+                                  quantize_row_plain};
+
+}  // namespace knnfast

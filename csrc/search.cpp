@@ -1,0 +1,485 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "search.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+#include "collector.h"
+#include "thread_pool.h"
+
+namespace knnfast {
+namespace {
+
+constexpr int64_t kGroup = 256;            // queries that go through the rows together
+constexpr size_t kChunkBytes = 256 << 10;  // of codes, handed to a thread at a time
+constexpr double kSpeck = 1e-30;           // over everything that underflows in a scan
+
+enum Level { kInt8, kFp16, kCanonical };
+
+struct Chunk {
+  uint32_t segment, begin, end;  // blocks
+};
+
+// A group of queries against one segment, as the kernels take them.
+struct Panel {
+  std::vector<int8_t> codes;  // l2 only: the codes depend on the segment's mean
+  std::vector<ScanQuery> int8, fp16;
+};
+
+struct QueryCodes {  // v = step·p + w
+  double step, error, norm;
+  int32_t offset;
+};
+
+size_t padded(int64_t dim) {
+  return static_cast<size_t>((dim + kQueryPad - 1) / kQueryPad * kQueryPad);
+}
+
+QueryCodes quantize_query(const double* v, int64_t dim, int8_t* p) {
+  double top = 0, norm = 0, error = 0;
+  for (int64_t j = 0; j < dim; ++j) {
+    top = std::max(top, std::fabs(v[j]));
+    norm += v[j] * v[j];
+  }
+  QueryCodes c{top > 1e-25 ? top / 127 : 1.0, 0, std::sqrt(norm) * (1 + 1e-9), 0};
+  const double inverse = top > 1e-25 ? 127 / top : 0.0;
+  int32_t sum = 0;
+  for (int64_t j = 0; j < dim; ++j) {
+    const double t = v[j] * inverse;
+    const int code = static_cast<int>(t + (t < 0 ? -0.5 : 0.5));
+    const double w = v[j] - c.step * code;
+    error += w * w;
+    sum += code;
+    p[j] = static_cast<int8_t>(code);
+  }
+  c.error = std::sqrt(error) * (1 + 1e-9);
+  c.offset = -128 * sum;
+  return c;
+}
+
+// Σ q·q in the canonical order.
+double canonical_norm2(const double* q, int64_t dim) {
+  double lanes[32] = {};
+  for (int64_t j = 0; j < dim; ++j) lanes[j % 32] += q[j] * q[j];
+  for (int stride = 16; stride > 0; stride /= 2)
+    for (int l = 0; l < stride; ++l) lanes[l] += lanes[l + stride];
+  return lanes[0];
+}
+
+}  // namespace
+
+struct Worker : Sink {
+  Panel panel;
+  int64_t segment = -1;  // the panel's
+  std::vector<Collector> collectors;
+  uint32_t chunk_segment = 0;
+  int64_t opened = 0;  // in this chunk, by queries that had a threshold
+  int level = kInt8, hold = 0, patience = 8;
+  Stats stats;
+};
+
+struct Scratch {
+  std::vector<double> q, v;        // [group, padded]: as given, as scanned
+  std::vector<float> values;       // v as float
+  std::vector<int8_t> codes;       // of v (ip, cosine)
+  std::vector<QueryCodes> quantized;
+  std::unique_ptr<Query[]> queries;
+  int64_t capacity = 0;
+  std::vector<Worker> workers;
+  std::vector<Chunk> chunks;
+};
+
+void ScratchDeleter::operator()(Scratch* s) const { delete s; }
+ScratchPtr make_scratch() { return ScratchPtr(new Scratch); }
+
+namespace {
+
+float on_hit(Sink* sink, int query, uint32_t block, const float* upper, uint32_t mask) {
+  Worker& w = *static_cast<Worker*>(sink);
+  Collector& c = w.collectors[static_cast<size_t>(query)];
+  c.refresh();
+  const int count = __builtin_popcount(mask);
+  c.opened += count;
+  if (c.tau() > kNoThreshold) w.opened += count;
+  for (; mask; mask &= mask - 1) {
+    const int r = __builtin_ctz(mask);
+    if (upper[r] >= c.tau())
+      c.add(upper[r], w.chunk_segment, block * kBlockRows + static_cast<uint32_t>(r));
+  }
+  return c.tau();
+}
+
+// Runs one group of queries.
+class GroupSearch {
+ public:
+  GroupSearch(const SearchTask& task, int64_t first, int64_t count, Scratch& scratch)
+      : task_(task), n_(count), dim_(task.dim), pad_(padded(task.dim)), s_(scratch),
+        kernels_(kernels()) {
+    prepare(task.queries + first * dim_);
+  }
+
+  void run(int threads, size_t k, const double* radius) {
+    plan_chunks();
+    const int64_t work = static_cast<int64_t>(s_.chunks.size());
+    if (work < 2) threads = 1;
+    if (static_cast<int>(s_.workers.size()) < threads)
+      s_.workers.resize(static_cast<size_t>(threads));
+    for (int t = 0; t < threads; ++t) start(s_.workers[static_cast<size_t>(t)], k, radius);
+    parallel_for(
+        work,
+        [&](int t, int64_t i) {
+          scan_chunk(s_.workers[static_cast<size_t>(t)], s_.chunks[static_cast<size_t>(i)]);
+        },
+        threads);
+    // The rows after the last whole block of each segment.
+    Worker& first = s_.workers[0];
+    const Snapshot& snapshot = *task_.snapshot;
+    for (size_t i = 0; i < snapshot.size(); ++i)
+      canonical_rows(first, static_cast<uint32_t>(i), snapshot[i].blocks() * kBlockRows,
+                     snapshot[i].n);
+    parallel_for(
+        n_,
+        [&](int, int64_t q) {
+          Collector& c = first.collectors[static_cast<size_t>(q)];
+          for (int t = 1; t < threads; ++t)
+            c.take(s_.workers[static_cast<size_t>(t)].collectors[static_cast<size_t>(q)]);
+          c.finish();
+        },
+        n_ < 2 * threads ? 1 : threads);
+    threads_ = threads;
+  }
+
+  const std::vector<Found>& found(int64_t q) {
+    return s_.workers[0].collectors[static_cast<size_t>(q)].result();
+  }
+
+  void add_stats(Stats& total) const {
+    for (int64_t q = 0; q < n_; ++q) {
+      const Collector& c = s_.workers[0].collectors[static_cast<size_t>(q)];
+      total.rows_opened += c.opened;
+      total.rows_rescored += c.rescored;
+    }
+    for (int t = 0; t < threads_; ++t) {
+      const Stats& w = s_.workers[static_cast<size_t>(t)].stats;
+      total.rows_scanned += w.rows_scanned;
+      total.chunks_int8 += w.chunks_int8;
+      total.chunks_fp16 += w.chunks_fp16;
+      total.chunks_canonical += w.chunks_canonical;
+    }
+    total.queries += n_;
+  }
+
+ private:
+  void prepare(const float* queries) {
+    const size_t total = static_cast<size_t>((n_ + 15) / 16 * 16) * pad_;
+    if (s_.capacity < n_) {
+      s_.queries.reset(new Query[static_cast<size_t>(n_)]);
+      s_.capacity = n_;
+    }
+    s_.q.assign(total, 0);
+    s_.v.assign(total, 0);
+    s_.values.assign(total, 0);
+    s_.codes.assign(total, 0);
+    s_.quantized.resize(static_cast<size_t>(n_));
+    for (int64_t i = 0; i < n_; ++i) {
+      double* q = s_.q.data() + i * pad_;
+      double* v = s_.v.data() + i * pad_;
+      double top = 0;
+      for (int64_t j = 0; j < dim_; ++j) {
+        q[j] = static_cast<double>(queries[i * dim_ + j]);
+        top = std::max(top, std::fabs(q[j]));
+      }
+      Query& query = s_.queries[static_cast<size_t>(i)];
+      query.q = q;
+      query.norm = std::sqrt(canonical_norm2(q, dim_));
+      int exponent = 0;
+      std::frexp(top, &exponent);
+      if (task_.metric == Metric::ip) {
+        query.scale = query.key_scale = top > 0 ? std::ldexp(1.0, -exponent) : 1.0;
+      } else if (task_.metric == Metric::cosine) {
+        query.scale = query.norm > 0 ? 1 / query.norm : 0.0;
+        query.key_scale = 1;
+      } else {  // -s/2, scaled only where float would overflow
+        query.scale = std::ldexp(1.0, -std::max(0, exponent - 20));
+        query.key_scale = query.scale * query.scale / 2;
+      }
+      query.tau.store(kNoThreshold, std::memory_order_relaxed);
+      for (int64_t j = 0; j < dim_; ++j) {
+        v[j] = q[j] * query.scale;
+        s_.values[static_cast<size_t>(i) * pad_ + static_cast<size_t>(j)] =
+            static_cast<float>(v[j]);
+      }
+      if (task_.metric != Metric::l2)
+        s_.quantized[static_cast<size_t>(i)] = quantize_query(v, dim_, s_.codes.data() + i * pad_);
+    }
+  }
+
+  void plan_chunks() {
+    const size_t block_bytes = static_cast<size_t>(code_groups(dim_)) * 64;
+    const uint32_t step =
+        static_cast<uint32_t>(std::max<size_t>(2, kChunkBytes / block_bytes / 2 * 2));
+    s_.chunks.clear();
+    for (uint32_t i = 0; i < task_.snapshot->size(); ++i) {
+      const uint32_t blocks = (*task_.snapshot)[i].blocks();
+      for (uint32_t b = 0; b < blocks; b += step)
+        s_.chunks.push_back({i, b, std::min(blocks, b + step)});
+    }
+  }
+
+  void start(Worker& w, size_t k, const double* radius) {
+    w.hit = on_hit;
+    w.segment = -1;
+    w.level = task_.scan == Scan::fp16 ? kFp16 : kInt8;
+    w.hold = 0;
+    w.patience = 8;
+    w.stats = Stats();
+    if (w.collectors.size() < static_cast<size_t>(n_)) w.collectors.resize(static_cast<size_t>(n_));
+    for (int64_t q = 0; q < n_; ++q) {
+      Collector& c = w.collectors[static_cast<size_t>(q)];
+      Query* query = &s_.queries[static_cast<size_t>(q)];
+      const SegmentView* segments = task_.snapshot->data();
+      if (radius)
+        c.start_range(segments, &kernels_, task_.metric, static_cast<int>(dim_), query,
+                      task_.metric == Metric::l2 ? -*radius : *radius);
+      else
+        c.start(segments, &kernels_, task_.metric, static_cast<int>(dim_), query, k);
+    }
+  }
+
+  // The bounds of segment.h for every query of the group.
+  void fill_panel(Worker& w, uint32_t segment) {
+    const SegmentView& view = (*task_.snapshot)[segment];
+    Panel& p = w.panel;
+    w.segment = segment;
+    p.int8.resize(static_cast<size_t>(n_));
+    p.fp16.resize(static_cast<size_t>(n_));
+    const double float_sum = static_cast<double>(dim_) * 0x1p-23;  // a float dot product's error
+    const double exact = static_cast<double>(dim_ + 64) * 0x1p-51;  // the canonical one's
+    const double two_scales = 1 - 0x1p-20;  // sq·norm² is an upper bound for it
+    for (int64_t i = 0; i < n_; ++i) {
+      const Query& query = s_.queries[static_cast<size_t>(i)];
+      const double* v = s_.v.data() + i * pad_;
+      double norm2 = 0;
+      for (int64_t j = 0; j < dim_; ++j) norm2 += v[j] * v[j];
+      const double norm = std::sqrt(norm2) * (1 + 1e-9);
+      const bool l2 = task_.metric == Metric::l2;
+      const double row_scale = l2 ? query.scale : 1;
+      ScanQuery& f = p.fp16[static_cast<size_t>(i)];
+      f.codes = nullptr;
+      f.values = s_.values.data() + i * pad_;
+      f.offset = 0;
+      f.mul = static_cast<float>(row_scale);
+      f.err = round_up((float_sum + 0x1p-20) * norm * row_scale);
+      f.err_norm = 0;
+      f.sq = l2 ? static_cast<float>(-0.5 * row_scale * row_scale * two_scales) : 0;
+      f.base = round_up((l2 ? -0.5 * norm2 * (1 - 0x1p-20) : 0) + kSpeck);
+    }
+    if (view.codes) fill_int8(w, *view.codes, exact, two_scales);
+  }
+
+  void fill_int8(Worker& w, const Codes& codes, double exact, double two_scales) {
+    Panel& p = w.panel;
+    const bool l2 = task_.metric == Metric::l2;
+    if (l2) p.codes.assign(s_.codes.size(), 0);
+    std::vector<double> centred(l2 ? static_cast<size_t>(dim_) : 0);
+    for (int64_t i = 0; i < n_; ++i) {
+      const size_t at = static_cast<size_t>(i);
+      const Query& query = s_.queries[at];
+      const double* v = s_.v.data() + at * pad_;
+      double base = 0;
+      QueryCodes c;
+      if (l2) {
+        for (size_t j = 0; j < centred.size(); ++j)
+          centred[j] = v[j] - static_cast<double>(codes.mean[j]) * query.scale;
+        c = quantize_query(centred.data(), dim_, p.codes.data() + at * pad_);
+        base = -0.5 * c.norm * c.norm;
+      } else {
+        c = s_.quantized[at];
+        for (int64_t j = 0; j < dim_; ++j)
+          base += v[j] * static_cast<double>(codes.mean[static_cast<size_t>(j)]);
+      }
+      const double row_scale = l2 ? query.scale : 1;
+      const double arithmetic = 0x1p-18 * (c.norm + c.error);
+      ScanQuery& q = p.int8[at];
+      q.codes = (l2 ? p.codes.data() : s_.codes.data()) + at * pad_;
+      q.values = nullptr;
+      q.offset = c.offset;
+      q.mul = static_cast<float>(c.step * row_scale);
+      q.err = round_up((c.norm + c.error + arithmetic) * row_scale);
+      q.err_norm = round_up((c.error + arithmetic) * row_scale);
+      q.sq = l2 ? static_cast<float>(-0.5 * row_scale * row_scale * two_scales) : 0;
+      q.base = round_up(base + 0x1p-20 * std::fabs(base) +
+                        exact * c.norm * (c.norm + codes.mean_norm * row_scale) + kSpeck);
+    }
+  }
+
+  const uint16_t* live(uint32_t segment) const {
+    if (task_.filter) return (*task_.filter)[segment].data();
+    const SegmentView& view = (*task_.snapshot)[segment];
+    return view.live ? view.live->data() : nullptr;
+  }
+
+  void scan_chunk(Worker& w, const Chunk& chunk) {
+    const SegmentView& view = (*task_.snapshot)[chunk.segment];
+    if (w.segment != chunk.segment) fill_panel(w, chunk.segment);
+    w.chunk_segment = chunk.segment;
+    w.opened = 0;
+    const int64_t pairs = static_cast<int64_t>(chunk.end - chunk.begin) * kBlockRows * n_;
+    w.stats.rows_scanned += pairs;
+    const int lowest = task_.scan == Scan::fp16 || !view.codes ? kFp16 : kInt8;
+    if (w.hold > 0 && --w.hold == 0) w.level = lowest;
+    const int level = task_.scan == Scan::automatic ? std::max(w.level, lowest) : lowest;
+    ScanRows rows{};
+    rows.rows = view.segment->rows.as<uint16_t>();
+    rows.row_norm = view.segment->row_norm.as<float>();
+    rows.live = live(chunk.segment);
+    rows.dim = static_cast<int>(dim_);
+    rows.groups = code_groups(dim_);
+    const bool l2 = task_.metric == Metric::l2;
+    if (level == kCanonical) {
+      ++w.stats.chunks_canonical;
+      canonical_rows(w, chunk.segment, chunk.begin * kBlockRows, chunk.end * kBlockRows);
+      return;
+    }
+    std::vector<ScanQuery>& queries = level == kInt8 ? w.panel.int8 : w.panel.fp16;
+    for (int64_t q = 0; q < n_; ++q) {
+      w.collectors[static_cast<size_t>(q)].refresh();
+      queries[static_cast<size_t>(q)].tau = w.collectors[static_cast<size_t>(q)].tau();
+    }
+    if (level == kInt8) {
+      ++w.stats.chunks_int8;
+      rows.codes = view.codes->codes.as<uint8_t>();
+      rows.scale = view.codes->scale.as<float>();
+      rows.residual = view.codes->residual.as<float>();
+      rows.norm = view.codes->norm.as<float>();
+      kernels_.scan_int8(rows, chunk.begin, chunk.end, queries.data(), static_cast<int>(n_),
+                         l2, &w);
+    } else {
+      ++w.stats.chunks_fp16;
+      kernels_.scan_fp16(rows, chunk.begin, chunk.end, queries.data(), static_cast<int>(n_), l2,
+                         task_.metric == Metric::cosine, &w);
+    }
+    // A scan that opens most of what it reads does not pay: take the next finer one for a while.
+    const double share = static_cast<double>(w.opened) / static_cast<double>(pairs);
+    if (share > (level == kFp16 ? 0.5 : n_ < 4 ? 0.2 : 0.08)) {
+      w.level = level + 1;
+      w.hold = w.patience;
+      w.patience = std::min(w.patience * 2, 256);
+    }
+  }
+
+  void canonical_rows(Worker& w, uint32_t segment, uint32_t begin, uint32_t end) {
+    const uint16_t* mask = live(segment);
+    for (uint32_t row = begin; row < end; ++row) {
+      if (mask && !(mask[row / kBlockRows] >> (row % kBlockRows) & 1)) continue;
+      for (int64_t q = 0; q < n_; ++q) w.collectors[static_cast<size_t>(q)].rescore(segment, row);
+    }
+    for (int64_t q = 0; q < n_; ++q) w.collectors[static_cast<size_t>(q)].raise();
+  }
+
+  const SearchTask& task_;
+  const int64_t n_, dim_;
+  const size_t pad_;
+  Scratch& s_;
+  const Kernels& kernels_;
+  int threads_ = 1;
+};
+
+// Every group of queries in turn: threads share the rows, or, where the rows are few, the groups.
+template <class Emit>
+void for_groups(const SearchTask& task, size_t k, const double* radius, Scratch& scratch,
+                Stats& stats, Emit emit) {
+  int64_t rows = 0;
+  for (const SegmentView& s : *task.snapshot) rows += s.n;
+  const int64_t bytes = rows * task.dim;
+  const int threads = num_threads();
+  const bool small = bytes < (int64_t{1} << 20);  // too little to share
+  if (small && task.m > 16 && threads > 1) {
+    const int64_t group = std::min<int64_t>(kGroup, (task.m + threads - 1) / threads);
+    const int64_t groups = (task.m + group - 1) / group;
+    std::vector<Stats> parts(static_cast<size_t>(groups));
+    parallel_for(groups, [&](int thread, int64_t g) {
+      ScratchPtr own;
+      if (thread > 0) own = make_scratch();
+      Scratch& s = own ? *own : scratch;
+      GroupSearch search(task, g * group, std::min(group, task.m - g * group), s);
+      search.run(1, k, radius);
+      emit(search, g * group, std::min(group, task.m - g * group));
+      search.add_stats(parts[static_cast<size_t>(g)]);
+    });
+    for (const Stats& p : parts) {
+      stats.queries += p.queries;
+      stats.rows_scanned += p.rows_scanned;
+      stats.rows_opened += p.rows_opened;
+      stats.rows_rescored += p.rows_rescored;
+      stats.chunks_int8 += p.chunks_int8;
+      stats.chunks_fp16 += p.chunks_fp16;
+      stats.chunks_canonical += p.chunks_canonical;
+    }
+    return;
+  }
+  for (int64_t first = 0; first < task.m; first += kGroup) {
+    const int64_t count = std::min(kGroup, task.m - first);
+    GroupSearch search(task, first, count, scratch);
+    search.run(small ? 1 : threads, k, radius);
+    emit(search, first, count);
+    search.add_stats(stats);
+  }
+}
+
+float score_of(Metric metric, double key) {
+  return static_cast<float>(metric == Metric::l2 ? -key : key);
+}
+
+}  // namespace
+
+void search_topk(const SearchTask& task, int64_t k, float* scores, int64_t* ids, Scratch& scratch,
+                 Stats& stats) {
+  const float missing = task.metric == Metric::l2 ? -kNoThreshold : kNoThreshold;
+  int64_t rows = 0;
+  for (const SegmentView& s : *task.snapshot) rows += s.n;
+  const size_t wanted = static_cast<size_t>(std::min(k, std::max<int64_t>(rows, 1)));
+  for_groups(task, wanted, nullptr, scratch, stats,
+             [&](GroupSearch& search, int64_t first, int64_t count) {
+               for (int64_t q = 0; q < count; ++q) {
+                 const std::vector<Found>& found = search.found(q);
+                 float* s = scores + (first + q) * k;
+                 int64_t* id = ids + (first + q) * k;
+                 int64_t i = 0;
+                 for (; i < static_cast<int64_t>(found.size()); ++i) {
+                   s[i] = score_of(task.metric, found[static_cast<size_t>(i)].key);
+                   id[i] = found[static_cast<size_t>(i)].id;
+                 }
+                 for (; i < k; ++i) {
+                   s[i] = missing;
+                   id[i] = -1;
+                 }
+               }
+             });
+  ++stats.searches;
+}
+
+RangeResult search_range(const SearchTask& task, double radius, Scratch& scratch, Stats& stats) {
+  std::vector<std::vector<Found>> all(static_cast<size_t>(task.m));
+  for_groups(task, 0, &radius, scratch, stats,
+             [&](GroupSearch& search, int64_t first, int64_t count) {
+               for (int64_t q = 0; q < count; ++q)
+                 all[static_cast<size_t>(first + q)] = search.found(q);
+             });
+  RangeResult r;
+  r.lims.push_back(0);
+  for (const std::vector<Found>& found : all) {
+    for (const Found& f : found) {
+      r.scores.push_back(score_of(task.metric, f.key));
+      r.ids.push_back(f.id);
+    }
+    r.lims.push_back(static_cast<int64_t>(r.ids.size()));
+  }
+  ++stats.searches;
+  return r;
+}
+
+}  // namespace knnfast

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "segment.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cmath>
+#include <new>
+#include <system_error>
+
+#include "thread_pool.h"
+
+namespace knnfast {
+
+Buffer::~Buffer() {
+  if (data_) munmap(data_, size_);
+}
+
+Buffer Buffer::reserve(size_t bytes) {
+  Buffer b;
+  bytes = std::max<size_t>(bytes, 1);
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                 -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+  b.data_ = p;
+  b.size_ = bytes;
+#ifdef MADV_HUGEPAGE
+  // Large pages past the first 2 MiB: a small index stays small.
+  constexpr size_t kHuge = size_t{2} << 20;
+  const uintptr_t from = (reinterpret_cast<uintptr_t>(p) + 2 * kHuge - 1) / kHuge * kHuge;
+  const uintptr_t to = reinterpret_cast<uintptr_t>(p) + bytes;
+  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#endif
+  return b;
+}
+
+Buffer Buffer::map_file(int fd, size_t bytes) {
+  Buffer b;
+  if (bytes == 0) return reserve(1);
+  void* p = mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd, 0);
+  if (p == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "mmap");
+  b.data_ = p;
+  b.size_ = bytes;
+  return b;
+}
+
+int64_t segment_capacity(int64_t dim) {
+  int64_t rows = 1 << 20;
+  while (rows > 16384 && rows * dim * 2 > (int64_t{256} << 20)) rows /= 2;
+  return rows;
+}
+
+std::shared_ptr<Segment> make_segment(int64_t dim, int64_t capacity) {
+  auto s = std::make_shared<Segment>();
+  s->capacity = capacity;
+  s->rows = Buffer::reserve(static_cast<size_t>(capacity * dim) * 2 + 64);
+  s->row_norm = Buffer::reserve(static_cast<size_t>(capacity) * 4);
+  return s;
+}
+
+// y = x (cosine: x/‖x‖), before the mean is taken off.
+static void load_row(const Segment& segment, int64_t dim, int64_t row, bool cosine, float* y) {
+  kernels().to_float(segment.rows.as<uint16_t>() + row * dim, y, dim);
+  if (!cosine) return;
+  const float norm = segment.row_norm.as<float>()[row];
+  const float inverse = norm > 0 ? 1 / norm : 0;
+  for (int64_t j = 0; j < dim; ++j) y[j] *= inverse;
+}
+
+std::shared_ptr<Codes> make_codes(const Segment& segment, int64_t dim, int64_t n, bool cosine) {
+  auto c = std::make_shared<Codes>();
+  const size_t rows = static_cast<size_t>(segment.capacity);
+  c->codes = Buffer::reserve(rows * static_cast<size_t>(code_groups(dim)) * kBlockDims +
+                             kCodesSlack);
+  c->scale = Buffer::reserve(rows * 4);
+  c->residual = Buffer::reserve(rows * 4);
+  c->norm = Buffer::reserve(rows * 4);
+  c->mean_rows = n;
+  c->mean.resize(static_cast<size_t>(dim));
+  constexpr int64_t kSample = 4096;
+  const int64_t step = std::max<int64_t>(1, n / kSample);
+  std::vector<double> sum(static_cast<size_t>(dim));
+  std::vector<float> y(static_cast<size_t>(dim));
+  int64_t count = 0;
+  for (int64_t row = 0; row < n; row += step, ++count) {
+    load_row(segment, dim, row, cosine, y.data());
+    for (size_t j = 0; j < y.size(); ++j) sum[j] += static_cast<double>(y[j]);
+  }
+  double square = 0;
+  for (size_t j = 0; j < sum.size(); ++j) {
+    c->mean[j] = count ? static_cast<float>(sum[j] / static_cast<double>(count)) : 0;
+    square += static_cast<double>(c->mean[j]) * c->mean[j];
+  }
+  c->mean_norm = std::sqrt(square);
+  return c;
+}
+
+void quantize_blocks(const Segment& segment, Codes& codes, int64_t dim, uint32_t begin,
+                     uint32_t end, bool cosine) {
+  constexpr uint32_t kTask = 32;
+  const Kernels& k = kernels();
+  const size_t block_bytes = static_cast<size_t>(code_groups(dim)) * 64;
+  // A cosine row's own normalisation in float is within 2^-21 of x/‖x‖.
+  const float slack = cosine ? 1e-6f : 0.0f;
+  parallel_for((end - begin + kTask - 1) / kTask, [&](int, int64_t task) {
+    std::vector<float> y(static_cast<size_t>(dim));
+    const uint32_t first = begin + static_cast<uint32_t>(task) * kTask;
+    for (uint32_t b = first; b < std::min(end, first + kTask); ++b)
+      for (uint32_t r = 0; r < kBlockRows; ++r) {
+        const int64_t row = static_cast<int64_t>(b) * kBlockRows + r;
+        load_row(segment, dim, row, cosine, y.data());
+        for (size_t j = 0; j < y.size(); ++j) y[j] -= codes.mean[j];
+        float* residual = codes.residual.as<float>() + row;
+        k.quantize_row(y.data(), static_cast<int>(dim),
+                       codes.codes.as<uint8_t>() + b * block_bytes + r * kBlockDims,
+                       codes.scale.as<float>() + row, residual, codes.norm.as<float>() + row);
+        *residual = std::nextafter(*residual + slack, INFINITY);
+      }
+  });
+}
+
+}  // namespace knnfast

@@ -1,0 +1,268 @@
+"""`Index`: exact top-k over resident FP16 rows."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from knnfast import _C
+from knnfast.search import interop
+
+METRICS = ("ip", "cosine", "l2")
+SCANS = ("fp16", "int8", "auto")
+
+DamagedFile = _C.DamagedFile
+
+
+def set_num_threads(n: int) -> None:
+    """Use at most n threads (n >= 1) for one search or add; the default is the machine's."""
+    _C.set_num_threads(n)
+
+
+class Index:
+    """Exact nearest rows: the answer depends on the data alone, bit for bit.
+
+    score = x·q (ip), x·q / (‖x‖‖q‖) (cosine) or ‖q - x‖² (l2, smaller is nearer), in FP64 over 32
+    lanes and a fixed tree; equal scores order by id. Rows are kept as FP16, and with `scan="int8"`
+    or `"auto"` also as int8 codes whose certified bounds prove most rows out unread.
+
+    Args:
+        dim: elements of a row, 1 to 65536.
+        metric: "ip", "cosine" or "l2".
+        device: "cpu" or "cuda".
+        scan: "fp16", "int8", or "auto", which leaves int8 where it does not pay.
+    Any number of threads may search while one writes; a search sees one snapshot.
+    Example: >>> ix = Index(2); _ = ix.add(np.eye(2, dtype=np.float32))
+             >>> ix.search(np.array([1, 0], np.float32), k=1)
+    """
+
+    def __init__(
+        self, dim: int, metric: str = "ip", device: str = "cpu", scan: str = "auto"
+    ) -> None:
+        if metric not in METRICS:
+            raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
+        if scan not in SCANS:
+            raise ValueError(f"scan must be one of {SCANS}, got {scan!r}")
+        _check_device(device)
+        self._core = _C.Index(dim, METRICS.index(metric), SCANS.index(scan))
+
+    @classmethod
+    def _wrap(cls, core: Any) -> Index:
+        index = cls.__new__(cls)
+        index._core = core
+        return index
+
+    @property
+    def dim(self) -> int:
+        """Elements of a row."""
+        return self._core.dim
+
+    @property
+    def metric(self) -> str:
+        """`ip`, `cosine` or `l2`."""
+        return METRICS[self._core.metric]
+
+    @property
+    def scan(self) -> str:
+        """`fp16`, `int8` or `auto`."""
+        return SCANS[self._core.scan]
+
+    @property
+    def device(self) -> str:
+        """Where the rows are."""
+        return "cpu"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use: rows, codes, ids and tables."""
+        return self._core.nbytes
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counters of all searches so far: rows scanned, opened, rescored; chunks by scan."""
+        return self._core.stats()
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The ids of all rows, int64, in the order in which the rows lie."""
+        return self._core.ids()
+
+    def __len__(self) -> int:
+        return self._core.size
+
+    def __repr__(self) -> str:
+        return f"Index(dim={self.dim}, metric={self.metric!r}, scan={self.scan!r}, rows={len(self)})"
+
+    def add(self, vectors: Any, ids: Any = None) -> np.ndarray:
+        """Append rows and return their ids.
+
+        Args:
+            vectors: [n, dim] or [dim], fp16 | bf16 | fp32; kept as FP16.
+            ids: [n] unique non-negative integers; automatic ones count up and are never reused.
+        Raises: ValueError shape, a value that is NaN or beyond ±65504, an id that is taken or
+            negative; TypeError dtype. A rejected call changes nothing.
+        """
+        rows = interop.as_rows(vectors, "vectors")
+        own = None
+        if ids is not None:
+            own = interop.as_ids(ids, "ids")
+            n = 1 if rows.array.ndim == 1 else len(rows.array)
+            if len(own) != n:
+                raise ValueError(f"ids must have one id a row: got {len(own)} for {n} rows")
+        return self._core.add(rows.array, rows.bf16, own)
+
+    def search(
+        self, queries: Any, k: int, allow: Any = None, deny: Any = None, out: Any = None
+    ) -> tuple[Any, Any]:
+        """Find the k best rows of every query.
+
+        Args:
+            queries: [M, dim] or [dim], fp16 | bf16 | fp32.
+            k: rows wanted, k >= 1; more than there are pads with id -1 and -inf (l2: +inf).
+            allow, deny: ids (integers), or a packed little-endian bitset over ids (uint8).
+            out: (scores float32, ids int64) of the result's shape to fill and return.
+        Returns: scores [M, k] float32 and ids [M, k] int64, best first ([k] for one query), in the
+            framework and on the device of the queries.
+        Raises: ValueError shape, k, NaN or infinity; TypeError dtype.
+        """
+        if type(queries) is np.ndarray and queries.dtype == np.float32 and out is None:
+            if allow is None and deny is None:
+                return self._core.search(queries, k, False, None, None, None)
+            back, bf16, array = None, False, queries
+        else:
+            array, bf16, back = interop.as_rows(queries, "queries")
+        if out is not None:
+            shape = (*array.shape[:-1], k)
+            host = tuple(_out(o, shape, t) for o, t in zip(out, (np.float32, np.int64), strict=True))
+        found = self._core.search(
+            array,
+            k,
+            bf16,
+            interop.as_filter(allow, "allow"),
+            interop.as_filter(deny, "deny"),
+            None if out is None else host,
+        )
+        if out is not None:
+            return tuple(out)  # type: ignore[return-value]
+        return found if back is None else (back(found[0]), back(found[1]))
+
+    def range_search(
+        self, queries: Any, radius: float, allow: Any = None, deny: Any = None
+    ) -> tuple[Any, Any, Any]:
+        """Find all rows scoring above `radius` (l2: nearer than it), strictly.
+
+        Returns: lims [M + 1], scores and ids: query i owns entries lims[i] to lims[i + 1], best
+            first.
+        """
+        array, bf16, back = interop.as_rows(queries, "queries")
+        filters = interop.as_filter(allow, "allow"), interop.as_filter(deny, "deny")
+        found = self._core.range_search(array, float(radius), bf16, *filters)
+        return back(found[0]), back(found[1]), back(found[2])
+
+    def vectors(self, ids: Any, out: Any = None) -> np.ndarray:
+        """The stored FP16 rows of these ids, [n, dim].
+
+        Raises: ValueError for an id that is not in the index.
+        """
+        wanted = interop.as_ids(ids, "ids")
+        if out is not None:
+            out = _out(out, (len(wanted), self.dim), np.float16)
+        return self._core.vectors(wanted, out)
+
+    def remove(self, ids: Any) -> int:
+        """Remove rows by id; returns how many were found. `compact` gives their memory back."""
+        return self._core.remove(interop.as_ids(ids, "ids"))
+
+    def compact(self) -> None:
+        """Drop the removed rows from memory. Ids stay; searches that run keep their snapshot."""
+        self._core.compact()
+
+    def plan(self, batch: int, k: int) -> Plan:
+        """A search of fixed shape into its own buffers; see `Plan`."""
+        return Plan(self, batch, k)
+
+    def to(self, device: str) -> Index:
+        """This index on another device."""
+        _check_device(device)
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a folder, atomically: a kill leaves the old index there or the new one."""
+        self._core.save(os.fspath(path))
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], device: str = "cpu", mmap: bool = True) -> Index:
+        """Open a saved index; with `mmap` its rows stay in the files until they are touched.
+
+        Raises: FileNotFoundError and other OSErrors; DamagedFile (a ValueError) naming the path.
+        """
+        _check_device(device)
+        path = os.fspath(path)
+        if not os.path.isfile(os.path.join(path, "manifest.json")):
+            raise FileNotFoundError(f"{path} holds no index (no manifest.json)")
+        return cls._wrap(_C.Index.open(path, mmap))
+
+    def verify(self) -> None:
+        """Check every payload file against its checksum.
+
+        Raises: DamagedFile naming the damaged ones.
+        """
+        if damaged := self._core.verify():
+            raise DamagedFile("damaged: " + ", ".join(damaged))
+
+    @classmethod
+    def from_faiss(cls, index: Any) -> Index:
+        """An Index with the rows of a FAISS flat index (Flat, SQ fp16, IDMap over them)."""
+        from knnfast.search import faiss_bridge
+
+        return faiss_bridge.from_faiss(index)
+
+    def to_faiss(self) -> Any:
+        """A FAISS IndexFlat, in an IndexIDMap2 where ids are not 0, 1, 2, ..."""
+        from knnfast.search import faiss_bridge
+
+        return faiss_bridge.to_faiss(self)
+
+
+class Plan:
+    """A search of fixed shape: `plan(queries)` fills and returns the plan's own buffers.
+
+    Belongs to one thread; the buffers are overwritten by the next call. Follows the index as it
+    grows.
+    """
+
+    def __init__(self, index: Index, batch: int, k: int) -> None:
+        if batch < 1 or k < 1:
+            raise ValueError(f"batch and k must be at least 1, got {batch} and {k}")
+        self._index = index
+        self.scores = np.empty((batch, k), np.float32)
+        self.ids = np.empty((batch, k), np.int64)
+
+    def __call__(self, queries: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Search for queries [batch, dim]."""
+        array, bf16, _ = interop.as_rows(queries, "queries")
+        batch, k = self.scores.shape
+        if array.shape != (batch, self._index.dim):
+            raise ValueError(
+                f"queries must have shape [{batch}, {self._index.dim}], got {list(array.shape)}"
+            )
+        return self._index._core.search(array, k, bf16, None, None, (self.scores, self.ids))
+
+
+def _check_device(device: Any) -> None:
+    if str(device) == "cpu":
+        return
+    if str(device).partition(":")[0] != "cuda":
+        raise ValueError(f'device must be "cpu" or "cuda", got {device!r}')
+    raise RuntimeError(f"device {device!r}: this build has no CUDA search")
+
+
+def _out(given: Any, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    array = given.numpy() if hasattr(given, "numpy") else given
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
+        raise ValueError(f"out must be {np.dtype(dtype)} of shape {list(shape)}")
+    if not array.flags.c_contiguous or not array.flags.writeable:
+        raise ValueError("out must be contiguous and writeable")
+    return array

@@ -1,0 +1,110 @@
+"""Arrays of other frameworks as numpy views of their own memory, and results back again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Rows(NamedTuple):
+    """What the C++ side takes: an array, and whether its 16-bit words are bfloat16."""
+
+    array: np.ndarray
+    bf16: bool
+    back: Callable[[np.ndarray], Any]  # a result in the caller's framework
+
+
+def _same(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+def as_rows(given: Any, name: str) -> Rows:
+    """View `given` as a numpy array without a copy where its memory is the host's.
+
+    Raises: TypeError when it is no array, or of another type than float16, bfloat16, float32.
+    """
+    if isinstance(given, np.ndarray):
+        if given.dtype.name == "bfloat16":  # ml_dtypes
+            return Rows(given.view(np.uint16), True, _same)
+        return Rows(_checked(given, name), False, _same)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(given, torch.Tensor):
+        return _from_torch(torch, given, name)
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(given, cupy.ndarray):
+        return Rows(_checked(cupy.asnumpy(given), name), False, cupy.asarray)
+    if hasattr(given, "__cuda_array_interface__"):
+        if cupy is None:
+            raise TypeError(
+                f"{name} lies on a CUDA device: import cupy or torch, or copy it to the host"
+            )
+        return Rows(_checked(cupy.asnumpy(cupy.asarray(given)), name), False, cupy.asarray)
+    if hasattr(given, "__array_interface__") or hasattr(given, "__array__"):
+        return as_rows(np.asarray(given), name)
+    if hasattr(given, "__dlpack__"):
+        try:
+            return Rows(_checked(np.from_dlpack(given), name), False, _same)
+        except (BufferError, RuntimeError) as error:
+            if torch is None:
+                raise TypeError(f"{name}: numpy cannot take this DLPack tensor: {error}") from error
+            return _from_torch(torch, torch.from_dlpack(given), name)
+    raise TypeError(
+        f"{name} must be an array (numpy, torch, cupy or DLPack) of float16, bfloat16 or float32, "
+        f"got {type(given).__name__}"
+    )
+
+
+def _checked(array: np.ndarray, name: str) -> np.ndarray:
+    if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4):
+        raise TypeError(f"{name} must be float16, bfloat16 or float32, got {array.dtype}")
+    return array
+
+
+def _from_torch(torch: Any, given: Any, name: str) -> Rows:
+    if given.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(f"{name} must be float16, bfloat16 or float32, got {given.dtype}")
+    device = given.device
+    host = given.detach().cpu()
+    bf16 = host.dtype == torch.bfloat16
+
+    def back(array: np.ndarray) -> Any:
+        return torch.from_numpy(array).to(device)
+
+    if bf16:
+        host = host.view(torch.int16) if host.is_contiguous() else host.contiguous().view(torch.int16)
+        return Rows(host.numpy().view(np.uint16), True, back)
+    return Rows(host.numpy(), False, back)
+
+
+def as_ids(given: Any, name: str) -> np.ndarray:
+    """A flat int64 array of ids; other integers are widened, anything else is a TypeError."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(given, torch.Tensor):
+        given = given.detach().cpu().numpy()
+    elif hasattr(given, "__cuda_array_interface__") and "cupy" in sys.modules:
+        given = sys.modules["cupy"].asnumpy(given)
+    array = np.asarray(given)
+    if array.size == 0 and array.dtype.kind == "f":  # an empty list
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must hold integers, got {array.dtype}")
+    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name}: {array.max()} is no int64")
+    if array.ndim > 1:
+        raise ValueError(f"{name} must be flat, got shape {list(array.shape)}")
+    return np.ascontiguousarray(array, dtype=np.int64).reshape(-1)
+
+
+def as_filter(given: Any, name: str) -> np.ndarray | None:
+    """`allow` or `deny`: ids, or a packed little-endian bitset over ids (uint8)."""
+    if given is None:
+        return None
+    if getattr(given, "dtype", None) is not None and str(given.dtype) in ("uint8", "torch.uint8"):
+        array = given.detach().cpu().numpy() if hasattr(given, "detach") else np.asarray(given)
+        if array.ndim != 1:
+            raise ValueError(f"{name} as a bitset must be flat, got shape {list(array.shape)}")
+        return np.ascontiguousarray(array)
+    return as_ids(given, name)
