@@ -8,6 +8,8 @@ same sticker. Stopped or killed, it continues from the last checkpoint when star
 from __future__ import annotations
 
 import argparse
+import csv
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from common import Stickers
 from torch import Tensor
 
 from knnfast.diffusion.augment import augment
-from knnfast.diffusion.denoiser import DenoiserConfig
+from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
 from knnfast.diffusion.pairs import ConditionConfig, Pairs
 from knnfast.diffusion.tokenizer import VQTokenizer
 from knnfast.diffusion.training import TrainConfig, make_pairs, train
@@ -51,12 +53,28 @@ def worlds(stickers: Stickers, count: int) -> Iterator[Tensor]:
         yield (torch.cat(parts) * 255).round().byte()
 
 
+def export(run: Path, bundle: Path) -> None:
+    """Write the last checkpoint's averaged weights as FP16, with what the run was."""
+    Denoiser.from_folder(run / "denoiser").save(bundle)
+    record = json.loads((run / "training.json").read_text(encoding="utf-8"))
+    with (run / "log.csv").open(encoding="utf-8", newline="") as f:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+    record["log"] = [row for row in rows if row["step"] % 100 == 0]
+    text = json.dumps(record, indent=1) + "\n"
+    (bundle / "training.json").write_text(text, encoding="utf-8")
+
+
 def main() -> None:
-    """Encode the pictures once, then train."""
+    """Encode the pictures once, train, and put the result into the bundle."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("out/stickers"))
+    parser.add_argument("--bundle", type=Path, default=Path("knnfast/bundles/stickers/denoiser"))
+    parser.add_argument("--export", action="store_true", help="export the last checkpoint, only")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
+    if args.export:
+        export(args.data / "denoiser", args.bundle)
+        return
     torch.set_num_threads(args.threads)
     tokenizer = VQTokenizer.from_folder(args.data / "tokenizer")
     file = args.data / "pairs.safetensors"
@@ -70,6 +88,7 @@ def main() -> None:
         pairs = make_pairs(worlds(stickers, WORLDS), encoder, tokenizer, seen, seen)
         pairs.save(file)
     record = train(pairs, args.data / "denoiser", tokenizer, model=DenoiserConfig(), config=CONFIG)
+    export(args.data / "denoiser", args.bundle)
     print(f"{record['images_seen']} images in {record['seconds']:.0f} s")
 
 

@@ -9,13 +9,14 @@ crowd round each other. The second is what ships.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
 from common import Stickers
 
 from knnfast.diffusion.tokenizer import TokenizerConfig, VQTokenizer
-from knnfast.diffusion.tokenizer_training import train_tokenizer
+from knnfast.diffusion.tokenizer_training import psnr, train_tokenizer
 
 CONFIG = TokenizerConfig(
     block_out_channels=(32, 48, 64),
@@ -34,15 +35,17 @@ def main() -> None:
     """Train both cycles; a cycle that is there already is not repeated."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("out/stickers"))
+    parser.add_argument("--bundle", type=Path, default=Path("knnfast/bundles/stickers/tokenizer"))
     parser.add_argument("--no-compile", action="store_true", help="no torch.compile: slower steps")
     args = parser.parse_args()
     stickers = Stickers(args.data)
     held_out = torch.tensor([row["held_out"] for row in stickers.rows])
     seen = stickers.pixels[~held_out]
     images = torch.cat([seen, seen, seen, stickers.variant_pixels])
-    start = None
+    start, folders = None, []
     for cycle, (steps, rate) in enumerate(CYCLES, start=1):
         out = args.data / ("tokenizer" if cycle == len(CYCLES) else f"tokenizer.cycle{cycle}")
+        folders.append(out)
         if not (out / "training.json").exists():
             record = train_tokenizer(
                 images,
@@ -56,7 +59,17 @@ def main() -> None:
                 seed=SEED,
             )
             print(f"{out}: {record['psnr_held_out']} dB held out, {record['seconds']:.0f} s")
-        start = VQTokenizer.from_folder(out).requires_grad_(True)
+        start = VQTokenizer.from_folder(out)
+    start.save(args.bundle, torch.float16)
+    stored = VQTokenizer.from_folder(args.bundle)
+    scores = psnr(stored, stickers.pixels[held_out].float() / 255)
+    record = {
+        "psnr_held_out_db": round(float(scores.mean()), 2),
+        "parameters": sum(p.numel() for p in stored.parameters()),
+        "cycles": [json.loads((f / "training.json").read_text(encoding="utf-8")) for f in folders],
+    }
+    text = json.dumps(record, indent=1) + "\n"
+    (args.bundle / "training.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

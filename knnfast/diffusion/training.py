@@ -409,6 +409,7 @@ def train(
     trainer = Trainer(model, config, pairs)
     if (folder / STATE_FILE).is_file():
         trainer.load(folder)
+        _forget(folder / LOG_FILE, trainer.step)
     elif start is not None:
         trainer.start_from(start)
     bar = tqdm(
@@ -439,11 +440,18 @@ def train(
             trainer.save(folder)
             trainer.averaged().save(folder / "denoiser")
             draw_grid(trainer, tokenizer).save(folder / "grids" / f"{trainer.step:06d}.png")
+            text = json.dumps(trainer.record(), indent=1) + "\n"
+            (folder / "training.json").write_text(text, encoding="utf-8")
     bar.close()
-    record = trainer.record()
-    text = json.dumps(record, indent=1) + "\n"
-    (folder / "training.json").write_text(text, encoding="utf-8")
-    return record
+    return trainer.record()
+
+
+def _forget(path: Path, step: int) -> None:
+    """Drop the lines of a log that a run wrote after the checkpoint it continues from."""
+    if path.exists():
+        head, *lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if int(line.split(",")[0]) <= step]
+        path.write_text("\n".join([head, *kept]) + "\n", encoding="utf-8")
 
 
 def _log(path: Path, row: dict[str, float]) -> None:
