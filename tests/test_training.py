@@ -1,13 +1,16 @@
 """Training: the loss against its definition, resuming, neighbours, and images alone."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 
 from knnfast.diffusion import training
@@ -287,6 +290,45 @@ def test_resume_after_kill_is_bit_identical(tmp_path: Path, one_thread: None) ->
     log = (tmp_path / "killed" / "log.csv").read_text().splitlines()
     assert log[0].startswith("step,loss")
     assert [line.split(",")[0] for line in log[1:]] == ["2", "4", "6"]
+
+
+class Colours:
+    """An encoder of images alone: the picture itself, tiny. It has no text tower."""
+
+    def encode_images(self, images, batch_size=64):
+        small = [np.asarray(x.resize((2, 2)), dtype=np.float32).ravel() / 255 for x in images]
+        rows = np.stack(small) + 0.01
+        return SimpleNamespace(vectors=rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+def test_trains_on_a_folder_of_images_alone(tmp_path: Path) -> None:
+    """A folder with pictures and nothing else, an encoder without text: enough to train on."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(9):
+        Image.fromarray(rng.integers(0, 255, (10, 12, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    (folder / "damaged.png").write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match=r"skipped .*damaged\.png"):
+        record = train(
+            folder, tmp_path / "out", tokenizer(), Colours(), TINY, QUICK, worlds=2, progress=False
+        )
+    assert (record["targets"], record["worlds"]) == (9, 2)
+    assert record["model"]["embed_dim"] == 12
+    assert record == json.loads((tmp_path / "out" / "training.json").read_text())
+    model = Denoiser.from_folder(tmp_path / "out" / "denoiser")
+    assert model.config.grid == (4, 4)
+    assert not any("text" in n or "caption" in n for n in model.state_dict())
+
+
+def test_rejects(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="at least two readable images"):
+        train(tmp_path / "empty", tmp_path / "a", tokenizer(), Colours(), TINY, QUICK)
+    with pytest.raises(ValueError, match="encoder: needed"):
+        train(tmp_path / "empty", tmp_path / "a", tokenizer(), None, TINY, QUICK)
+    with pytest.raises(ValueError, match="do not have the denoiser's sizes"):
+        Trainer(DenoiserConfig(), QUICK, pairs())
 
 
 # ---- the tokenizer's training -------------------------------------------------------------------

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from knnfast.search import Index
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -104,6 +106,7 @@ class ConditionSampler:
         if not 1 <= config.k <= len(pairs.database):
             raise ValueError(f"k must be in [1, {len(pairs.database)}], got {config.k}")
         self.pairs, self.config = pairs, config
+        self._indexes: dict[int, Index] = {}
 
     def draw(self, count: int, generator: torch.Generator, chunks: int = 4) -> tuple[Tensor, ...]:
         """Draw a batch.
@@ -136,14 +139,14 @@ class ConditionSampler:
         own = rows[targets].float()
         query = self._query(own, rows[pairs.database].float(), chance(cfg.text_like), g)
 
-        allowed = pairs.database
+        allowed = None
         if chance(cfg.subset, 1):
             share = 0.02 + 0.48 * float(torch.rand(1, generator=g)) ** 2
-            keep = torch.rand(len(allowed), generator=g) < share
-            allowed = torch.unique(torch.cat([allowed[keep], targets]))
-            allowed = allowed[torch.isin(allowed, pairs.database)]
+            keep = torch.rand(len(pairs.database), generator=g) < share
+            keep |= torch.isin(pairs.database, targets)
+            allowed = pairs.database[keep]
         excluded = chance(cfg.exclude)
-        ids = self._neighbours(query, targets, own, rows, allowed, excluded)
+        ids = self._neighbours(query, targets, own, world, allowed, excluded)
 
         cond = torch.cat([query[:, None], rows[ids.clamp_min(0)].float()], 1)
         shown = torch.where(
@@ -179,20 +182,27 @@ class ConditionSampler:
         return F.normalize(query + noise * (~exact)[:, None], dim=1)
 
     def _neighbours(
-        self,
-        query: Tensor,
-        targets: Tensor,
-        own: Tensor,
-        rows: Tensor,
-        allowed: Tensor,
+        self, query: Tensor, targets: Tensor, own: Tensor, world: int, allowed: Tensor | None,
         excluded: Tensor,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Ids of the k nearest allowed images [n, k], nearest first, -1 where there are fewer."""
         k = self.config.k
-        database = rows[allowed].float()
-        scores = query @ database.T
-        near = (own @ database.T >= self.config.near) | (allowed[None] == targets[:, None])
-        scores = scores.masked_fill(near & excluded[:, None], float("-inf"))
-        best, index = scores.topk(min(k, len(allowed)), dim=1)
-        ids = torch.where(torch.isfinite(best), allowed[index], -1)
+        allow = None if allowed is None else allowed.numpy()
+        # Enough to fill k places when near-duplicates of the target are taken out.
+        count = min(k + 32, len(self.pairs.database))
+        found = torch.from_numpy(self._index(world).search(query.numpy(), count, allow=allow)[1])
+        rows = self.pairs.embeddings[world][found.clamp_min(0)].float()
+        near = (rows * own[:, None]).sum(-1) >= self.config.near
+        near |= found == targets[:, None]
+        drop = (near & excluded[:, None]) | (found < 0)
+        order = drop.to(torch.int8).argsort(dim=1, stable=True)[:, :k]
+        ids = torch.where(drop, -1, found).gather(1, order)
         return F.pad(ids, (0, k - ids.shape[1]), value=-1)
+
+    def _index(self, world: int) -> Index:
+        """The world's database, indexed on first use."""
+        if world not in self._indexes:
+            rows = self.pairs.embeddings[world][self.pairs.database]
+            index = self._indexes[world] = Index(rows.shape[1], metric="ip")
+            index.add(rows, ids=self.pairs.database)
+        return self._indexes[world]
