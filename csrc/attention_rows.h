@@ -120,6 +120,9 @@ static void pack_of(const AttentionShape& s, const void* A, const void* a, const
                     const void* bias, const bool* mask, const void* scale, const void* shift,
                     S* to) {
   const Layout<S> at(s);
+  to[at.on] = 0;
+  for (int i = 0; i < s.N; ++i) to[at.on] = mask[i] ? S(1) : to[at.on];
+  if (to[at.on] == 0) return;
   const bool narrow = s.dtype == kFloat16 || s.dtype == kBFloat16;
   auto widened = [&](const void* w) {
     if (!narrow) return static_cast<const S*>(w);
@@ -136,13 +139,10 @@ static void pack_of(const AttentionShape& s, const void* A, const void* a, const
     to[at.scale + d] = scale ? to[at.scale + d] + 1 : S(1);
     if (!shift) to[at.shift + d] = 0;
   }
-  S on = 0;
   for (int i = 0; i < s.N; ++i) {
-    on = mask[i] ? S(1) : on;
     for (int h = 0; h < s.H; ++h)
       if (!mask[i]) to[at.a + size_t(i) * s.H + h] = S(-INFINITY);
   }
-  to[at.on] = on;
 }
 static void pack(const AttentionShape& s, const void* A, const void* a, const void* C,
                  const void* bias, const bool* mask, const void* scale, const void* shift,
