@@ -9,6 +9,9 @@
 
 #include "knnfast/index.h"
 #include "ops_cpu.h"
+#if KNNFAST_HAS_CUDA
+#include "bindings_cuda.h"
+#endif
 
 namespace py = pybind11;
 
@@ -298,4 +301,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = bool(KNNFAST_HAS_CUDA);
   bind_search(m);
   bind_ops(m);
+#if KNNFAST_HAS_CUDA
+  bind_cuda(m);
+#endif
 }

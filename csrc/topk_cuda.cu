@@ -15,7 +15,8 @@ namespace knnfast {
 namespace cuda {
 namespace {
 
-constexpr int kStreamBatch = 64;  // largest batch of the streaming kernel
+constexpr int kStreamBatch = 64;     // largest batch of the streaming kernel
+constexpr int kMostQueries = 32768;  // of a round: a grid has at most 65,535 blocks along y
 
 size_t align(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
@@ -133,7 +134,7 @@ TopkPlan plan_topk(const IndexView& index, int batch, int k, const Device& devic
   const int coarse = plan.kernel == Kernel::kSm90 ? 3 : plan.kernel == Kernel::kTiled ? 1 : 0;
   plan.lower_shift = (plan.bins >> coarse) >= 16 * k ? coarse : 0;
   // The largest round that fits the memory, in whole panels.
-  plan.chunk = batch;
+  plan.chunk = batch < kMostQueries ? batch : kMostQueries;
   for (;;) {
     const int most = 4 * device.multiprocessors / plan.chunk;
     const int enough = plan.bins / 512;

@@ -15,6 +15,7 @@
 #include "fibers.h"
 #include "intrinsics.h"
 #include "tensor_core.h"
+#include "runtime.h"
 #include "types.h"
 #include "warp.h"
 

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+// The part of the Python module that exists in CUDA builds only. Arrays arrive as addresses,
+// streams as cudaStream_t numbers; knnfast/search/cuda_index.py has checked shapes, types and
+// devices.
+#include "bindings_cuda.h"
+
+#include <pybind11/numpy.h>
+
+#include "cuda_index.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace knnfast::cuda;
+using Int64s = py::array_t<int64_t, py::array::c_style>;
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Ids (int64) or a bitset (uint8); an empty one restricts too.
+HostIds host_ids(const py::object& given) {
+  static const int64_t kNothing = 0;
+  HostIds out;
+  if (given.is_none()) return out;
+  if (py::isinstance<Bytes>(given)) {
+    const Bytes a = given.cast<Bytes>();
+    out.bits = a.size() ? a.data() : reinterpret_cast<const uint8_t*>(&kNothing);
+    out.count = a.size();
+  } else {
+    const Int64s a = given.cast<Int64s>();
+    out.ids = a.size() ? a.data() : &kNothing;
+    out.count = a.size();
+  }
+  return out;
+}
+
+Int64s to_array(const std::vector<int64_t>& v) {
+  return Int64s(static_cast<py::ssize_t>(v.size()), v.data());
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  py::register_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
+  m.def("cuda_device_count", device_count, "CUDA devices a search can use; 0 without a driver");
+  m.attr("cuda_max_k") = kMaxK;
+  m.attr("cuda_max_dim") = kMaxDim;
+  py::class_<CudaIndex, std::shared_ptr<CudaIndex>>(m, "CudaIndex")
+      .def(py::init([](int dim, int metric, int scan, int device) {
+        return std::make_shared<CudaIndex>(dim, Metric(metric), Scan(scan), device);
+      }))
+      .def("add",
+           [](CudaIndex& ix, uintptr_t rows, int dtype, int64_t n, int64_t stride,
+              const py::object& own, bool on_device, uintptr_t stream) {
+             Int64s ids;
+             if (!own.is_none()) ids = own.cast<Int64s>();
+             const int64_t* given = own.is_none() ? nullptr : ids.data();
+             std::vector<int64_t> used;
+             {
+               py::gil_scoped_release unlocked;
+               used = ix.add(at<void>(rows), DType(dtype), n, stride, given, on_device,
+                             at<void>(stream));
+             }
+             return to_array(used);
+           })
+      .def("search",
+           [](const CudaIndex& ix, uintptr_t queries, int dtype, int64_t stride, int batch, int k,
+              const py::object& allow, const py::object& deny, uintptr_t scores, uintptr_t ids,
+              uintptr_t stream, bool on_device) {
+             const HostIds allowed = host_ids(allow), denied = host_ids(deny);
+             py::gil_scoped_release unlocked;
+             if (on_device) {
+               ix.search({at<void>(queries), DType(dtype), stride}, batch, k, allowed, denied,
+                         {at<float>(scores), at<int64_t>(ids), nullptr}, at<void>(stream));
+             } else {
+               ix.search_host(at<void>(queries), DType(dtype), stride, batch, k, allowed, denied,
+                              at<float>(scores), at<int64_t>(ids));
+             }
+           })
+      .def("vectors",
+           [](const CudaIndex& ix, const Int64s& ids, uintptr_t out, bool to_device,
+              uintptr_t stream) {
+             const int64_t* from = ids.data();
+             const int64_t n = ids.size();
+             py::gil_scoped_release unlocked;
+             ix.vectors(from, n, at<uint16_t>(out), to_device, at<void>(stream));
+           })
+      .def("remove",
+           [](CudaIndex& ix, const Int64s& ids) {
+             const int64_t* from = ids.data();
+             const int64_t n = ids.size();
+             py::gil_scoped_release unlocked;
+             return ix.remove(from, n);
+           })
+      .def("compact", &CudaIndex::compact, release())
+      .def("ids", [](const CudaIndex& ix) { return to_array(ix.ids()); })
+      .def_property_readonly("dim", &CudaIndex::dim)
+      .def_property_readonly("device", &CudaIndex::device)
+      .def_property_readonly("size", &CudaIndex::size)
+      .def_property_readonly("nbytes", &CudaIndex::nbytes);
+  py::class_<CudaIndex::Plan>(m, "CudaPlan")
+      .def(py::init([](std::shared_ptr<CudaIndex> ix, int batch, int k) {
+        return CudaIndex::Plan(std::move(ix), batch, k);
+      }))
+      .def(
+          "run",
+          [](CudaIndex::Plan& plan, uintptr_t queries, int dtype, int64_t stride,
+             uintptr_t stream) {
+            plan.run({at<void>(queries), DType(dtype), stride}, at<void>(stream));
+          },
+          release())
+      .def_property_readonly("scores",
+                             [](const CudaIndex::Plan& plan) {
+                               return reinterpret_cast<uintptr_t>(plan.results().scores);
+                             })
+      .def_property_readonly("ids",
+                             [](const CudaIndex::Plan& plan) {
+                               return reinterpret_cast<uintptr_t>(plan.results().ids);
+                             })
+      .def_property_readonly("kernel", [](const CudaIndex::Plan& plan) {
+        return std::string(plan.plan().kernel == Kernel::kStream  ? "stream"
+                           : plan.plan().kernel == Kernel::kTiled ? "tiled"
+                                                                  : "sm90");
+      });
+}

@@ -1,0 +1,646 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where rows live on the device, and who may see them; the kernels are in topk_*.cu.
+// Never run on a GPU yet: tests run it on the emulator's runtime.
+#include <algorithm>
+#include <limits>
+#include <numeric>
+
+#include "cuda_device.cuh"
+#include "cuda_index.h"
+
+namespace knnfast {
+namespace cuda {
+namespace {
+
+void check(int error, const char* what) {
+  if (error == cudaSuccess) return;
+  const cudaError_t e = static_cast<cudaError_t>(error);
+  cudaGetLastError();  // a sticky state of this thread must not fail the next call
+  throw CudaError(std::string(what) + ": " + cudaGetErrorName(e) + " (" + cudaGetErrorString(e) +
+                  ")");
+}
+
+// Makes a device current for a scope.
+class Current {
+ public:
+  explicit Current(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = before_ != device;
+  }
+  ~Current() {
+    if (changed_) cudaSetDevice(before_);
+  }
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
+
+void upload(void* to, const void* from, size_t bytes, void* stream) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, as_stream(stream)), "upload");
+}
+void download(void* to, const void* from, size_t bytes, void* stream) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, as_stream(stream)), "download");
+}
+void wait(void* stream) {
+  check(cudaStreamSynchronize(as_stream(stream)), "cudaStreamSynchronize");
+}
+
+// Memory that belongs to a stream: taken and given back in its order.
+class StreamMemory {
+ public:
+  StreamMemory(cudaMemPool_t pool, size_t bytes, void* stream) : stream_(stream) {
+    check(cudaMallocFromPoolAsync(&data_, std::max<size_t>(bytes, 1), pool, as_stream(stream)),
+          ("cudaMallocFromPoolAsync of " + std::to_string(bytes) + " bytes").c_str());
+  }
+  ~StreamMemory() { cudaFreeAsync(data_, as_stream(stream_)); }
+  StreamMemory(const StreamMemory&) = delete;
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  void* stream_;
+};
+
+// A restriction on the device; `ids` are sorted on the way.
+IdSet upload_set(cudaMemPool_t pool, const HostIds& set, std::unique_ptr<StreamMemory>& memory,
+                 void* stream) {
+  IdSet out{};
+  if (!set.set()) return out;
+  out.count = set.count;
+  const size_t bytes = static_cast<size_t>(set.count) * (set.ids ? sizeof(int64_t) : 1);
+  memory = std::make_unique<StreamMemory>(pool, bytes, stream);
+  if (set.ids) {
+    std::vector<int64_t> sorted(set.ids, set.ids + set.count);
+    std::sort(sorted.begin(), sorted.end());
+    upload(memory->as<void>(), sorted.data(), bytes, stream);
+    wait(stream);  // `sorted` ends here
+    out.ids = memory->as<int64_t>();
+  } else {
+    upload(memory->as<void>(), set.bits, bytes, stream);
+    wait(stream);
+    out.bits = memory->as<uint8_t>();
+  }
+  return out;
+}
+
+constexpr size_t kWorkspace = size_t{2} << 30;  // most a search takes; larger batches make rounds
+
+}  // namespace
+
+int device_count() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return count;
+}
+
+Memory::Memory(int device, size_t bytes) : bytes_(bytes), device_(device) {
+  const Current current(device);
+  check(cudaMalloc(&data_, std::max<size_t>(bytes, 1)),
+        ("cudaMalloc of " + std::to_string(bytes) + " bytes").c_str());
+}
+
+Memory::~Memory() {
+  if (!data_) return;
+  int before = 0;
+  cudaGetDevice(&before);
+  cudaSetDevice(device_);
+  cudaFree(data_);  // waits for kernels that still read it
+  cudaSetDevice(before);
+}
+
+// What searches take for a while: freed memory stays in the pool, so the next search finds it
+// there.
+struct CudaIndex::Pool {
+  cudaMemPool_t handle = nullptr;
+  explicit Pool(int device) {
+    cudaMemPoolProps props{};
+    props.allocType = cudaMemAllocationTypePinned;
+    props.location.type = cudaMemLocationTypeDevice;
+    props.location.id = device;
+    check(cudaMemPoolCreate(&handle, &props), "cudaMemPoolCreate");
+    uint64_t keep = std::numeric_limits<uint64_t>::max();
+    check(cudaMemPoolSetAttribute(handle, cudaMemPoolAttrReleaseThreshold, &keep),
+          "cudaMemPoolSetAttribute");
+  }
+  ~Pool() { cudaMemPoolDestroy(handle); }
+};
+
+struct CudaIndex::Segment {
+  Memory half, half_terms, ids;
+  // Written only for rows that no snapshot shows; replaced, with older snapshots keeping theirs,
+  // by a new centre (codes) and by a removal (alive).
+  std::shared_ptr<Memory> codes, code_terms, alive;
+  std::vector<uint32_t> alive_bits;  // alive, on the host
+
+  SegmentView view(int64_t first_id, bool listed) const {
+    return {half.as<unsigned char>(),
+            codes ? codes->as<unsigned char>() : nullptr,
+            half_terms.as<HalfTerm>(),
+            codes ? code_terms->as<CodeTerm>() : nullptr,
+            alive->as<uint32_t>(),
+            listed ? ids.as<int64_t>() : nullptr,
+            first_id};
+  }
+};
+
+// What a search sees. It owns what it points to.
+struct Snapshot {
+  IndexView view{};
+  uint64_t version = 0;
+  Memory table;
+  std::vector<std::shared_ptr<void>> owners;
+};
+
+CudaIndex::CudaIndex(int dim, Metric metric, Scan scan, int device, int64_t segment_rows)
+    : dim_(dim), metric_(metric), scan_(scan), device_(device), segment_rows_(segment_rows) {
+  if (dim < 1 || dim > kMaxDim)
+    throw std::invalid_argument("dim must be 1 to " + std::to_string(kMaxDim) +
+                                " on a CUDA device, got " + std::to_string(dim));
+  const int devices = device_count();
+  if (device < 0 || device >= devices)
+    throw CudaError("there is no CUDA device " + std::to_string(device) + ": " +
+                    std::to_string(devices) + " found");
+  const Current current(device);
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&limits_.multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&limits_.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                               device),
+        "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+        "cudaDeviceGetAttribute");
+  limits_.capability = major * 10 + minor;
+  if (limits_.capability < 80)
+    throw CudaError("CUDA device " + std::to_string(device) + " has compute capability " +
+                    std::to_string(major) + "." + std::to_string(minor) + "; 8.0 is the least");
+  if (segment_rows_ == 0) {
+    segment_rows_ = 4096;
+    while (segment_rows_ * 2 * half_slices(dim) * kSlice <= int64_t{256} << 20) segment_rows_ *= 2;
+  }
+  if (segment_rows_ % kTileRows)
+    throw std::invalid_argument("segment_rows must be a multiple of " + std::to_string(kTileRows));
+  pool_ = std::make_unique<Pool>(device);
+  publish();
+}
+
+CudaIndex::~CudaIndex() = default;
+
+int64_t CudaIndex::size() const {
+  const std::shared_lock lock(mutex_);
+  return live_;
+}
+
+int64_t CudaIndex::nbytes() const {
+  const std::shared_lock lock(mutex_);
+  size_t bytes = mean_ ? mean_->bytes() : 0;
+  for (const auto& s : segments_)
+    bytes += s->half.bytes() + s->half_terms.bytes() + s->ids.bytes() + s->alive->bytes() +
+             (s->codes ? s->codes->bytes() + s->code_terms->bytes() : 0);
+  return static_cast<int64_t>(bytes);
+}
+
+std::shared_ptr<const Snapshot> CudaIndex::snapshot() const {
+  const std::shared_lock lock(mutex_);
+  return snapshot_;
+}
+
+// Makes the present state what searches see. The caller holds `writer_`, not `mutex_`.
+void CudaIndex::publish() {
+  auto next = std::make_shared<Snapshot>();
+  std::vector<SegmentView> views;
+  for (size_t i = 0; i < segments_.size(); ++i) {
+    const auto& s = segments_[i];
+    views.push_back(s->view(static_cast<int64_t>(i) * segment_rows_, listed_));
+    for (const std::shared_ptr<void>& owned :
+         {std::shared_ptr<void>(s), std::shared_ptr<void>(s->codes),
+          std::shared_ptr<void>(s->code_terms), std::shared_ptr<void>(s->alive)})
+      next->owners.push_back(owned);
+  }
+  if (mean_) next->owners.push_back(mean_);
+  next->table = Memory(device_, views.size() * sizeof(SegmentView));
+  const Current current(device_);
+  if (!views.empty())
+    upload(next->table.as<void>(), views.data(), views.size() * sizeof(SegmentView), nullptr);
+  wait(nullptr);
+  next->view = {next->table.as<SegmentView>(),
+                mean_ ? mean_->as<float>() : nullptr,
+                nullptr,
+                rows_,
+                segment_rows_,
+                dim_,
+                metric_,
+                mean_ ? scan_ : kFp16};  // no codes before the first rows
+  const std::unique_lock lock(mutex_);
+  next->version = ++version_;
+  snapshot_ = std::move(next);
+}
+
+int64_t CudaIndex::id_at(int64_t position) const {
+  return listed_ ? id_of_[static_cast<size_t>(position)] : position;
+}
+
+bool CudaIndex::alive_at(int64_t position) const {
+  const auto& s = segments_[static_cast<size_t>(position / segment_rows_)];
+  const int64_t row = position % segment_rows_;
+  return s->alive_bits[static_cast<size_t>(row / 32)] >> (row % 32) & 1;
+}
+
+int64_t CudaIndex::find(int64_t id) const {
+  if (listed_) {
+    const auto it = position_.find(id);
+    return it == position_.end() ? -1 : it->second;
+  }
+  return id >= 0 && id < rows_ && alive_at(id) ? id : -1;
+}
+
+// From "position = id" to a list of ids. The caller publishes.
+void CudaIndex::own_ids() {
+  if (listed_) return;
+  std::vector<int64_t> all(static_cast<size_t>(rows_));
+  std::iota(all.begin(), all.end(), 0);
+  std::unordered_map<int64_t, int64_t> positions;
+  for (int64_t p = 0; p < rows_; ++p)
+    if (alive_at(p)) positions.emplace(p, p);
+  const size_t bytes = static_cast<size_t>(segment_rows_) * sizeof(int64_t);
+  for (size_t s = 0; s < segments_.size(); ++s) {
+    segments_[s]->ids = Memory(device_, bytes);
+    const size_t begin = s * static_cast<size_t>(segment_rows_);
+    const size_t n = std::min(all.size() - begin, static_cast<size_t>(segment_rows_));
+    upload(segments_[s]->ids.as<void>(), all.data() + begin, n * sizeof(int64_t), nullptr);
+  }
+  wait(nullptr);
+  const std::unique_lock lock(mutex_);
+  id_of_ = std::move(all);
+  position_ = std::move(positions);
+  listed_ = true;
+}
+
+// Codes of rows [begin, end), about the centre that is there.
+void CudaIndex::quantize(int64_t begin, int64_t end, void* stream) {
+  for (int64_t at = begin; at < end;) {
+    const int64_t row = at % segment_rows_, n = std::min(end - at, segment_rows_ - row);
+    const auto& s = segments_[static_cast<size_t>(at / segment_rows_)];
+    check(launch_quantize({s->view(0, false), mean_->as<float>(), s->codes->as<unsigned char>(),
+                           s->code_terms->as<CodeTerm>(), row, n, dim_, metric_},
+                          stream),
+          "topk_quantize_kernel");
+    at += n;
+  }
+  wait(stream);
+}
+
+// A new centre, and all codes about it, beside the ones that searches still read.
+void CudaIndex::recentre(void* stream) {
+  auto mean = std::make_shared<Memory>(device_, sizeof(float) * 128 * code_slices(dim_));
+  check(launch_mean(segments_[0]->view(0, false), std::min(rows_, segment_rows_), dim_, metric_,
+                    mean->as<float>(), stream),
+        "topk_mean_kernel");
+  std::vector<std::shared_ptr<Memory>> codes, terms;
+  const size_t cap = static_cast<size_t>(segment_rows_);
+  for (size_t i = 0; i < segments_.size(); ++i) {
+    codes.push_back(std::make_shared<Memory>(device_, cap * code_slices(dim_) * kSlice));
+    terms.push_back(std::make_shared<Memory>(device_, cap * sizeof(CodeTerm)));
+  }
+  {
+    const std::unique_lock lock(mutex_);
+    for (size_t i = 0; i < segments_.size(); ++i) {
+      segments_[i]->codes = std::move(codes[i]);
+      segments_[i]->code_terms = std::move(terms[i]);
+    }
+    mean_ = std::move(mean);
+    mean_rows_ = rows_;
+  }
+  quantize(0, rows_, stream);
+}
+
+std::vector<int64_t> CudaIndex::add(const void* rows, DType dtype, int64_t n, int64_t stride,
+                                    const int64_t* own, bool on_device, void* stream) {
+  const std::lock_guard<std::mutex> writer(writer_);
+  const Current current(device_);
+  std::vector<int64_t> used(static_cast<size_t>(n));
+  if (own) {
+    std::unordered_map<int64_t, int64_t> seen;
+    for (int64_t i = 0; i < n; ++i) {
+      if (own[i] < 0)
+        throw std::invalid_argument("ids must not be negative, got " + std::to_string(own[i]));
+      if (find(own[i]) >= 0 || !seen.emplace(own[i], i).second)
+        throw std::invalid_argument("id " + std::to_string(own[i]) + " is taken");
+      used[static_cast<size_t>(i)] = own[i];
+    }
+  } else {
+    if (next_id_ > std::numeric_limits<int64_t>::max() - n)
+      throw std::invalid_argument("automatic ids are used up");
+    std::iota(used.begin(), used.end(), next_id_);
+  }
+  if (n == 0) return used;
+
+  // Everything goes to rows that no snapshot shows; a refusal leaves only junk there.
+  const size_t element = dtype == kF32 ? 4 : 2;
+  Memory bad(device_, sizeof(int));
+  check(cudaMemsetAsync(bad.as<void>(), 0, sizeof(int), as_stream(stream)), "cudaMemsetAsync");
+  const size_t cap = static_cast<size_t>(segment_rows_);
+  auto segments = segments_;
+  Memory staged;
+  const int64_t piece_rows = std::max<int64_t>(
+      1, (int64_t{64} << 20) / static_cast<int64_t>(element * static_cast<size_t>(dim_)));
+  for (int64_t at = 0; at < n;) {
+    const int64_t position = rows_ + at, row = position % segment_rows_;
+    const size_t index = static_cast<size_t>(position / segment_rows_);
+    if (index == segments.size()) {
+      auto s = std::make_shared<Segment>();
+      s->half = Memory(device_, cap * half_slices(dim_) * kSlice);
+      s->half_terms = Memory(device_, cap * sizeof(HalfTerm));
+      if (mean_) {
+        s->codes = std::make_shared<Memory>(device_, cap * code_slices(dim_) * kSlice);
+        s->code_terms = std::make_shared<Memory>(device_, cap * sizeof(CodeTerm));
+      }
+      s->alive = std::make_shared<Memory>(device_, cap / 8);
+      s->alive_bits.assign(cap / 32, 0);
+      check(cudaMemsetAsync(s->alive->as<void>(), 0, cap / 8, as_stream(stream)),
+            "cudaMemsetAsync");
+      segments.push_back(std::move(s));
+    }
+    const auto& s = segments[index];
+    int64_t count = std::min(n - at, segment_rows_ - row);
+    const unsigned char* from =
+        static_cast<const unsigned char*>(rows) + at * stride * static_cast<int64_t>(element);
+    int64_t from_stride = stride;
+    if (!on_device) {
+      count = std::min(count, piece_rows);
+      const size_t width = element * static_cast<size_t>(dim_);
+      if (!staged.bytes())
+        staged = Memory(device_, static_cast<size_t>(std::min(n, piece_rows)) * width);
+      wait(stream);  // the piece before has been read
+      if (stride == dim_) {
+        upload(staged.as<void>(), from, static_cast<size_t>(count) * width, stream);
+      } else {
+        for (int64_t i = 0; i < count; ++i)
+          upload(staged.as<unsigned char>() + static_cast<size_t>(i) * width,
+                 from + i * stride * static_cast<int64_t>(element), width, stream);
+      }
+      from = staged.as<unsigned char>();
+      from_stride = dim_;
+    }
+    check(launch_pack({from, dtype, from_stride, count, s->half.as<unsigned char>(),
+                       s->half_terms.as<HalfTerm>(), s->alive->as<uint32_t>(), row, dim_, metric_,
+                       bad.as<int>()},
+                      stream),
+          "topk_pack_kernel");
+    at += count;
+  }
+  int refused = 0;
+  download(&refused, bad.as<void>(), sizeof refused, stream);
+  wait(stream);
+  if (refused) throw std::invalid_argument("vectors must be finite and within ±65504 (FP16)");
+  if (own || listed_) {
+    own_ids();
+    for (size_t i = 0; i < segments.size(); ++i) {
+      if (!segments[i]->ids.bytes()) segments[i]->ids = Memory(device_, cap * sizeof(int64_t));
+    }
+    for (int64_t at = 0; at < n;) {
+      const int64_t position = rows_ + at, row = position % segment_rows_;
+      const int64_t count = std::min(n - at, segment_rows_ - row);
+      upload(segments[static_cast<size_t>(position / segment_rows_)]->ids.as<int64_t>() + row,
+             used.data() + at, static_cast<size_t>(count) * sizeof(int64_t), stream);
+      at += count;
+    }
+    wait(stream);
+  }
+  const int64_t before = rows_;
+  {
+    const std::unique_lock lock(mutex_);
+    segments_ = std::move(segments);
+    for (int64_t p = before; p < before + n; ++p) {
+      const auto& s = segments_[static_cast<size_t>(p / segment_rows_)];
+      const int64_t row = p % segment_rows_;
+      s->alive_bits[static_cast<size_t>(row / 32)] |= 1u << (row % 32);
+    }
+    if (listed_) {
+      id_of_.insert(id_of_.end(), used.begin(), used.end());
+      for (int64_t i = 0; i < n; ++i) position_.emplace(used[static_cast<size_t>(i)], before + i);
+    }
+    rows_ += n;
+    live_ += n;
+    for (const int64_t id : used)
+      if (id >= next_id_ && id < std::numeric_limits<int64_t>::max()) next_id_ = id + 1;
+  }
+  if (scan_ == kInt8) {
+    // The first rows may be no fair sample: look again as the index grows, then leave it.
+    if (!mean_ || (mean_rows_ < 65536 && rows_ >= 4 * mean_rows_)) {
+      recentre(stream);
+    } else {
+      quantize(before, rows_, stream);
+    }
+  }
+  publish();
+  return used;
+}
+
+void CudaIndex::search(const Queries& queries, int batch, int k, const HostIds& allow,
+                       const HostIds& deny, const Results& results, void* stream) const {
+  if (batch == 0) return;
+  const Current current(device_);
+  const auto seen = snapshot();
+  IndexView view = seen->view;
+  std::unique_ptr<StreamMemory> allowed, denied, filter;
+  if (allow.set() || deny.set()) {
+    const IdSet a = upload_set(pool_->handle, allow, allowed, stream),
+                d = upload_set(pool_->handle, deny, denied, stream);
+    const size_t words =
+        static_cast<size_t>((view.rows + kTileRows - 1) / kTileRows) * (kTileRows / 32);
+    filter = std::make_unique<StreamMemory>(pool_->handle, words * sizeof(uint32_t), stream);
+    check(launch_filter(view, a, d, filter->as<uint32_t>(), stream), "topk_filter_kernel");
+    view.filter = filter->as<uint32_t>();
+  }
+  const TopkPlan plan = plan_topk(view, batch, k, limits_, kWorkspace);
+  if (!plan.workspace_bytes)
+    throw std::invalid_argument("k must be 1 to " + std::to_string(kMaxK) +
+                                " on a CUDA device, got " + std::to_string(k));
+  const StreamMemory workspace(pool_->handle, plan.workspace_bytes, stream);
+  check(launch_topk(plan,
+                    {view, queries.data, queries.dtype, queries.stride, results.scores, results.ids,
+                     results.exact, workspace.as<void>()},
+                    stream),
+        "search");
+}
+
+void CudaIndex::search_host(const void* queries, DType dtype, int64_t stride, int batch, int k,
+                            const HostIds& allow, const HostIds& deny, float* scores,
+                            int64_t* ids) const {
+  if (batch == 0) return;
+  const Current current(device_);
+  const size_t width = static_cast<size_t>(dim_) * (dtype == kF32 ? 4 : 2);
+  const size_t pitch = static_cast<size_t>(stride) * (dtype == kF32 ? 4 : 2);
+  const size_t n = static_cast<size_t>(batch) * static_cast<size_t>(k);
+  void* stream = nullptr;
+  const StreamMemory rows(pool_->handle, static_cast<size_t>(batch) * width, stream);
+  const StreamMemory out_scores(pool_->handle, n * sizeof(float), stream);
+  const StreamMemory out_ids(pool_->handle, n * sizeof(int64_t), stream);
+  if (pitch == width) {
+    upload(rows.as<void>(), queries, static_cast<size_t>(batch) * width, stream);
+  } else {
+    for (int m = 0; m < batch; ++m)
+      upload(rows.as<unsigned char>() + static_cast<size_t>(m) * width,
+             static_cast<const unsigned char*>(queries) + static_cast<size_t>(m) * pitch, width,
+             stream);
+  }
+  search({rows.as<void>(), dtype, dim_}, batch, k, allow, deny,
+         {out_scores.as<float>(), out_ids.as<int64_t>(), nullptr}, stream);
+  download(scores, out_scores.as<void>(), n * sizeof(float), stream);
+  download(ids, out_ids.as<void>(), n * sizeof(int64_t), stream);
+  wait(stream);
+}
+
+int64_t CudaIndex::remove(const int64_t* ids, int64_t n) {
+  const std::lock_guard<std::mutex> writer(writer_);
+  const Current current(device_);
+  // New bits on the device first; then they, the host's and the ids change together.
+  std::unordered_map<size_t, std::vector<uint32_t>> bits;
+  std::vector<int64_t> gone;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t p = find(ids[i]);
+    if (p < 0) continue;
+    const auto s = static_cast<size_t>(p / segment_rows_);
+    const int64_t row = p % segment_rows_;
+    auto& words = bits.emplace(s, segments_[s]->alive_bits).first->second;
+    uint32_t& word = words[static_cast<size_t>(row / 32)];
+    if (word >> (row % 32) & 1) gone.push_back(ids[i]);  // else: given twice
+    word &= ~(1u << (row % 32));
+  }
+  if (gone.empty()) return 0;
+  std::unordered_map<size_t, std::shared_ptr<Memory>> fresh;
+  for (const auto& [s, words] : bits) {
+    fresh[s] = std::make_shared<Memory>(device_, words.size() * sizeof(uint32_t));
+    upload(fresh[s]->as<void>(), words.data(), words.size() * sizeof(uint32_t), nullptr);
+  }
+  wait(nullptr);
+  {
+    const std::unique_lock lock(mutex_);
+    for (auto& [s, words] : bits) {
+      segments_[s]->alive_bits = std::move(words);
+      segments_[s]->alive = std::move(fresh[s]);
+    }
+    if (listed_)
+      for (const int64_t id : gone) position_.erase(id);
+    live_ -= static_cast<int64_t>(gone.size());
+  }
+  publish();
+  return static_cast<int64_t>(gone.size());
+}
+
+std::vector<int64_t> CudaIndex::ids() const {
+  const std::shared_lock lock(mutex_);
+  std::vector<int64_t> out;
+  out.reserve(static_cast<size_t>(live_));
+  for (int64_t p = 0; p < rows_; ++p)
+    if (alive_at(p)) out.push_back(id_at(p));
+  return out;
+}
+
+void CudaIndex::vectors(const int64_t* ids, int64_t n, uint16_t* out, bool to_device,
+                        void* stream) const {
+  const Current current(device_);
+  const std::shared_lock lock(mutex_);
+  std::vector<int64_t> positions(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t p = find(ids[i]);
+    if (p < 0) throw std::invalid_argument("id " + std::to_string(ids[i]) + " is not in the index");
+    positions[static_cast<size_t>(i)] = p;
+  }
+  const StreamMemory device_positions(pool_->handle, positions.size() * sizeof(int64_t), stream);
+  upload(device_positions.as<void>(), positions.data(), positions.size() * sizeof(int64_t), stream);
+  const size_t bytes = static_cast<size_t>(n) * static_cast<size_t>(dim_) * sizeof(uint16_t);
+  std::unique_ptr<StreamMemory> rows;
+  if (!to_device) rows = std::make_unique<StreamMemory>(pool_->handle, bytes, stream);
+  check(launch_gather(snapshot_->view, device_positions.as<int64_t>(), n,
+                      to_device ? out : rows->as<uint16_t>(), stream),
+        "topk_gather_kernel");
+  if (!to_device) download(out, rows->as<void>(), bytes, stream);
+  wait(stream);
+}
+
+void CudaIndex::compact() {
+  const std::lock_guard<std::mutex> writer(writer_);
+  std::vector<int64_t> keep;
+  {
+    const std::shared_lock lock(mutex_);
+    if (live_ == rows_) return;
+    for (int64_t p = 0; p < rows_; ++p)
+      if (alive_at(p)) keep.push_back(id_at(p));
+  }
+  // A second index beside this one, filled in pieces, then moved in.
+  CudaIndex other(dim_, metric_, scan_, device_, segment_rows_);
+  const Current current(device_);
+  const size_t piece = static_cast<size_t>(segment_rows_);
+  for (size_t at = 0; at < keep.size(); at += piece) {
+    const size_t n = std::min(piece, keep.size() - at);
+    const Memory rows(device_, n * static_cast<size_t>(dim_) * sizeof(uint16_t));
+    vectors(keep.data() + at, static_cast<int64_t>(n), rows.as<uint16_t>(), true, nullptr);
+    other.add(rows.as<void>(), kF16, static_cast<int64_t>(n), dim_, keep.data() + at, true,
+              nullptr);
+  }
+  {
+    const std::unique_lock lock(mutex_);
+    segments_ = std::move(other.segments_);
+    mean_ = std::move(other.mean_);
+    mean_rows_ = other.mean_rows_;
+    rows_ = other.rows_;
+    live_ = other.live_;
+    id_of_ = std::move(other.id_of_);
+    position_ = std::move(other.position_);
+    listed_ = true;
+  }
+  publish();
+}
+
+CudaIndex::Plan::Plan(std::shared_ptr<const CudaIndex> index, int batch, int k)
+    : index_(std::move(index)), batch_(batch), k_(k) {
+  if (batch < 1 || k < 1)
+    throw std::invalid_argument("batch and k must be at least 1, got " + std::to_string(batch) +
+                                " and " + std::to_string(k));
+  const size_t n = static_cast<size_t>(batch) * static_cast<size_t>(k);
+  scores_ = Memory(index_->device_, n * sizeof(float));
+  ids_ = Memory(index_->device_, n * sizeof(int64_t));
+  results_ = {scores_.as<float>(), ids_.as<int64_t>(), nullptr};
+  const std::shared_lock lock(index_->mutex_);
+  prepare();
+}
+
+// The caller holds the index's lock.
+void CudaIndex::Plan::prepare() {
+  if (version_ == index_->version_) return;
+  snapshot_ = index_->snapshot_;
+  version_ = index_->version_;
+  plan_ = plan_topk(snapshot_->view, batch_, k_, index_->limits_, kWorkspace);
+  if (!plan_.workspace_bytes)
+    throw std::invalid_argument("k must be 1 to " + std::to_string(kMaxK) +
+                                " on a CUDA device, got " + std::to_string(k_));
+  if (workspace_.bytes() < plan_.workspace_bytes)
+    workspace_ = Memory(index_->device_, plan_.workspace_bytes);
+}
+
+void CudaIndex::Plan::run(const Queries& queries, void* stream) {
+  const Current current(index_->device_);
+  const std::shared_lock lock(index_->mutex_);
+  prepare();
+  check(launch_topk(plan_,
+                    {snapshot_->view, queries.data, queries.dtype, queries.stride, results_.scores,
+                     results_.ids, nullptr, workspace_.as<void>()},
+                    stream),
+        "search");
+}
+
+}  // namespace cuda
+}  // namespace knnfast

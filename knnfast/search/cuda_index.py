@@ -1,0 +1,347 @@
+"""`Index(device="cuda")`: the same index with its rows on a CUDA device."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from knnfast import _C
+from knnfast.search import interop
+from knnfast.search.index import METRICS, SCANS, Index
+
+_DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
+_PIECE = 1 << 18  # rows moved at a time between devices
+
+
+def device_number(device: Any) -> int:
+    """`cuda` or `cuda:N` as a device number.
+
+    Raises: RuntimeError where this build or this machine has no such device.
+    """
+    if not getattr(_C, "has_cuda", False):
+        raise RuntimeError(f"device {str(device)!r}: this build has no CUDA (KNNFAST_CUDA=ON)")
+    number = str(device).partition(":")[2]
+    if number and not number.isdigit():
+        raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {str(device)!r}')
+    found = _C.cuda_device_count()
+    if int(number or 0) >= found:
+        raise RuntimeError(f"device {str(device)!r}: {found} CUDA devices found")
+    return int(number or 0)
+
+
+class _Rows(NamedTuple):
+    """Where rows lie; `hold` keeps them there."""
+
+    address: int
+    dtype: int
+    n: int
+    stride: int
+    single: bool
+    on_device: bool
+    stream: int
+    hold: Any
+    back: Any  # host results in the caller's framework
+
+
+class CudaIndex(Index):
+    """An `Index` on a CUDA device: same calls, same bits, results on the queries' device.
+
+    A search with queries on the device only enqueues work on the caller's current stream (a filter
+    waits for its upload). There a NaN or infinite query gives id -1 and NaN instead of an error.
+    k is at most 2048 and dim at most 8192. `scan="auto"` is int8. `range_search` is not built.
+    """
+
+    def __init__(
+        self, dim: int, metric: str = "ip", device: str = "cuda", scan: str = "auto"
+    ) -> None:
+        if metric not in METRICS:
+            raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
+        if scan not in SCANS:
+            raise ValueError(f"scan must be one of {SCANS}, got {scan!r}")
+        self._number = device_number(device)
+        self._metric, self._scan = metric, scan
+        self._core = _C.CudaIndex(dim, METRICS.index(metric), int(scan != "fp16"), self._number)
+
+    @property
+    def metric(self) -> str:
+        """`ip`, `cosine` or `l2`."""
+        return self._metric
+
+    @property
+    def scan(self) -> str:
+        """`fp16`, `int8` or `auto`."""
+        return self._scan
+
+    @property
+    def device(self) -> str:
+        """Where the rows are."""
+        return f"cuda:{self._number}"
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Nothing is counted on a device: counting would cost a synchronisation."""
+        return {}
+
+    def add(self, vectors: Any, ids: Any = None) -> np.ndarray:
+        """Append rows, from the host or a device, and return their ids; see `Index.add`."""
+        rows = self._rows(vectors, "vectors")
+        own = None
+        if ids is not None:
+            own = interop.as_ids(ids, "ids")
+            if len(own) != rows.n:
+                raise ValueError(f"ids must have one id a row: got {len(own)} for {rows.n} rows")
+        return self._core.add(
+            rows.address, rows.dtype, rows.n, rows.stride, own, rows.on_device, rows.stream
+        )
+
+    def search(
+        self, queries: Any, k: int, allow: Any = None, deny: Any = None, out: Any = None
+    ) -> tuple[Any, Any]:
+        """Find the k best rows of every query; see `Index.search`."""
+        if not 1 <= k <= _C.cuda_max_k:
+            raise ValueError(f"k must be 1 to {_C.cuda_max_k} on a CUDA device, got {k}")
+        q = self._rows(queries, "queries")
+        filters = interop.as_filter(allow, "allow"), interop.as_filter(deny, "deny")
+        shape = (k,) if q.single else (q.n, k)
+        if not q.on_device:
+            if not np.isfinite(_as_float(q)).all():
+                raise ValueError("queries must be finite, got NaN or infinity")
+            scores, found = np.empty(shape, np.float32), np.empty(shape, np.int64)
+            self._core.search(
+                q.address, q.dtype, q.stride, q.n, k, *filters,
+                scores.ctypes.data, found.ctypes.data, 0, False,
+            )  # fmt: skip
+            if out is None:
+                return q.back(scores), q.back(found)
+            for given, value in zip(out, (scores, found), strict=True):
+                given[...] = value if isinstance(given, np.ndarray) else q.back(value)
+            return tuple(out)  # type: ignore[return-value]
+        results = _empty(q.hold, shape) if out is None else _checked_out(out, shape, q.hold)
+        self._core.search(
+            q.address, q.dtype, q.stride, q.n, k, *filters,
+            _address(results[0]), _address(results[1]), q.stream, True,
+        )  # fmt: skip
+        return results
+
+    def range_search(
+        self, queries: Any, radius: float, allow: Any = None, deny: Any = None
+    ) -> tuple[Any, Any, Any]:
+        """Not built for CUDA devices: `index.to("cpu").range_search(...)` gives the answer."""
+        raise NotImplementedError('range_search runs on the CPU: index.to("cpu").range_search(...)')
+
+    def vectors(self, ids: Any, out: Any = None) -> Any:
+        """The stored FP16 rows of these ids: a numpy array, or into `out` on the host or device."""
+        wanted = interop.as_ids(ids, "ids")
+        shape = (len(wanted), self.dim)
+        if out is None:
+            out = np.empty(shape, np.float16)
+        elif tuple(out.shape) != shape or not str(out.dtype).endswith("float16"):
+            raise ValueError(f"out must be float16 of shape {list(shape)}")
+        elif not _contiguous(out):
+            raise ValueError("out must be contiguous")
+        on_device = _on_device(out)
+        stream = _stream(out, self._number) if on_device else 0
+        self._core.vectors(wanted, _address(out), on_device, stream)
+        return out
+
+    def plan(self, batch: int, k: int) -> Any:
+        """A search of fixed shape into its own buffers; see `CudaPlan`."""
+        return CudaPlan(self, batch, k)
+
+    def to(self, device: str) -> Index:
+        """Itself, or a copy on another device with the same ids."""
+        if str(device) == "cpu" or device_number(device) != self._number:
+            return copy_index(self, device)
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a folder, by way of the host."""
+        self.to("cpu").save(path)
+
+    def verify(self) -> None:
+        """Nothing to check: rows on a device have no files."""
+
+    def _rows(self, given: Any, name: str) -> _Rows:
+        if not _on_device(given):
+            rows = interop.as_rows(given, name)
+            array = (
+                rows.array if rows.array.flags.c_contiguous else np.ascontiguousarray(rows.array)
+            )
+            dtype = 1 if rows.bf16 else _DTYPES[array.dtype.name]
+            _check_shape(array.shape, self.dim, name)
+            single = array.ndim == 1
+            n = 1 if single else len(array)
+            return _Rows(array.ctypes.data, dtype, n, self.dim, single, False, 0, array, rows.back)
+        given = _array(given, name)
+        dtype_name = str(given.dtype).removeprefix("torch.")
+        if dtype_name not in _DTYPES:
+            raise TypeError(f"{name} must be float16, bfloat16 or float32, got {dtype_name}")
+        _check_shape(tuple(given.shape), self.dim, name)
+        number = given.device.index if _is_torch(given) else given.device.id
+        if number != self._number:
+            raise ValueError(f"{name} is on cuda:{number}, the index on {self.device}")
+        if _is_torch(given):
+            given = given.detach()
+        single = given.ndim == 1
+        strides = (
+            given.stride() if _is_torch(given) else [s // given.itemsize for s in given.strides]
+        )
+        if strides[-1] != 1 and self.dim > 1:
+            given = given.contiguous() if _is_torch(given) else given.copy()
+            strides = [self.dim, 1]
+        n = 1 if single else given.shape[0]
+        stride = self.dim if single or n == 1 else strides[0]
+        stream = _stream(given, self._number)
+        return _Rows(
+            _address(given), _DTYPES[dtype_name], n, stride, single, True, stream, given, None
+        )
+
+
+class CudaPlan:
+    """A search of fixed shape: `plan(queries)` enqueues it and returns the plan's own buffers.
+
+    No allocation and no synchronisation while the index stays the same; may be captured in a CUDA
+    graph (capture again after the index has changed). Buffers are torch tensors if torch is loaded,
+    else cupy arrays; the next call overwrites them. Belongs to one thread.
+    """
+
+    def __init__(self, index: CudaIndex, batch: int, k: int) -> None:
+        if batch < 1 or not 1 <= k <= _C.cuda_max_k:
+            raise ValueError(
+                f"batch must be at least 1 and k 1 to {_C.cuda_max_k}, got {batch} and {k}"
+            )
+        self._index, self._shape = index, (batch, k)
+        self._core = _C.CudaPlan(index._core, batch, k)
+        self.scores = _wrap(self._core, index._number, self._core.scores, (batch, k), "<f4")
+        self.ids = _wrap(self._core, index._number, self._core.ids, (batch, k), "<i8")
+
+    @property
+    def kernel(self) -> str:
+        """Which scan runs: `stream`, `tiled` or `sm90`."""
+        return self._core.kernel
+
+    def __call__(self, queries: Any) -> tuple[Any, Any]:
+        """Search for queries [batch, dim] that lie on the index's device."""
+        q = self._index._rows(queries, "queries")
+        if not q.on_device:
+            raise ValueError(f"queries of a plan must be on {self._index.device}")
+        if q.n != self._shape[0] or q.single:
+            raise ValueError(f"queries must have shape [{self._shape[0]}, {self._index.dim}]")
+        self._core.run(q.address, q.dtype, q.stride, q.stream)
+        return self.scores, self.ids
+
+
+def copy_index(index: Index, device: str) -> Index:
+    """A copy of an index on a device, rows in the same order, with their ids."""
+    twin = Index(index.dim, index.metric, device, index.scan)
+    ids = index.ids
+    automatic = bool((ids == np.arange(len(ids))).all())
+    for begin in range(0, len(ids), _PIECE):
+        part = ids[begin : begin + _PIECE]
+        twin.add(index.vectors(part), None if automatic else part)
+    return twin
+
+
+class _Buffer:
+    """Device memory of a plan, as torch and cupy take it; keeps the plan alive."""
+
+    def __init__(self, owner: Any, address: int, shape: tuple[int, ...], typestr: str) -> None:
+        self.owner = owner
+        self.__cuda_array_interface__ = {
+            "shape": shape,
+            "typestr": typestr,
+            "data": (address, False),
+            "version": 3,
+            "strides": None,
+        }
+
+
+def _wrap(owner: Any, number: int, address: int, shape: tuple[int, ...], typestr: str) -> Any:
+    buffer = _Buffer(owner, address, shape, typestr)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.as_tensor(buffer, device=f"cuda:{number}")
+    cupy = sys.modules.get("cupy")
+    return buffer if cupy is None else cupy.asarray(buffer)
+
+
+def _is_torch(given: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(given, torch.Tensor)
+
+
+def _on_device(given: Any) -> bool:
+    if _is_torch(given):
+        return given.is_cuda
+    if hasattr(given, "__cuda_array_interface__"):
+        return True
+    place = getattr(given, "__dlpack_device__", None)
+    return place is not None and not isinstance(given, np.ndarray) and place()[0] == 2
+
+
+def _array(given: Any, name: str) -> Any:
+    """A device array as torch or cupy sees it, without a copy."""
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    if _is_torch(given) or (cupy is not None and isinstance(given, cupy.ndarray)):
+        return given
+    if torch is not None:
+        if hasattr(given, "__dlpack__"):
+            return torch.from_dlpack(given)
+        return torch.as_tensor(given, device="cuda")
+    if cupy is not None:
+        return cupy.asarray(given)
+    raise TypeError(f"{name} lies on a CUDA device: import torch or cupy first")
+
+
+def _stream(given: Any, number: int) -> int:
+    """The caller's current stream in the framework of `given`."""
+    if _is_torch(given):
+        return sys.modules["torch"].cuda.current_stream(number).cuda_stream
+    cupy = sys.modules.get("cupy")
+    return 0 if cupy is None else cupy.cuda.get_current_stream().ptr
+
+
+def _address(given: Any) -> int:
+    if isinstance(given, np.ndarray):
+        return given.ctypes.data
+    return given.data_ptr() if _is_torch(given) else given.data.ptr
+
+
+def _contiguous(given: Any) -> bool:
+    return given.is_contiguous() if _is_torch(given) else given.flags.c_contiguous
+
+
+def _empty(like: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    if _is_torch(like):
+        torch = sys.modules["torch"]
+        return (
+            torch.empty(shape, dtype=torch.float32, device=like.device),
+            torch.empty(shape, dtype=torch.int64, device=like.device),
+        )
+    cupy = sys.modules["cupy"]
+    return cupy.empty(shape, np.float32), cupy.empty(shape, np.int64)
+
+
+def _checked_out(out: Any, shape: tuple[int, ...], queries: Any) -> tuple[Any, Any]:
+    for given, dtype in zip(out, ("float32", "int64"), strict=True):
+        if not _on_device(given) or given.device != queries.device:
+            raise ValueError("out must be on the device of the queries")
+        if tuple(given.shape) != shape or not str(given.dtype).endswith(dtype):
+            raise ValueError(f"out must be {dtype} of shape {list(shape)}")
+        if not _contiguous(given):
+            raise ValueError("out must be contiguous")
+    return tuple(out)  # type: ignore[return-value]
+
+
+def _as_float(rows: _Rows) -> np.ndarray:
+    if rows.dtype == 1:  # bfloat16 words
+        return (rows.hold.astype(np.uint32) << 16).view(np.float32)
+    return rows.hold
+
+
+def _check_shape(shape: tuple[int, ...], dim: int, name: str) -> None:
+    if len(shape) not in (1, 2) or shape[-1] != dim:
+        raise ValueError(f"{name} must have shape [n, {dim}] or [{dim}], got {list(shape)}")

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+// CudaIndex on the emulator's runtime: what it answers after adds, removals, compaction, with given
+// ids and filters, equals the same kernels' answer for an index built at once; refusals change
+// nothing; every device allocation is given back.
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <set>
+
+#include "cuda_emu.h"
+#include "cuda_index.h"
+
+using namespace knnfast::cuda;
+
+namespace {
+
+int failures = 0;
+void expect(bool ok, const char* what) {
+  if (ok) return;
+  std::printf("FAIL %s\n", what);
+  ++failures;
+}
+template <class Call>
+bool refuses(Call call, const char* part) {
+  try {
+    call();
+  } catch (const std::invalid_argument& e) {
+    return std::string(e.what()).find(part) != std::string::npos;
+  }
+  return false;
+}
+
+struct Found {
+  std::vector<float> scores;
+  std::vector<int64_t> ids;
+  bool operator==(const Found& o) const { return scores == o.scores && ids == o.ids; }
+};
+
+Found search(const CudaIndex& index, const std::vector<float>& queries, int batch, int k,
+             const HostIds& allow = {}, const HostIds& deny = {}) {
+  Found f{std::vector<float>(static_cast<size_t>(batch * k)),
+          std::vector<int64_t>(static_cast<size_t>(batch * k))};
+  index.search({queries.data(), kF32, index.dim()}, batch, k, allow, deny,
+               {f.scores.data(), f.ids.data(), nullptr}, nullptr);
+  return f;
+}
+
+std::vector<float> normal(size_t n) {
+  std::vector<float> v(n);
+  std::normal_distribution<float> d;
+  for (float& x : v) x = d(emu::rng());
+  return v;
+}
+
+// The rows that a reference index holds: whatever is live, with its id.
+struct Model {
+  std::vector<float> rows;
+  std::vector<int64_t> ids;
+};
+
+void compare(const CudaIndex& index, const Model& model, Metric metric, const char* what) {
+  const int dim = index.dim(), k = 7, batch = 3;
+  CudaIndex plain(dim, metric, kFp16, 0, 1024);
+  plain.add(model.rows.data(), kF32, static_cast<int64_t>(model.ids.size()), dim, model.ids.data(),
+            false, nullptr);
+  const auto queries = normal(static_cast<size_t>(batch * dim));
+  expect(search(index, queries, batch, k) == search(plain, queries, batch, k), what);
+  expect(index.size() == static_cast<int64_t>(model.ids.size()), what);
+  const auto ids = index.ids();
+  expect(std::set<int64_t>(ids.begin(), ids.end()) ==
+             std::set<int64_t>(model.ids.begin(), model.ids.end()),
+         what);
+  if (model.ids.empty()) return;
+  std::vector<uint16_t> row(static_cast<size_t>(dim));
+  const size_t at = emu::rng()() % model.ids.size();
+  index.vectors(&model.ids[at], 1, row.data(), false, nullptr);
+  for (size_t j = 0; j < row.size(); ++j)
+    expect(row[j] == float_to_half_bits(model.rows[at * row.size() + j]), what);
+}
+
+void life(Metric metric, Scan scan, bool own) {
+  const int dim = 20;
+  const auto d = static_cast<size_t>(dim);
+  auto index = std::make_shared<CudaIndex>(dim, metric, scan, 0, 256);
+  Model model;
+  compare(*index, model, metric, "empty");
+  CudaIndex::Plan plan(index, 3, 7);
+  for (int n : {1, 5, 300, 0, 256, 20}) {
+    const auto rows = normal(static_cast<size_t>(n) * d);
+    std::vector<int64_t> given;
+    for (int i = 0; i < n; ++i)
+      given.push_back(static_cast<int64_t>(model.ids.size()) * 3 + i * 3 + 1);
+    const auto used =
+        index->add(rows.data(), kF32, n, dim, own ? given.data() : nullptr, n % 2 == 0, nullptr);
+    expect(!own || used == given, "ids of add");
+    model.rows.insert(model.rows.end(), rows.begin(), rows.end());
+    model.ids.insert(model.ids.end(), used.begin(), used.end());
+    compare(*index, model, metric, "after add");
+  }
+
+  // Refusals change nothing.
+  auto bad = normal(10 * d);
+  bad[57] = 7e4f;
+  expect(refuses([&] { index->add(bad.data(), kF32, 10, dim, nullptr, false, nullptr); }, "65504"),
+         "a value beyond FP16");
+  const int64_t taken[] = {100000, model.ids[3]};
+  expect(refuses([&] { index->add(bad.data(), kF32, 2, dim, taken, false, nullptr); }, "taken"),
+         "a taken id");
+  expect(refuses([&] { search(*index, normal(d), 1, kMaxK + 1); }, "k must be"), "k too large");
+  compare(*index, model, metric, "after refusals");
+
+  // Removal, of unknown and repeated ids too; the plan follows.
+  std::vector<int64_t> out{-5, 999999};
+  Model kept;
+  for (size_t i = 0; i < model.ids.size(); ++i) {
+    if (emu::rng()() % 3 == 0) {
+      out.push_back(model.ids[i]);
+      out.push_back(model.ids[i]);
+    } else {
+      kept.ids.push_back(model.ids[i]);
+      kept.rows.insert(kept.rows.end(), model.rows.begin() + static_cast<long>(i * d),
+                       model.rows.begin() + static_cast<long>((i + 1) * d));
+    }
+  }
+  const auto removed = index->remove(out.data(), static_cast<int64_t>(out.size()));
+  expect(removed == static_cast<int64_t>(model.ids.size() - kept.ids.size()), "removed count");
+  compare(*index, kept, metric, "after remove");
+  const auto queries = normal(3 * d);
+  plan.run({queries.data(), kF32, dim}, nullptr);
+  const Found planned{{plan.results().scores, plan.results().scores + 21},
+                      {plan.results().ids, plan.results().ids + 21}};
+  expect(planned == search(*index, queries, 3, 7), "plan");
+
+  // A filter: every second live id, given unsorted, and its complement as a bitset.
+  std::vector<int64_t> allow;
+  std::vector<uint8_t> deny(4000);
+  for (size_t i = 0; i < kept.ids.size(); ++i) {
+    if (i % 2) {
+      allow.insert(allow.begin(), kept.ids[i]);
+    } else {
+      deny[static_cast<size_t>(kept.ids[i] / 8)] |= static_cast<uint8_t>(1 << kept.ids[i] % 8);
+    }
+  }
+  const Found by_allow =
+      search(*index, queries, 3, 7, {allow.data(), nullptr, static_cast<int64_t>(allow.size())});
+  expect(by_allow == search(*index, queries, 3, 7, {},
+                            {nullptr, deny.data(), static_cast<int64_t>(deny.size())}),
+         "allow equals deny of the rest");
+  for (int64_t id : by_allow.ids)
+    expect(std::find(allow.begin(), allow.end(), id) != allow.end(), "allowed only");
+
+  index->compact();
+  compare(*index, kept, metric, "after compact");
+  const auto more = normal(40 * d);
+  const auto used = index->add(more.data(), kF32, 40, dim, nullptr, false, nullptr);
+  for (int64_t id : used)
+    expect(std::find(model.ids.begin(), model.ids.end(), id) == model.ids.end(), "ids not reused");
+  kept.rows.insert(kept.rows.end(), more.begin(), more.end());
+  kept.ids.insert(kept.ids.end(), used.begin(), used.end());
+  compare(*index, kept, metric, "after add to a compacted index");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  emu::set_seed(argc > 1 ? std::strtoull(argv[1], nullptr, 0) : 1);
+  for (Metric metric : {kIp, kCosine, kL2})
+    for (Scan scan : {kFp16, kInt8}) life(metric, scan, metric != kCosine);
+  expect(refuses([] { CudaIndex(kMaxDim + 1, kIp, kFp16, 0); }, "dim must be"), "dim too large");
+  expect(emu::allocations().empty(), "every allocation is given back");
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}
