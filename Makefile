@@ -13,7 +13,7 @@ else
 endif
 SOURCES := $(wildcard csrc/* include/knnfast/*)
 
-.PHONY: demo test lint format stickers clean
+.PHONY: demo test gpu lint format stickers clean
 
 demo: $(VENV)/base  ## eight prompts with the embedded sticker model -> out/demo.png
 	$(BIN)knnfast generate "a red heart" "pizza" "kitten" "sunflower" "rocket" "birthday party" \
@@ -22,6 +22,14 @@ demo: $(VENV)/base  ## eight prompts with the embedded sticker model -> out/demo
 test: $(READY)  ## everything that needs no GPU
 	$(BIN)pytest -q
 	TRITON_INTERPRET=0 $(BIN)pytest -q -m compile tests/test_compile.py
+
+gpu: $(READY)  ## on a machine with a GPU: device tests, compute-sanitizer, the table against peers
+	KNNFAST_CUDA=ON $(BIN)python3 setup.py -q build_ext --inplace
+	$(BIN)pytest -q -m gpu
+	$(BIN)pytest -q tests/test_cuda_index.py tests/test_cuda_build.py
+	tests/cuda_sanitize.sh
+	mkdir -p bench/results
+	$(BIN)python3 bench/topk_gpu.py --out bench/results/gpu-topk.json
 
 lint: $(READY)
 	$(BIN)ruff check .

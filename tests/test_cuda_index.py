@@ -178,7 +178,7 @@ def test_bad_queries_are_marked():
 
 
 @gpu
-@pytest.mark.parametrize(("batch", "scan"), itertools.product([1, 16, 128, 300], SCANS))
+@pytest.mark.parametrize(("batch", "scan"), list(itertools.product([1, 16, 128, 300], SCANS)))
 def test_plan_in_a_graph(batch, scan, seed):
     g = torch.Generator().manual_seed(seed)
     x, q = torch.randn(9000, 256, generator=g).half(), torch.randn(batch, 256, generator=g)

@@ -38,6 +38,16 @@ class Index:
              >>> ix.search(np.array([1, 0], np.float32), k=1)
     """
 
+    def __new__(
+        cls, dim: int = 1, metric: str = "ip", device: str = "cpu", scan: str = "auto"
+    ) -> Index:
+        """An index on a CUDA device is a `CudaIndex`."""
+        if cls is Index and _is_cuda(device):
+            from knnfast.search.cuda_index import CudaIndex
+
+            cls = CudaIndex
+        return super().__new__(cls)
+
     def __init__(
         self, dim: int, metric: str = "ip", device: str = "cpu", scan: str = "auto"
     ) -> None:
@@ -45,7 +55,6 @@ class Index:
             raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
         if scan not in SCANS:
             raise ValueError(f"scan must be one of {SCANS}, got {scan!r}")
-        _check_device(device)
         self._core = _C.Index(dim, METRICS.index(metric), SCANS.index(scan))
 
     @classmethod
@@ -93,7 +102,9 @@ class Index:
         return self._core.size
 
     def __repr__(self) -> str:
-        return f"Index(dim={self.dim}, metric={self.metric!r}, scan={self.scan!r}, rows={len(self)})"
+        return (
+            f"Index(dim={self.dim}, metric={self.metric!r}, scan={self.scan!r}, rows={len(self)})"
+        )
 
     def add(self, vectors: Any, ids: Any = None) -> np.ndarray:
         """Append rows and return their ids.
@@ -135,7 +146,9 @@ class Index:
             array, bf16, back = interop.as_rows(queries, "queries")
         if out is not None:
             shape = (*array.shape[:-1], k)
-            host = tuple(_out(o, shape, t) for o, t in zip(out, (np.float32, np.int64), strict=True))
+            host = tuple(
+                _out(o, shape, t) for o, t in zip(out, (np.float32, np.int64), strict=True)
+            )
         found = self._core.search(
             array,
             k,
@@ -184,9 +197,12 @@ class Index:
         return Plan(self, batch, k)
 
     def to(self, device: str) -> Index:
-        """This index on another device."""
-        _check_device(device)
-        return self
+        """Itself on the CPU, or a copy on a CUDA device with the same ids."""
+        if not _is_cuda(device):
+            return self
+        from knnfast.search.cuda_index import copy_index
+
+        return copy_index(self, device)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a folder, atomically: a kill leaves the old index there or the new one."""
@@ -198,11 +214,12 @@ class Index:
 
         Raises: FileNotFoundError and other OSErrors; DamagedFile (a ValueError) naming the path.
         """
-        _check_device(device)
+        on_cuda = _is_cuda(device)
         path = os.fspath(path)
         if not os.path.isfile(os.path.join(path, "manifest.json")):
             raise FileNotFoundError(f"{path} holds no index (no manifest.json)")
-        return cls._wrap(_C.Index.open(path, mmap))
+        index = Index._wrap(_C.Index.open(path, mmap))
+        return index.to(device) if on_cuda else index
 
     def verify(self) -> None:
         """Check every payload file against its checksum.
@@ -251,12 +268,12 @@ class Plan:
         return self._index._core.search(array, k, bf16, None, None, (self.scores, self.ids))
 
 
-def _check_device(device: Any) -> None:
+def _is_cuda(device: Any) -> bool:
     if str(device) == "cpu":
-        return
+        return False
     if str(device).partition(":")[0] != "cuda":
-        raise ValueError(f'device must be "cpu" or "cuda", got {device!r}')
-    raise RuntimeError(f"device {device!r}: this build has no CUDA search")
+        raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {device!r}')
+    return True
 
 
 def _out(given: Any, shape: tuple[int, ...], dtype: type) -> np.ndarray:
