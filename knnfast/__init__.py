@@ -15,12 +15,13 @@ _PUBLIC = {
     "Index": "knnfast.search",
     "KNNDiffusion": "knnfast.pipeline",
     "encoders": "knnfast.encoders",
+    "faiss_api": "knnfast.faiss_api",
     "ops": "knnfast.ops",
     "reference": "knnfast.ops.reference",
     "search": "knnfast.search",
     "set_num_threads": "knnfast.search",
 }
-_MODULES = {"encoders", "ops", "reference", "search"}
+_MODULES = {"encoders", "faiss_api", "ops", "reference", "search"}
 
 __all__ = ["__version__", *_PUBLIC]
 

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// Embeds knnfast: indexes random unit rows, saves and opens the index, and searches it.
+#include <knnfast/index.h>
+
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+int main(int argc, char** argv) {
+  const char* folder = argc > 1 ? argv[1] : "nearest.index";
+  constexpr int64_t n = 10000, dim = 64, k = 3;
+  std::mt19937 random(0);
+  std::normal_distribution<float> normal;
+  std::vector<float> rows(n * dim);
+  for (float& x : rows) x = normal(random);
+
+  knnfast::Index index(dim, knnfast::Metric::cosine);
+  index.add(rows.data(), knnfast::DType::f32, n);
+  index.save(folder);
+
+  const knnfast::Index opened = knnfast::Index::open(folder);
+  if (!opened.verify().empty()) return 1;
+  std::vector<float> scores(k);
+  std::vector<int64_t> ids(k);
+  opened.search(rows.data() + 42 * dim, knnfast::DType::f32, 1, k, scores.data(), ids.data());
+  std::printf("%s:", knnfast::isa());
+  for (int64_t i = 0; i < k; ++i) std::printf(" %lld (%.4f)", (long long)ids[i], scores[i]);
+  std::printf("\n");
+  return ids[0] == 42 ? 0 : 1;
+}

@@ -1,0 +1,207 @@
+"""Index: its contract outside the scores: ids, errors, snapshots, memory."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from knnfast.search import Index
+
+
+@pytest.fixture
+def filled(seed):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((100, 24)).astype(np.float32)
+    index = Index(24)
+    index.add(x)
+    return index, x
+
+
+def test_ids(filled):
+    index, x = filled
+    np.testing.assert_array_equal(index.ids, np.arange(100))
+    assert index.remove([99, 99, 5, 1000]) == 2
+    assert index.add(x[0]) == [100]  # never reused
+    assert index.add(x[:2], [500, 7_000]).tolist() == [500, 7000]
+    assert index.add(x[:1]).tolist() == [7001]
+    assert index.add(x[:2], [300, 200]).tolist() == [300, 200]  # no longer ascending
+    assert index.remove([300, 5]) == 1
+    with pytest.raises(ValueError, match="is not in the index"):
+        index.vectors([300])
+    np.testing.assert_array_equal(index.vectors([200, 7]), x[[1, 7]].astype(np.float16))
+    assert len(index) == 98 + 1 + 2 + 1 + 1
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda i, x: i.add(x[:, :3]), ValueError, "vectors must have shape"),
+        (lambda i, x: i.add(x.astype(np.float64)), TypeError, "vectors must be float16"),
+        (lambda i, x: i.add(np.full((1, 24), np.nan, np.float32)), ValueError, "NaN"),
+        (lambda i, x: i.add(np.full((1, 24), 65520, np.float32)), ValueError, "65504"),
+        (lambda i, x: i.add(x[:2], [1000, 1000]), ValueError, "1000 is taken"),
+        (lambda i, x: i.add(x[:2], [1000, 3]), ValueError, "3 is taken"),
+        (lambda i, x: i.add(x[:2], [-1, 3]), ValueError, "-1"),
+        (lambda i, x: i.add(x[:2], [2**63 - 1, 300]), ValueError, "ids are 0 to"),
+        (lambda i, x: i.add(x[:2], [1.5, 2.5]), TypeError, "integers"),
+        (lambda i, x: i.add(x[:2], [7]), ValueError, "one id a row"),
+        (lambda i, x: i.search(x, 0), ValueError, "k must be"),
+        (lambda i, x: i.search(x[:, :5], 1), ValueError, "queries must have shape"),
+        (lambda i, x: i.search(np.full(24, np.inf, np.float32), 1), ValueError, "infinity"),
+        (lambda i, x: i.search("text", 1), TypeError, "array"),
+        (lambda i, x: i.search(x, 2, allow=[0.5]), TypeError, "allow"),
+        (lambda i, x: i.search(x, 2, out=(x, x)), ValueError, "out"),
+        (lambda i, x: i.range_search(x, float("nan")), ValueError, "radius"),
+        (lambda i, x: Index(0), ValueError, "dim"),
+        (lambda i, x: Index(3, "dot"), ValueError, "metric"),
+        (lambda i, x: Index(3, scan="int4"), ValueError, "scan"),
+        (lambda i, x: Index(3, device="tpu"), ValueError, "device"),
+    ],
+)
+def test_rejects(filled, call, error, match):
+    index, x = filled
+    before = index.search(x, 5)
+    with pytest.raises(error, match=match):
+        call(index, x)
+    assert len(index) == 100
+    after = index.search(x, 5)
+    np.testing.assert_array_equal(before[1], after[1])
+    assert index.add(x[:1]) == [100]
+
+
+def test_layouts(filled):
+    index, x = filled
+    want = index.search(x, 4)
+    wide = np.zeros((200, 48), np.float32)
+    wide[::2, ::2] = x
+    view = wide[::2, ::2]
+    for q in (np.asfortranarray(x), view, x.astype(">f4")):
+        np.testing.assert_array_equal(index.search(q, 4)[1], want[1])
+    half = np.zeros((100, 30), np.float32)
+    half[:, :24] = x
+    other = Index(24)
+    other.add(half[:, :24])
+    np.testing.assert_array_equal(other.search(x, 4)[0], want[0])
+    scores, ids = index.search(x[3], 4)
+    assert scores.shape == ids.shape == (4,)
+    np.testing.assert_array_equal(ids, want[1][3])
+    out = np.empty((100, 4), np.float32), np.empty((100, 4), np.int64)
+    assert index.search(x, 4, out=out)[0] is out[0]
+    np.testing.assert_array_equal(out[1], want[1])
+    plan = index.plan(100, 4)
+    np.testing.assert_array_equal(plan(x)[1], want[1])
+    assert plan(x)[0] is plan.scores
+
+
+def test_padding():
+    index = Index(4, "l2")
+    scores, ids = index.search(np.zeros((2, 4), np.float32), 3)
+    assert (ids == -1).all()
+    assert (scores == np.inf).all()
+    index.add(np.ones((1, 4), np.float16))
+    scores, ids = index.search(np.zeros(4, np.float32), 2)
+    assert ids.tolist() == [0, -1]
+    assert scores.tolist() == [4, np.inf]
+
+
+@pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
+def test_range_search(metric, seed):
+    rng = np.random.default_rng(seed)
+    x, q = rng.standard_normal((2000, 32)), rng.standard_normal((5, 32))
+    index = Index(32, metric)
+    index.add(x.astype(np.float32))
+    scores, ids = index.search(q.astype(np.float32), 2000)
+    radius = float(np.median(scores[:, 50]))
+    lims, found_scores, found = index.range_search(q.astype(np.float32), radius)
+    for i in range(5):
+        inside = scores[i] < radius if metric == "l2" else scores[i] > radius
+        np.testing.assert_array_equal(found[lims[i] : lims[i + 1]], ids[i][inside])
+        np.testing.assert_array_equal(found_scores[lims[i] : lims[i + 1]], scores[i][inside])
+
+
+def test_memory():
+    n, d = 100_000, 256
+    x = np.random.default_rng(0).standard_normal((n, d), dtype=np.float32)
+    index = Index(d)
+    index.add(x)
+    assert index.nbytes <= n * (3 * d + 16) + 4 * d
+    plain = Index(d, scan="fp16")
+    plain.add(x)
+    assert plain.nbytes <= n * (2 * d + 16)
+    own = Index(d)
+    own.add(x, np.random.default_rng(1).permutation(10 * n)[:n])
+    assert own.nbytes <= n * (3 * d + 48) + 4 * d
+
+
+def test_stats_show_what_the_scan_proved():
+    rng = np.random.default_rng(0)
+    index = Index(128)
+    index.add(rng.standard_normal((50_000, 128), dtype=np.float32))
+    index.search(rng.standard_normal((1, 128)).astype(np.float32), 10)
+    stats = index.stats
+    assert stats["chunks_int8"] > 0
+    assert 10 <= stats["rows_rescored"] < 2_000
+    ties = Index(128)
+    ties.add(np.ones((50_000, 128), np.float16))
+    ties.search(np.ones(128, np.float32), 10)
+    assert ties.stats["chunks_canonical"] > ties.stats["chunks_int8"]
+
+
+def test_snapshots(seed):
+    """Readers while one thread adds and removes: every answer is that of some snapshot."""
+    rng = np.random.default_rng(seed)
+    d, seconds = 32, float(os.environ.get("KNNFAST_STRESS_SECONDS", "3"))
+    index = Index(d, "l2")
+    row = rng.standard_normal(d).astype(np.float32)
+    index.add(np.stack([row] * 64), np.arange(64))
+    stop, failures = threading.Event(), []
+
+    def read():
+        while not stop.is_set():
+            # Batches of 64 equal rows come and go whole: an answer holds whole batches only.
+            _, ids = index.search(row, 256)
+            ids = ids[ids >= 0]
+            batches, counts = np.unique(ids // 64, return_counts=True)
+            if len(ids) < 256 and (counts != 64).any():
+                failures.append((batches, counts))
+            if len(ids) == 0:
+                failures.append("empty")
+
+    readers = [threading.Thread(target=read) for _ in range(8)]
+    for t in readers:
+        t.start()
+    end, batch = time.monotonic() + seconds, 1
+    while time.monotonic() < end:
+        index.add(np.stack([row] * 64), np.arange(64) + 64 * batch)
+        index.remove(np.arange(64) + 64 * (batch - 2))
+        if batch % 16 == 0:
+            index.compact()
+        batch += 1
+    stop.set()
+    for t in readers:
+        t.join()
+    assert not failures, failures[:3]
+
+
+def test_fork():
+    """A child makes its own threads."""
+    code = (
+        "import os, numpy as np\n"
+        "from knnfast.search import Index, set_num_threads\n"
+        "set_num_threads(3)\n"
+        "ix = Index(64); ix.add(np.random.rand(60000, 64).astype(np.float32))\n"
+        "q = np.random.rand(8, 64).astype(np.float32); want = ix.search(q, 5)[1]\n"
+        "pid = os.fork()\n"
+        "same = (ix.search(q, 5)[1] == want).all()\n"
+        "os._exit(not same) if pid == 0 else None\n"
+        "assert same and os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+
+
+def test_imports_without_torch():
+    code = "import sys, knnfast.search, knnfast.faiss_api; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

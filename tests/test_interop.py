@@ -1,0 +1,109 @@
+"""Other frameworks' arrays, FAISS indexes, FAISS's own names, and the C++ package."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from knnfast import faiss_api
+from knnfast.search import Index
+
+
+class Foreign:
+    """Only DLPack, as a framework we have never heard of."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __dlpack__(self, **kwargs):
+        return self.tensor.__dlpack__(**kwargs)
+
+    def __dlpack_device__(self):
+        return self.tensor.__dlpack_device__()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_frameworks(dtype):
+    x = torch.randn(50, 12).to(dtype)
+    index = Index(12)
+    index.add(Foreign(x))
+    scores, ids = index.search(x, 3)
+    assert isinstance(scores, torch.Tensor)
+    again = index.search(Foreign(x), 3)[1]
+    np.testing.assert_array_equal(np.asarray(again), ids.numpy())
+    strided = torch.randn(12, 50).to(dtype).T
+    np.testing.assert_array_equal(
+        index.search(strided, 3)[1].numpy(), index.search(strided.contiguous(), 3)[1].numpy()
+    )
+
+
+def test_faiss_round_trip():
+    faiss = pytest.importorskip("faiss")
+    x = np.random.default_rng(0).standard_normal((500, 16)).astype(np.float16).astype(np.float32)
+    ids = np.arange(500) * 3 + 1
+    flat = faiss.IndexFlatL2(16)
+    mapped = faiss.IndexIDMap2(flat)
+    mapped.add_with_ids(x, ids)
+    half = faiss.IndexScalarQuantizer(16, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    half.train(x)
+    half.add(x)
+    for theirs in (mapped, half):
+        ours = Index.from_faiss(theirs)
+        np.testing.assert_array_equal(ours.search(x[:20], 5)[1], theirs.search(x[:20], 5)[1])
+        back = ours.to_faiss()
+        np.testing.assert_array_equal(back.search(x[:20], 5)[1], theirs.search(x[:20], 5)[1])
+    with pytest.raises(TypeError, match="HNSW"):
+        Index.from_faiss(faiss.IndexHNSWFlat(16))
+
+
+def test_faiss_names(tmp_path):
+    faiss = pytest.importorskip("faiss")
+    x = np.random.default_rng(0).standard_normal((300, 16)).astype(np.float16).astype(np.float32)
+    for name in ("IndexFlatIP", "IndexFlatL2"):
+        results = []
+        for module in (faiss, faiss_api):
+            index = getattr(module, name)(16)
+            index.add(x)
+            removed = index.remove_ids(np.array([0, 7]))
+            D, ids = index.search(x[:9], 4)
+            lims, _, inside = index.range_search(x[:2], 5.0)
+            rows = index.reconstruct_n(3, 5), index.reconstruct(2)
+            results.append((removed, index.ntotal, ids, lims, np.sort(inside[: lims[1]]), *rows))
+            path = str(tmp_path / f"{module.__name__}-{name}")
+            module.write_index(index, path)
+            assert module.read_index(path).ntotal == 298
+        for theirs, ours in zip(*results, strict=True):
+            np.testing.assert_array_equal(theirs, ours)
+    mapped = faiss_api.IndexIDMap(faiss_api.IndexFlatIP(16))
+    mapped.add_with_ids(x, np.arange(300) + 1000)
+    assert mapped.search(x[:1], 1)[1] >= 1000
+    assert mapped.remove_ids([1000, 1]) == 1
+    faiss_api.write_index(mapped, tmp_path / "mapped")
+    assert faiss_api.read_index(tmp_path / "mapped").ntotal == 299
+
+
+@pytest.mark.slow
+def test_cpp_package(tmp_path):
+    """find_package(knnfast) from an install tree, embedded by examples/cpp."""
+    if shutil.which("cmake") is None:
+        pytest.skip("needs cmake")
+    root = Path(__file__).resolve().parent.parent
+
+    def cmake(*args):
+        subprocess.run(["cmake", *map(str, args)], check=True, capture_output=True)
+
+    cmake("-S", root, "-B", tmp_path / "lib", "-DKNNFAST_CUDA=OFF", "-DKNNFAST_INSTALL=ON",
+          "-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_INSTALL_PREFIX={tmp_path / 'prefix'}")  # fmt: skip
+    cmake("--build", tmp_path / "lib", "--target", "knnfast", "-j2")
+    cmake("--install", tmp_path / "lib")
+    cmake("-S", root / "examples/cpp", "-B", tmp_path / "app",
+          f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}")  # fmt: skip
+    cmake("--build", tmp_path / "app")
+    done = subprocess.run(
+        [tmp_path / "app" / "nearest", tmp_path / "saved"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert " 42 (1.0000)" in done.stdout
+    assert len(Index.open(tmp_path / "saved")) == 10_000

@@ -1,0 +1,132 @@
+"""Files: what is saved comes back; what is damaged is refused or named; a kill does no harm."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from knnfast.search import DamagedFile, Index
+from knnfast.search.shards import read_rows, write_rows
+
+
+def make(path, seed=0, own=False):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((300, 24)).astype(np.float32)
+    index = Index(24, "cosine")
+    ids = index.add(x, rng.permutation(9000)[:300] if own else None)
+    index.remove(ids[:3])
+    index.save(path)
+    return index, x
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("mmap", [False, True])
+def test_round_trip(tmp_path, mmap, own):
+    index, x = make(tmp_path / "ix", own=own)
+    opened = Index.open(tmp_path / "ix", mmap=mmap)
+    opened.verify()
+    assert (opened.metric, opened.scan, len(opened)) == ("cosine", "auto", 297)
+    for a, b in zip(index.search(x, 9), opened.search(x, 9), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert opened.add(x[:1]) == index.add(x[:1])
+    opened.save(tmp_path / "ix")  # over the files it is mapped from
+    again = Index.open(tmp_path / "ix")
+    again.verify()
+    for a, b in zip(opened.search(x, 9), again.search(x, 9), strict=True):
+        np.testing.assert_array_equal(a, b)
+    rows = next((tmp_path / "ix").glob("*-0000.rows.f16"))
+    assert np.fromfile(rows, np.float16).reshape(-1, 24).shape == (300, 24)
+    assert json.loads((tmp_path / "ix" / "manifest.json").read_text())["index"]["dim"] == 24
+
+
+def mutate(data, rng):
+    data = bytearray(data)
+    kind = rng.randrange(4)
+    if kind == 0 and data:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        del data[rng.randrange(len(data) + 1) :]
+    elif kind == 2:
+        data += bytes(rng.randrange(1, 200))
+    else:
+        at = rng.randrange(len(data))
+        data[at : at + 8] = rng.choice([b"\xff" * 8, b"99999999", b"-1111111", b"\x00" * 8])
+    return bytes(data)
+
+
+def test_mutations(tmp_path):
+    """Each damaged file is refused, or `verify` names it; nothing crashes."""
+    folder = tmp_path / "ix"
+    _, x = make(folder)
+    rng = random.Random(0)
+    names = sorted(p.name for p in folder.iterdir())
+    for _ in range(int(os.environ.get("KNNFAST_MUTATIONS", "400"))):
+        name = rng.choice(names)
+        whole = (folder / name).read_bytes()
+        damaged = mutate(whole, rng)
+        if damaged == whole:
+            continue
+        (folder / name).write_bytes(damaged)
+        try:
+            opened = Index.open(folder, mmap=rng.random() < 0.5)
+            opened.search(x[:2], 5)
+            with pytest.raises(DamagedFile, match=name):
+                opened.verify()
+        except DamagedFile as error:
+            assert name in str(error)
+        finally:
+            (folder / name).write_bytes(whole)
+    Index.open(folder).verify()
+
+
+def test_kill_during_save(tmp_path):
+    """The folder holds the old index or the new one, whenever the process dies."""
+    folder = tmp_path / "ix"
+    base = Index(64)
+    base.add(np.zeros((1, 64), np.float32))
+    base.save(folder)
+    code = (
+        "import sys, numpy as np\n"
+        "from knnfast.search import Index\n"
+        "ix = Index(64); x = np.ones((4000, 64), np.float32)\n"
+        "print(flush=True)\n"
+        "for i in range(10**9):\n"
+        "    ix.add(x) if len(ix) < 40000 else None\n"
+        f"    ix.save({str(folder)!r})\n"
+    )
+    rng = random.Random(1)
+    for _ in range(int(os.environ.get("KNNFAST_KILLS", "8"))):
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        child.stdout.readline()
+        time.sleep(rng.random() * 0.2)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        opened = Index.open(folder)
+        opened.verify()
+        assert len(opened) == 1 or len(opened) % 4000 == 0
+    base.save(folder)
+    assert len(list(folder.iterdir())) == 3  # manifest, rows, terms... of one generation
+    Index.open(folder).verify()
+
+
+def test_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no index"):
+        Index.open(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".fbin", ".f16bin"])
+def test_row_files(tmp_path, suffix):
+    x = np.random.default_rng(0).standard_normal((20, 6)).astype(np.float16)
+    path = tmp_path / f"rows{suffix}"
+    write_rows(path, x)
+    np.testing.assert_array_equal(read_rows(path).astype(np.float16), x)
+    Index(6).add(read_rows(path))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DamagedFile, match="rows"):
+        read_rows(path)

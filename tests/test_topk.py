@@ -1,0 +1,217 @@
+"""The search returns reference.topk's bits, whatever the data, scan, order of work and machine."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from knnfast import _C, ops, reference
+from knnfast.search import Index, set_num_threads
+
+METRICS = ("ip", "cosine", "l2")
+SCANS = ("fp16", "int8", "auto")
+ISAS = ("portable", "avx2", "avx512", "avx512vnni", "amx")
+
+
+def assert_topk(index, x, q, k, ids=None):
+    """Scores and ids equal the reference's, bit for bit."""
+    want_s, want_i = reference.topk(torch.as_tensor(q), torch.as_tensor(x), k, index.metric, ids)
+    scores, found = index.search(q, k)
+    np.testing.assert_array_equal(found, want_i.numpy())
+    np.testing.assert_array_equal(scores, want_s.numpy())
+
+
+def hard_rows(kind, n, d, rng):
+    """Data that breaks a bound, an order or a range if anything does."""
+    x = rng.standard_normal((n, d))
+    if kind == "duplicates":
+        x = x[rng.integers(0, max(1, n // 7), n)]
+    elif kind == "equal":
+        x = np.repeat(x[:1], n, 0)
+    elif kind == "zeros":
+        x[rng.random(n) < 0.5] = 0
+    elif kind == "subnormal":
+        x *= 6e-8
+    elif kind == "huge":
+        x = np.clip(x * 2e4, -6e4, 6e4)
+    elif kind == "mixed":
+        x *= 10.0 ** rng.uniform(-7, 4, (n, 1))
+        x = np.clip(x, -6e4, 6e4)
+    elif kind == "dominant":
+        x[:, 0] = 500
+        x[:, -1] += rng.standard_normal(n) * 100
+    elif kind == "mean":
+        x = x * 0.01 + rng.standard_normal(d) * 30
+    elif kind == "near":  # closer than the codes can tell
+        x = x[:1] + rng.standard_normal((n, d)) * 1e-3
+    elif kind == "integers":
+        x = rng.integers(-2, 3, (n, d)).astype(float)
+    return x.astype(np.float16)
+
+
+KINDS = ("normal", "duplicates", "equal", "zeros", "subnormal", "huge", "mixed", "dominant", "mean",
+         "near", "integers")  # fmt: skip
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_matches_reference(kind, metric, seed):
+    rng = np.random.default_rng(seed)
+    for (n, d), (m, k), scan in zip(
+        [(37, 3), (700, 31), (1601, 64), (2000, 100)],
+        [(1, 5), (5, 1), (20, 17), (33, 60)],
+        itertools.cycle(SCANS),
+        strict=False,
+    ):
+        x = hard_rows(kind, n, d, rng)
+        q = rng.standard_normal((m, d)).astype(np.float32)
+        q[0] = x[n // 2]
+        index = Index(d, metric, scan=scan)
+        index.add(x[: n // 3])
+        index.add(x[n // 3 :])
+        assert_topk(index, x, q, k)
+
+
+# Every pair of (dimension, rows), (dimension, batch), (dimension, k) occurs.
+PAIRS = [
+    (d, n, m, k)
+    for i, d in enumerate((1, 3, 31, 64, 100, 384, 512, 768, 1000))
+    for n, m, k in zip(
+        (0, 1, 15, 16, 17, 999, 3000), np.roll((1, 2, 7, 16, 33, 64, 257), i),
+        np.roll((1, 2, 10, 17, 100, 333, 1000), 2 * i), strict=True)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_shapes(metric, seed):
+    rng = np.random.default_rng(seed)
+    for i, (d, n, m, k) in enumerate(PAIRS):
+        if n * d * m > 60_000_000:  # the reference's own cost
+            m = 3
+        x = rng.standard_normal((n, d)).astype(np.float16)
+        q = rng.standard_normal((m, d)).astype(np.float32)
+        index = Index(d, metric, scan=SCANS[i % 3])
+        if n:
+            index.add(x)
+        assert_topk(index, x, q, k)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 80), st.integers(0, 400), st.integers(1, 40), st.integers(1, 50),
+    st.sampled_from(METRICS), st.sampled_from(SCANS), st.sampled_from(KINDS),
+    st.sampled_from([1e-40, 1e-20, 1.0, 1e6, 1e30, 3e38]), st.integers(0, 2**31),
+)  # fmt: skip
+def test_any_shape(d, n, m, k, metric, scan, kind, scale, seed):
+    rng = np.random.default_rng(seed)
+    x = hard_rows(kind, n, d, rng) if n else np.empty((0, d), np.float16)
+    direction = np.clip(rng.standard_normal((m, d)), -1, 1)
+    q = (direction * scale).astype(np.float32)
+    index = Index(d, metric, scan=scan)
+    ids = rng.permutation(5 * n + 5)[:n]
+    cut = int(rng.integers(0, n + 1))
+    for part in (slice(0, cut), slice(cut, n)):
+        if part.start != part.stop:
+            index.add(x[part], ids[part])
+    assert_topk(index, x, q, k, torch.as_tensor(ids))
+    removed = ids[rng.random(n) < 0.3]
+    assert index.remove(removed) == len(removed)
+    kept = ~np.isin(ids, removed)
+    assert_topk(index, x[kept], q, k, torch.as_tensor(ids[kept]))
+    index.compact()
+    assert_topk(index, x[kept], q, k, torch.as_tensor(ids[kept]))
+    allowed = ids[rng.random(n) < 0.5]
+    both = kept & np.isin(ids, allowed)
+    want = reference.topk(
+        torch.as_tensor(q), torch.as_tensor(x[both]), k, metric, torch.as_tensor(ids[both])
+    )
+    bits = np.packbits(np.isin(np.arange(5 * n + 5), allowed), bitorder="little")
+    denied = np.setdiff1d(ids, allowed)
+    for options in ({"allow": allowed}, {"allow": bits}, {"deny": denied}):
+        scores, found = index.search(q, k, **options)
+        np.testing.assert_array_equal(found, want[1].numpy())
+        np.testing.assert_array_equal(scores, want[0].numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_query_types(dtype):
+    x = torch.randn(300, 40)
+    q = torch.randn(9, 40).to(dtype)
+    index = Index(40)
+    index.add(x.to(dtype))
+    want = reference.topk(q, x.to(dtype), 6)
+    scores, ids = index.search(q, 6)
+    assert torch.equal(ids, want[1])
+    assert torch.equal(scores, want[0])
+    assert ops.topk(q, x.to(dtype), 6)[1].equal(want[1])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_instruction_sets(isa):
+    """The suite's core under each set of kernels that this machine has."""
+    names = ISAS[: ISAS.index(_C.isa()) + 1]
+    if isa not in names:
+        pytest.skip(f"this machine has {_C.isa()} at best")
+    if os.environ.get("KNNFAST_ISA"):
+        pytest.skip("already under a chosen instruction set")
+    tests = ["test_matches_reference", "test_query_types"]
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k",
+         " or ".join(tests)],
+        env={**os.environ, "KNNFAST_ISA": isa}, check=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_threads_and_batches(metric, seed):
+    """One query at a time, many at once, on one thread or on more: the same bits."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((30_000, 96)) + 0.5).astype(np.float16)
+    q = rng.standard_normal((300, 96)).astype(np.float32)
+    answers = []
+    before = _C.num_threads()
+    try:
+        for threads, scan in ((1, "auto"), (2, "fp16"), (3, "int8")):
+            set_num_threads(threads)
+            index = Index(96, metric, scan=scan)
+            index.add(x)
+            answers.append(index.search(q, 20))
+            single = [index.search(row, 20) for row in q[:20]]
+            assert all((single[i][1] == answers[-1][1][i]).all() for i in range(20))
+    finally:
+        set_num_threads(before)
+    for scores, ids in answers[1:]:
+        np.testing.assert_array_equal(ids, answers[0][1])
+        np.testing.assert_array_equal(scores, answers[0][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", METRICS)
+def test_million_rows(metric, seed):
+    """At a million rows: a float64 shortlist with a margin, then the canonical order."""
+    rng = np.random.default_rng(seed)
+    n, d, k = 1_000_000, 64, 100
+    x = rng.standard_normal((n, d), dtype=np.float32).astype(np.float16)
+    q = rng.standard_normal((5, d)).astype(np.float32)
+    index = Index(d, metric)
+    index.add(x)
+    scores, ids = index.search(q, k)
+    wide, x64 = q.astype(np.float64), x.astype(np.float32)
+    for i, row in enumerate(wide):
+        s = x64 @ row.astype(np.float32)
+        if metric == "cosine":
+            s = s / np.linalg.norm(x64, axis=1)
+        elif metric == "l2":
+            s = 2 * s - np.einsum("nd,nd->n", x64, x64)
+        short = np.sort(np.argpartition(-s, 10 * k)[: 10 * k])
+        assert s[short].min() < np.sort(s)[-k] - 1e-3  # the margin holds the float error
+        want = reference.topk(
+            torch.as_tensor(q[i : i + 1]), torch.as_tensor(x[short]), k, metric,
+            torch.as_tensor(short))  # fmt: skip
+        np.testing.assert_array_equal(ids[i], want[1][0].numpy())
+        np.testing.assert_array_equal(scores[i], want[0][0].numpy())
