@@ -74,7 +74,9 @@ def _from_torch(torch: Any, given: Any, name: str) -> Rows:
         return torch.from_numpy(array).to(device)
 
     if bf16:
-        host = host.view(torch.int16) if host.is_contiguous() else host.contiguous().view(torch.int16)
+        host = (
+            host.view(torch.int16) if host.is_contiguous() else host.contiguous().view(torch.int16)
+        )
         return Rows(host.numpy().view(np.uint16), True, back)
     return Rows(host.numpy(), False, back)
 
