@@ -35,7 +35,7 @@ CONDITION = ConditionConfig(
     exclude=0.3,  # the wanted sticker is usually in the database when somebody asks for it
 )
 CONFIG = TrainConfig(
-    steps=2000, batch=128, lr=3e-3, decay=0.4, compile=True, checkpoint_every=100,
+    steps=1400, batch=128, lr=3e-3, decay=0.4, compile=True, checkpoint_every=100,
     condition=CONDITION,
 )  # fmt: skip
 

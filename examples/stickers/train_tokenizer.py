@@ -41,7 +41,7 @@ def main() -> None:
     stickers = Stickers(args.data)
     held_out = torch.tensor([row["held_out"] for row in stickers.rows])
     seen = stickers.pixels[~held_out]
-    images = torch.cat([seen, seen, seen, stickers.variant_pixels])
+    images = torch.cat([seen, seen, seen, stickers.variant_pixels])  # variants of all
     start, folders = None, []
     for cycle, (steps, rate) in enumerate(CYCLES, start=1):
         out = args.data / ("tokenizer" if cycle == len(CYCLES) else f"tokenizer.cycle{cycle}")
