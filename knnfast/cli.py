@@ -207,6 +207,30 @@ def database_merge(paths: tuple[Path, ...], out: Path) -> None:
 
 
 @main.command()
+@click.argument("model")
+@click.option("--judge", help="Folder of a second encoder; the embedded judge by default.")
+@click.option("--prompts", default=300, show_default=True, help="Names to generate.")
+@click.option("--other-prompts", default=40, show_default=True, help="Names of the unseen kind.")
+@click.option("--other-samples", default=2, show_default=True, help="Images of each of these.")
+@click.option("--k", default=10, show_default=True, help="Neighbours to condition on.")
+@click.option("--steps", default=25, show_default=True, help="Denoising steps.")
+@click.option("--guidance", default=3.0, show_default=True, help="Guidance weight; 1 is none.")
+@click.option("--truncation", default=1.0, show_default=True, help="Keep this mass of the codes.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def evaluate(model: str, device: str, as_json: bool, **options: Any) -> None:
+    """Measure what MODEL (a bundle or a folder) generates, beside real and wrong pictures."""
+    from knnfast import evaluate as measures
+    from knnfast.pipeline import KNNDiffusion
+
+    pipe = KNNDiffusion.from_pretrained(model, device=device)
+    with _Bar("evaluating", hidden=as_json) as bar:
+        result = measures.evaluate(pipe, progress=bar, **options)
+    click.echo(json.dumps(result, indent=1) if as_json else measures.report(result))
+
+
+@main.command()
 @click.option("--model", default="stickers", show_default=True, help="A bundle or a folder.")
 @click.option("--json", "as_json", is_flag=True)
 def info(model: str, as_json: bool) -> None:

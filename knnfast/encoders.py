@@ -158,7 +158,8 @@ def load_encoder(spec: str | Path, device: str | torch.device = "cpu") -> Encode
     Raises:
         FileNotFoundError: no such folder.
         ValueError: a damaged, altered or foreign folder, or a malformed name.
-        RuntimeError: open_clip or the weights it needs are not installed.
+        ImportError: open_clip is not installed, or its torchvision cannot be used.
+        OSError: open_clip cannot get or read the weights.
     """
     if isinstance(spec, str) and spec.startswith("open_clip:"):
         return OpenClipEncoder(spec, device)
@@ -628,7 +629,7 @@ class OpenClipEncoder(Encoder):
             self._tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:  # a download, a file or a configuration: whatever it was
             reason = str(error).strip().splitlines()
-            raise RuntimeError(
+            raise OSError(
                 f"the weights of {spec} cannot be loaded: {reason[0] if reason else repr(error)}"
             ) from error
         self._network = network.eval().requires_grad_(False)
@@ -701,7 +702,7 @@ def _import_open_clip() -> Any:
                     _schemas.append(library)
         import open_clip
     except Exception as error:
-        raise RuntimeError(
+        raise ImportError(
             f"open_clip cannot be imported ({error}); install it with: pip install 'knnfast[clip]'"
         ) from error
     return open_clip

@@ -194,6 +194,7 @@ def evaluate(
     k: int = 10,
     steps: int = 25,
     guidance: float = 3.0,
+    truncation: float = 1.0,
     seed: int = 0,
     training: str = "stickers",
     other: str = "animals",
@@ -216,6 +217,7 @@ def evaluate(
         k: neighbours of a prompt.
         steps: denoising steps.
         guidance: classifier-free guidance weight.
+        truncation: probability mass of the codes that is kept.
         seed: of the choice of prompts and of all samples.
         training: name of the database whose images the generator was trained on.
         other: name of the database it has never seen.
@@ -260,6 +262,7 @@ def evaluate(
                 k=k,
                 steps=steps,
                 guidance=guidance,
+                truncation=truncation,
                 num_images=samples,
                 seed=seed + number,
                 database=database,
@@ -346,6 +349,7 @@ def evaluate(
             "k": k,
             "steps": steps,
             "guidance": guidance,
+            "truncation": truncation,
             "seed": seed,
             "encoder": pipe.encoder.card.to_dict(),
             "judge": judge.card.to_dict(),
