@@ -118,7 +118,7 @@ class CudaIndex(Index):
                 return q.back(scores), q.back(found)
             for given, value in zip(out, (scores, found), strict=True):
                 given[...] = value if isinstance(given, np.ndarray) else q.back(value)
-            return tuple(out)  # type: ignore[return-value]
+            return tuple(out)
         results = _empty(q.hold, shape) if out is None else _checked_out(out, shape, q.hold)
         self._core.search(
             q.address, q.dtype, q.stride, q.n, k, *filters,
@@ -333,7 +333,7 @@ def _checked_out(out: Any, shape: tuple[int, ...], queries: Any) -> tuple[Any, A
             raise ValueError(f"out must be {dtype} of shape {list(shape)}")
         if not _contiguous(given):
             raise ValueError("out must be contiguous")
-    return tuple(out)  # type: ignore[return-value]
+    return tuple(out)
 
 
 def _as_float(rows: _Rows) -> np.ndarray:

@@ -12,6 +12,7 @@
 
 #include "cuda_emu.h"
 #include "topk_cuda.h"
+#include "topk_launch.h"
 
 using namespace knnfast::cuda;
 
@@ -319,6 +320,45 @@ bool refuses(std::string& why) {
   return true;
 }
 
+// Every plan of the shapes people use fits its device, copies deep enough, and is the kernel meant.
+bool plans(std::string& why) {
+  const Device devices[] = {{108, 163 * 1024, 80}, {132, 227 * 1024, 90}, {148, 227 * 1024, 100}};
+  for (const Device& device : devices)
+    for (Scan scan : {kFp16, kInt8})
+      for (int dim : {3, 64, 384, 512, 768, 1000, 1024, 4096, kMaxDim})
+        for (int batch : {1, 8, 16, 33, 64, 65, 1024, 100000}) {
+          const IndexView index{nullptr, nullptr, nullptr, 10000000, 262144, dim, kIp, scan};
+          const size_t memory = size_t{2} << 30;
+          const TopkPlan plan = plan_topk(index, batch, 100, device, memory);
+          const bool int8 = scan == kInt8;
+          const int slices = int8 ? code_slices(dim) : half_slices(dim);
+          const auto limit = static_cast<size_t>(device.shared_bytes);
+          auto shared = [&](int stages) {
+            return plan.kernel == Kernel::kStream
+                       ? stream_shared_bytes(int8, plan.columns * plan.planes, slices, plan.columns,
+                                             stages)
+                   : plan.kernel == Kernel::kTiled
+                       ? tiled_shared_bytes(int8, stages)
+                       : sm90_shared_bytes(int8, slices, stages, plan.resident != 0);
+          };
+          const Kernel large = device.capability == 90 ? Kernel::kSm90 : Kernel::kTiled;
+          const char* fault = nullptr;
+          if (!plan.workspace_bytes) fault = "none";
+          if (plan.workspace_bytes > memory) fault = "too much workspace";
+          if (shared(plan.stages) > limit) fault = "too much shared memory";
+          if (open_shared_bytes(dim, 100) > limit) fault = "no room to open bins";
+          if (shared(plan.stages) - shared(1) < size_t{48} << 10) fault = "a shallow ring";
+          if (batch <= 64 && dim <= 1024 && plan.kernel != Kernel::kStream) fault = "wrong kernel";
+          if (batch > 64 && plan.kernel != large) fault = "wrong kernel";
+          if (!fault) continue;
+          why = "plan for cc " + std::to_string(device.capability) + ", scan " +
+                std::to_string(scan) + ", dim " + std::to_string(dim) + ", batch " +
+                std::to_string(batch) + ": " + fault;
+          return false;
+        }
+  return true;
+}
+
 std::vector<Case> cases() {
   const Metric metrics[] = {kIp, kCosine, kL2};
   std::vector<Case> all;
@@ -452,6 +492,10 @@ int main(int argc, char** argv) {
   std::string why;
   if (!refuses(why)) {
     std::printf("FAIL refusals: %s\n", why.c_str());
+    ++failures;
+  }
+  if (!plans(why)) {
+    std::printf("FAIL %s\n", why.c_str());
     ++failures;
   }
   for (const Case& c : cases()) {
