@@ -18,6 +18,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import nn
 
     from knnfast.database import Database
     from knnfast.encoders import Encoder
@@ -33,6 +34,7 @@ __all__ = [
     "pixel_distance",
     "r_precision",
     "report",
+    "weights_hash",
 ]
 
 MODES = {  # name: (use_query, use_neighbours)
@@ -50,6 +52,15 @@ def held_out(name: str, share: float = 0.1) -> bool:
     """
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:4], "big") < share * 2**32
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Hash a network's weights (names and FP32 bytes), to tell which checkpoint was measured."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 # -- metrics ------------------------------------------------------------------------------------
@@ -353,6 +364,7 @@ def evaluate(
             "seed": seed,
             "encoder": pipe.encoder.card.to_dict(),
             "judge": judge.card.to_dict(),
+            "denoiser_sha256": weights_hash(pipe.denoiser),
         },
         "chance": {"r_precision@1": 1 / len(real.names), "r_precision@10": 10 / len(real.names)},
         "generated": generated,

@@ -19,6 +19,7 @@ from knnfast.evaluate import (
     pixel_distance,
     r_precision,
     report,
+    weights_hash,
 )
 
 
@@ -191,6 +192,9 @@ class Pipe:
         self.choose, self.calls = choose, []
         identity = SimpleNamespace(image_size=8, encode=lambda x: x, decode=lambda x: x)
         self.tokenizer = identity
+        self.denoiser = torch.nn.Linear(2, 2)
+        torch.nn.init.ones_(self.denoiser.weight)
+        torch.nn.init.zeros_(self.denoiser.bias)
 
     def __call__(self, prompts, **options):
         self.calls.append((tuple(prompts), options))
@@ -288,6 +292,14 @@ def test_result_is_json_and_prints():
     text = report(result)
     assert "by the judge" in text
     assert "neighbours_only" in text
+
+
+def test_the_measured_checkpoint_is_named():
+    result, pipe = run(lambda number, database, neighbours: number)
+    assert result["settings"]["denoiser_sha256"] == weights_hash(pipe.denoiser)
+    with torch.no_grad():
+        pipe.denoiser.bias[0] = 1
+    assert result["settings"]["denoiser_sha256"] != weights_hash(pipe.denoiser)
 
 
 def test_evaluate_rejects():
