@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("source", SOURCES)
 def test_compiles_without_spills(source, target, folder):
     kernels = compile_kernels(source, target, folder)
-    assert kernels or source == "topk_cuda.cu"  # the one that only launches
+    assert bool(kernels) == ("__global__" in (CSRC / source).read_text())
     for name, use in kernels.items():
         assert use["spills"] <= 32, (name, use)  # bytes, outside the scans' loops
         for kernel, limit in REGISTERS.items():
