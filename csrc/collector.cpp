@@ -91,9 +91,9 @@ void Collector::shrink() {
   drop_below();
   if (!range_ && pending_.size() >= capacity_ / 2 && pending_.size() > k_) {
     // The k best by bound first: they make tau what it can be.
-    std::nth_element(
-        pending_.begin(), pending_.begin() + static_cast<std::ptrdiff_t>(k_), pending_.end(),
-        [](const Candidate& a, const Candidate& b) { return a.upper > b.upper; });
+    std::nth_element(pending_.begin(), pending_.begin() + static_cast<std::ptrdiff_t>(k_),
+                     pending_.end(),
+                     [](const Candidate& a, const Candidate& b) { return a.upper > b.upper; });
     rescore_first(k_);
     drop_below();
   }

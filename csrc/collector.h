@@ -16,10 +16,10 @@ namespace knnfast {
 constexpr float kNoThreshold = -std::numeric_limits<float>::infinity();
 
 struct Query {
-  const double* q = nullptr;  // [dim] and zeros: what the canonical score takes
-  double norm = 0;            // √qq
-  double scale = 1;           // q is scanned as q·scale
-  double key_scale = 1;       // key · key_scale is the score as the scan sees it
+  const double* q = nullptr;             // [dim] and zeros: what the canonical score takes
+  double norm = 0;                       // √qq
+  double scale = 1;                      // q is scanned as q·scale
+  double key_scale = 1;                  // key · key_scale is the score as the scan sees it
   std::atomic<float> tau{kNoThreshold};  // the best certified threshold of any thread
 };
 
@@ -61,10 +61,10 @@ class Collector {
     pending_.push_back({upper, segment, row});
     if (pending_.size() >= capacity_) shrink();
   }
-  void offer(double key, int64_t id);        // a canonical score
+  void offer(double key, int64_t id);            // a canonical score
   void rescore(uint32_t segment, uint32_t row);  // at once
   void refresh() { tau_ = std::max(tau_, query_->tau.load(std::memory_order_relaxed)); }
-  void raise();  // tau to the k-th canonical score so far
+  void raise();                 // tau to the k-th canonical score so far
   void take(Collector& other);  // moves everything found by another thread here
   // Rescores what still matters; the result, best first.
   const std::vector<Found>& finish();

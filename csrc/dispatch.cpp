@@ -4,8 +4,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "knnfast/index.h"
 #include "kernels.h"
+#include "knnfast/index.h"
 
 #ifdef KNNFAST_X86
 #include <cpuid.h>

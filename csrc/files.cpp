@@ -70,7 +70,8 @@ uint32_t crc32c(const void* data, size_t bytes, uint32_t crc = 0) {
 
 class File {
  public:
-  File(const std::string& path, int flags) : path_(path), fd_(::open(path.c_str(), flags | O_CLOEXEC, 0644)) {
+  File(const std::string& path, int flags)
+      : path_(path), fd_(::open(path.c_str(), flags | O_CLOEXEC, 0644)) {
     if (fd_ < 0) fail("cannot open", path);
   }
   ~File() { ::close(fd_); }
@@ -174,8 +175,8 @@ void remove_others(const std::string& folder, const std::vector<FileEntry>& keep
   while (const dirent* e = readdir(dir)) {
     const std::string name = e->d_name;
     const bool ours = payload_name(name) || name.rfind(std::string(kManifest) + ".", 0) == 0;
-    if (ours && std::none_of(keep.begin(), keep.end(),
-                             [&](const FileEntry& f) { return f.name == name; }))
+    if (ours &&
+        std::none_of(keep.begin(), keep.end(), [&](const FileEntry& f) { return f.name == name; }))
       old.push_back(name);
   }
   closedir(dir);
@@ -266,8 +267,8 @@ SegmentView load_segment(const std::string& folder, const Json& j, int64_t dim, 
   const float* f = floats->as<float>();
   v.segment->row_norm = copy_floats(f, n);
   if (coded) {
-    const FileEntry codes =
-        entry_of(j, "codes", whole * static_cast<uint64_t>(code_groups(dim)) * kBlockDims + kCodesSlack);
+    const FileEntry codes = entry_of(
+        j, "codes", whole * static_cast<uint64_t>(code_groups(dim)) * kBlockDims + kCodesSlack);
     files.push_back(codes);
     v.codes = std::make_shared<Codes>();
     v.codes->mean.assign(f + n, f + n + d);
@@ -359,9 +360,8 @@ void Index::save(const std::string& folder) const {
       ",\"dim\":" + std::to_string(m.dim) + ",\"metric\":" + quoted(kMetrics[int(m.metric)]) +
       ",\"scan\":" + quoted(kScans[int(m.scan)]) + ",\"next_id\":" + std::to_string(m.next_id) +
       ",\"segments\":[\n" + segments + "]}";
-  const std::string manifest =
-      "{\"crc32c\":" + std::to_string(crc32c(index.data(), index.size())) + ",\"index\":" + index +
-      "}\n";
+  const std::string manifest = "{\"crc32c\":" + std::to_string(crc32c(index.data(), index.size())) +
+                               ",\"index\":" + index + "}\n";
   const std::string temporary = folder + "/" + kManifest + "." + generation;
   {
     File f(temporary, O_WRONLY | O_CREAT | O_EXCL);

@@ -120,9 +120,8 @@ uint64_t Index::Impl::find(const Snapshot& s, int64_t id) const {
     return view && static_cast<uint32_t>(at) < view->n ? at : IdMap::kMissing;
   }
   // The last segment that does not begin after `id`.
-  auto after = std::partition_point(s.begin(), s.end(), [&](const SegmentView& v) {
-    return v.n == 0 || v.id(0) <= id;
-  });
+  auto after = std::partition_point(
+      s.begin(), s.end(), [&](const SegmentView& v) { return v.n == 0 || v.id(0) <= id; });
   while (after != s.begin() && (after - 1)->n == 0) --after;
   if (after == s.begin()) return IdMap::kMissing;
   const SegmentView& v = *--after;
@@ -240,8 +239,8 @@ void Index::add(const void* rows, DType dtype, int64_t n, const int64_t* ids, in
     const bool runs_on = !ids && !v.ids && v.first_id + v.n == m.next_id + first;
     if (!runs_on) {  // ids one by one from here on; those so far are written out
       if (!v.ids) {
-        auto own = std::make_shared<Buffer>(
-            Buffer::reserve(static_cast<size_t>(v.segment->capacity) * 8));
+        auto own =
+            std::make_shared<Buffer>(Buffer::reserve(static_cast<size_t>(v.segment->capacity) * 8));
         for (uint32_t r = 0; r < v.n; ++r) own->as<int64_t>()[r] = v.first_id + r;
         v.ids = own;
       }
@@ -296,8 +295,9 @@ void Index::search(const void* queries, DType dtype, int64_t m, int64_t k, float
     snapshot = impl_->current;
     filtered = impl_->filter(*snapshot, options, filter);
   }
-  const SearchTask task{snapshot.get(), filtered ? &filter : nullptr, floats.data(), m,
-                        impl_->dim,     impl_->metric,                 impl_->scan};
+  const SearchTask task{
+      snapshot.get(), filtered ? &filter : nullptr, floats.data(), m, impl_->dim, impl_->metric,
+      impl_->scan};
   thread_local ScratchPtr scratch = make_scratch();
   Stats stats;
   search_topk(task, k, scores, ids, *scratch, stats);
@@ -326,8 +326,9 @@ RangeResult Index::range_search(const void* queries, DType dtype, int64_t m, dou
     snapshot = impl_->current;
     filtered = impl_->filter(*snapshot, options, filter);
   }
-  const SearchTask task{snapshot.get(), filtered ? &filter : nullptr, floats.data(), m,
-                        impl_->dim,     impl_->metric,                 impl_->scan};
+  const SearchTask task{
+      snapshot.get(), filtered ? &filter : nullptr, floats.data(), m, impl_->dim, impl_->metric,
+      impl_->scan};
   thread_local ScratchPtr scratch = make_scratch();
   Stats stats;
   return search_range(task, radius, *scratch, stats);
@@ -347,8 +348,8 @@ void Index::vectors(const int64_t* ids, int64_t n, uint16_t* out) const {
   for (int64_t i = 0; i < n; ++i) {
     const uint64_t a = at[static_cast<size_t>(i)];
     const uint16_t* x = (*snapshot)[a >> 32].segment->rows.as<uint16_t>();
-    std::memcpy(out + i * impl_->dim, x + static_cast<int64_t>(static_cast<uint32_t>(a)) * impl_->dim,
-                bytes);
+    std::memcpy(out + i * impl_->dim,
+                x + static_cast<int64_t>(static_cast<uint32_t>(a)) * impl_->dim, bytes);
   }
 }
 
@@ -454,7 +455,8 @@ int64_t Index::nbytes() const {
   for (const SegmentView& s : *impl_->current) {
     const int64_t n = s.n, coded = static_cast<int64_t>(s.blocks()) * kBlockRows;
     total += n * impl_->dim * 2 + n * 4 + (s.ids ? n * 8 : 0);
-    if (s.codes) total += coded * code_groups(impl_->dim) * kBlockDims + coded * 12 + impl_->dim * 4;
+    if (s.codes)
+      total += coded * code_groups(impl_->dim) * kBlockDims + coded * 12 + impl_->dim * 4;
     if (s.live) total += static_cast<int64_t>(s.live->size()) * 2;
   }
   return total;

@@ -34,8 +34,8 @@ struct Index::Impl {
   bool ascending = true;  // ids ascend in row order: found by bisection, and `map` is empty
   IdMap map;
   int64_t next_id = 0, last_id = -1, live = 0;
-  std::string folder;             // where it was opened from or saved to last
-  std::vector<FileEntry> files;   // its payloads there
+  std::string folder;            // where it was opened from or saved to last
+  std::vector<FileEntry> files;  // its payloads there
 
   mutable std::mutex stats_mutex;
   mutable Stats stats;

@@ -8,12 +8,12 @@
 namespace knnfast {
 namespace {
 
-void report(const ScanRows& rows, uint32_t block, ScanQuery& query, int index, __m256 u0,
-            __m256 u1, Sink* sink) {
+void report(const ScanRows& rows, uint32_t block, ScanQuery& query, int index, __m256 u0, __m256 u1,
+            Sink* sink) {
   const __m256 tau = _mm256_set1_ps(query.tau);
-  uint32_t mask =
-      static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(u0, tau, _CMP_GE_OQ))) |
-      static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(u1, tau, _CMP_GE_OQ))) << 8;
+  uint32_t mask = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(u0, tau, _CMP_GE_OQ))) |
+                  static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(u1, tau, _CMP_GE_OQ)))
+                      << 8;
   if (rows.live) mask &= rows.live[block];
   if (!mask) return;
   float upper[kBlockRows];
@@ -44,9 +44,8 @@ void int8_tile(const ScanRows& rows, uint32_t block, ScanQuery* queries, int ind
       const __m256i w_even = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8);
       const __m256i w_odd = _mm256_srai_epi16(w, 8);
       for (int h = 0; h < 2; ++h)
-        acc[q][h] = _mm256_add_epi32(
-            acc[q][h], _mm256_add_epi32(_mm256_madd_epi16(even[h], w_even),
-                                        _mm256_madd_epi16(odd[h], w_odd)));
+        acc[q][h] = _mm256_add_epi32(acc[q][h], _mm256_add_epi32(_mm256_madd_epi16(even[h], w_even),
+                                                                 _mm256_madd_epi16(odd[h], w_odd)));
     }
   }
   const size_t first = static_cast<size_t>(block) * kBlockRows;
@@ -60,9 +59,9 @@ void int8_tile(const ScanRows& rows, uint32_t block, ScanQuery* queries, int ind
       u[h] = _mm256_fmadd_ps(_mm256_set1_ps(queries[q].err_norm), norm, u[h]);
       if (l2)
         u[h] = _mm256_fmadd_ps(_mm256_set1_ps(queries[q].sq), _mm256_mul_ps(norm, norm), u[h]);
-      u[h] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(acc[q][h]),
-                                           _mm256_loadu_ps(rows.scale + first + 8 * h)),
-                             _mm256_set1_ps(queries[q].mul), u[h]);
+      u[h] = _mm256_fmadd_ps(
+          _mm256_mul_ps(_mm256_cvtepi32_ps(acc[q][h]), _mm256_loadu_ps(rows.scale + first + 8 * h)),
+          _mm256_set1_ps(queries[q].mul), u[h]);
     }
     report(rows, block, queries[q], index + q, u[0], u[1], sink);
   }
@@ -120,7 +119,7 @@ void scan_fp16(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* qu
       alignas(32) float sums[4][16];
       for (int r = 0; r < kBlockRows; r += 2) {
         const uint16_t* x = rows.rows + (first + r) * rows.dim;
-        float(*out)[16] = reinterpret_cast<float(*)[16]>(&sums[0][r]);
+        float (*out)[16] = reinterpret_cast<float (*)[16]>(&sums[0][r]);
         if (count == 4)
           fp16_tile<4>(x, rows.dim, queries + q0, out);
         else
@@ -132,10 +131,9 @@ void scan_fp16(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* qu
         for (int h = 0; h < 2; ++h) {
           const __m256 norm = _mm256_loadu_ps(rows.row_norm + first + 8 * h);
           const __m256 positive = _mm256_cmp_ps(norm, _mm256_setzero_ps(), _CMP_GT_OQ);
-          const __m256 inverse =
-              cosine ? _mm256_and_ps(positive, _mm256_div_ps(one, norm)) : one;
-          u[h] = _mm256_fmadd_ps(_mm256_set1_ps(q.err), cosine ? one : norm,
-                                 _mm256_set1_ps(q.base));
+          const __m256 inverse = cosine ? _mm256_and_ps(positive, _mm256_div_ps(one, norm)) : one;
+          u[h] =
+              _mm256_fmadd_ps(_mm256_set1_ps(q.err), cosine ? one : norm, _mm256_set1_ps(q.base));
           if (l2) u[h] = _mm256_fmadd_ps(_mm256_set1_ps(q.sq), _mm256_mul_ps(norm, norm), u[h]);
           u[h] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_load_ps(sums[i] + 8 * h), inverse),
                                  _mm256_set1_ps(q.mul), u[h]);
@@ -207,15 +205,14 @@ bool to_half(const float* x, uint16_t* out, int64_t n) {
 void to_float(const uint16_t* x, float* out, int64_t n) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(
-        out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
+    _mm256_storeu_ps(out + i,
+                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
   for (; i < n; ++i) out[i] = half_to_float(x[i]);
 }
 
 }  // namespace
 
-extern const Kernels kAvx2 = {"avx2", scan_int8, scan_fp16, dot,
-                              l2,     norm2,     to_half,   to_float,
-                              quantize_row_plain};
+extern const Kernels kAvx2 = {"avx2",  scan_int8, scan_fp16,         dot, l2, norm2,
+                              to_half, to_float,  quantize_row_plain};
 
 }  // namespace knnfast

@@ -20,8 +20,8 @@ inline __m512i dot_group(__m512i acc, __m512i codes, __m512i query) {
   const __m512i odd = _mm512_srli_epi16(codes, 8);
   const __m512i q_even = _mm512_srai_epi16(_mm512_slli_epi16(query, 8), 8);
   const __m512i q_odd = _mm512_srai_epi16(query, 8);
-  return _mm512_add_epi32(acc, _mm512_add_epi32(_mm512_madd_epi16(even, q_even),
-                                                _mm512_madd_epi16(odd, q_odd)));
+  return _mm512_add_epi32(
+      acc, _mm512_add_epi32(_mm512_madd_epi16(even, q_even), _mm512_madd_epi16(odd, q_odd)));
 }
 
 struct BlockTerms {  // what the bound takes from 16 rows
@@ -46,8 +46,7 @@ inline void test_block(const BlockTerms& t, __m512i sum, ScanQuery& q, int index
   u = _mm512_fmadd_ps(_mm512_set1_ps(q.err_norm), t.norm, u);
   if (L2) u = _mm512_fmadd_ps(_mm512_set1_ps(q.sq), _mm512_mul_ps(t.norm, t.norm), u);
   u = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), t.scale), _mm512_set1_ps(q.mul), u);
-  const __mmask16 mask =
-      _mm512_mask_cmp_ps_mask(t.live, u, _mm512_set1_ps(q.tau), _CMP_GE_OQ);
+  const __mmask16 mask = _mm512_mask_cmp_ps_mask(t.live, u, _mm512_set1_ps(q.tau), _CMP_GE_OQ);
   if (__builtin_expect(mask != 0, 0)) {
     float upper[kBlockRows];
     _mm512_storeu_ps(upper, u);
@@ -80,8 +79,7 @@ void int8_tile(const ScanRows& rows, uint32_t block, ScanQuery* queries, int ind
 }
 
 template <bool VNNI, bool L2, int NB>
-void int8_blocks(const ScanRows& rows, uint32_t block, ScanQuery* queries, int nq,
-                 Sink* sink) {
+void int8_blocks(const ScanRows& rows, uint32_t block, ScanQuery* queries, int nq, Sink* sink) {
   int q = 0;
   for (; q + 8 <= nq; q += 8) int8_tile<VNNI, L2, NB, 8>(rows, block, queries + q, q, sink);
   for (; q + 4 <= nq; q += 4) int8_tile<VNNI, L2, NB, 4>(rows, block, queries + q, q, sink);
@@ -94,8 +92,7 @@ void scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQu
   uint32_t b = begin;
   if (nq < 4)
     for (; b + 4 <= end; b += 4)
-      for (int q = 0; q < nq; ++q)
-        int8_tile<VNNI, L2, 4, 1>(rows, b, queries + q, q, sink);
+      for (int q = 0; q < nq; ++q) int8_tile<VNNI, L2, 4, 1>(rows, b, queries + q, q, sink);
   for (; b + 2 <= end; b += 2) int8_blocks<VNNI, L2, 2>(rows, b, queries, nq, sink);
   for (; b < end; ++b) int8_blocks<VNNI, L2, 1>(rows, b, queries, nq, sink);
 }
@@ -136,8 +133,8 @@ void scan_fp16(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* qu
     if (!live) continue;
     const __m512 one = _mm512_set1_ps(1);
     const __m512 inverse =
-        cosine ? _mm512_maskz_div_ps(
-                     _mm512_cmp_ps_mask(norm, _mm512_setzero_ps(), _CMP_GT_OQ), one, norm)
+        cosine ? _mm512_maskz_div_ps(_mm512_cmp_ps_mask(norm, _mm512_setzero_ps(), _CMP_GT_OQ), one,
+                                     norm)
                : one;
     const __m512 error = cosine ? one : norm;
     for (int q0 = 0; q0 < nq; q0 += 4) {
@@ -145,7 +142,7 @@ void scan_fp16(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* qu
       alignas(64) float sums[4][16];
       for (int r = 0; r < kBlockRows; r += 4) {
         const uint16_t* x = rows.rows + (first + r) * rows.dim;
-        float(*out)[16] = reinterpret_cast<float(*)[16]>(&sums[0][r]);
+        float (*out)[16] = reinterpret_cast<float (*)[16]>(&sums[0][r]);
         if (count == 4)
           fp16_tile<4>(x, rows.dim, queries + q0, out);
         else if (count == 3)
@@ -159,10 +156,9 @@ void scan_fp16(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* qu
         ScanQuery& q = queries[q0 + i];
         __m512 u = _mm512_fmadd_ps(_mm512_set1_ps(q.err), error, _mm512_set1_ps(q.base));
         if (l2) u = _mm512_fmadd_ps(_mm512_set1_ps(q.sq), _mm512_mul_ps(norm, norm), u);
-        u = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_load_ps(sums[i]), inverse),
-                            _mm512_set1_ps(q.mul), u);
-        const __mmask16 mask =
-            _mm512_mask_cmp_ps_mask(live, u, _mm512_set1_ps(q.tau), _CMP_GE_OQ);
+        u = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_load_ps(sums[i]), inverse), _mm512_set1_ps(q.mul),
+                            u);
+        const __mmask16 mask = _mm512_mask_cmp_ps_mask(live, u, _mm512_set1_ps(q.tau), _CMP_GE_OQ);
         if (mask) {
           float upper[kBlockRows];
           _mm512_storeu_ps(upper, u);
@@ -214,9 +210,8 @@ double l2(const uint16_t* x, const double* q, int dim) {
 double norm2(const uint16_t* x, int dim) {
   __m512d acc[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(),
                     _mm512_setzero_pd()};
-  for_lanes(x, dim, [&](__m512d v, int j) {
-    acc[j / 8 % 4] = _mm512_fmadd_pd(v, v, acc[j / 8 % 4]);
-  });
+  for_lanes(x, dim,
+            [&](__m512d v, int j) { acc[j / 8 % 4] = _mm512_fmadd_pd(v, v, acc[j / 8 % 4]); });
   return combine(acc[0], acc[1], acc[2], acc[3]);
 }
 

@@ -27,8 +27,8 @@ void scan_int8(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* qu
         const int8_t* p = queries[q].codes + g * kBlockDims;
         const uint8_t* c = codes + g * 64;
         for (int r = 0; r < kBlockRows; ++r)
-          sum[r] += c[4 * r] * p[0] + c[4 * r + 1] * p[1] + c[4 * r + 2] * p[2] +
-                    c[4 * r + 3] * p[3];
+          sum[r] +=
+              c[4 * r] * p[0] + c[4 * r + 1] * p[1] + c[4 * r + 2] * p[2] + c[4 * r + 3] * p[3];
       }
       float upper[kBlockRows];
       for (int r = 0; r < kBlockRows; ++r) {
@@ -70,7 +70,8 @@ void scan_fp16(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* qu
         for (int r = 0; r < kBlockRows; ++r) {
           const float n = rows.row_norm[first + r];
           const float inverse = cosine ? (n > 0 ? 1 / n : 0) : 1;
-          upper[r] = query.mul * (sum[q][r] * inverse) + (query.err * (cosine ? 1 : n) + query.base);
+          upper[r] =
+              query.mul * (sum[q][r] * inverse) + (query.err * (cosine ? 1 : n) + query.base);
           if (l2) upper[r] += query.sq * (n * n);
         }
         report(rows, b, query, q0 + q, upper, sink);
@@ -124,8 +125,7 @@ void to_float(const uint16_t* x, float* out, int64_t n) {
 
 }  // namespace
 
-extern const Kernels kPortable = {"portable", scan_int8, scan_fp16, dot,
-                                  l2,         norm2,     to_half,   to_float,
-                                  quantize_row_plain};
+extern const Kernels kPortable = {"portable", scan_int8, scan_fp16,         dot, l2, norm2,
+                                  to_half,    to_float,  quantize_row_plain};
 
 }  // namespace knnfast

@@ -82,9 +82,9 @@ struct Worker : Sink {
 };
 
 struct Scratch {
-  std::vector<double> q, v;        // [group, padded]: as given, as scanned
-  std::vector<float> values;       // v as float
-  std::vector<int8_t> codes;       // of v (ip, cosine)
+  std::vector<double> q, v;   // [group, padded]: as given, as scanned
+  std::vector<float> values;  // v as float
+  std::vector<int8_t> codes;  // of v (ip, cosine)
   std::vector<QueryCodes> quantized;
   std::unique_ptr<Query[]> queries;
   int64_t capacity = 0;
@@ -116,7 +116,11 @@ float on_hit(Sink* sink, int query, uint32_t block, const float* upper, uint32_t
 class GroupSearch {
  public:
   GroupSearch(const SearchTask& task, int64_t first, int64_t count, Scratch& scratch)
-      : task_(task), n_(count), dim_(task.dim), pad_(padded(task.dim)), s_(scratch),
+      : task_(task),
+        n_(count),
+        dim_(task.dim),
+        pad_(padded(task.dim)),
+        s_(scratch),
         kernels_(kernels()) {
     prepare(task.queries + first * dim_);
   }
@@ -256,7 +260,7 @@ class GroupSearch {
     w.segment = segment;
     p.int8.resize(static_cast<size_t>(n_));
     p.fp16.resize(static_cast<size_t>(n_));
-    const double float_sum = static_cast<double>(dim_) * 0x1p-23;  // a float dot product's error
+    const double float_sum = static_cast<double>(dim_) * 0x1p-23;   // a float dot product's error
     const double exact = static_cast<double>(dim_ + 64) * 0x1p-51;  // the canonical one's
     const double two_scales = 1 - 0x1p-20;  // sq·norm² is an upper bound for it
     for (int64_t i = 0; i < n_; ++i) {
@@ -355,8 +359,8 @@ class GroupSearch {
       rows.scale = view.codes->scale.as<float>();
       rows.residual = view.codes->residual.as<float>();
       rows.norm = view.codes->norm.as<float>();
-      kernels_.scan_int8(rows, chunk.begin, chunk.end, queries.data(), static_cast<int>(n_),
-                         l2, &w);
+      kernels_.scan_int8(rows, chunk.begin, chunk.end, queries.data(), static_cast<int>(n_), l2,
+                         &w);
     } else {
       ++w.stats.chunks_fp16;
       kernels_.scan_fp16(rows, chunk.begin, chunk.end, queries.data(), static_cast<int>(n_), l2,

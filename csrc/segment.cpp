@@ -21,8 +21,8 @@ Buffer::~Buffer() {
 Buffer Buffer::reserve(size_t bytes) {
   Buffer b;
   bytes = std::max<size_t>(bytes, 1);
-  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                 -1, 0);
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw std::bad_alloc();
   b.data_ = p;
   b.size_ = bytes;
@@ -72,8 +72,8 @@ static void load_row(const Segment& segment, int64_t dim, int64_t row, bool cosi
 std::shared_ptr<Codes> make_codes(const Segment& segment, int64_t dim, int64_t n, bool cosine) {
   auto c = std::make_shared<Codes>();
   const size_t rows = static_cast<size_t>(segment.capacity);
-  c->codes = Buffer::reserve(rows * static_cast<size_t>(code_groups(dim)) * kBlockDims +
-                             kCodesSlack);
+  c->codes =
+      Buffer::reserve(rows * static_cast<size_t>(code_groups(dim)) * kBlockDims + kCodesSlack);
   c->scale = Buffer::reserve(rows * 4);
   c->residual = Buffer::reserve(rows * 4);
   c->norm = Buffer::reserve(rows * 4);

@@ -65,10 +65,10 @@ class Buffer {
 constexpr size_t kCodesSlack = 1024;  // readable bytes after the last block
 
 struct Codes {
-  std::vector<float> mean;  // [dim]
-  double mean_norm = 0;     // ‖μ‖
-  int64_t mean_rows = 0;    // rows in the segment when μ was taken
-  Buffer codes;             // uint8
+  std::vector<float> mean;       // [dim]
+  double mean_norm = 0;          // ‖μ‖
+  int64_t mean_rows = 0;         // rows in the segment when μ was taken
+  Buffer codes;                  // uint8
   Buffer scale, residual, norm;  // float
 };
 
@@ -100,7 +100,9 @@ struct SegmentView {
 
 using Snapshot = std::vector<SegmentView>;
 
-inline int code_groups(int64_t dim) { return static_cast<int>((dim + kBlockDims - 1) / kBlockDims); }
+inline int code_groups(int64_t dim) {
+  return static_cast<int>((dim + kBlockDims - 1) / kBlockDims);
+}
 int64_t segment_capacity(int64_t dim);  // rows: a power of two, about 256 MiB of FP16
 
 std::shared_ptr<Segment> make_segment(int64_t dim, int64_t capacity);

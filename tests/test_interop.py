@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from knnfast import faiss_api
 from knnfast.search import Index
 
@@ -67,7 +68,7 @@ def test_faiss_names(tmp_path):
             index = getattr(module, name)(16)
             index.add(x)
             removed = index.remove_ids(np.array([0, 7]))
-            D, ids = index.search(x[:9], 4)
+            _, ids = index.search(x[:9], 4)
             lims, _, inside = index.range_search(x[:2], 5.0)
             rows = index.reconstruct_n(3, 5), index.reconstruct(2)
             results.append((removed, index.ntotal, ids, lims, np.sort(inside[: lims[1]]), *rows))
@@ -94,12 +95,12 @@ def test_cpp_package(tmp_path):
     def cmake(*args):
         subprocess.run(["cmake", *map(str, args)], check=True, capture_output=True)
 
-    cmake("-S", root, "-B", tmp_path / "lib", "-DKNNFAST_CUDA=OFF", "-DKNNFAST_INSTALL=ON",
-          "-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_INSTALL_PREFIX={tmp_path / 'prefix'}")  # fmt: skip
+    options = ["-DKNNFAST_CUDA=OFF", "-DKNNFAST_INSTALL=ON", "-DCMAKE_BUILD_TYPE=Release"]
+    prefix = tmp_path / "prefix"
+    cmake("-S", root, "-B", tmp_path / "lib", *options, f"-DCMAKE_INSTALL_PREFIX={prefix}")
     cmake("--build", tmp_path / "lib", "--target", "knnfast", "-j2")
     cmake("--install", tmp_path / "lib")
-    cmake("-S", root / "examples/cpp", "-B", tmp_path / "app",
-          f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}")  # fmt: skip
+    cmake("-S", root / "examples/cpp", "-B", tmp_path / "app", f"-DCMAKE_PREFIX_PATH={prefix}")
     cmake("--build", tmp_path / "app")
     done = subprocess.run(
         [tmp_path / "app" / "nearest", tmp_path / "saved"], capture_output=True, text=True

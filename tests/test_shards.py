@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+
 from knnfast.search import DamagedFile, Index
 from knnfast.search.shards import read_rows, write_rows
 
@@ -78,7 +79,7 @@ def test_mutations(tmp_path):
             with pytest.raises(DamagedFile, match=name):
                 opened.verify()
         except DamagedFile as error:
-            assert name in str(error)
+            assert name in str(error)  # noqa: PT017
         finally:
             (folder / name).write_bytes(whole)
     Index.open(folder).verify()

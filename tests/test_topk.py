@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from knnfast import _C, ops, reference
 from knnfast.search import Index, set_num_threads
 

@@ -20,6 +20,7 @@ def topk(
         x: rows, [N, D], fp16 | bf16 | fp32, taken as FP16.
         k: neighbours, k >= 1; more than N pads with id -1.
         ids: unique ids of the rows, [N] int64; None: row numbers.
+
     Returns:
         scores [M, k] fp32 and ids [M, k] int64, best first, ties by the lower id.
     Raises: ValueError shape, range; TypeError dtype.

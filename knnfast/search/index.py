@@ -158,7 +158,7 @@ class Index:
             None if out is None else host,
         )
         if out is not None:
-            return tuple(out)  # type: ignore[return-value]
+            return tuple(out)
         return found if back is None else (back(found[0]), back(found[1]))
 
     def range_search(

@@ -1,14 +1,15 @@
-"""Row files of other tools: `.npy`, `.fbin` and `.f16bin` (int32 rows, int32 dim, then the rows)."""
+"""Row files of other tools: `.npy`, `.fbin`, `.f16bin` (uint32 rows, uint32 dim, the rows)."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 
 from knnfast.search.index import DamagedFile
 
-_BIN = {".fbin": np.dtype("<f4"), ".f16bin": np.dtype("<f2")}
+_BIN: dict[str, Any] = {".fbin": np.dtype("<f4"), ".f16bin": np.dtype("<f2")}
 
 
 def read_rows(path: str | os.PathLike[str], mmap: bool = True) -> np.ndarray:
@@ -39,7 +40,7 @@ def read_rows(path: str | os.PathLike[str], mmap: bool = True) -> np.ndarray:
                           f"{8 + n * d * dtype.itemsize} bytes, it has {size}")  # fmt: skip
     if n * d == 0:
         return np.empty((n, d), dtype)
-    rows = np.memmap(path, dtype, "r", 8, (n, d))
+    rows = np.memmap(path, dtype=dtype, mode="r", offset=8, shape=(n, d))
     return rows if mmap else np.array(rows)
 
 
