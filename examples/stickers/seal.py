@@ -70,6 +70,11 @@ def write_card(bundle: Path) -> None:
         lines.append(f"Settings: {json.dumps(settings)}.")
         if measured != now:
             lines.append("These figures are of an **earlier checkpoint** of the denoiser.")
+        lines.append(
+            "`nearest` and `pixels` are distances to the nearest database picture: 0 is a copy, "
+            "the tokenizer's row is what a picture drawn from its own codes gets. Where a model's "
+            "rows come close to `nearest_sticker`, it mostly redraws what it has retrieved."
+        )
         lines += ["", "```", report(evaluation), "```"]
     else:
         lines.append("Not measured.")
