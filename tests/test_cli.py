@@ -1,0 +1,98 @@
+"""The command line: what it writes, and one clear line with exit code 2 for bad input."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from knnfast.cli import main
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "images"
+    root.mkdir()
+    for n, colour in enumerate(["red", "green", "blue"]):
+        Image.new("RGB", (32, 32), colour).save(root / f"{colour}-{n}.png")
+    (root / "broken.png").write_text("no image")
+    return root
+
+
+def test_generate_writes_images_and_a_sheet(tmp_path):
+    result = invoke("generate", "pizza", "-n", 2, "--steps", 2, "--seed", 4, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["pizza-4-0.png", "pizza-4-1.png", "pizza-4-sheet.png"]
+    assert "seed 4" in result.output
+    for phase in ("encode", "search", "denoise", "decode"):
+        assert phase in result.output
+
+
+def test_generate_json(tmp_path):
+    result = invoke("generate", "pizza", "--steps", 2, "--seed", 4, "--out", tmp_path, "--json")
+    report = json.loads(result.stdout)
+    assert report["seed"] == 4
+    assert len(report["neighbours"][0]) == 10
+    assert Image.open(report["files"][0]).size == (64, 64)
+
+
+def test_database_build_info_merge(folder, tmp_path):
+    out = tmp_path / "db"
+    result = invoke("database", "build", folder, "--encoder", "stickers", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "3 images, 1 damaged" in result.output
+    info = json.loads(invoke("database", "info", out, "--json").stdout)
+    assert info["images"] == 3
+    merged = invoke("database", "merge", out, out, "--out", tmp_path / "both")
+    assert "6 images" in merged.output
+    images = invoke(
+        "generate", "red", "--k", 2, "--steps", 2, "--database", out, "--out", tmp_path / "o"
+    )
+    assert images.exit_code == 0, images.output
+
+
+def test_info():
+    report = json.loads(invoke("info", "--json").stdout)
+    assert set(report["databases"]) == {"stickers", "animals"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", ""],
+        ["generate"],
+        ["generate", "pizza", "--k", 0],
+        ["generate", "pizza", "--k", 999999],
+        ["generate", "pizza", "--steps", 0],
+        ["generate", "pizza", "--database", "nowhere"],
+        ["generate", "pizza", "--model", "nowhere"],
+        ["generate", "--image", "nowhere.png"],
+        ["database", "build", "nowhere", "--encoder", "stickers", "--out", "db"],
+        ["database", "info", "nowhere"],
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_that_is_none(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    result = invoke("generate", "--image", tmp_path / "text.png", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "text.png" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback():
+    result = invoke("--debug", "database", "info", "nowhere")
+    assert isinstance(result.exception, FileNotFoundError)

@@ -1,0 +1,178 @@
+"""Database: built from a folder of real image files, searched, saved, damaged, merged."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from knnfast.database import Database, read_image
+from knnfast.encoders import Embeddings, EncoderCard
+
+
+class ColourEncoder:
+    """A stand-in whose embedding is the image's mean colour: neighbours can be told by eye."""
+
+    card = EncoderCard(name="colour", dim=4, sha256="c0" * 32, image_size=8)
+    dim = 4
+
+    def encode_images(self, images, batch_size=64):
+        rows = [[*np.asarray(i, np.float32).reshape(-1, 3).mean(0), 32.0] for i in images]
+        x = np.asarray(rows, np.float32)
+        return Embeddings(x / np.linalg.norm(x, axis=1, keepdims=True), self.card)
+
+
+COLOURS = {
+    "warm/red.png": "red",
+    "warm/orange.jpg": "orange",
+    "cold/blue.webp": "blue",
+    "cold/deep/navy.png": "navy",
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "images"
+    for name, colour in COLOURS.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.new("RGB", (40, 20), "white")
+        ImageDraw.Draw(image).rectangle((5, 0, 35, 20), fill=colour)
+        image.save(path)
+    return root
+
+
+@pytest.fixture
+def built(folder):
+    return Database.build(folder, ColourEncoder())
+
+
+def query(colour):
+    return ColourEncoder().encode_images([Image.new("RGB", (8, 8), colour)])
+
+
+def test_build_names_groups_and_sources(built):
+    assert sorted((x.name, x.group, x.source) for x in built) == [
+        ("blue", "cold", "cold/blue.webp"),
+        ("navy", "cold/deep", "cold/deep/navy.png"),
+        ("orange", "warm", "warm/orange.jpg"),
+        ("red", "warm", "warm/red.png"),
+    ]
+    assert built.groups == {"cold": 1, "cold/deep": 1, "warm": 2}
+
+
+def test_search_finds_the_nearest_colour(built):
+    (found,) = built.search(query("darkred"), 2)
+    assert [n.item.name for n in found] == ["red", "orange"]
+    assert found[0].score > found[1].score
+
+
+def test_search_within_groups(built):
+    (found,) = built.search(query("darkred"), 4, allow=built.ids_of(["cold", "cold/deep"]))
+    assert {n.item.group for n in found} == {"cold", "cold/deep"}
+    with pytest.raises(ValueError, match="hot"):
+        built.ids_of(["hot"])
+
+
+def test_damaged_files_are_reported_and_skipped(folder):
+    (folder / "warm" / "text.png").write_text("this is no image")
+    whole = (folder / "warm" / "red.png").read_bytes()
+    (folder / "warm" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    skipped = []
+    db = Database.build(folder, ColourEncoder(), on_skip=lambda path, why: skipped.append(path.name))
+    assert sorted(skipped) == ["cut.png", "text.png"]
+    assert len(db) == len(COLOURS)
+
+
+def test_a_folder_without_images_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no readable image"):
+        Database.build(tmp_path, ColourEncoder())
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        Database.build(tmp_path / "absent", ColourEncoder())
+
+
+def test_another_encoders_embeddings_are_refused(built):
+    other = EncoderCard(name="other", dim=4, sha256="00" * 32, image_size=8)
+    with pytest.raises(ValueError, match=r"'other'.*'colour'"):
+        built.search(Embeddings(query("red").vectors, other), 1)
+    with pytest.raises(ValueError, match="'other'"):
+        built.add(Embeddings(query("red").vectors, other), [Image.new("RGB", (4, 4))], names=["x"])
+    assert len(built) == len(built.index) == len(COLOURS)
+
+
+def test_saved_and_opened_is_the_same(built, tmp_path):
+    built.save(tmp_path / "db")
+    opened = Database.open(tmp_path / "db")
+    assert list(opened) == list(built)
+    assert opened.encoder == built.encoder
+    np.testing.assert_array_equal(opened.vectors(opened.ids), built.vectors(built.ids))
+    assert opened.search(query("navy"), 3) == built.search(query("navy"), 3)
+    for i in built.ids.tolist():  # WebP is lossy; the middle of a flat colour survives
+        a, b = (np.asarray(d.thumbnail(i), float)[28:36, 28:36] for d in (built, opened))
+        assert np.abs(a - b).mean() < 12
+
+
+def test_saving_again_replaces_and_leaves_nothing_behind(built, tmp_path):
+    built.save(tmp_path / "db")
+    before = {p.name for p in (tmp_path / "db").iterdir()}
+    built.save(tmp_path / "db")
+    after = {p.name for p in (tmp_path / "db").iterdir()}
+    assert len(before) == len(after)
+    assert before & after == {"database.json"}
+    assert list(Database.open(tmp_path / "db")) == list(built)
+
+
+def test_saving_into_a_foreign_folder_is_refused(built, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="other content"):
+        built.save(tmp_path / "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("part", ["items", "thumbnails", "database"])
+def test_damaged_database_files_are_named(built, tmp_path, part):
+    built.save(tmp_path / "db")
+    (path,) = (tmp_path / "db").glob(f"{part}*.*")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=path.name):
+        Database.open(tmp_path / "db").thumbnail(0)
+
+
+def test_a_manifest_cannot_point_outside(built, tmp_path):
+    built.save(tmp_path / "db")
+    path = tmp_path / "db" / "database.json"
+    manifest = json.loads(path.read_text())
+    manifest["items"] = "../elsewhere.json"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"database\.json.*plain file name"):
+        Database.open(tmp_path / "db")
+
+
+def test_merge_keeps_every_row(built, folder):
+    twice = Database.merge([built, built])
+    assert len(twice) == 2 * len(built)
+    (found,) = twice.search(query("navy"), 2)
+    assert [n.item.name for n in found] == ["navy", "navy"]
+    assert found[0].score == found[1].score
+    with pytest.raises(ValueError, match="at least one"):
+        Database.merge([])
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert np.asarray(read_image(tmp_path / "clear.png")).min() == 255
+
+
+def test_more_images_than_one_atlas_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr("knnfast.database.ATLAS_SIDE", 2)
+    encoder = ColourEncoder()
+    db = Database(encoder.card, thumbnail_size=16)
+    shades = [Image.new("RGB", (16, 16), (25 * n, 0, 0)) for n in range(9)]
+    db.add(encoder.encode_images(shades), shades, names=[str(n) for n in range(9)])
+    db.save(tmp_path / "db")
+    opened = Database.open(tmp_path / "db")
+    for n in range(9):
+        assert abs(int(np.asarray(opened.thumbnail(n))[8, 8, 0]) - 25 * n) < 12

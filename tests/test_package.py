@@ -1,0 +1,85 @@
+"""The package as a user gets it: light to import, whole as a wheel, away from the repository."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(code, cwd, **env):
+    """Run Python code in a fresh process; returns what it printed as JSON."""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_import_loads_nothing_heavy(tmp_path):
+    code = "import sys, json, knnfast; print(json.dumps(sorted(sys.modules)))"
+    loaded = set(run(code, tmp_path))
+    assert not loaded & {"torch", "triton", "diffusers", "open_clip", "transformers", "PIL"}
+
+
+def test_search_imports_without_torch(tmp_path):
+    code = (
+        "import sys, json; sys.modules['torch'] = None\n"
+        "import numpy as np, knnfast\n"
+        "ix = knnfast.Index(4); ix.add(np.eye(4, dtype=np.float32))\n"
+        "print(json.dumps(ix.search(np.eye(4, dtype=np.float32)[2], 1)[1].tolist()))"
+    )
+    assert run(code, tmp_path) == [2]
+
+
+def test_every_public_name_exists():
+    import knnfast
+
+    for name in knnfast.__all__:
+        assert getattr(knnfast, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        knnfast.no_such_name  # noqa: B018
+
+
+def test_generation_needs_no_model_zoo(tmp_path):
+    code = (
+        "import sys, json, knnfast; knnfast.KNNDiffusion.from_pretrained('stickers')\n"
+        "print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+    )
+    assert not set(run(code, tmp_path)) & {"diffusers", "open_clip", "transformers", "torchvision"}
+
+
+@pytest.mark.slow
+def test_wheel_is_whole(tmp_path):
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    subprocess.run([*build, str(ROOT)], check=True)
+    (wheel,) = tmp_path.glob("knnfast-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert not [n for n in names if n.startswith(("tests/", "kernels/", "bench/"))]
+    assert any(n.startswith("knnfast/_C.") for n in names)
+    assert wheel.stat().st_size < 48 << 20
+
+    site = tmp_path / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
+    code = (
+        "import json, pathlib, knnfast, knnfast.kernels, knnfast._C\n"
+        "pipe = knnfast.KNNDiffusion.from_pretrained('stickers')\n"
+        "out = pipe('a red heart', steps=2, seed=0)\n"
+        "print(json.dumps([knnfast.__file__, knnfast._C.__file__, out.images[0].size[0]]))"
+    )
+    # -P and an empty working folder: nothing of the repository can be picked up.
+    package, extension, size = run(code, tmp_path, PYTHONPATH=str(site), PYTHONSAFEPATH="1")
+    assert Path(package).is_relative_to(site)
+    assert Path(extension).is_relative_to(site)
+    assert size > 0

@@ -1,0 +1,151 @@
+"""KNNDiffusion on the embedded bundle: seeds, batches, databases, files, bad input."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from knnfast import Database, KNNDiffusion
+from knnfast.pipeline import find_model
+from knnfast.sheet import contact_sheet
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return KNNDiffusion.from_pretrained("stickers")
+
+
+def pixels(output):
+    return np.stack([np.asarray(i) for i in output.images])
+
+
+def test_output_has_its_parts(pipe):
+    out = pipe(["a red heart", "pizza"], num_images=2, steps=4, k=5, seed=1)
+    assert len(out.images) == 4
+    assert out.images[0].size == (pipe.tokenizer.image_size, pipe.tokenizer.image_size)
+    assert [len(n) for n in out.neighbours] == [5, 5]
+    assert any("heart" in n.item.name for n in out.neighbours[0])
+    assert any("pizza" in n.item.name for n in out.neighbours[1])
+    assert list(out.timings) == ["encode", "search", "denoise", "decode"]
+    scores = [n.score for n in out.neighbours[0]]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_same_seed_same_image(pipe):
+    a = pipe("a red heart", steps=6, num_images=2, seed=7)
+    b = pipe("a red heart", steps=6, num_images=2, seed=7)
+    c = pipe("a red heart", steps=6, num_images=2, seed=8)
+    np.testing.assert_array_equal(pixels(a), pixels(b))
+    assert (pixels(a) != pixels(c)).any()
+    assert (pixels(a)[0] != pixels(a)[1]).any()
+
+
+def test_a_prompts_images_do_not_depend_on_the_batch(pipe):
+    # The random numbers are equal; a matrix product's rounding may turn a token now and then.
+    prompts = ["rocket", "a red heart", "pizza", "guitar", "sunflower"]
+    together = pixels(pipe(prompts, num_images=20, steps=10, seed=3, batch_size=100))
+    apart = pixels(pipe(prompts, num_images=20, steps=10, seed=3, batch_size=7))
+    differing = (together != apart).any(axis=(1, 2, 3)).sum()
+    assert differing <= len(together) // 100
+
+
+def test_databases_swap(pipe):
+    animals = pipe("a small pet", database="animals", steps=2, seed=0)
+    assert all(n.item.group.startswith(("animal", "cat", "monkey")) for n in animals.neighbours[0])
+    default = pipe("a small pet", steps=2, seed=0)
+    assert {n.item.name for n in default.neighbours[0]}.isdisjoint(
+        n.item.name for n in animals.neighbours[0]
+    )
+
+
+def test_the_condition_switches_matter(pipe):
+    both, query, neighbours = (
+        pixels(pipe("pizza", steps=6, seed=5, use_query=q, use_neighbours=n))
+        for q, n in ((True, True), (True, False), (False, True))
+    )
+    assert (both != query).any()
+    assert (both != neighbours).any()
+
+
+def test_an_image_is_a_query(pipe, tmp_path):
+    picture = pipe.database.thumbnail(next(i.id for i in pipe.database if i.name == "pizza"))
+    picture.save(tmp_path / "pizza.png")
+    by_file = pipe(image=tmp_path / "pizza.png", steps=2, seed=0)
+    assert by_file.neighbours[0][0].item.name == "pizza"
+    both = pipe("pizza", image=picture, steps=2, seed=0)
+    assert both.neighbours[0][0].item.name == "pizza"
+
+
+def test_groups_restrict_the_search(pipe):
+    group = next(iter(pipe.database.groups))
+    out = pipe("a red heart", groups=[group], k=3, steps=2, seed=0)
+    assert {n.item.group for n in out.neighbours[0]} == {group}
+
+
+def test_saved_and_loaded_gives_the_same_images(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    again = KNNDiffusion.from_pretrained(tmp_path / "model")
+    a, b = (pixels(p("pizza", steps=4, seed=2)) for p in (pipe, again))
+    np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="exists already"):
+        pipe.save_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "  "}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"k": 0}, "k: must be 1"),
+        ({"k": 10**6}, "size of the database"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 10**6}, "steps"),
+        ({"num_images": 0}, "num_images"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"truncation": 0.0}, "truncation"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"image_weight": 2.0}, "image_weight"),
+        ({"database": "nowhere"}, "database"),
+        ({"groups": ["nowhere"]}, "groups"),
+    ],
+)
+def test_rejects(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"prompt": "pizza", **arguments})
+
+
+def test_rejects_another_encoders_database(pipe, tmp_path):
+    class Other:
+        card = type(pipe.encoder.card)(name="other", dim=4, sha256="ab" * 32, image_size=8)
+
+    with pytest.raises(ValueError, match="'other'"):
+        pipe.database = Database(Other.card)
+
+
+def test_every_damaged_file_is_named(tmp_path):
+    whole = find_model("stickers")
+    for path in sorted(p for p in whole.rglob("*") if p.is_file() and p.name != "README.md"):
+        name = path.relative_to(whole)
+        copy = tmp_path / "copy"
+        shutil.copytree(whole, copy)
+        (copy / name).unlink()
+        with pytest.raises((OSError, ValueError), match=path.name):
+            KNNDiffusion.from_pretrained(copy)
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 0x55
+        (copy / name).write_bytes(data)
+        if path.name != "model.json":  # a flipped bit of JSON may still be JSON
+            with pytest.raises(ValueError, match=path.name):
+                KNNDiffusion.from_pretrained(copy)
+        shutil.rmtree(copy)
+
+
+def test_contact_sheet_shows_every_sample(pipe):
+    out = pipe(["pizza", "rocket"], num_images=3, steps=2, seed=0)
+    sheet = contact_sheet(out, pipe.database)
+    assert isinstance(sheet, Image.Image)
+    assert np.asarray(sheet).std() > 10
