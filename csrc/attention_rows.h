@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Neighbour attention, a block of tokens at a time: normalise, scores = z A, softmax over the
 // embeddings, y = x + p C + b. Both products run on register tiles over packed panels of the folded
-// weights (3 vectors wide, all of the inner axis); nothing leaves L1 but the panels, which stay in L2.
+// weights (3 vectors wide, all of the inner axis); nothing leaves L1 but the panels, which stay in
+// L2.
 #pragma once
 
 #include "convert.h"
@@ -38,7 +39,8 @@ struct Layout {
   }
 };
 
-// src [rows, cols] -> panels of kPanel vectors, each [rows, its width]; zeros fill the last columns.
+// src [rows, cols] -> panels of kPanel vectors, each [rows, its width]; zeros fill the last
+// columns.
 template <class S>
 static void pack_panels(const S* src, int rows, int cols, S* dst) {
   const int wide = kPanel * kLanes<S>, all = round_up<S>(cols);
@@ -52,8 +54,8 @@ static void pack_panels(const S* src, int rows, int cols, S* dst) {
   }
 }
 
-// out[kRows, NV vectors] = a[kRows, depth] panel[depth, NV vectors]. Long sums are taken in parts of
-// kDepth: the rounding error then grows with kDepth and depth / kDepth, not with depth.
+// out[kRows, NV vectors] = a[kRows, depth] panel[depth, NV vectors]. Long sums are taken in parts
+// of kDepth: the rounding error then grows with kDepth and depth / kDepth, not with depth.
 constexpr int kDepth = 128;
 
 template <class S, int NV>
@@ -62,8 +64,7 @@ static void tile_part(const S* a, int lda, const S* panel, int first, int last, 
   for (int k = first; k < last; ++k) {
     Vec<S> b[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v)
-      b[v] = load(panel + (size_t(k) * NV + size_t(v)) * kLanes<S>);
+    for (int v = 0; v < NV; ++v) b[v] = load(panel + (size_t(k) * NV + size_t(v)) * kLanes<S>);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Vec<S> s = splat(a[size_t(r) * lda + k]);

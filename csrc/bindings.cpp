@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python module: the only file that knows pybind11. It checks nothing that knnfast/ has checked.
+// The Python module: the only file that knows pybind11. It checks nothing that knnfast/ has
+// checked.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -55,16 +56,16 @@ Rows rows_of(const py::array& given, bool bf16, int64_t dim, const char* name, p
     return rank == 1 || (hold.strides(0) >= 0 && hold.strides(0) % size == 0);
   };
   if (!direct()) {
-    hold = py::array::ensure(
-        py::module_::import("numpy").attr("array")(hold, py::arg("order") = "C"));
+    hold =
+        py::array::ensure(py::module_::import("numpy").attr("array")(hold, py::arg("order") = "C"));
     if (!hold.dtype().equal(hold.dtype().attr("newbyteorder")("=")))
       hold = hold.attr("astype")(hold.dtype().attr("newbyteorder")("="));
   }
   Rows r{hold.data(), dtype, rank == 1 ? 1 : hold.shape(0), dim, rank == 1};
   if (rank == 2 && r.m > 1) r.stride = hold.strides(0) / size;
   if (r.stride == 0) {  // one row, broadcast
-    hold = py::array::ensure(
-        py::module_::import("numpy").attr("array")(hold, py::arg("order") = "C"));
+    hold =
+        py::array::ensure(py::module_::import("numpy").attr("array")(hold, py::arg("order") = "C"));
     r.data = hold.data();
     r.stride = dim;
   }
@@ -131,9 +132,10 @@ py::tuple range_search(const Index& ix, const py::array& queries, double radius,
     py::gil_scoped_release release;
     r = ix.range_search(q.data, q.dtype, q.m, radius, options, q.stride);
   }
-  return py::make_tuple(py::array_t<int64_t>(static_cast<py::ssize_t>(r.lims.size()), r.lims.data()),
-                        py::array_t<float>(static_cast<py::ssize_t>(r.scores.size()), r.scores.data()),
-                        py::array_t<int64_t>(static_cast<py::ssize_t>(r.ids.size()), r.ids.data()));
+  return py::make_tuple(
+      py::array_t<int64_t>(static_cast<py::ssize_t>(r.lims.size()), r.lims.data()),
+      py::array_t<float>(static_cast<py::ssize_t>(r.scores.size()), r.scores.data()),
+      py::array_t<int64_t>(static_cast<py::ssize_t>(r.ids.size()), r.ids.data()));
 }
 
 Int64s add(Index& ix, const py::array& rows, bool bf16, const py::object& ids) {
@@ -255,7 +257,7 @@ void bind_ops(py::module_& m) {
       "transition_choose",
       [](int64_t B, int64_t L, int K, uintptr_t weights, int64_t weights_stride, uintptr_t images,
          uint64_t seed, uintptr_t x_t, uintptr_t x_s, uintptr_t rows) {
-        const StepGrid grid = {B, L, K, at<double>(weights), weights_stride, at<int64_t>(images),
+        const StepGrid grid = {B,   L, K, at<double>(weights), weights_stride, at<int64_t>(images),
                                seed};
         return transition_choose(grid, at<int64_t>(x_t), at<int64_t>(x_s), at<int64_t>(rows));
       },
@@ -266,7 +268,7 @@ void bind_ops(py::module_& m) {
          uint64_t seed, int dtype, float guidance, float temperature, double top_r, int top_k,
          uintptr_t logits, uintptr_t null, int64_t stride, int64_t null_stride, bool compact,
          uintptr_t x_t, uintptr_t rows, int64_t count, uintptr_t x_s) {
-        const StepGrid grid = {B, L, K, at<double>(weights), weights_stride, at<int64_t>(images),
+        const StepGrid grid = {B,   L, K, at<double>(weights), weights_stride, at<int64_t>(images),
                                seed};
         const RowRule rule = {K, dtype, guidance, temperature, top_r, top_k};
         return transition_rows(grid, rule, at<void>(logits), at<void>(null), stride, null_stride,
@@ -280,7 +282,7 @@ void bind_ops(py::module_& m) {
          uint64_t seed, int dtype, float guidance, float temperature, double top_r, int top_k,
          double purity, uintptr_t logits, uintptr_t null, int64_t stride, int64_t null_stride,
          uintptr_t x_t, uintptr_t x_s) {
-        const StepGrid grid = {B, L, K, at<double>(weights), weights_stride, at<int64_t>(images),
+        const StepGrid grid = {B,   L, K, at<double>(weights), weights_stride, at<int64_t>(images),
                                seed};
         const RowRule rule = {K, dtype, guidance, temperature, top_r, top_k};
         return transition_purity(grid, rule, purity, at<void>(logits), at<void>(null), stride,
@@ -294,21 +296,35 @@ void bind_ops(py::module_& m) {
          int64_t grad_stride, uintptr_t loss, uintptr_t kl) {
         return transition_loss(B, L, K, dtype, at<void>(logits), stride, at<int64_t>(x_0),
                                at<int64_t>(x_t), at<double>(steps), at<double>(weight),
-                               at<double>(auxiliary), at<void>(grad), grad_stride,
-                               at<double>(loss), at<double>(kl));
+                               at<double>(auxiliary), at<void>(grad), grad_stride, at<double>(loss),
+                               at<double>(kl));
       },
       release());
   m.def(
       "neighbour_attention",
-      [](int64_t B, int64_t L, int D, int N, int H, int dtype, double eps, bool norm,
-         bool residual, uintptr_t x, int64_t image_x, int64_t row_x, uintptr_t A, uintptr_t a,
-         uintptr_t C, uintptr_t bias, uintptr_t mask, uintptr_t scale, int64_t image_scale,
-         uintptr_t shift, int64_t image_shift, uintptr_t y) {
+      [](int64_t B, int64_t L, int D, int N, int H, int dtype, double eps, bool norm, bool residual,
+         uintptr_t x, int64_t image_x, int64_t row_x, uintptr_t A, uintptr_t a, uintptr_t C,
+         uintptr_t bias, uintptr_t mask, uintptr_t scale, int64_t image_scale, uintptr_t shift,
+         int64_t image_shift, uintptr_t y) {
         const int64_t HN = int64_t(H) * N;
         neighbour_attention({{D, N, H, dtype, row_x, D, eps, norm, residual},
-                             B, L, at<void>(x), at<void>(A), at<void>(a), at<void>(C),
-                             at<void>(bias), at<void>(scale), at<void>(shift), at<bool>(mask),
-                             image_x, HN * D, HN, HN * D, image_scale, image_shift, at<void>(y)});
+                             B,
+                             L,
+                             at<void>(x),
+                             at<void>(A),
+                             at<void>(a),
+                             at<void>(C),
+                             at<void>(bias),
+                             at<void>(scale),
+                             at<void>(shift),
+                             at<bool>(mask),
+                             image_x,
+                             HN * D,
+                             HN,
+                             HN * D,
+                             image_scale,
+                             image_shift,
+                             at<void>(y)});
       },
       release());
 }

@@ -107,8 +107,7 @@ static bool loss_row_of(const LossStep& k, const void* row, int dtype, int K, in
     sum_log -= ::log(p_i + e), R -= 1 / (p_i + e), Hs -= p_i / (p_i + e), generic -= 1;
   if (full) kl += u * e0 * (generic * ::log(e0) - sum_log);
   const double log_p0 = -nll;
-  if (x_0 != i && u > 0)
-    kl += u * (1 + e0) * (::log1p(e0) - (e > 0 ? ::log(q_0) : log_p0));
+  if (x_0 != i && u > 0) kl += u * (1 + e0) * (::log1p(e0) - (e > 0 ? ::log(q_0) : log_p0));
   double rho_i = 0;
   if (real && v > 0) {
     if (x_0 == i) {

@@ -25,8 +25,8 @@ void neighbour_attention(const AttentionCall& c) {
   parallel_for(c.B * shares, [&](int, int64_t task) {
     static thread_local std::vector<char> store;  // kept: fresh pages would cost more than packing
     if (store.size() < room) store.resize(room);
-    char* packed = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(store.data()) + 63) &
-                                           ~uintptr_t(63));
+    char* packed =
+        reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(store.data()) + 63) & ~uintptr_t(63));
     const int64_t b = task / shares, first = task % shares * rows;
     if (first >= c.L) return;
     k.pack(c.shape, at(c.A, b * c.image_A), at(c.a, b * c.image_a), at(c.C, b * c.image_C), c.bias,

@@ -30,8 +30,8 @@ int64_t transition_rows(const StepGrid&, const RowRule&, const void* logits, con
 
 // Purity sampling over dense logits: writes x_s.
 int64_t transition_purity(const StepGrid&, const RowRule&, double purity, const void* logits,
-                          const void* null, int64_t stride, int64_t null_stride,
-                          const int64_t* x_t, int64_t* x_s);
+                          const void* null, int64_t stride, int64_t null_stride, const int64_t* x_t,
+                          int64_t* x_s);
 
 // steps [B, 7] doubles in LossStep's order; out[0] = loss, kl [B] means. Returns bad rows.
 int64_t transition_loss(int64_t B, int64_t L, int K, int dtype, const void* logits, int64_t stride,

@@ -11,8 +11,9 @@ namespace knnfast {
 namespace KNNFAST_ISA {
 
 extern const OpsKernels kTable;
-const OpsKernels kTable = {KF_STRING(KNNFAST_ISA), scores, draw,  sum_exp, loss_row,
-                           kRows,                  packed_size, block_scratch, pack, attend};
+const OpsKernels kTable = {
+    KF_STRING(KNNFAST_ISA), scores, draw,  sum_exp, loss_row, kRows, packed_size,
+    block_scratch,          pack,   attend};
 
 }  // namespace KNNFAST_ISA
 }  // namespace knnfast

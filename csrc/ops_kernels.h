@@ -25,7 +25,8 @@ struct RowPlace {
 };
 
 // One image's step in the loss, for rows at MASK (i < 0 in the kernel) or real (i = x_t):
-//   Q_j = u (delta_j + e0), P_j = u (p_j + e) for j != i;  Q_i = v (delta_i + f0), P_i = v (p_i + f)
+//   Q_j = u (delta_j + e0), P_j = u (p_j + e) for j != i;  Q_i = v (delta_i + f0), P_i = v (p_i +
+//   f)
 struct LossStep {
   double A_t, B_t, A_s, B_s;
   double mask_u;  // c A_s / C_t
@@ -57,9 +58,8 @@ struct OpsKernels {
   int block_rows;
   size_t (*packed_size)(const AttentionShape&);  // bytes
   size_t (*block_scratch)(const AttentionShape&);
-  void (*pack)(const AttentionShape&, const void* A, const void* a, const void* C,
-               const void* bias, const bool* mask, const void* scale, const void* shift,
-               void* packed);
+  void (*pack)(const AttentionShape&, const void* A, const void* a, const void* C, const void* bias,
+               const bool* mask, const void* scale, const void* shift, void* packed);
   void (*attend)(const AttentionShape&, const void* packed, const void* x, void* y, int rows,
                  void* scratch);
 };

@@ -66,8 +66,8 @@ static const float* scores(const RowRule& rule, const void* cond, const void* nu
                            float* maximum) {
   const int K = rule.K, P = padded(K);
   const bool truncated = rule.top_r < 1.0 || (rule.top_k > 0 && rule.top_k < K);
-  const bool direct = rule.dtype == kFloat32 && !null && rule.temperature == 1.0f && !truncated &&
-                      K == P;
+  const bool direct =
+      rule.dtype == kFloat32 && !null && rule.temperature == 1.0f && !truncated && K == P;
   const float* l = direct ? static_cast<const float*>(cond) : scratch;
   if (!direct) {
     to_float(cond, rule.dtype, scratch, K);
@@ -118,8 +118,7 @@ static int64_t draw(const float* l, int K, float sharpness, const RowPlace& at) 
   vi where{}, index{};
   for (int i = 0; i < kLanes<float>; ++i) index[i] = i;
   for (int j = 0; j < padded(K); j += kWords) {
-    const Noise noise =
-        philox_blocks(uint32_t(j / 4), at.position, at.image, at.counter3, at.seed);
+    const Noise noise = philox_blocks(uint32_t(j / 4), at.position, at.image, at.counter3, at.seed);
     const vf a = load(l + j) * sharpness + gumbel(noise.lo);
     const vf b = load(l + j + kLanes<float>) * sharpness + gumbel(noise.hi);
     vi better = a > best;

@@ -8,9 +8,9 @@
 // (a slice of a tile is one contiguous 32 KiB piece, so no tensor maps are needed); two warpgroups
 // own 64 queries each and read the same rows. When the query panel fits beside three stages it
 // stays in shared memory (d <= 384 in FP16, <= 768 in int8), else its slices travel with the rows'
-// and come from L2: 48 KiB for 4.2 MFLOP, 5.9 TB/s of L2 traffic at 500 TFLOP/s. If a GPU shows that
-// this binds, two blocks of a cluster can share the rows by multicast.
-// Epilogue: queries along M, rows along N, so bins are maxima inside a thread and over four lanes.
+// and come from L2: 48 KiB for 4.2 MFLOP, 5.9 TB/s of L2 traffic at 500 TFLOP/s. If a GPU shows
+// that this binds, two blocks of a cluster can share the rows by multicast. Epilogue: queries along
+// M, rows along N, so bins are maxima inside a thread and over four lanes.
 //
 // Never run on a GPU yet: descriptors and phases are checked by the compiler and the emulator only.
 #include "topk_cuda.cuh"

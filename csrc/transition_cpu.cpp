@@ -40,7 +40,8 @@ class Scratch {
  public:
   explicit Scratch(size_t bytes) : store_(bytes + 64) {}
   void* get() {
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(store_.data()) + 63) & ~uintptr_t(63));
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(store_.data()) + 63) &
+                                   ~uintptr_t(63));
   }
 
  private:
@@ -90,10 +91,9 @@ int64_t transition_rows(const StepGrid& g, const RowRule& rule, const void* logi
     for (int64_t i = task * kChunk; i < std::min(count, (task + 1) * kChunk); ++i) {
       const int64_t flat = rows[i], at = compact ? i : flat;
       float maximum;
-      const float* l =
-          k.scores(rule, at_row(logits, at, stride, rule.dtype),
-                   null ? at_row(null, at, null_stride, rule.dtype) : nullptr,
-                   static_cast<float*>(scratch.get()), &maximum);
+      const float* l = k.scores(rule, at_row(logits, at, stride, rule.dtype),
+                                null ? at_row(null, at, null_stride, rule.dtype) : nullptr,
+                                static_cast<float*>(scratch.get()), &maximum);
       if (!l) {
         x_s[flat] = -1;
         ++bad;
@@ -106,8 +106,7 @@ int64_t transition_rows(const StepGrid& g, const RowRule& rule, const void* logi
       } else {  // a real token between the two weights
         const double p = std::exp(double(l[x]) - maximum) / k.sum_exp(l, rule.K, maximum);
         const double w_u = r.w[kRealU0] * (1 - p) + r.w[kRealU1] * p;
-        if (r.u < r.w[kRealP] + w_u)
-          x_s[flat] = below(r.words.w[2], r.words.w[3], uint32_t(g.K));
+        if (r.u < r.w[kRealP] + w_u) x_s[flat] = below(r.words.w[2], r.words.w[3], uint32_t(g.K));
       }
     }
   };
@@ -115,9 +114,9 @@ int64_t transition_rows(const StepGrid& g, const RowRule& rule, const void* logi
   return bad;
 }
 
-int64_t transition_purity(const StepGrid& g, const RowRule& rule, double purity,
-                          const void* logits, const void* null, int64_t stride,
-                          int64_t null_stride, const int64_t* x_t, int64_t* x_s) {
+int64_t transition_purity(const StepGrid& g, const RowRule& rule, double purity, const void* logits,
+                          const void* null, int64_t stride, int64_t null_stride, const int64_t* x_t,
+                          int64_t* x_s) {
   const OpsKernels& k = ops_kernels();
   const int64_t total = g.B * g.L;
   std::vector<double> score(size_t(total), -INFINITY);
@@ -154,9 +153,8 @@ int64_t transition_purity(const StepGrid& g, const RowRule& rule, double purity,
       if (x_t[flat] == g.K) order.push_back(flat);
     const double keep = std::nearbyint(double(g.L) * g.weights[b * g.weights_stride + kKeep]);
     const int64_t n = std::max<int64_t>(0, int64_t(order.size()) - int64_t(keep));
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t c) {
-      return score[size_t(a)] > score[size_t(c)];
-    });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t c) { return score[size_t(a)] > score[size_t(c)]; });
     chosen.insert(chosen.end(), order.begin(), order.begin() + n);
   }
   const int64_t count = int64_t(chosen.size());

@@ -146,8 +146,8 @@ KF_INLINE vu64 mul32(vu64 a, uint32_t m) {
 #endif
 }
 
-constexpr int kBlocks = kBytes / 8;          // Philox blocks at a time, one a 64-bit lane
-constexpr int kWords = 4 * kBlocks;          // so many classes, two vectors of words
+constexpr int kBlocks = kBytes / 8;  // Philox blocks at a time, one a 64-bit lane
+constexpr int kWords = 4 * kBlocks;  // so many classes, two vectors of words
 struct Noise {
   vu lo, hi;  // words of classes [0, kWords / 2) and [kWords / 2, kWords) from the first block's
 };

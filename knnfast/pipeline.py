@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -203,6 +204,8 @@ class KNNDiffusion:
         _check_range("k", k, 1, size, "the size of the database")
         _check_range("num_images", num_images, 1)
         _check_range("batch_size", batch_size, 1)
+        if not (math.isfinite(guidance) and guidance >= 0):
+            raise ValueError(f"guidance: must be a finite number of at least 0, got {guidance}")
         if not 0 <= image_weight <= 1:
             raise ValueError(f"image_weight: must lie in [0, 1], got {image_weight}")
         if seed is None:
@@ -323,8 +326,11 @@ def _check_queries(
             raise TypeError(f"prompt: expected text, got {type(text).__name__}")
         if not text.strip():
             raise ValueError(f"prompt: must hold at least one word, got {text!r}")
-    one = isinstance(image, str | Path | Image.Image)
-    pictures = [] if image is None else [image] if one else list(image)  # type: ignore
+    pictures: list[Picture]
+    if image is None:
+        pictures = []
+    else:
+        pictures = [image] if isinstance(image, str | Path | Image.Image) else list(image)
     if not prompts and not pictures:
         raise ValueError("prompt: the list is empty")
     if prompts and pictures and len(prompts) != len(pictures):

@@ -38,7 +38,8 @@ def test_generate_json(tmp_path):
     report = json.loads(result.stdout)
     assert report["seed"] == 4
     assert len(report["neighbours"][0]) == 10
-    assert Image.open(report["files"][0]).size == (64, 64)
+    with Image.open(report["files"][0]) as image:
+        assert image.size == (64, 64)
 
 
 def test_database_build_info_merge(folder, tmp_path):

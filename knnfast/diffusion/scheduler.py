@@ -42,7 +42,7 @@ class _Levels:
     C: np.ndarray
 
 
-class VQDiffusionScheduler(SchedulerMixin, ConfigMixin):
+class VQDiffusionScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """Exact mask-and-replace transitions behind the interface of diffusers.
 
     Args:
@@ -181,8 +181,8 @@ class NeighbourAttnProcessor:
     def _fold(
         self, attn: Attention, cond: Tensor, attention_mask: Tensor | None
     ) -> ops.Folded | ops.Unfolded:
-        weights = [p for m in (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
-                   for p in (m.weight, m.bias)]  # fmt: skip
+        layers: list[Any] = [attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]]
+        weights = [p for m in layers for p in (m.weight, m.bias)]
         keep = not torch.is_grad_enabled()
         masked = None if attention_mask is None else (id(attention_mask), attention_mask._version)
         key = (cond._version, masked, *(None if w is None else (id(w), w._version)
