@@ -207,6 +207,57 @@ def database_merge(paths: tuple[Path, ...], out: Path) -> None:
 
 
 @main.command()
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Run to start or go on."
+)
+@click.option("--model", default="stickers", show_default=True, help="Gives encoder and tokenizer.")
+@click.option("--steps", default=10_000, show_default=True, help="Optimiser steps.")
+@click.option("--batch", default=128, show_default=True, help="Images a step.")
+@click.option("--versions", default=8, show_default=True, help="Augmented versions of the images.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def train(
+    data: Path,
+    out: Path,
+    model: str,
+    steps: int,
+    batch: int,
+    versions: int,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Train a denoiser on the pictures in DATA, a folder or a database. No caption is read.
+
+    A run that was stopped or killed goes on from its last checkpoint. The trained model, with DATA
+    as its database, lies under OUT/model, which `--model` of the other commands takes.
+    """  # fmt: skip
+    from knnfast.database import Database
+    from knnfast.diffusion.denoiser import Denoiser
+    from knnfast.diffusion.training import TrainConfig
+    from knnfast.diffusion.training import train as run
+    from knnfast.pipeline import KNNDiffusion
+
+    for name, value in (("--steps", steps), ("--batch", batch), ("--versions", versions)):
+        if value < 1:
+            raise ValueError(f"{name}: must be at least 1, got {value}")
+    if (out / "model").exists():
+        raise ValueError(f"--out: {out / 'model'} exists already; that run is finished")
+    pipe = KNNDiffusion.from_pretrained(model)
+    saved = (data / "database.json").is_file()
+    db = Database.open(data) if saved else Database.build(data, pipe.encoder)
+    record = run(
+        db if saved else data, out, pipe.tokenizer, pipe.encoder, worlds=versions,
+        config=TrainConfig(steps=steps, batch=batch, seed=seed), progress=not as_json,
+    )  # fmt: skip
+    trained = KNNDiffusion(
+        pipe.encoder, pipe.tokenizer, Denoiser.from_folder(out / "denoiser"), {"training": db}
+    )
+    trained.save_pretrained(out / "model")
+    click.echo(json.dumps(record, indent=1) if as_json else f"{out / 'model'}: {steps:,} steps")
+
+
+@main.command()
 @click.argument("model")
 @click.option("--judge", help="Folder of a second encoder; the embedded judge by default.")
 @click.option("--prompts", default=300, show_default=True, help="Names to generate.")

@@ -57,6 +57,21 @@ def test_database_build_info_merge(folder, tmp_path):
     assert images.exit_code == 0, images.output
 
 
+def test_train_on_a_folder_then_generate(folder, tmp_path):
+    (folder / "broken.png").unlink()
+    out = tmp_path / "run"
+    arguments = ("--steps", 2, "--batch", 4, "--versions", 2, "--out", out)
+    result = invoke("train", folder, *arguments)
+    assert result.exit_code == 0, result.output
+    again = invoke("train", folder, *arguments)
+    assert again.exit_code == 2
+    assert "exists already" in again.stderr
+    images = invoke(
+        "generate", "red", "--k", 2, "--steps", 2, "--model", out / "model", "--out", tmp_path / "o"
+    )
+    assert images.exit_code == 0, images.output
+
+
 def test_info():
     report = json.loads(invoke("info", "--json").stdout)
     assert set(report["databases"]) == {"stickers", "animals"}
@@ -75,6 +90,8 @@ def test_info():
         ["generate", "--image", "nowhere.png"],
         ["database", "build", "nowhere", "--encoder", "stickers", "--out", "db"],
         ["database", "info", "nowhere"],
+        ["train", "nowhere", "--out", "run"],
+        ["train", "nowhere", "--out", "run", "--steps", 0],
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, tmp_path, monkeypatch):
