@@ -76,8 +76,8 @@ $(VENV)/base: pyproject.toml setup.py CMakeLists.txt requirements/cpu.txt $(SOUR
 	$(BIN)pip install -q $(PIP_FLAGS) -c requirements/cpu.txt -e .
 	touch $@
 
-# And what its tests and linters need.
+# And what its tests and linters need; torch's CPU builds come without triton.
 $(VENV)/ready: $(VENV)/base requirements/clip-cpu.txt
-	$(BIN)pip install -q $(PIP_FLAGS) -c requirements/cpu.txt -e ".[diffusion,bench,dev]"
+	$(BIN)pip install -q $(PIP_FLAGS) -c requirements/cpu.txt -e ".[diffusion,bench,dev]" triton
 	$(BIN)pip install -q $(PIP_FLAGS) --no-deps -r requirements/clip-cpu.txt
 	touch $@
