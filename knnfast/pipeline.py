@@ -241,7 +241,9 @@ class KNNDiffusion:
                 )
             )
         clock("denoise")
-        pixels = torch.cat([self.tokenizer.decode(c) for c in codes])
+        # As in the sampler: on the CPU no image sees its batch, not even in a rounding.
+        alone = codes if self.device.type == "cuda" else torch.cat(codes).split(1)
+        pixels = torch.cat([self.tokenizer.decode(c) for c in alone])
         arrays = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         clock("decode")
         labels = prompts or [f"image {n + 1}" for n in range(len(images))]

@@ -7,7 +7,7 @@ from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
 from knnfast.diffusion.sampler import sample
 from knnfast.diffusion.schedule import NAMES, Schedule
 
-K, L = 5, 4
+K, L = 5, 1600
 
 
 class Independent(torch.nn.Module):
@@ -20,7 +20,7 @@ class Independent(torch.nn.Module):
     def __init__(self, p: torch.Tensor, schedule: Schedule) -> None:
         super().__init__()
         self.p, self.schedule = p, schedule
-        self.config = DenoiserConfig(num_codes=K, grid=(2, 2), code_width=K)
+        self.config = DenoiserConfig(num_codes=K, grid=(40, 40), code_width=K)
         self.head = torch.nn.Linear(K, K)
         self.head.weight.data.copy_(torch.eye(K))
         self.head.bias.data.zero_()
@@ -47,7 +47,7 @@ def test_distribution(name: str, steps: int | list[int]) -> None:
     """Chi-square of the drawn codes against the data's distribution."""
     schedule = Schedule(name, 20, K)
     p = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]] * L, dtype=torch.float64)
-    count = 4000
+    count = 10
     net = Independent(p, schedule)
     cond, mask = torch.zeros(count, 1, 3), torch.zeros(count, 1, dtype=torch.bool)
     codes = sample(net, schedule, cond, mask, steps=steps, guidance=1.0, seed=3)
@@ -84,19 +84,13 @@ def test_same_seed_same_bits(tiny: Denoiser) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_batch_does_not_matter(tiny: Denoiser, name: str) -> None:
-    """An image depends on its own index and condition: drawn alone it is the same image.
-
-    Matrix products may round differently in another batch; at most 1 image in 100 may differ.
-    """
-    count = 100
-    cond, mask = condition(count)
+    """An image depends on its own index and condition: drawn with others it is the same image."""
+    cond, mask = condition(30)
     schedule = Schedule(name, 10, 11)
     whole = sample(tiny, schedule, cond, mask, steps=4, seed=9)
-    differ = 0
-    for part in torch.arange(count).split(7):
+    for part in torch.arange(30).split(7):
         alone = sample(tiny, schedule, cond[part], mask[part], steps=4, seed=9, image_indices=part)
-        differ += int((alone != whole[part]).any(1).sum())
-    assert differ <= count // 100
+        assert torch.equal(alone, whole[part])
 
 
 def test_guidance_one_is_no_guidance(tiny: Denoiser) -> None:

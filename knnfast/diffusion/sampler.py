@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from knnfast.diffusion.denoiser import Denoiser
+from knnfast.diffusion.denoiser import Condition, Denoiser
 from knnfast.diffusion.schedule import Schedule
 from knnfast.ops import sample_head, sample_prior, transition_weights
 
@@ -37,7 +37,8 @@ def sample(
         cond_mask: which of them are on, [B, k+1] bool.
         steps: number of steps, or the levels to visit (falling from T); any list is exact.
         guidance: w in l = l_null + w (l_cond - l_null); 1 means none.
-        seed: of the random numbers; with the image index it fixes an image, whatever the batch.
+        seed: of the random numbers; with the image index it fixes an image, whatever the batch (on
+            the CPU to the last bit; on a GPU up to the rounding of its matrix products).
         truncation: keep the most probable classes up to this mass; 1 keeps all.
         top_k: keep this many classes; 0 keeps all.
         temperature: divides the logits after guidance.
@@ -67,25 +68,37 @@ def sample(
     batch = len(cond)
     x = sample_prior(schedule, levels[0], k, (batch, length), seed=key, image_indices=image_indices)
     guided = guidance != 1.0
-    if guided:
-        cond = torch.cat([cond, torch.zeros_like(cond)])
-        cond_mask = torch.cat([cond_mask, torch.zeros_like(cond_mask)])
     # The fused attention wants one type throughout, which autocast does not keep.
     fold = not torch.is_autocast_enabled(cond.device.type)
-    condition = denoiser.prepare(cond, cond_mask, fold=fold)
+    # On the CPU every image has the network to itself: a matrix product rounds by its shape, and an
+    # image must not depend on its batch. A GPU needs the whole batch to be busy.
+    size = 1 if cond.device.type == "cpu" else max(batch, 1)
+    parts = [slice(i, i + size) for i in range(0, max(batch, 1), size)]
+
+    def prepare(cond: Tensor, mask: Tensor) -> Condition:
+        if guided:
+            cond = torch.cat([cond, torch.zeros_like(cond)])
+            mask = torch.cat([mask, torch.zeros_like(mask)])
+        return denoiser.prepare(cond, mask, fold=fold)
+
+    conditions = [prepare(cond[p].clone(), cond_mask[p]) for p in parts]
     for done, (t, s) in enumerate(pairwise(levels), start=1):
-        level = torch.full((len(cond),), t, dtype=torch.int64, device=x.device)
-        doubled = torch.cat([x, x]) if guided else x
-        rows = denoiser.features(doubled, level, condition).to(denoiser.head.weight.dtype)
+        both = []  # the rows of each part, and of its null pass
+        for p, condition in zip(parts, conditions, strict=True):
+            codes = torch.cat([x[p], x[p]]) if guided else x[p]
+            level = torch.full((len(codes),), t, dtype=torch.int64, device=x.device)
+            rows = denoiser.features(codes, level, condition).to(denoiser.head.weight.dtype)
+            both.append(rows.unflatten(0, (-1, len(x[p]))))
+        rows = torch.cat(both, 1)
         x = sample_head(
-            rows[:batch],
+            rows[0],
             denoiser.head.weight,
             denoiser.head.bias,
             x,
             transition_weights(schedule, t, s, k, device=x.device),
             seed=key,
             image_indices=image_indices,
-            null_features=rows[batch:] if guided else None,
+            null_features=rows[1] if guided else None,
             guidance=guidance,
             temperature=temperature,
             top_r=truncation,

@@ -27,6 +27,9 @@ from knnfast.ops._checks import (
 
 _BAD = "logits: NaN, +inf or no finite class in {} of the rows that are drawn"
 _SEED_MASK = (1 << 64) - 1
+# Rows of each of the head's products on the CPU. One shape for all of them: a product rounds by
+# its shape, and a row must not depend on how many others are drawn.
+_HEAD_ROWS = 32
 
 
 def transition_step(
@@ -303,7 +306,11 @@ def _head_cpu(
         return x_s
 
     def head(f):
-        return torch.nn.functional.linear(f.reshape(-1, f.shape[-1])[drawn], weight, bias)
+        f = f.reshape(-1, f.shape[-1])[drawn]
+        n = len(f)
+        f = torch.nn.functional.pad(f, (0, 0, 0, -n % _HEAD_ROWS))
+        linear = torch.nn.functional.linear
+        return torch.cat([linear(part, weight, bias) for part in f.split(_HEAD_ROWS)])[:n]
 
     return _rows_cpu(
         head(features), None if null_features is None else head(null_features), drawn, x_t, x_s,
