@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from knnfast import encoders
+import knnfast
 from knnfast.encoders import load_encoder
 
-BUNDLE = Path(encoders.__file__).parent / "bundles" / "stickers"
+BUNDLE = Path(knnfast.__file__).parent / "bundles" / "stickers"
 
 
 @pytest.mark.parametrize("name", ["encoder", "judge"])

@@ -9,14 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from knnfast import encoders
 from knnfast.encoders import (
     EncoderCard,
     ImageTower,
     WordTable,
+    image_tower,
     load_encoder,
+    openclip,
     pixels,
     save_encoder,
+    small,
     words_of,
 )
 
@@ -126,20 +128,20 @@ def test_weights_are_stored_to_half_a_step(folder):
 
 
 def flip_a_weight(folder):
-    path = folder / encoders.WEIGHTS_FILE
+    path = folder / small.WEIGHTS_FILE
     data = bytearray(path.read_bytes())
     data[-5] ^= 0x40
     path.write_bytes(bytes(data))
 
 
 def truncate(folder):
-    path = folder / encoders.WEIGHTS_FILE
+    path = folder / small.WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:-100])
 
 
 def edit_config(**changes):
     def change(folder):
-        path = folder / encoders.CONFIG_FILE
+        path = folder / small.CONFIG_FILE
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
     return change
@@ -150,13 +152,13 @@ def edit_config(**changes):
     [
         (flip_a_weight, "hash"),
         (truncate, "safetensors|incomplete|Invalid|Metadata|header"),
-        (lambda f: (f / encoders.WEIGHTS_FILE).unlink(), "No such file"),
-        (lambda f: (f / encoders.CONFIG_FILE).unlink(), "no such file"),
-        (lambda f: (f / encoders.CONFIG_FILE).write_text("{"), "not valid JSON"),
-        (lambda f: (f / encoders.CONFIG_FILE).write_text("[]"), "JSON object"),
-        (lambda f: (f / encoders.WORDS_FILE).write_text("cat\n"), "1 words, expected 8"),
+        (lambda f: (f / small.WEIGHTS_FILE).unlink(), "No such file"),
+        (lambda f: (f / small.CONFIG_FILE).unlink(), "no such file"),
+        (lambda f: (f / small.CONFIG_FILE).write_text("{"), "not valid JSON"),
+        (lambda f: (f / small.CONFIG_FILE).write_text("[]"), "JSON object"),
+        (lambda f: (f / small.WORDS_FILE).write_text("cat\n"), "1 words, expected 8"),
         (
-            lambda f: (f / encoders.WORDS_FILE).write_text("\n".join(WORDS[::-1])),
+            lambda f: (f / small.WORDS_FILE).write_text("\n".join(WORDS[::-1])),
             "hash",
         ),
         (edit_config(format="other"), "format is 'other'"),
@@ -240,7 +242,7 @@ def test_appearance_is_linear_in_the_thumbnail():
 
 
 def test_vit_attention_is_softmax_attention():
-    block = encoders.Block(16, 2).double()
+    block = image_tower.Block(16, 2).double()
     x = torch.randn(3, 5, 16, dtype=torch.float64)
     q, k, v = block.qkv(block.norm1(x)).view(3, 5, 3, 2, 8).permute(2, 0, 3, 1, 4)
     fused = torch.nn.functional.scaled_dot_product_attention(q, k, v)
@@ -358,7 +360,7 @@ def test_nothing_heavy_is_imported(folder):
 @pytest.fixture(scope="module")
 def open_clip_folder(tmp_path_factory):
     try:
-        open_clip = encoders._import_open_clip()
+        open_clip = openclip.import_open_clip()
     except ImportError as error:
         pytest.skip(str(error))
     from safetensors.torch import save_file
@@ -390,7 +392,7 @@ def test_open_clip_local_folder(open_clip_folder):
     rows = encoder.encode_images(pictures(3, (40, 50)), batch_size=2).vectors
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
     texts = encoder.encode_text(["a cat", "a dog"]).vectors
-    tokens = encoders._import_open_clip().tokenize(["a cat", "a dog"], context_length=16)
+    tokens = openclip.import_open_clip().tokenize(["a cat", "a dog"], context_length=16)
     with torch.no_grad():
         expected = network.encode_text(tokens, normalize=True)
     np.testing.assert_allclose(texts, expected.numpy(), atol=1e-5)

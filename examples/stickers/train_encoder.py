@@ -2,8 +2,8 @@
 """Train the embedded encoder: pictures and words in one space, no text model at run time.
 
 Image side: a small ViT gives the semantic part, a linear code of the 16x16 thumbnail the
-appearance part (see knnfast/encoders.py). Text side: the word table of words.py, 4 bits a value.
-The ViT learns to match each sticker's name and keywords as the table encodes them:
+appearance part (see knnfast/encoders/image_tower.py). Text side: the word table of words.py, 4
+bits a value. The ViT learns to match each sticker's name and keywords as the table encodes them:
 
     loss = CE(names) + CE(keywords, all of a sticker's equally right) + 1 - cos(s, mean text)
 
