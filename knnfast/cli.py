@@ -148,7 +148,8 @@ def database_build(
     folder: Path, encoder: str, out: Path, batch_size: int, device: str, as_json: bool
 ) -> None:
     """Embed every png, jpg and webp below FOLDER into a database."""
-    from knnfast.database import Database, list_images
+    from knnfast.database import Database
+    from knnfast.images import list_images
 
     list_images(folder)  # a wrong path is told before an encoder is loaded
     skipped: list[dict[str, str]] = []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import math
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,24 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from knnfast import _files
+from knnfast.images import Thumbnails, list_images, read_image
 from knnfast.search import Index
 
 if TYPE_CHECKING:
     from knnfast.encoders import Embeddings, Encoder, EncoderCard
 
 FORMAT = "knnfast-database"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-ATLAS_SIDE = 32  # thumbnails on a side of one atlas: 32 x 32 cells of 64 px make 2048 px
-READ_ERRORS = (
-    OSError,
-    UnidentifiedImageError,
-    ValueError,
-    SyntaxError,
-    Image.DecompressionBombError,
-)
 
 
 @dataclass(frozen=True)
@@ -67,7 +57,7 @@ class Database:
         self.encoder = encoder
         self.index = Index(encoder.dim, metric="cosine")
         self._items: dict[int, Item] = {}
-        self._thumbnails = _Thumbnails(thumbnail_size)
+        self._thumbnails = Thumbnails(thumbnail_size)
 
     # ---- making one -------------------------------------------------------------------------
 
@@ -331,7 +321,7 @@ class Database:
                 strict=True,
             )  # fmt: skip
             db._items = {int(i): Item(int(i), str(n), str(g), str(s)) for i, n, g, s in rows}
-            db._thumbnails = _Thumbnails(int(manifest["thumbnail_size"]))
+            db._thumbnails = Thumbnails(int(manifest["thumbnail_size"]))
             db._thumbnails.lend(list(db._items), [(p, sha256[p.name]) for p in atlas_paths])
             index_path = root / _plain_name(manifest["index"])
         except (KeyError, TypeError, AttributeError) as e:
@@ -343,91 +333,6 @@ class Database:
                 f"the manifest says {len(db._items)} of {card.dim}"
             )
         return db
-
-
-class _Thumbnails:
-    """Small pictures by id: PIL images once touched, cells of WebP atlases on disk before."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._images: dict[int, Image.Image] = {}
-        self._lent: dict[int, tuple[int, int]] = {}  # id -> (atlas, cell)
-        self._files: list[tuple[Path, str]] = []
-
-    def put(self, id: int, image: Image.Image) -> None:
-        self._images[id] = ImageOps.pad(
-            flatten(image), (self.size, self.size), Image.Resampling.LANCZOS, color="white"
-        )
-
-    def lend(self, ids: list[int], files: list[tuple[Path, str]]) -> None:
-        per = ATLAS_SIDE**2
-        if len(files) != math.ceil(len(ids) / per):
-            raise ValueError(f"{len(files)} thumbnail atlases for {len(ids)} images")
-        for path, _ in files:
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: no such file")
-        self._files = files
-        self._lent = {i: divmod(n, per) for n, i in enumerate(ids)}
-
-    def get(self, id: int) -> Image.Image:
-        if id not in self._images:
-            self._read_atlas(self._lent[id][0])
-        return self._images[id]
-
-    def _read_atlas(self, atlas: int) -> None:
-        path, sha256 = self._files[atlas]
-        _files.check_sha256(path, sha256)
-        sheet = read_image(path)
-        for i, (a, cell) in self._lent.items():
-            if a == atlas and i not in self._images:
-                x, y = cell % ATLAS_SIDE * self.size, cell // ATLAS_SIDE * self.size
-                self._images[i] = sheet.crop((x, y, x + self.size, y + self.size))
-
-    def atlases(self, ids: np.ndarray) -> Iterator[bytes]:
-        """WebP sheets (quality 90) of ATLAS_SIDE^2 cells in the order of `ids`; the last is cut."""
-        per = ATLAS_SIDE**2
-        for start in range(0, len(ids), per):
-            chunk = ids[start : start + per].tolist()
-            height = math.ceil(len(chunk) / ATLAS_SIDE) * self.size
-            sheet = Image.new("RGB", (ATLAS_SIDE * self.size, height), "white")
-            for cell, i in enumerate(chunk):
-                at = (cell % ATLAS_SIDE * self.size, cell // ATLAS_SIDE * self.size)
-                sheet.paste(self.get(i), at)
-            buffer = io.BytesIO()
-            sheet.save(buffer, "WEBP", quality=90, method=6)
-            yield buffer.getvalue()
-
-
-def list_images(folder: str | Path) -> list[Path]:
-    """All png, jpg and webp files below `folder`, sorted."""
-    root = Path(folder)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder")
-    return sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """Read an image as RGB, turned upright, transparency on white.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: not an image, or a damaged one.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with Image.open(path) as image:
-            return flatten(ImageOps.exif_transpose(image))
-    except READ_ERRORS as e:
-        raise ValueError(f"{path}: not a readable image ({e})") from None
-
-
-def flatten(image: Image.Image) -> Image.Image:
-    """RGB with transparency laid on white."""
-    if image.mode == "P" or "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
 
 
 def _plain_name(name: object) -> str:

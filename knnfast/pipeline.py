@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 
 from knnfast import _files
-from knnfast.database import Database, Neighbour, read_image
+from knnfast.database import Database, Neighbour
 from knnfast.diffusion.denoiser import Denoiser
 from knnfast.diffusion.sampler import sample
 from knnfast.diffusion.tokenizer import VQTokenizer
 from knnfast.encoders import Embeddings, Encoder, load_encoder
+from knnfast.images import read_image
 
 if TYPE_CHECKING:
     from knnfast.diffusion.schedule import Schedule

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from knnfast.database import Database, read_image
+from knnfast.database import Database
 from knnfast.encoders import Embeddings, EncoderCard
+from knnfast.images import read_image
 
 
 class ColourEncoder:
@@ -169,7 +170,7 @@ def test_transparency_is_laid_on_white(tmp_path):
 
 
 def test_more_images_than_one_atlas_holds(tmp_path, monkeypatch):
-    monkeypatch.setattr("knnfast.database.ATLAS_SIDE", 2)
+    monkeypatch.setattr("knnfast.images.ATLAS_SIDE", 2)
     encoder = ColourEncoder()
     db = Database(encoder.card, thumbnail_size=16)
     shades = [Image.new("RGB", (16, 16), (25 * n, 0, 0)) for n in range(9)]

@@ -304,7 +304,7 @@ def load_images(data: str | Path | Database, size: int) -> tuple[Tensor, list[st
     Raises:
         ValueError: fewer than two images can be read.
     """
-    from knnfast.database import READ_ERRORS, list_images, read_image
+    from knnfast.images import READ_ERRORS, list_images, read_image
 
     readers: list[tuple[str, Callable[[], Image.Image]]] = []
     if isinstance(data, str | Path):

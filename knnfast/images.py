@@ -1,0 +1,111 @@
+"""Pictures in and out: files, transparency, thumbnails."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from knnfast import _files
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+ATLAS_SIDE = 32  # thumbnails on a side of one atlas: 32 x 32 cells of 64 px make 2048 px
+READ_ERRORS = (
+    OSError,
+    UnidentifiedImageError,
+    ValueError,
+    SyntaxError,
+    Image.DecompressionBombError,
+)
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """All png, jpg and webp files below `folder`, sorted."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    return sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read an image as RGB, turned upright, transparency on white.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not an image, or a damaged one.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with Image.open(path) as image:
+            return flatten(ImageOps.exif_transpose(image))
+    except READ_ERRORS as e:
+        raise ValueError(f"{path}: not a readable image ({e})") from None
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """RGB with transparency laid on white."""
+    if image.mode == "P" or "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+class Thumbnails:
+    """Small pictures by id: PIL images once touched, cells of WebP atlases on disk before."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._images: dict[int, Image.Image] = {}
+        self._lent: dict[int, tuple[int, int]] = {}  # id -> (atlas, cell)
+        self._files: list[tuple[Path, str]] = []
+
+    def put(self, id: int, image: Image.Image) -> None:
+        """Keep a picture, shrunk to the cell and padded white."""
+        self._images[id] = ImageOps.pad(
+            flatten(image), (self.size, self.size), Image.Resampling.LANCZOS, color="white"
+        )
+
+    def lend(self, ids: list[int], files: list[tuple[Path, str]]) -> None:
+        """Take the pictures of `ids`, in this order, from atlases with their SHA-256."""
+        per = ATLAS_SIDE**2
+        if len(files) != math.ceil(len(ids) / per):
+            raise ValueError(f"{len(files)} thumbnail atlases for {len(ids)} images")
+        for path, _ in files:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: no such file")
+        self._files = files
+        self._lent = {i: divmod(n, per) for n, i in enumerate(ids)}
+
+    def get(self, id: int) -> Image.Image:
+        """The picture of a row."""
+        if id not in self._images:
+            self._read_atlas(self._lent[id][0])
+        return self._images[id]
+
+    def _read_atlas(self, atlas: int) -> None:
+        path, sha256 = self._files[atlas]
+        _files.check_sha256(path, sha256)
+        sheet = read_image(path)
+        for i, (a, cell) in self._lent.items():
+            if a == atlas and i not in self._images:
+                x, y = cell % ATLAS_SIDE * self.size, cell // ATLAS_SIDE * self.size
+                self._images[i] = sheet.crop((x, y, x + self.size, y + self.size))
+
+    def atlases(self, ids: np.ndarray) -> Iterator[bytes]:
+        """WebP sheets (quality 90) of ATLAS_SIDE^2 cells in the order of `ids`; the last is cut."""
+        per = ATLAS_SIDE**2
+        for start in range(0, len(ids), per):
+            chunk = ids[start : start + per].tolist()
+            height = math.ceil(len(chunk) / ATLAS_SIDE) * self.size
+            sheet = Image.new("RGB", (ATLAS_SIDE * self.size, height), "white")
+            for cell, i in enumerate(chunk):
+                at = (cell % ATLAS_SIDE * self.size, cell // ATLAS_SIDE * self.size)
+                sheet.paste(self.get(i), at)
+            buffer = io.BytesIO()
+            sheet.save(buffer, "WEBP", quality=90, method=6)
+            yield buffer.getvalue()
