@@ -30,8 +30,8 @@ gpu: $(READY)  ## on a machine with a GPU: device tests, compute-sanitizer, the 
 	$(BIN)pytest -q -m gpu
 	$(BIN)pytest -q tests/test_cuda_index.py tests/test_cuda_build.py
 	tests/cuda_sanitize.sh
-	mkdir -p bench/results
-	$(BIN)python3 bench/topk_gpu.py --out bench/results/gpu-topk.json
+	mkdir -p out
+	$(BIN)python3 bench/run.py --op topk --device cuda --json out/gpu-topk.json
 
 sanitize: $(READY)  ## the search engine under ASan + UBSan, then its threads under TSan
 	KNNFAST_CUDA=OFF KNNFAST_SANITIZE=address,undefined \

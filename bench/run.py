@@ -1,171 +1,189 @@
-"""Measures an op against its peers, each answer checked: `python bench/run.py --op topk`.
+"""Measures an op beside its peers, every answer checked first.
 
-A row holds the time, the time of merely reading the FP16 bytes, and every peer at its best thread
-count of those tried. The result goes to bench/results/.
+    python bench/run.py --op topk --shape service-1m --json bench/results/NAME.json
+    python bench/run.py --op transition_loss --base main --peers none
+
+Order: the machine's ceilings (copy, read, matmul); then for each case: check against the
+reference, warm up, take turns with the peers, count the memory, free. A row holds op, shape, case,
+dtype, backend, p50/p90/p99, GB/s or TFLOP/s and its share of the measured ceiling, peak memory,
+exactness or error, and each peer with its time, its verdict and its ratio (above 1: ours is
+faster). Peers that can choose their number of threads get the better one. Rows we lose stay.
+`--base REF` builds that commit beside this one and measures it in the same turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import shapes
-from timing import machine, measure
+from base import Base
+from case import Case, Rival
+from cases import OPS, cases
+from shapes import SHAPES
 
-from knnfast import _C
-from knnfast.search import Index
-
-
-def make_rows(n: int, d: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """FP16 rows and 256 FP32 queries of the same kind, made in pieces."""
-    rng = np.random.default_rng(0)
-    centres = rng.standard_normal((1000, d), dtype=np.float32)
-    mean = rng.standard_normal(d, dtype=np.float32)
-
-    def draw(m: int) -> np.ndarray:
-        x = rng.standard_normal((m, d), dtype=np.float32)
-        if kind == "ties":
-            return np.repeat(centres[:1] / np.linalg.norm(centres[0]), m, 0)
-        if kind == "clustered":
-            x = centres[rng.integers(0, 1000, m)] + 0.5 * x
-        x /= np.linalg.norm(x, axis=1, keepdims=True)
-        return x + 3 * mean / np.linalg.norm(mean) if kind == "mean" else x
-
-    rows = np.empty((n, d), np.float16)
-    for first in range(0, n, 65536):
-        rows[first : first + 65536] = draw(min(65536, n - first))
-    q = rng.standard_normal((256, d), dtype=np.float32) if kind == "mean" else draw(256)
-    return rows, q
+from knnfast import _C, _files
+from knnfast.benchmark.machine import ceilings, machine, share
+from knnfast.benchmark.timing import Local, Timing, interleave, peak_mib, ratio
 
 
-def peers(rows: np.ndarray, batch: int, k: int) -> Any:
-    """Yields (name, search, set_threads) one at a time, so that only one is in memory."""
-    n, d = rows.shape
-    try:
-        import faiss
-
-        flat = faiss.IndexFlatIP(d)
-        half = faiss.IndexScalarQuantizer(
-            d, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
-        )
-        half.is_trained = True
-        for name, index in (("faiss-flat", flat), ("faiss-sqfp16", half)):
-            if name == "faiss-sqfp16" and batch > 8:
-                continue
-            for first in range(0, n, 65536):
-                index.add(rows[first : first + 65536].astype(np.float32))
-            yield name, lambda q, index=index: index.search(q, k)[1], faiss.omp_set_num_threads
-            index.reset()
-    except ImportError:
-        print("faiss is not installed")
-    try:
-        import torch
-
-        x = torch.from_numpy(rows).float()
-        if batch > 1 or n < 1_000_000:
-            yield (
-                "torch",
-                lambda q, x=x: (torch.from_numpy(q) @ x.T).topk(k, dim=1).indices.numpy(),
-                torch.set_num_threads,
-            )
-        del x
-    except ImportError:
-        print("torch is not installed")
-    if batch == 1:
-        try:
-            from usearch.index import MetricKind, search
-
-            threads = [1]
-            yield (
-                "usearch-exact",
-                lambda q: search(
-                    rows, q.astype(np.float16), k, MetricKind.IP, exact=True, threads=threads[0]
-                ).keys.reshape(len(q), -1),
-                lambda t: threads.__setitem__(0, t),
-            )
-        except ImportError:
-            print("usearch is not installed")
+def tidy(value: Any) -> Any:
+    """Six significant digits: more would be noise."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {name: tidy(v) for name, v in value.items()}
+    return value
 
 
-def agree(rows: np.ndarray, q: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The largest amount by which their k-th best score exceeds ours, in FP64."""
-    worst = -np.inf
-    for i in range(len(q)):
-        scores = [
-            rows[ids].astype(np.float64) @ q[i].astype(np.float64) for ids in (ours[i], theirs[i])
-        ]
-        worst = max(worst, float(scores[1].min() - scores[0].min()))
-    return worst
+def scaled(timing: Timing, per: int) -> Timing:
+    """Times of one step where a call makes `per` of them."""
+    return Timing(timing.calls / per, timing.turns / per)
 
 
-def topk(names: list[str], with_peers: bool) -> Iterator[dict[str, Any]]:
-    """All rows of the named shapes, as they are measured."""
-    threads = _C.num_threads()
+def best_threads(rival: Rival, threads: int) -> int | None:
+    """Sets the peer to the better of one thread and all of them, and returns it."""
+    if rival.set_threads is None:
+        return None
+    taken: dict[int, float] = {}
+    for n in sorted({1, threads}):
+        rival.set_threads(n)
+        rival.call()
+        start = time.perf_counter()
+        rival.call()
+        taken[n] = time.perf_counter() - start
+    best = min(taken, key=taken.__getitem__)
+    rival.set_threads(best)
+    return best
+
+
+def measure(
+    case: Case, args: argparse.Namespace, limits: dict[str, float], base: Base | None
+) -> Iterator[dict[str, Any]]:
+    """One row for each backend of the case."""
+    names = list(case.ours)
+    if args.backend:
+        names = [name for name in names if name in args.backend]
+        if not names:
+            raise ValueError(f"--backend must be of {list(case.ours)}, got {args.backend}")
+    verdicts = {}
     for name in names:
-        n, d, batches, ks, kind = shapes.TOPK[name]
-        rows, queries = make_rows(n, d, kind)
-        index, plain = Index(d), Index(d, scan="fp16")
-        index.add(rows)
-        plain.add(rows)
-        floor = measure(lambda: _C.read_bytes(rows))["p50_ms"]  # noqa: B023
-        for batch in batches:
-            for k in ks:
-                q = queries[:batch]
-                before = index.stats
-                row: dict[str, Any] = {"op": "topk", "shape": name, "batch": batch, "k": k}
-                row |= measure(lambda: index.search(q, k))  # noqa: B023
-                after = index.stats
-                searched = after["queries"] - before["queries"]
-                row["rescored_per_query"] = round(
-                    (after["rows_rescored"] - before["rows_rescored"]) / searched, 1
-                )
-                row["read_fp16_ms"] = floor
-                ours = index.search(q, k)[1]
-                if batch <= 8:
-                    row["fp16_scan_ms"] = measure(lambda: plain.search(q, k), 0.3, 3)["p50_ms"]  # noqa: B023
-                    assert (plain.search(q, k)[1] == ours).all()
-                row["peers"] = {}
-                if with_peers and k == ks[0]:
-                    for peer, search, set_threads in peers(rows, batch, k):
-                        best: dict[str, Any] = {}
-                        for t in sorted({1, threads}):
-                            set_threads(t)
-                            ms = measure(lambda: search(q), 0.2, 2)["p50_ms"]  # noqa: B023
-                            if not best or ms < best["p50_ms"]:
-                                best = {"p50_ms": ms, "threads": t}
-                        best["regret"] = agree(rows, q, ours, search(q)) if kind != "ties" else 0.0
-                        assert best["regret"] < 1e-3, (peer, best)
-                        row["peers"][peer] = best
-                times = {"p99": row["p99_ms"], "read": floor, "fp16": row.get("fp16_scan_ms", 0)}
-                times |= {name: peer["p50_ms"] for name, peer in row["peers"].items()}
-                shown = ", ".join(f"{key} {ms:.2f}" for key, ms in times.items())
-                print(f"{name} batch {batch} k {k}: {row['p50_ms']:.2f} ms ({shown})", flush=True)
-                yield row
+        verdicts[name] = case.judge(case.ours[name]())
+        if not verdicts[name].pop("ok"):
+            raise SystemExit(f"{case.op} {case.shape} {case.label} {name}: {verdicts[name]}")
+    turn = {"seconds": args.seconds, "turns": args.turns}
+    contenders: dict[str, Any] = {name: Local(case.ours[name], case.cuda) for name in names}
+    if base is not None:
+        contenders[base.name] = base.contender(names[0])
+    timings = {
+        name: scaled(timing, case.per) for name, timing in interleave(contenders, **turn).items()
+    }
+    main = names[0]
+    peers: dict[str, Any] = {}
+    if base is not None:
+        peers[base.name] = timings[base.name].row() | {
+            "ratio": ratio(timings[base.name], timings[main])
+        }
+    with contextlib.closing(case.peers(args.peers)) as rivals:
+        for name, rival in rivals:
+            if isinstance(rival, str):
+                peers[name] = {"skipped": rival}
+                continue
+            verdict = case.judge((rival.result or rival.call)())
+            verdict.pop("ok")
+            threads = best_threads(rival, args.threads)
+            pair = interleave(
+                {"ours": Local(case.ours[main], case.cuda), "theirs": Local(rival.call, case.cuda)},
+                **turn,
+            )
+            theirs = scaled(pair["theirs"], rival.per or case.per)
+            peers[name] = (
+                theirs.row()
+                | {"ratio": ratio(theirs, scaled(pair["ours"], case.per))}
+                | ({} if threads is None else {"threads": threads})
+                | {"peak_mib": peak_mib(rival.call, case.cuda)}
+                | verdict
+            )
+            del rival  # before the next one is built: only one is in memory
+    for name in names:
+        timing = timings[name]
+        row = {"op": case.op, "shape": case.shape, "case": case.label, "dtype": case.dtype,
+               "backend": name, **timing.row(), **verdicts[name]}  # fmt: skip
+        if case.bytes:
+            row |= share(case.bytes, case.flops, timing.percentile(50), limits)
+        row["peak_mib"] = peak_mib(case.ours[name], case.cuda)
+        if name == main:
+            row |= case.facts() | {"peers": peers}
+        else:
+            row["peers"] = {
+                f"knnfast {main}": timings[main].row() | {"ratio": ratio(timings[main], timing)}
+            }
+        yield row
+
+
+def shown(row: dict[str, Any]) -> str:
+    """One line for a row."""
+    peers = ", ".join(
+        f"{name} {peer['p50_ms']:.4g} ({peer['ratio']:.2f}x)" if "p50_ms" in peer
+        else f"{name}: {peer['skipped']}" for name, peer in row["peers"].items()
+    )  # fmt: skip
+    percent = f", {row['ceiling_share']:.0%} of the ceiling" if "ceiling_share" in row else ""
+    return (
+        f"{row['op']} {row['shape']} {row['case']} {row['backend']}: "
+        f"{row['p50_ms']:.4g} ms{percent}; {peers}"
+    )
 
 
 def main() -> None:
-    """Run and save."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--op", default="topk", choices=["topk"])
-    parser.add_argument("--shape", action="append", choices=list(shapes.TOPK))
-    parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--op", required=True, choices=OPS)
+    parser.add_argument("--shape", action="append", help="repeatable; all of the op by default")
+    parser.add_argument("--backend", action="append", help="repeatable; all of the case by default")
+    parser.add_argument("--peers", help="names, separated by commas; none; all by default")
+    parser.add_argument("--base", help="a commit to build and to measure beside this one")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--seconds", type=float, default=0.1, help="of one turn")
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="file to write, kept up to date row by row")
     args = parser.parse_args()
-    about = machine()
-    path = args.json
-    if path is None:
-        folder = Path(__file__).parent / "results"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{args.op}-{about['isa']}-{about['date']}.json"
-    rows = []
-    for row in topk(args.shape or list(shapes.TOPK), not args.no_peers):
-        rows.append(row)
-        path.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
-    print(path)
+    for shape in args.shape or []:
+        if shape not in SHAPES[args.op]:
+            parser.error(f"--shape must be of {', '.join(SHAPES[args.op])}, got {shape!r}")
+    if args.peers is not None:
+        args.peers = [name for name in args.peers.split(",") if name != "none"]
+    _C.set_num_threads(args.threads)
+    import torch
+
+    torch.set_num_threads(args.threads)
+    limits = ceilings(args.device)
+    report = {
+        "machine": machine(args.device), "ceilings": limits,
+        "command": " ".join(["python bench/run.py", *sys.argv[1:]]), "rows": [],
+    }  # fmt: skip
+    print(json.dumps(limits), flush=True)
+    tree = None if args.base is None else Base.build(args.base)
+    for shape in args.shape or [name for name in SHAPES[args.op] if name != "ci"]:
+        with contextlib.ExitStack() as stack:
+            base = None
+            if tree is not None:
+                base = stack.enter_context(Base(tree, args.op, shape, args.device, args.threads))
+            for case in cases(args.op, shape, args.device):
+                if base is not None:
+                    base.advance()
+                for row in measure(case, args, limits, base):
+                    report["rows"].append(tidy(row))
+                    print(shown(row), flush=True)
+                if args.json:
+                    _files.write_json(args.json, report)
 
 
 if __name__ == "__main__":

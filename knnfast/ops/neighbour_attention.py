@@ -20,7 +20,7 @@ from knnfast.ops.reference import Folded
 _TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 # Folding turns 4 L D^2 operations a layer into 4 L D H (k + 1): it pays up to this share of D.
-# The value is an estimate from the operation counts; `bench/fused.py --only fold_rule` measures it.
+# The value is an estimate from operation counts; bench/run.py measures it (fold-11 to fold-96).
 FOLD_LIMIT = 0.75
 
 

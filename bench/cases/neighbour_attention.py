@@ -1,0 +1,67 @@
+"""Neighbour attention beside projections + SDPA, eager and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from case import Case, Rival, pick
+
+from knnfast import ops, reference
+
+
+def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
+    B, L, D, H, N = (size[name] for name in "BLDHN")
+    cuda = device != "cpu"
+    dtype = torch.float16 if cuda else torch.float32
+    draw = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw).to(device, dtype)
+
+    x, n = randn(B, L, D), randn(B, N, D)
+    W = [randn(D, D) / D**0.5 for _ in range(4)]
+    b = [randn(D) for _ in range(3)]
+    ada = {"scale": randn(B, D) * 0.5, "shift": randn(B, D)}
+    wide = reference.fold_neighbours(
+        n.double(), *(w.double() for w in W), *(v.double() for v in b), heads=H
+    )
+    exact = reference.neighbour_attention(
+        x.double(), wide, **{name: v.double() for name, v in ada.items()}
+    )
+
+    def folded(fold: bool) -> Any:
+        return ops.fold_neighbours(n, *W, *b, heads=H, fold=fold)
+
+    def attend(condition: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            return ops.neighbour_attention(x, condition, **ada)
+
+    def judge(y: torch.Tensor) -> dict[str, Any]:
+        error = float((y.double() - exact).abs().max())
+        return {"error": error, "ok": error < (2e-2 if cuda else 1e-4)}
+
+    A, C = folded(True), folded(False)
+    compiled = torch.compile(ops.neighbour_attention)
+
+    def attend_compiled() -> torch.Tensor:
+        with torch.inference_mode():
+            return compiled(x, C, **ada)
+
+    yield Case(
+        "neighbour_attention", shape, f"B {B}, L {L}, D {D}, H {H}, N {N}",
+        str(dtype).removeprefix("torch."),
+        {"fused": lambda: attend(A)},
+        judge,
+        lambda names: pick(
+            {
+                "torch-sdpa": lambda: Rival(lambda: attend(C)),
+                "torch-compile-sdpa": lambda: Rival(attend_compiled),
+            },
+            names,
+        ),
+        # x in, y out, A and C of every head and sample once; two products with H N columns.
+        bytes=x.element_size() * 2.0 * B * D * (L + H * N), flops=4.0 * B * L * D * H * N,
+        cuda=cuda,
+    )  # fmt: skip

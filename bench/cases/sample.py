@@ -1,0 +1,51 @@
+"""The sampler with the fused ops beside the same network and loop in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from case import Case, Rival, pick
+
+from cases import plain
+from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
+from knnfast.diffusion.sampler import sample
+from knnfast.pipeline import find_model
+
+GUIDANCE = 3.0
+
+
+def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
+    B, steps = size["B"], size["steps"]
+    torch.manual_seed(0)
+    if "bundle" in size:
+        denoiser = Denoiser.from_folder(find_model(size["bundle"]) / "denoiser", device=device)
+    else:
+        config = DenoiserConfig(
+            num_codes=size["K"], grid=size["grid"], patch=size["patch"], depth=size["depth"],
+            schedule="vq_diffusion",
+        )  # fmt: skip
+        denoiser = Denoiser(config).eval().to(device)
+    E, K = denoiser.config.embed_dim, denoiser.config.num_codes
+    cond = torch.nn.functional.normalize(torch.randn(B, 11, E), dim=-1).to(device)
+    mask = torch.ones(B, 11, dtype=torch.bool, device=device)
+    exact = plain.sample_reference(denoiser, cond, mask, steps, GUIDANCE)
+
+    def judge(codes: torch.Tensor) -> dict[str, Any]:
+        """Codes are codes; how many differ says how far rounding carried a run from another."""
+        differ = float((codes != exact).float().mean())
+        valid = bool(((codes >= 0) & (codes < K)).all())
+        return {"tokens_that_differ": differ, "ok": valid and differ <= 0.05}
+
+    def in_plain_torch() -> torch.Tensor:
+        return plain.sample(denoiser, cond, mask, steps, GUIDANCE)
+
+    yield Case(
+        "sample", shape, f"{B} images, L {denoiser.config.length}, K {K}, {steps} steps",
+        "float32",
+        {"fused": lambda: sample(denoiser, denoiser.schedule, cond, mask, steps, GUIDANCE, seed=0)},
+        judge,
+        lambda names: pick({"torch-plain": lambda: Rival(in_plain_torch)}, names),
+        cuda=device != "cpu",
+    )  # fmt: skip

@@ -1,0 +1,60 @@
+"""From features to tokens with the head run on drawn rows alone, mean over a whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from case import Case, Rival, pick
+
+from cases.runs import diffusers_step, drawn_rows, record
+from knnfast import ops, reference
+
+
+def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
+    run = record(size, device)
+    steps = list(zip(run.tokens, run.weights, strict=True))
+    K, D = run.weight.shape
+    drawn = drawn_rows(run, K)
+
+    def ours() -> list[torch.Tensor]:
+        with torch.inference_mode():
+            return [ops.sample_head(run.features, run.weight, None, x, w, seed=0) for x, w in steps]
+
+    def dense() -> list[torch.Tensor]:
+        with torch.inference_mode():
+            return [
+                ops.transition_step(run.features @ run.weight.T, x, w, seed=0) for x, w in steps
+            ]
+
+    def judge(tokens: Any) -> dict[str, Any]:
+        if tokens is None:  # another stream of random numbers: tests compare its distribution
+            return {"ok": True}
+        wrong = 0
+        for i in run.checked():
+            x, w = steps[i]
+            exact = reference.sample_head(
+                run.features.double(), run.weight.double(), None, x, w, seed=0
+            )
+            wrong += int((tokens[i] != exact).sum())
+        share = wrong / (len(run.checked()) * run.features.shape[1])
+        return {"tokens_that_differ": share, "ok": share <= 1e-3}
+
+    bytes_each = run.weight.element_size()
+    yield Case(
+        "sample_head", shape, f"{size['schedule']}, {size['steps']} steps",
+        str(run.features.dtype).removeprefix("torch."), {"sparse": ours}, judge,
+        lambda names: pick(
+            {
+                "torch head + transition_step": lambda: Rival(dense),
+                "torch head + diffusers": lambda: diffusers_step(
+                    run, size, lambda: run.features @ run.weight.T
+                ),
+            },
+            names,
+        ),
+        bytes=bytes_each * D * (K + drawn / len(steps)), flops=2.0 * K * D * drawn / len(steps),
+        per=len(steps), cuda=device != "cpu",
+        facts=lambda: {"rows_drawn": drawn / (len(steps) * run.features.shape[1])},
+    )  # fmt: skip

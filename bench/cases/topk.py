@@ -1,0 +1,94 @@
+"""Exact top-k beside FAISS, USearch, torch, and on a GPU cuVS and FlashLib."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from case import Case, Rival
+
+from knnfast.benchmark.machine import memory_bytes
+from knnfast.benchmark.topk import Truth, build_peers, make_rows
+from knnfast.search import Index
+
+
+def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
+    n, d, kind = size["n"], size["d"], size.get("kind", "isotropic")
+    # FP16 rows, their copies in two indexes with codes, and a peer's FP32 rows.
+    if (needed := n * d * (2 + 3 + 2 + 4)) > memory_bytes():
+        raise ValueError(f"{shape} needs {needed / 2**30:.0f} GiB of memory")
+    rows, queries = make_rows(n, d, kind, max(size["batches"]))
+    indexes = {scan: Index(d, device=device, scan=scan) for scan in ("auto", "fp16")}
+    for index in indexes.values():
+        index.add(rows)
+    truth = Truth(rows, queries, max(size["ks"]))
+    for batch in size["batches"]:
+        for k in size["ks"]:
+            yield _case(shape, rows, queries[:batch], k, indexes, truth, device)
+
+
+def _case(
+    shape: str,
+    rows: np.ndarray,
+    queries: np.ndarray,
+    k: int,
+    indexes: dict[str, Any],
+    truth: Truth,
+    device: str,
+) -> Case:
+    n, d = rows.shape
+    batch = len(queries)
+    cuda = device != "cpu"
+    q: Any = queries
+    if cuda:
+        import torch
+
+        q = torch.from_numpy(queries).to(device)
+    ours = {scan: lambda index=index: index.search(q, k) for scan, index in indexes.items()}
+    if cuda:
+        ours = {f"graph {scan}": _graph(index, q, k) for scan, index in indexes.items()} | ours
+    before = indexes["auto"].stats
+
+    def judge(result: Any) -> dict[str, Any]:
+        ids = result[1] if isinstance(result, tuple) else result
+        verdict = truth.judge(ids.cpu().numpy() if hasattr(ids, "cpu") else ids)
+        return verdict | {"ok": verdict["exact"]}
+
+    def peers(names: Sequence[str] | None) -> Iterator[tuple[str, Rival | str]]:
+        for name, peer in build_peers(names, rows, "ip", device):
+            if isinstance(peer, str):
+                yield name, peer
+            else:
+                ids = partial(peer.search, q, k)
+                yield name, Rival(partial(peer.call, q, k), ids, peer.set_threads)
+                del ids, peer  # before the next one is built: only one is in memory
+
+    def facts() -> dict[str, Any]:
+        after = indexes["auto"].stats
+        searched = max(1, after["queries"] - before["queries"])
+        rescored = after["rows_rescored"] - before["rows_rescored"]
+        return {"rescored_per_query": round(rescored / searched, 1)}
+
+    return Case(
+        "topk", shape, f"batch {batch}, k {k}", "fp16", ours, judge, peers,
+        bytes=2.0 * n * d, flops=2.0 * n * d * batch, cuda=cuda, facts=facts,
+    )  # fmt: skip
+
+
+def _graph(index: Any, q: Any, k: int) -> Any:
+    """A plan of the search, captured as a CUDA graph; returns the plan's own buffers."""
+    import torch
+
+    plan = index.plan(len(q), k)
+    plan(q)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = plan(q)
+
+    def call() -> Any:
+        graph.replay()
+        return found
+
+    return call

@@ -1,0 +1,42 @@
+"""One denoising step from logits to tokens, mean over a whole run, beside diffusers' scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from case import Case, pick
+
+from cases.runs import diffusers_step, record
+from knnfast import ops, reference
+
+
+def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
+    run = record(size, device)
+    steps = list(zip(run.tokens, run.weights, strict=True))
+    logits, K = run.logits, size["K"]
+
+    def ours() -> list[torch.Tensor]:
+        with torch.inference_mode():
+            return [ops.transition_step(logits, x, w, seed=0) for x, w in steps]
+
+    def judge(tokens: Any) -> dict[str, Any]:
+        if tokens is None:  # another stream of random numbers: tests compare its distribution
+            return {"ok": True}
+        wrong = 0
+        for i in run.checked():
+            x, w = steps[i]
+            exact = reference.transition_step(logits.double(), x, w, seed=0)
+            wrong += int((tokens[i] != exact).sum())
+        share = wrong / (len(run.checked()) * logits.shape[1])
+        return {"tokens_that_differ": share, "ok": share <= 1e-3}
+
+    yield Case(
+        "transition_step", shape, f"{size['schedule']}, {size['steps']} steps",
+        str(logits.dtype).removeprefix("torch."), {"dense": ours}, judge,
+        lambda names: pick({"diffusers": lambda: diffusers_step(run, size)}, names),
+        # One pass over the logits; rows that are not drawn need not be read.
+        bytes=float(logits.nbytes), flops=2.0 * logits.shape[1] * K, per=len(steps),
+        cuda=device != "cpu",
+    )  # fmt: skip

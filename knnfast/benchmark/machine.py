@@ -1,0 +1,134 @@
+"""What machine it is, and what it can do at most: measured, before anything is compared with it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from knnfast import _C
+from knnfast.benchmark.timing import Local, interleave
+
+PACKAGES = ("numpy", "torch", "triton", "faiss-cpu", "usearch", "diffusers", "xformers", "flashlib")
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Processor, cores, kernels in use, versions, commit and date; no name of the host."""
+    name = platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = info.read_text().splitlines()
+        name = next((row.split(":")[1].strip() for row in lines if "model name" in row), name)
+    about: dict[str, Any] = {
+        "cpu": name, "cores": os.cpu_count(), "isa": _C.isa(), "threads": _C.num_threads(),
+        "memory_gib": round(memory_bytes() / 2**30), "device": device,
+    }  # fmt: skip
+    if device != "cpu":
+        import torch
+
+        properties = torch.cuda.get_device_properties(device)
+        about["gpu"] = properties.name
+        about["gpu_memory_gib"] = round(properties.total_memory / 2**30)
+        about["cuda"] = torch.version.cuda
+        about |= _driver()
+    versions = {"python": platform.python_version()}
+    for package in ("knnfast", *PACKAGES):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    from knnfast import __version__
+
+    versions["knnfast"] = __version__
+    return about | {"versions": versions, "commit": commit(), "date": time.strftime("%Y-%m-%d")}
+
+
+def commit() -> str | None:
+    """Commit of the checkout that the package lies in, `-dirty` when changed; None in a wheel."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists() or not (root / "CMakeLists.txt").is_file():
+        return None
+    words = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def memory_bytes() -> int:
+    """Physical memory of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def ceilings(device: str = "cpu") -> dict[str, float]:
+    """What no kernel can beat on this machine, each the best of several runs.
+
+    Returns: `read_gb_s` (reading memory once), `copy_gb_s` (bytes read plus bytes written),
+        `matmul_tflop_s` (FP32 on the CPU, FP16 on a GPU, 2 operations a multiply-add).
+    """
+    import torch
+
+    if device == "cpu":
+        block = np.ones(256 << 20, np.uint8)
+        source = torch.from_numpy(block)
+        size, kind = 2048, torch.float32
+        reads: Callable[[], Any] = lambda: _C.read_bytes(block)  # noqa: E731
+    else:
+        source = torch.ones(2 << 30, dtype=torch.uint8, device=device)
+        size, kind = 8192, torch.float16
+        words = source.view(torch.int64)
+        reads = words.max
+    target = torch.empty_like(source)
+    a = torch.randn(size, size, device=device).to(kind)
+    out = torch.empty_like(a)
+    cuda = device != "cpu"
+    timings = interleave(
+        {
+            "read": Local(reads, cuda),
+            "copy": Local(lambda: target.copy_(source), cuda),
+            "matmul": Local(lambda: torch.matmul(a, a, out=out), cuda),
+        },
+        turns=5,
+    )
+    best = {name: float(timing.calls.min()) for name, timing in timings.items()}
+    return {
+        "read_gb_s": round(source.nbytes / best["read"] / 1e6, 2),
+        "copy_gb_s": round(2 * source.nbytes / best["copy"] / 1e6, 2),
+        "matmul_tflop_s": round(2 * size**3 / best["matmul"] / 1e9, 4),
+    }
+
+
+def share(
+    nbytes: float, flops: float, milliseconds: float, limits: dict[str, float]
+) -> dict[str, float | str]:
+    """GB/s or TFLOP/s, whichever binds, and its share of the measured ceiling.
+
+    The floor is max(bytes / read bandwidth, operations / matmul rate); the share is floor / time.
+    """
+    reading = nbytes / limits["read_gb_s"] / 1e6
+    working = flops / limits["matmul_tflop_s"] / 1e9
+    row: dict[str, float | str] = {"bytes": nbytes, "flops": flops}
+    if reading >= working:
+        row |= {"bound": "read", "gb_s": nbytes / milliseconds / 1e6}
+    else:
+        row |= {"bound": "matmul", "tflop_s": flops / milliseconds / 1e9}
+    return row | {"ceiling_share": max(reading, working) / milliseconds}
+
+
+def _driver() -> dict[str, str]:
+    query = "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem"
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader"],
+            capture_output=True, text=True, check=True, timeout=20,
+        ).stdout.splitlines()[0].split(", ")  # fmt: skip
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return {}
+    return dict(zip(("driver", "clock_sm", "clock_memory"), found, strict=True))

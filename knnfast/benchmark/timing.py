@@ -1,0 +1,169 @@
+"""Timing that can be compared: contenders take turns in one run, and ratios come from the turns."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+# Thread pools of other libraries (OpenMP, OpenBLAS) spin for a while after a call, on the cores of
+# whoever comes next; before each turn they get this long to fall asleep. Seconds.
+SETTLE = 0.03
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one contender took: all its calls, and the median of each of its turns. Milliseconds."""
+
+    calls: np.ndarray
+    turns: np.ndarray
+
+    def percentile(self, p: float) -> float:
+        """p-th percentile of all calls, in milliseconds."""
+        return float(np.percentile(self.calls, p))
+
+    def row(self) -> dict[str, float | int]:
+        """p50, p90 and p99 of the calls, and how many there were."""
+        return {f"p{p}_ms": self.percentile(p) for p in (50, 90, 99)} | {"runs": len(self.calls)}
+
+
+def ratio(theirs: Timing, ours: Timing) -> float:
+    """How many times longer theirs takes: the median over the turns that both had."""
+    turns = min(len(theirs.turns), len(ours.turns))
+    return float(np.median(theirs.turns[:turns] / ours.turns[:turns]))
+
+
+class Contender(Protocol):
+    """Anything that can be timed for a while."""
+
+    def turn(self, seconds: float) -> list[float]:
+        """Call for about this long, at least once; milliseconds of every call."""
+
+
+class Local:
+    """A callable of this process.
+
+    Args:
+        call: what is timed; its result is thrown away.
+        cuda: time on the device, between events, with a cold L2 cache (256 MiB are overwritten
+            before each call); otherwise on the host.
+    """
+
+    def __init__(self, call: Callable[[], Any], cuda: bool = False) -> None:
+        self.call = call
+        self.cuda = cuda
+
+    def turn(self, seconds: float) -> list[float]:
+        """Call for about this long, at least once; milliseconds of every call."""
+        times: list[float] = []
+        clock = _cuda_clock if self.cuda else _host_clock
+        end = time.perf_counter() + seconds
+        with clock() as timed:
+            while not times or time.perf_counter() < end:
+                times.append(timed(self.call))
+        return times
+
+
+@contextmanager
+def _host_clock() -> Iterator[Callable[[Callable[[], Any]], float]]:
+    def timed(call: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+
+    yield timed
+
+
+@contextmanager
+def _cuda_clock() -> Iterator[Callable[[Callable[[], Any]], float]]:
+    import torch
+
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+
+    def timed(call: Callable[[], Any]) -> float:
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    yield timed
+
+
+def interleave(
+    contenders: Mapping[str, Contender],
+    seconds: float = 0.05,
+    turns: int = 9,
+    least: int = 3,
+    budget: float = float("inf"),
+) -> dict[str, Timing]:
+    """Time contenders against each other: turn by turn, the order reversed every other turn.
+
+    Every contender is called once before it counts, and what disturbs the machine for longer than
+    a turn disturbs all of them.
+
+    Args:
+        contenders: by name.
+        seconds: length of one turn; a call that takes longer is a turn of one call.
+        turns: turns of each contender.
+        least: turns that are taken even when the budget is spent.
+        budget: seconds for all turns together.
+    Returns: a Timing for each name.
+    """
+    calls: dict[str, list[float]] = {name: [] for name in contenders}
+    medians: dict[str, list[float]] = {name: [] for name in contenders}
+    for contender in contenders.values():
+        contender.turn(0)
+    start = time.perf_counter()
+    order = list(contenders)
+    for turn in range(turns):
+        if turn >= least and time.perf_counter() - start > budget:
+            break
+        for name in order:
+            time.sleep(SETTLE)
+            times = contenders[name].turn(seconds)
+            calls[name] += times
+            medians[name].append(float(np.median(times)))
+        order.reverse()
+    return {name: Timing(np.array(calls[name]), np.array(medians[name])) for name in contenders}
+
+
+def peak_mib(call: Callable[[], Any], cuda: bool = False) -> float | None:
+    """Memory that one call adds at its peak, in MiB.
+
+    On the CPU: the growth of the resident set (Linux counts its peak; elsewhere None), after the
+    allocator gave back what it held. On a GPU: of torch's allocator.
+    """
+    if cuda:
+        import torch
+
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 2)
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not reset.exists():
+        return None
+
+    def resident(field: str) -> int:
+        found = re.search(rf"{field}:\s+(\d+)", status.read_text())
+        return int(found[1]) if found else 0
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    reset.write_text("5")
+    before = resident("VmRSS")
+    call()
+    return round((resident("VmHWM") - before) / 1024, 2)

@@ -1,0 +1,282 @@
+"""What the top-k benchmarks share: rows, the truth, and the peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+KINDS = ("isotropic", "clustered", "mean", "ties")
+
+
+def make_rows(
+    n: int, d: int, kind: str = "isotropic", queries: int = 256, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [n, d] fp16 and queries [queries, d] fp32 of the same kind.
+
+    isotropic: directions without structure; clustered: 1,000 centres with noise of half their
+    size; mean: isotropic plus one vector three times as long; ties: one row n times.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((1000, d), dtype=np.float32)
+    mean = rng.standard_normal(d, dtype=np.float32)
+
+    def draw(m: int) -> np.ndarray:
+        x = rng.standard_normal((m, d), dtype=np.float32)
+        if kind == "ties":
+            return np.repeat(centres[:1] / np.linalg.norm(centres[0]), m, 0)
+        if kind == "clustered":
+            x = centres[rng.integers(0, 1000, m)] + 0.5 * x
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        return x + 3 * mean / np.linalg.norm(mean) if kind == "mean" else x
+
+    rows = np.empty((n, d), np.float16)
+    for first in range(0, n, 16384):
+        rows[first : first + 16384] = draw(min(16384, n - first))
+    if kind == "mean":
+        return rows, rng.standard_normal((queries, d), dtype=np.float32)
+    return rows, draw(queries)
+
+
+class Truth:
+    """The k best scores of some queries in FP64, over all rows.
+
+    Args:
+        rows: [n, d] fp16.
+        queries: [m, d] fp32; the first `check` of them are ranked.
+        k: as many as any answer that is judged.
+        metric: ip, cosine or l2.
+    """
+
+    def __init__(
+        self, rows: np.ndarray, queries: np.ndarray, k: int, metric: str = "ip", check: int = 8
+    ) -> None:
+        self.rows, self.metric = rows, metric
+        self.queries = queries[:check].astype(np.float64)
+        best = np.empty((len(self.queries), 0))
+        for first in range(0, len(rows), 16384):
+            scores = self._scores(rows[first : first + 16384], self.queries)
+            best = np.concatenate([best, scores], 1)
+            if best.shape[1] > k:
+                best = -np.partition(-best, k - 1, axis=1)[:, :k]
+        self.best = -np.sort(-best, axis=1)
+
+    def _scores(self, rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
+        """Larger is better: l2 counts negative."""
+        x = rows.astype(np.float64)
+        if self.metric == "l2":
+            return -((queries[:, None] - x) ** 2).sum(-1)
+        scores = queries @ x.T
+        if self.metric == "cosine":
+            norms = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(x, axis=1)
+            scores = np.divide(scores, norms, out=np.zeros_like(scores), where=norms > 0)
+        return scores
+
+    def judge(self, ids: np.ndarray) -> dict[str, Any]:
+        """How an answer compares with the truth.
+
+        Args:
+            ids: [m, k] int64, of the same queries (the checked ones are looked at).
+        Returns: `exact`: all k scores are the best there are, in FP64 up to its rounding;
+            `recall`: share of the answer that scores at least the k-th best; `regret`: the
+            largest amount by which a score falls short of the one that belongs in its place.
+        """
+        ids = np.asarray(ids)[: len(self.queries)]
+        k = ids.shape[1]
+        queries, best = self.queries[: len(ids)], self.best[: len(ids), :k]
+        if ((ids < 0) | (ids >= len(self.rows))).any():
+            return {"exact": False, "recall": 0.0, "regret": float("inf")}
+        got = np.stack(
+            [self._scores(self.rows[i], q[None])[0] for i, q in zip(ids, queries, strict=True)]
+        )
+        slack = 1e-12 * np.maximum(1.0, np.abs(best[:, -1:]))
+        unique = np.array([len(set(i)) for i in ids.tolist()])
+        regret = max(0.0, float((best - -np.sort(-got, axis=1)).max()))
+        return {
+            "exact": bool(regret <= slack.min() and (unique == k).all()),
+            "recall": float((got >= best[:, -1:] - slack).mean()),
+            "regret": regret,
+        }
+
+
+class Peer(NamedTuple):
+    """Another library over the same rows."""
+
+    search: Callable[[Any, int], np.ndarray]  # (queries, k) -> ids [m, k] on the host
+    call: Callable[[Any, int], Any]  # the same without bringing the ids home: what is timed
+    set_threads: Callable[[int], None] | None = None
+
+
+def faiss_module() -> Any:
+    """The module `faiss`; ImportError that names the extra when it is missing."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            f"FAISS is not installed ({error}): pip install 'knnfast[faiss]', or faiss-gpu"
+        ) from None
+    return faiss
+
+
+def _metric(faiss: Any, metric: str) -> int:
+    if metric == "cosine":
+        raise ValueError("FAISS has no cosine: normalise the rows and use ip")
+    return faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+
+
+def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
+    for first in range(0, len(rows), 65536):
+        yield rows[first : first + 65536].astype(np.float32)
+
+
+def _faiss_cpu(rows: np.ndarray, metric: str, index: Callable[[Any, int, int], Any]) -> Peer:
+    faiss = faiss_module()
+    built = index(faiss, rows.shape[1], _metric(faiss, metric))
+    built.is_trained = True  # FP16 codes have nothing to learn
+    for block in _blocks(rows):
+        built.add(block)
+
+    def search(q: np.ndarray, k: int) -> np.ndarray:
+        return built.search(q, k)[1]
+
+    return Peer(search, search, faiss.omp_set_num_threads)
+
+
+def faiss_flat(rows: np.ndarray, metric: str) -> Peer:
+    """FAISS IndexFlat: FP32 rows."""
+    return _faiss_cpu(rows, metric, lambda faiss, d, m: faiss.IndexFlat(d, m))
+
+
+def faiss_sq_fp16(rows: np.ndarray, metric: str) -> Peer:
+    """FAISS IndexScalarQuantizer fp16: the same bytes as ours."""
+    return _faiss_cpu(
+        rows,
+        metric,
+        lambda faiss, d, m: faiss.IndexScalarQuantizer(d, faiss.ScalarQuantizer.QT_fp16, m),
+    )
+
+
+def usearch_exact(rows: np.ndarray, metric: str) -> Peer:
+    """USearch's exact search over the FP16 rows."""
+    from usearch.index import MetricKind
+    from usearch.index import search as scan
+
+    kind = {"ip": MetricKind.IP, "cosine": MetricKind.Cos, "l2": MetricKind.L2sq}[metric]
+    threads = [1]
+
+    def search(q: np.ndarray, k: int) -> np.ndarray:
+        found = scan(rows, q.astype(np.float16), k, kind, exact=True, threads=threads[0])
+        return found.keys.reshape(len(q), -1).astype(np.int64)
+
+    return Peer(search, search, lambda n: threads.__setitem__(0, n))
+
+
+def torch_topk(rows: np.ndarray, metric: str) -> Peer:
+    """Torch on the CPU: FP32 matmul, then topk."""
+    import torch
+
+    if metric != "ip":
+        raise ValueError("written for ip")
+    x = torch.from_numpy(rows).float()
+
+    def search(q: np.ndarray, k: int) -> np.ndarray:
+        return (torch.from_numpy(q) @ x.T).topk(k, dim=1).indices.numpy()
+
+    return Peer(search, search, torch.set_num_threads)
+
+
+def _on_gpu(call: Callable[[Any, int], Any]) -> Peer:
+    return Peer(lambda q, k: call(q, k).cpu().numpy().astype(np.int64), call)
+
+
+def torch_gpu(rows: np.ndarray, metric: str) -> Peer:
+    """Torch on the GPU: FP16 matmul and topk by blocks of 2^20 rows, merged."""
+    import torch
+
+    if metric != "ip":
+        raise ValueError("written for ip")
+    x = torch.from_numpy(rows).cuda()
+
+    def call(q: Any, k: int) -> Any:
+        scores, ids, first = [], [], 0
+        for part in x.split(1 << 20):
+            s, i = (q.half() @ part.T).topk(min(k, len(part)))
+            scores.append(s)
+            ids.append(i + first)
+            first += len(part)
+        if len(scores) == 1:
+            return ids[0]
+        return torch.cat(ids, 1).gather(1, torch.cat(scores, 1).topk(k)[1])
+
+    return _on_gpu(call)
+
+
+def faiss_gpu(rows: np.ndarray, metric: str) -> Peer:
+    """FAISS GpuIndexFlat with FP16 rows."""
+    faiss = faiss_module()
+    if not hasattr(faiss, "StandardGpuResources"):
+        raise ImportError("this FAISS is built for CPUs: pip install faiss-gpu")
+    import faiss.contrib.torch_utils
+
+    config = faiss.GpuIndexFlatConfig()
+    config.useFloat16 = True
+    resources = faiss.StandardGpuResources()
+    built = faiss.GpuIndexFlat(resources, rows.shape[1], _metric(faiss, metric), config)
+    for block in _blocks(rows):
+        built.add(block)
+    return _on_gpu(lambda q, k: built.search(q, k)[1])
+
+
+def cuvs_brute_force(rows: np.ndarray, metric: str) -> Peer:
+    """NVIDIA cuVS brute force over the FP16 rows."""
+    import torch
+    from cuvs.neighbors import brute_force
+
+    kind = {"ip": "inner_product", "cosine": "cosine", "l2": "sqeuclidean"}[metric]
+    built = brute_force.build(torch.from_numpy(rows).cuda(), metric=kind)
+    return _on_gpu(
+        lambda q, k: torch.as_tensor(brute_force.search(built, q.half(), k)[1], device="cuda")
+    )
+
+
+def flashlib_knn(rows: np.ndarray, metric: str) -> Peer:
+    """FlashLib's Flash-KNN over the FP16 rows. It ranks by l2 alone: for ip, see its recall."""
+    import torch
+    from flashlib import flash_knn
+
+    x = torch.from_numpy(rows).cuda()
+    return _on_gpu(lambda q, k: flash_knn(q.half(), x, k, return_distances=False))
+
+
+CPU_PEERS: dict[str, Callable[[np.ndarray, str], Peer]] = {
+    "faiss-flat": faiss_flat,
+    "faiss-sq-fp16": faiss_sq_fp16,
+    "usearch-exact": usearch_exact,
+    "torch-fp32": torch_topk,
+}
+GPU_PEERS: dict[str, Callable[[np.ndarray, str], Peer]] = {
+    "faiss-gpu-fp16": faiss_gpu,
+    "cuvs-brute-force": cuvs_brute_force,
+    "flashlib": flashlib_knn,
+    "torch-fp16": torch_gpu,
+}
+
+
+def build_peers(
+    names: Sequence[str] | None, rows: np.ndarray, metric: str, device: str = "cpu"
+) -> Iterator[tuple[str, Peer | str]]:
+    """The named peers (None: all), one at a time so that only one is in memory.
+
+    Yields: (name, peer), or (name, why not) for one that is missing or does not take the metric.
+    """
+    known = CPU_PEERS if device == "cpu" else GPU_PEERS
+    for name in known if names is None else names:
+        if name not in known:
+            raise ValueError(f"peers must be of {tuple(known)}, got {name!r}")
+        try:
+            yield name, known[name](rows, metric)
+        except (ImportError, ValueError, AttributeError, OSError) as error:
+            yield name, f"{type(error).__name__}: {error}"
