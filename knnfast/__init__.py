@@ -11,6 +11,7 @@ from knnfast._version import __version__
 # Public names and where they live. Nothing is imported before it is used, so that a service that
 # only searches never loads torch, and `import knnfast` costs milliseconds.
 _PUBLIC = {
+    "Batcher": "knnfast.search",
     "Database": "knnfast.database",
     "Index": "knnfast.search",
     "KNNDiffusion": "knnfast.pipeline",
