@@ -6,23 +6,37 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that a reader, or a crash, sees the old file or the new one."""
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(fd, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with _replacing(path) as name, open(name, "wb") as f:
+        f.write(data)
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, atomically.
+
+    Raises:
+        OSError: it could not be written (a full disk, say); the old file is still there.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with _replacing(path) as name:
+        try:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, name, dict(metadata or {}))
+        except SafetensorError as e:
+            raise OSError(f"{path}: could not be written ({e})") from e
 
 
 def dump_json(value: Any) -> bytes:
@@ -70,6 +84,22 @@ def check_sha256(path: Path, expected: str) -> None:
         raise FileNotFoundError(f"{path}: no such file")
     if sha256_file(path) != expected:
         raise ValueError(f"{path}: damaged (its SHA-256 is not the recorded one)")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[str]:
+    """Lend the name of a new file beside `path`; in the end it is on disk and takes its place."""
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(fd)
+    try:
+        yield name
+        with open(name, "rb") as f:
+            os.fsync(f.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def _umask() -> int:

@@ -1,8 +1,7 @@
-"""Training: the loss against its definition, resuming, neighbours, and images alone."""
+"""Training: the loss against its definition, neighbours, and images alone."""
 
 import json
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
 
-from knnfast.diffusion import training
 from knnfast.diffusion.augment import augment
 from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
 from knnfast.diffusion.optim import Muon, orthogonalize
@@ -21,7 +18,9 @@ from knnfast.diffusion.pairs import ConditionConfig, ConditionSampler, Pairs
 from knnfast.diffusion.schedule import NAMES, Schedule
 from knnfast.diffusion.tokenizer import TokenizerConfig, VQTokenizer
 from knnfast.diffusion.tokenizer_training import fuse_norms, kmeans, redundant, train_tokenizer
-from knnfast.diffusion.training import TrainConfig, Trainer, corrupt, masked_row_weight, train
+from knnfast.diffusion.trainer import TrainConfig
+from knnfast.diffusion.training import corrupt, denoiser_trainer, masked_row_weight, train
+from knnfast.encoders import EncoderCard
 from knnfast.ops import reference
 
 E, K, N = 12, 11, 40
@@ -31,7 +30,7 @@ TINY = DenoiserConfig(
     ranks=3, num_steps=10,
 )  # fmt: skip
 QUICK = TrainConfig(
-    steps=6, batch=8, warmup=2, checkpoint_every=2, log_every=2, bf16=False,
+    steps=6, batch=8, warmup=2, checkpoint_every=2, log_every=2, bf16=False, group=4,
     condition=ConditionConfig(k=3, semantic=8),
 )  # fmt: skip
 
@@ -54,7 +53,8 @@ def test_corrupt_follows_the_schedule(name: str) -> None:
     schedule = Schedule(name, 10, K)
     codes = torch.full((6000, 16), 4)
     t = torch.full((6000,), 7)
-    x_t = corrupt(codes, t, schedule, torch.Generator().manual_seed(1))
+    noise = torch.rand(6000, 16, dtype=torch.float64)
+    x_t = corrupt(codes, t, schedule, noise)
     seen = torch.bincount(x_t.flatten(), minlength=K + 1).double() / x_t.numel()
     expected = torch.full((K + 1,), float(schedule.B[7]))
     expected[4] += float(schedule.A[7])
@@ -70,7 +70,7 @@ def test_masked_loss_is_the_definition() -> None:
     schedule = Schedule("mask", 10, K)
     x0 = torch.randint(K, (5, 16))
     t = torch.randint(1, 11, (5,))
-    x_t = corrupt(x0, t, schedule, torch.Generator().manual_seed(2))
+    x_t = corrupt(x0, t, schedule, torch.rand(5, 16, dtype=torch.float64))
     rows = x_t == K
     logits = torch.randn(5, 16, K, dtype=torch.float64, requires_grad=True)
 
@@ -90,11 +90,11 @@ def test_masked_loss_is_the_definition() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_trainer_loss(name: str) -> None:
     """The trainer's loss is T times the definition, on what the network gives."""
-    trainer = Trainer(
-        DenoiserConfig(**{**TINY.to_dict(), "grid": (4, 4), "schedule": name}), QUICK, pairs()
-    )
-    x0, x_t, t, cond, mask = trainer.batch(3, trainer.sampler, 8)
-    got = trainer.loss(x0, x_t, t, cond, mask)
+    trainer = denoiser_trainer(replace(TINY, schedule=name), QUICK, pairs())
+    batch = trainer.draw(3)
+    x0, (cond, mask) = batch.x0, batch.inputs
+    got, t, losses = trainer.loss(batch)
+    x_t = corrupt(x0, t, Schedule(name, 10, K), batch.noise)
     logits = trainer.net(x_t, t, cond, mask).double()
     if name == "mask":
         certain = F.one_hot(x_t.clamp_max(K - 1), K).double().mul(2.0).sub(1.0).mul(1e9)
@@ -102,6 +102,8 @@ def test_trainer_loss(name: str) -> None:
     schedule = Schedule(name, 10, K)
     want, _ = reference.transition_loss(logits, x0, x_t, t, schedule, auxiliary=0.01)
     torch.testing.assert_close(got.double(), 10 * want.double(), atol=1e-4, rtol=1e-4)
+    kl, _ = reference.transition_loss(logits, x0, x_t, t, schedule, auxiliary=0.0)
+    torch.testing.assert_close(losses.mean().double(), 10 * kl.double(), atol=1e-4, rtol=1e-4)
 
 
 # ---- conditions ---------------------------------------------------------------------------------
@@ -110,7 +112,9 @@ def test_trainer_loss(name: str) -> None:
 def drawn(config: ConditionConfig, count: int = 200, seed: int = 0, worlds: int = 2):
     p = pairs(worlds)
     g = torch.Generator().manual_seed(seed)
-    return p, *ConditionSampler(p, config).draw(count, g)
+    sampler = ConditionSampler(p, config)
+    parts = [sampler.draw(count // 4, g) for _ in range(4)]
+    return p, *(torch.cat(columns) for columns in zip(*parts, strict=True))
 
 
 def world_and_ids(p: Pairs, rows: torch.Tensor) -> torch.Tensor:
@@ -229,29 +233,10 @@ def test_loss_falls() -> None:
         condition=ConditionConfig(k=3, semantic=8, null=0.0),
     )  # fmt: skip
     p = pairs()
-    trainer = Trainer(TINY, config, Pairs(p.codes, p.embeddings, torch.arange(6, 9), p.database))
+    few = Pairs(p.codes, p.embeddings, torch.arange(6, 9), p.database)
+    trainer = denoiser_trainer(TINY, config, few)
     losses = [float(trainer.advance()["loss"]) for _ in range(80)]
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
-
-
-KILLED = """
-import sys, torch
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import test_training as t
-from knnfast.diffusion import training
-torch.set_num_threads(1)
-save = training.Trainer.save
-def save_then_die(self, folder):
-    save(self, folder)
-    if self.step == 4:
-        training._log(folder / 'log.csv', dict(step=5, loss=0, grad=0, lr=0,
-                      images_per_second=0, seconds=0))
-        import os, signal
-        os.kill(os.getpid(), signal.SIGKILL)
-training.Trainer.save = save_then_die
-training.train(t.pairs(), {out!r}, t.tokenizer(), model=t.TINY, config=t.QUICK, progress=False)
-"""
 
 
 def tokenizer() -> VQTokenizer:
@@ -263,37 +248,10 @@ def tokenizer() -> VQTokenizer:
     return VQTokenizer(config).eval().requires_grad_(False)
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_resume_after_kill_is_bit_identical(tmp_path: Path, one_thread: None) -> None:
-    code = KILLED.format(tests=str(Path(__file__).parent), out=str(tmp_path / "killed"))
-    died = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert died.returncode == -9, died.stderr
-    assert not (tmp_path / "killed" / "grids" / "000004.png").exists()
-    for out in ("killed", "whole"):
-        record = train(
-            pairs(), tmp_path / out, tokenizer(), model=TINY, config=QUICK, progress=False
-        )
-        assert record["steps"] == 6
-    a, b = (load_file(tmp_path / o / training.STATE_FILE) for o in ("killed", "whole"))
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-    for file in ("denoiser/model.safetensors", "grids/000006.png"):
-        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-    log = (tmp_path / "killed" / "log.csv").read_text().splitlines()
-    assert log[0].startswith("step,loss")
-    assert [line.split(",")[0] for line in log[1:]] == ["2", "4", "6"]
-
-
 class Colours:
     """An encoder of images alone: the picture itself, tiny. It has no text tower."""
+
+    card = EncoderCard("colours", 12, "c" * 64, 8)
 
     def encode_images(self, images, batch_size=64):
         small = [np.asarray(x.resize((2, 2)), dtype=np.float32).ravel() / 255 for x in images]
@@ -328,7 +286,7 @@ def test_rejects(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="encoder: needed"):
         train(tmp_path / "empty", tmp_path / "a", tokenizer(), None, TINY, QUICK)
     with pytest.raises(ValueError, match="do not have the denoiser's sizes"):
-        Trainer(DenoiserConfig(), QUICK, pairs())
+        denoiser_trainer(DenoiserConfig(), QUICK, pairs())
 
 
 # ---- the tokenizer's training -------------------------------------------------------------------

@@ -19,10 +19,12 @@ from common import Stickers
 from torch import Tensor
 
 from knnfast.diffusion.augment import augment
+from knnfast.diffusion.data import make_pairs
 from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
 from knnfast.diffusion.pairs import ConditionConfig, Pairs
 from knnfast.diffusion.tokenizer import VQTokenizer
-from knnfast.diffusion.training import TrainConfig, make_pairs, train
+from knnfast.diffusion.trainer import TrainConfig
+from knnfast.diffusion.training import train
 from knnfast.encoders import load_encoder
 
 WORLDS = 12

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from knnfast import _files
 from knnfast.diffusion.schedule import Schedule
 from knnfast.ops import Folded, Unfolded, fold_neighbours, neighbour_attention
 
@@ -366,9 +367,9 @@ class Denoiser(nn.Module):
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}
-        save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        _files.save_tensors(folder / WEIGHTS_FILE, state, {"format": "pt"})
         text = json.dumps(self.config.to_dict(), indent=2) + "\n"
-        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        _files.write_atomic(folder / CONFIG_FILE, text.encode())
 
     @classmethod
     def from_folder(cls, path: str | Path, device: str | torch.device = "cpu") -> Denoiser:

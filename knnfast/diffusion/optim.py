@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 
-def orthogonalize(x: Tensor, rounds: int = 5) -> Tensor:
-    """Push the singular values of each matrix of x [n, r, c] towards 1 (Newton-Schulz, bf16)."""
+def orthogonalize(x: Tensor, rounds: int = 5, bf16: bool = True) -> Tensor:
+    """Push the singular values of each matrix of x [n, r, c] towards 1 (Newton-Schulz)."""
     tall = x.shape[1] > x.shape[2]
     y = x.mT if tall else x
-    y = (y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
+    y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    y = y.bfloat16() if bf16 else y
     for _ in range(rounds):
         gram = y @ y.mT
         y = 3.4445 * y + (-4.7750 * gram + 2.0315 * (gram @ gram)) @ y
@@ -31,6 +32,7 @@ class Muon:
         momentum: of Muon, in Nesterov's form.
         betas: of Adam.
         weight_decay: decoupled, on matrices.
+        bf16: compute Muon's updates in bfloat16.
     """
 
     def __init__(
@@ -40,8 +42,9 @@ class Muon:
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.98),
         weight_decay: float = 0.01,
+        bf16: bool = True,
     ) -> None:
-        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.lr, self.momentum, self.weight_decay, self.bf16 = lr, momentum, weight_decay, bf16
         matrices: dict[tuple[int, ...], list[tuple[str, nn.Parameter]]] = defaultdict(list)
         others = []
         for name, p in model.named_parameters():
@@ -70,7 +73,7 @@ class Muon:
             # A stacked projection (query, key, value) is three matrices.
             parts = shape[0] // shape[1] if shape[0] == 3 * shape[1] else 1
             flat = stack.view(-1, shape[0] // parts, shape[1])
-            update = orthogonalize(flat).view(stack.shape)
+            update = orthogonalize(flat, bf16=self.bf16).view(stack.shape)
             scale = 0.2 * max(flat.shape[1:]) ** 0.5
             torch._foreach_mul_(params, 1 - self.lr * self.weight_decay)
             torch._foreach_add_(params, list(update.unbind(0)), alpha=-self.lr * scale)
@@ -91,4 +94,4 @@ class Muon:
             buffer.copy_(state[f"muon.{n}"])
         for n, p in self.others:
             keys = ("step", "exp_avg", "exp_avg_sq")
-            self.adam.state[p] = {k: state[f"adam.{k}.{n}"].clone() for k in keys}
+            self.adam.state[p] = {k: state[f"adam.{k}.{n}"].to(p.device, copy=True) for k in keys}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from knnfast import _files
 from knnfast.search import Index
+
+RIVALS = 20  # nearest images among which a disturbed query finds its rival
+SPARE = 32  # neighbours looked up beyond k, to fill places of near-duplicates
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Pairs:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
-        save_file({k: v.clone().contiguous() for k, v in vars(self).items()}, path)
+        _files.save_tensors(Path(path), {k: v.clone() for k, v in vars(self).items()})
 
     @classmethod
     def load(cls, path: str | Path) -> Pairs:
@@ -60,6 +64,9 @@ class ConditionConfig:
         semantic: numbers of the embedding that a text embedding fills too; None: all of them.
         text_like: probability that the query is cut to its semantic part, as a prompt's is.
         noise: largest length of the Gaussian noise added to a unit query (LAFITE), drawn uniformly.
+        least_noise: smallest length of it.
+        exact: probability that a query that is not text-like stays undisturbed, as an image query
+            is at inference.
         confuse: largest weight with which the semantic part of a random one of the 20 nearest
             images is mixed into a disturbed query: a prompt is nearly as close to its rivals.
         exclude: probability that the target itself and its near-duplicates are kept out of the
@@ -80,6 +87,8 @@ class ConditionConfig:
     semantic: int | None = None
     text_like: float = 0.6
     noise: float = 1.0
+    least_noise: float = 0.0
+    exact: float = 0.5
     confuse: float = 0.0
     exclude: float = 1.0
     near: float = 0.95
@@ -89,41 +98,105 @@ class ConditionConfig:
     no_neighbours: float = 0.15
     null: float = 0.1
 
+    def __post_init__(self) -> None:
+        for name, value in self.to_dict().items():
+            low, high = {"k": (1, None), "semantic": (1, None), "near": (-1, None)}.get(
+                name, (0, None if name in ("noise", "least_noise", "confuse") else 1)
+            )
+            if value is not None and (value < low or (high is not None and value > high)):
+                allowed = f"at least {low}" if high is None else f"in [{low}, {high}]"
+                raise ValueError(f"{name} must be {allowed}, got {value}")
+        if self.least_noise > self.noise:
+            raise ValueError(f"least_noise {self.least_noise} exceeds noise {self.noise}")
+        if self.null + self.no_query + self.no_neighbours > 1 + 1e-9:
+            raise ValueError("null, no_query and no_neighbours add up to more than 1")
+
+    @property
+    def shows_neighbours(self) -> bool:
+        """Whether any image is ever shown with neighbours."""
+        return self.null + self.no_neighbours < 1 - 1e-9
+
+    def baseline(self, name: str, noise: float = 0.75) -> ConditionConfig:
+        """These conditions, or those of a baseline of the paper in their place.
+
+        Args:
+            name: `knn`: these. `lafite`: no neighbours; the image embedding with Gaussian noise of
+                fixed length, h' = h~ / |h~|, h~ = h + noise e / |e| (Zhou et al. 2022, Eq. 4).
+                `no_neighbours`: the image embedding alone, as it is.
+            noise: of `lafite`.
+        """
+        if name == "knn":
+            return self
+        if name not in BASELINES:
+            raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, got {name!r}")
+        length = noise if name == "lafite" else 0.0
+        return replace(
+            self, text_like=0.0, exact=0.0, noise=length, least_noise=length, confuse=0.0,
+            no_query=0.0, no_neighbours=1.0 - self.null,
+        )  # fmt: skip
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         return asdict(self)
 
 
+BASELINES = ("knn", "lafite", "no_neighbours")
+
+
+def nearest(pairs: Pairs, count: int, batch: int = 4096) -> Tensor:
+    """The `count` nearest database images of every target by its own embedding, once for all.
+
+    Args:
+        pairs: the images.
+        count: of neighbours, the target itself among them.
+        batch: targets searched at a time.
+
+    Returns:
+        Ids, [W, n, min(count, m)] int32, best first, in each world.
+    """
+    count = min(count, len(pairs.database))
+    out = torch.empty(len(pairs.codes), len(pairs.targets), count, dtype=torch.int32)
+    for world, rows in enumerate(pairs.embeddings):
+        index = Index(rows.shape[1], metric="ip")
+        index.add(rows[pairs.database], ids=pairs.database)
+        for start in range(0, len(pairs.targets), batch):
+            part = pairs.targets[start : start + batch]
+            found = index.search(rows[part].float().numpy(), count)[1]
+            out[world, start : start + batch] = torch.from_numpy(found)
+    return out
+
+
 class ConditionSampler:
     """Draws training batches: target codes, condition embeddings, and which of them are on.
+
+    Neighbours are searched with the disturbed query, as a prompt's are at inference. With
+    `candidates` they are the best of these instead, by the same query: no search, for collections
+    so large that one would hold up the training.
 
     Args:
         pairs: the images.
         config: how conditions are drawn.
+        candidates: what `nearest` returned for these pairs.
     """
 
-    def __init__(self, pairs: Pairs, config: ConditionConfig) -> None:
+    def __init__(
+        self, pairs: Pairs, config: ConditionConfig, candidates: Tensor | None = None
+    ) -> None:
         if not 1 <= config.k <= len(pairs.database):
             raise ValueError(f"k must be in [1, {len(pairs.database)}], got {config.k}")
-        self.pairs, self.config = pairs, config
-        self._indexes: dict[int, Index] = {}
+        self.pairs, self.config, self.candidates = pairs, config, candidates
+        self._indexes: dict[tuple[int, int], Index] = {}
 
-    def draw(self, count: int, generator: torch.Generator, chunks: int = 4) -> tuple[Tensor, ...]:
-        """Draw a batch.
+    def draw(self, count: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw images of one world whose neighbours come from one search.
 
         Args:
             count: images.
-            generator: source of every random choice.
-            chunks: parts of the batch; each is drawn from one world and one search.
+            g: source of every random choice.
 
         Returns:
             codes [count, L] int64, cond [count, k+1, E] float32, mask [count, k+1] bool.
         """
-        sizes = [count // chunks + (i < count % chunks) for i in range(chunks)]
-        parts = [self._chunk(n, generator) for n in sizes if n]
-        return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
-
-    def _chunk(self, count: int, g: torch.Generator) -> tuple[Tensor, ...]:
         cfg, pairs = self.config, self.pairs
         worlds = len(pairs.codes)
 
@@ -137,16 +210,18 @@ class ConditionSampler:
         targets = pairs.targets[drawn]
         rows = pairs.embeddings[world]
         own = rows[targets].float()
-        query = self._query(own, rows[pairs.database].float(), chance(cfg.text_like), g)
+        query = self._query(own, world, chance(cfg.text_like), g)
 
-        allowed = None
-        if chance(cfg.subset, 1):
-            share = 0.02 + 0.48 * float(torch.rand(1, generator=g)) ** 2
-            keep = torch.rand(len(pairs.database), generator=g) < share
-            keep |= torch.isin(pairs.database, targets)
-            allowed = pairs.database[keep]
-        excluded = chance(cfg.exclude)
-        ids = self._neighbours(query, targets, own, world, allowed, excluded)
+        ids = torch.full((count, cfg.k), -1)
+        if cfg.shows_neighbours:
+            allowed = None
+            if chance(cfg.subset, 1):
+                share = 0.02 + 0.48 * float(torch.rand(1, generator=g)) ** 2
+                keep = torch.rand(len(pairs.database), generator=g) < share
+                keep |= torch.isin(pairs.database, targets)
+                allowed = pairs.database[keep]
+            found = self._found(query, drawn, world, allowed)
+            ids = self._neighbours(found, targets, own, rows, chance(cfg.exclude))
 
         cond = torch.cat([query[:, None], rows[ids.clamp_min(0)].float()], 1)
         shown = torch.where(
@@ -160,49 +235,63 @@ class ConditionSampler:
         mask = torch.cat([use_query, on & use_neighbours], 1)
         return pairs.codes[world][targets].long(), cond * mask[..., None], mask
 
-    def _query(
-        self, own: Tensor, database: Tensor, text_like: Tensor, g: torch.Generator
-    ) -> Tensor:
+    def _query(self, own: Tensor, world: int, text_like: Tensor, g: torch.Generator) -> Tensor:
         """The query embedding: the image's own, cut and disturbed to resemble a prompt's."""
         cfg, count = self.config, len(own)
         semantic = cfg.semantic or own.shape[1]
         part = (torch.arange(own.shape[1])[None] < semantic) | ~text_like[:, None]
         query = F.normalize(own * part, dim=1)
         noise = F.normalize(torch.randn(own.shape, generator=g) * part, dim=1)
-        noise = noise * torch.rand(count, 1, generator=g) * cfg.noise
+        length = cfg.least_noise + (cfg.noise - cfg.least_noise) * torch.rand(count, 1, generator=g)
+        noise = noise * length
         if cfg.confuse:
-            meaning = F.normalize(database[:, :semantic], dim=1)
-            near = (query[:, :semantic] @ meaning.T).topk(min(20, len(database)), dim=1).indices
-            one = torch.randint(near.shape[1], (count, 1), generator=g)
-            rival = meaning[near.gather(1, one)[:, 0]]
+            near = self._index(world, semantic).search(query[:, :semantic].numpy(), RIVALS)[1]
+            known = min(RIVALS, len(self.pairs.database))
+            one = torch.randint(known, (count, 1), generator=g)
+            id = torch.from_numpy(near).gather(1, one)[:, 0]
+            rival = F.normalize(self.pairs.embeddings[world][id, :semantic].float(), dim=1)
             rival = rival * torch.rand(count, 1, generator=g) * cfg.confuse
             noise = noise + F.pad(rival, (0, own.shape[1] - semantic)) * text_like[:, None]
-        # An image query is exact at inference; half of them stay so.
-        exact = ~text_like & (torch.rand(count, generator=g) < 0.5)
+        exact = ~text_like & (torch.rand(count, generator=g) < cfg.exact)
         return F.normalize(query + noise * (~exact)[:, None], dim=1)
 
+    def _found(self, query: Tensor, drawn: Tensor, world: int, allowed: Tensor | None) -> Tensor:
+        """Ids of the allowed images nearest to the queries [n, more than k], -1 behind the last."""
+        if self.candidates is None:
+            # Enough to fill k places when near-duplicates of the target are taken out.
+            count = min(self.config.k + SPARE, len(self.pairs.database))
+            allow = None if allowed is None else allowed.numpy()
+            rows = self.pairs.embeddings.shape[-1]
+            return torch.from_numpy(
+                self._index(world, rows).search(query.numpy(), count, allow=allow)[1]
+            )
+        ids = self.candidates[world][drawn].long()
+        score = torch.einsum("ne,nce->nc", query, self.pairs.embeddings[world][ids].float())
+        if allowed is not None:
+            some = torch.zeros(self.pairs.codes.shape[1], dtype=torch.bool)
+            some[allowed] = True
+            ids = torch.where(some[ids], ids, -1)
+            score = torch.where(ids < 0, -torch.inf, score)
+        return ids.gather(1, score.argsort(dim=1, descending=True, stable=True))
+
     def _neighbours(
-        self, query: Tensor, targets: Tensor, own: Tensor, world: int, allowed: Tensor | None,
-        excluded: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """Ids of the k nearest allowed images [n, k], nearest first, -1 where there are fewer."""
+        self, found: Tensor, targets: Tensor, own: Tensor, rows: Tensor, excluded: Tensor
+    ) -> Tensor:
+        """The first k of the found ids [n, k], without the target and its near-duplicates where
+        `excluded`, -1 where there are fewer."""
         k = self.config.k
-        allow = None if allowed is None else allowed.numpy()
-        # Enough to fill k places when near-duplicates of the target are taken out.
-        count = min(k + 32, len(self.pairs.database))
-        found = torch.from_numpy(self._index(world).search(query.numpy(), count, allow=allow)[1])
-        rows = self.pairs.embeddings[world][found.clamp_min(0)].float()
-        near = (rows * own[:, None]).sum(-1) >= self.config.near
+        near = torch.einsum("ne,nce->nc", own, rows[found.clamp_min(0)].float()) >= self.config.near
         near |= found == targets[:, None]
         drop = (near & excluded[:, None]) | (found < 0)
         order = drop.to(torch.int8).argsort(dim=1, stable=True)[:, :k]
         ids = torch.where(drop, -1, found).gather(1, order)
         return F.pad(ids, (0, k - ids.shape[1]), value=-1)
 
-    def _index(self, world: int) -> Index:
-        """The world's database, indexed on first use."""
-        if world not in self._indexes:
-            rows = self.pairs.embeddings[world][self.pairs.database]
-            index = self._indexes[world] = Index(rows.shape[1], metric="ip")
+    def _index(self, world: int, dim: int) -> Index:
+        """The first `dim` numbers of a world's database, indexed on first use."""
+        if (world, dim) not in self._indexes:
+            rows = self.pairs.embeddings[world][self.pairs.database, :dim]
+            index = Index(dim, metric="cosine" if dim < self.pairs.embeddings.shape[-1] else "ip")
             index.add(rows, ids=self.pairs.database)
-        return self._indexes[world]
+            self._indexes[world, dim] = index
+        return self._indexes[world, dim]

@@ -1,0 +1,294 @@
+"""Images as training data: folders, databases and WebDataset shards, encoded once, in parts."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from knnfast import _files
+from knnfast.database import Database
+from knnfast.images import READ_ERRORS, SUFFIXES, flatten, list_images, read_image
+from knnfast.diffusion.augment import augment
+from knnfast.diffusion.cache import check_recipe, load_cache, save_cache
+from knnfast.diffusion.distributed import Processes
+from knnfast.diffusion.pairs import Pairs
+from knnfast.diffusion.tokenizer import VQTokenizer
+from knnfast.evaluate import weights_hash
+
+if TYPE_CHECKING:
+    from knnfast.encoders import EncoderCard
+
+PAIRS_FILE = "pairs.safetensors"
+PART = 1024  # images encoded at a time; what a kill can lose
+
+
+class ImageEncoder(Protocol):
+    """The side of an encoder that training uses: images in, unit rows out."""
+
+    card: EncoderCard
+
+    def encode_images(self, images: list[Image.Image], batch_size: int = 64) -> Any:
+        """Give an object whose `vectors` is [N, E] float32."""
+
+
+class Picture(NamedTuple):
+    """One image of a collection, not read yet."""
+
+    name: str
+    read: Callable[[], Image.Image]
+
+
+# ---- collections --------------------------------------------------------------------------------
+
+
+def shards(data: str | Path) -> list[Path]:
+    """Tar files that `data` means: one file, `shard-{000..099}.tar`, or a folder that holds some.
+
+    Returns:
+        The files, sorted; empty when `data` is something else.
+
+    Raises:
+        FileNotFoundError: a shard is missing. ImportError: no webdataset for a pattern.
+    """
+    path = Path(data)
+    if path.is_dir():
+        return sorted(path.glob("*.tar"))
+    if path.suffix != ".tar":
+        return []
+    files = [path]
+    if "{" in str(data):
+        _webdataset()
+        from braceexpand import braceexpand
+
+        files = [Path(p) for p in braceexpand(str(data))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such shard")
+    return files
+
+
+def pictures(data: str | Path | Database) -> Iterator[Picture]:
+    """Every image of a folder, of WebDataset shards or of a database, in a fixed order.
+
+    Names and captions are not looked at. A database's images come from their sources, or from its
+    thumbnails where a source is no longer there.
+
+    Raises:
+        FileNotFoundError: no such folder or shard. ImportError: webdataset is not installed.
+    """
+    if isinstance(data, Database):
+        for item in data:
+            file = Path(item.source)
+            there = bool(item.source) and file.is_file()
+            yield Picture(
+                item.source or item.name,
+                partial(read_image, file) if there else partial(data.thumbnail, item.id),
+            )
+    elif tars := shards(data):
+        wds = _webdataset()
+        stream = wds.WebDataset(
+            [str(p) for p in tars], shardshuffle=False, nodesplitter=None, workersplitter=None
+        )
+        for sample in stream:
+            for key, value in sample.items():
+                if f".{key.rpartition('.')[2].lower()}" in SUFFIXES:
+                    name = f"{sample['__url__']}: {sample['__key__']}.{key}"
+                    yield Picture(name, partial(_decode, value))
+    else:
+        for path in list_images(data):
+            yield Picture(str(path), partial(read_image, path))
+
+
+def identity(data: str | Path | Database) -> str:
+    """Hash of what a collection is: names and sizes of its files, or a database's rows."""
+    digest = hashlib.sha256()
+    if isinstance(data, Database):
+        for item in data:
+            digest.update(f"{item.id}\0{item.name}\0{item.source}\n".encode())
+        digest.update(data.vectors(data.ids).tobytes())
+    else:
+        root = Path(data)
+        for path in shards(data) or list_images(data):
+            name = path.relative_to(root) if root.is_dir() else path.name
+            digest.update(f"{name}\0{path.stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+def load_images(items: Iterable[Picture], size: int) -> tuple[Tensor, list[str]]:
+    """Read images as [N, 3, size, size] uint8, and a line for each one that cannot be read."""
+    rows, skipped = [], []
+    for item in items:
+        try:
+            picture = item.read().convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+        except READ_ERRORS as e:
+            skipped.append(f"{item.name}: {e}")
+            continue
+        rows.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    return torch.stack(rows) if rows else torch.empty(0, 3, size, size, dtype=torch.uint8), skipped
+
+
+def _decode(data: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(data)) as image:
+        return flatten(image)
+
+
+def _webdataset() -> Any:
+    try:
+        import webdataset
+    except ImportError:
+        raise ImportError(
+            "webdataset: needed to read .tar shards; install the extra: knnfast[train]"
+        ) from None
+    return webdataset
+
+
+# ---- encoding -----------------------------------------------------------------------------------
+
+
+def worlds_of(images: Tensor, count: int, seed: int, batch: int = 256) -> Iterator[Tensor]:
+    """The images as they are, then `count` - 1 times with every image augmented in its own way.
+
+    Args:
+        images: [N, 3, S, S], uint8.
+        count: number of worlds.
+        seed: of the augmentations.
+        batch: images at a time.
+
+    Yields:
+        [N, 3, S, S], uint8.
+    """
+    yield images
+    for world in range(1, count):
+        g = torch.Generator().manual_seed(seed * 1_000_003 + world)
+        parts = [augment(x.float() / 255, g) for x in images.split(batch)]
+        yield (torch.cat(parts) * 255).round().byte()
+
+
+def make_pairs(
+    worlds: Iterable[Tensor],
+    encoder: ImageEncoder,
+    tokenizer: VQTokenizer,
+    targets: Tensor | None = None,
+    database: Tensor | None = None,
+    batch: int = 64,
+) -> Pairs:
+    """Encode every world of a collection: codes and embeddings.
+
+    Args:
+        worlds: the collection in one or more versions, each [N, 3, S, S] uint8.
+        encoder: gives embeddings of PIL images; nothing else of it is used.
+        tokenizer: gives codes.
+        targets: ids that may be targets, [n] int64; None: all.
+        database: ids that may be neighbours, [m] int64; None: all.
+        batch: images at a time.
+    """
+    device = next(tokenizer.parameters()).device
+    codes, embeddings = [], []
+    for images in worlds:
+        shown = [Image.fromarray(x.numpy()) for x in images.permute(0, 2, 3, 1)]
+        rows = encoder.encode_images(shown, batch_size=batch).vectors
+        embeddings.append(torch.from_numpy(np.asarray(rows, dtype=np.float16)))
+        parts = [tokenizer.encode(x.to(device).float() / 255).cpu() for x in images.split(batch)]
+        codes.append(torch.cat(parts).to(torch.int16))
+    everything = torch.arange(codes[0].shape[0])
+    return Pairs(
+        torch.stack(codes),
+        torch.stack(embeddings),
+        everything if targets is None else targets,
+        everything if database is None else database,
+    )
+
+
+def encode(
+    data: str | Path | Database,
+    folder: Path,
+    encoder: ImageEncoder,
+    tokenizer: VQTokenizer,
+    worlds: int,
+    seed: int,
+    processes: Processes | None = None,
+    progress: bool = True,
+) -> Pairs:
+    """Encode a collection once; later calls read the result, and a killed one goes on.
+
+    The images pass through memory in parts of PART, shared among the processes; each finished part
+    is a file until all of them become `pairs.safetensors`.
+
+    Raises:
+        ValueError: fewer than two readable images, or `folder` holds another collection's result.
+    """
+    processes = processes or Processes()
+    file, parts = folder / PAIRS_FILE, folder / "pairs.parts"
+    recipe = {
+        "data": identity(data),
+        "encoder": encoder.card.sha256,
+        "tokenizer": weights_hash(tokenizer),
+        "worlds": worlds,
+        "seed": seed,
+    }
+    if processes.main and load_cache(file, recipe) is None:
+        parts.mkdir(parents=True, exist_ok=True)
+        made_from = parts / "recipe.json"
+        if made_from.is_file():
+            check_recipe(made_from, _files.read_json(made_from), recipe)
+        _files.write_json(made_from, recipe)
+    processes.wait()
+    if parts.is_dir():
+        _encode_parts(data, parts, encoder, tokenizer, worlds, seed, processes, progress)
+        processes.wait()
+        if processes.main:
+            _join(parts, file, recipe)
+        processes.wait()
+    tensors = load_cache(file, recipe)
+    assert tensors is not None
+    return Pairs(**tensors)
+
+
+def _encode_parts(
+    data: str | Path | Database, folder: Path, encoder: ImageEncoder, tokenizer: VQTokenizer,
+    worlds: int, seed: int, processes: Processes, progress: bool,
+) -> None:  # fmt: skip
+    """Write this process's share of the parts."""
+    stream = pictures(data)
+    bar = tqdm(desc="encoding", unit="image", disable=not (progress and processes.main))
+    number = 0
+    while items := list(islice(stream, PART)):
+        part = folder / f"{number:06d}.safetensors"
+        if number % processes.count == processes.rank and not part.is_file():
+            images, skipped = load_images(items, tokenizer.image_size)
+            for line in skipped:
+                warnings.warn(f"skipped {line}", stacklevel=2)
+            if len(images):
+                made = make_pairs(
+                    worlds_of(images, worlds, seed * 1_000_003 + number), encoder, tokenizer
+                )
+                _files.save_tensors(part, {"codes": made.codes, "embeddings": made.embeddings})
+        bar.update(len(items))
+        number += 1
+    bar.close()
+
+
+def _join(parts: Path, file: Path, recipe: dict[str, Any]) -> None:
+    """Make one file of all parts."""
+    loaded = [load_file(p) for p in sorted(parts.glob("*.safetensors"))]
+    count = sum(p["codes"].shape[1] for p in loaded)
+    if count < 2:
+        raise ValueError(f"data: needs at least two readable images, found {count}")
+    tensors = {name: torch.cat([p[name] for p in loaded], 1) for name in ("codes", "embeddings")}
+    everything = torch.arange(count)
+    save_cache(file, {**tensors, "targets": everything, "database": everything.clone()}, recipe)
+    shutil.rmtree(parts)

@@ -1,0 +1,90 @@
+"""Data-parallel training: the processes that `torchrun` starts, or the one process there is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+# Long enough for one process to encode or index a large collection while the others wait.
+TIMEOUT = timedelta(hours=24)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """One training process among `count`.
+
+    Attributes:
+        rank: number of this process, in [0, count).
+        count: processes.
+        device: where this one computes.
+    """
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def share(self, batch: int) -> tuple[int, int]:
+        """Images [start, stop) of a global batch that are for this process.
+
+        Raises:
+            ValueError: the batch cannot be shared out evenly.
+        """
+        if batch % self.count:
+            raise ValueError(f"batch: {batch} images cannot be shared by {self.count} processes")
+        size = batch // self.count
+        return self.rank * size, (self.rank + 1) * size
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """A module whose gradients are averaged over the processes in the backward pass."""
+        if self.count == 1:
+            return module
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Every process's `rows` [n, ...], in the order of the ranks: [count * n, ...]."""
+        if self.count == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.count)]
+        dist.all_gather(parts, rows)
+        return torch.cat(parts)
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+@contextmanager
+def processes(device: str | torch.device = "cpu") -> Iterator[Processes]:
+    """Join the processes that `torchrun` started; without it, be the only one.
+
+    Args:
+        device: `cpu` (gloo) or `cuda` (NCCL, the GPU of the local rank).
+    """
+    count, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and count > 1:
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    if count == 1 or dist.is_initialized():  # joined already
+        yield Processes(rank, count, chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield Processes(rank, count, chosen)
+    finally:
+        dist.destroy_process_group()
