@@ -203,10 +203,10 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_lost_loss_stops_the_run(tmp_path: Path) -> None:
-    config = replace(QUICK, lr=1e30, warmup=1, checkpoint_every=1)
+    config = replace(QUICK, lr=1e30, warmup=1, checkpoint_every=6)
     with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step 2"):
         train(pairs(), tmp_path, tokenizer(), model=TINY, config=config, progress=False)
-    assert load_file(tmp_path / STATE_FILE)["levels.hits"].shape == (10,)
+    assert not (tmp_path / STATE_FILE).exists()
 
 
 # ---- levels -------------------------------------------------------------------------------------

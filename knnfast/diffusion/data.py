@@ -21,13 +21,13 @@ from tqdm import tqdm
 
 from knnfast import _files
 from knnfast.database import Database
-from knnfast.images import READ_ERRORS, SUFFIXES, flatten, list_images, read_image
 from knnfast.diffusion.augment import augment
 from knnfast.diffusion.cache import check_recipe, load_cache, save_cache
 from knnfast.diffusion.distributed import Processes
 from knnfast.diffusion.pairs import Pairs
 from knnfast.diffusion.tokenizer import VQTokenizer
 from knnfast.evaluate import weights_hash
+from knnfast.images import READ_ERRORS, SUFFIXES, flatten, list_images, read_image
 
 if TYPE_CHECKING:
     from knnfast.encoders import EncoderCard
