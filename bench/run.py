@@ -18,19 +18,18 @@ import contextlib
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from base import Base
-from case import Case, Rival
+from case import Case
 from cases import OPS, cases
 from shapes import SHAPES
 
 from knnfast import _C, _files
 from knnfast.benchmark.machine import ceilings, machine, share
-from knnfast.benchmark.timing import Local, Timing, interleave, peak_mib, ratio
+from knnfast.benchmark.timing import Local, Timing, best_threads, interleave, peak_mib, ratio
 
 
 def tidy(value: Any) -> Any:
@@ -45,22 +44,6 @@ def tidy(value: Any) -> Any:
 def scaled(timing: Timing, per: int) -> Timing:
     """Times of one step where a call makes `per` of them."""
     return Timing(timing.calls / per, timing.turns / per)
-
-
-def best_threads(rival: Rival, threads: int) -> int | None:
-    """Sets the peer to the better of one thread and all of them, and returns it."""
-    if rival.set_threads is None:
-        return None
-    taken: dict[int, float] = {}
-    for n in sorted({1, threads}):
-        rival.set_threads(n)
-        rival.call()
-        start = time.perf_counter()
-        rival.call()
-        taken[n] = time.perf_counter() - start
-    best = min(taken, key=taken.__getitem__)
-    rival.set_threads(best)
-    return best
 
 
 def measure(
@@ -97,7 +80,7 @@ def measure(
                 continue
             verdict = case.judge((rival.result or rival.call)())
             verdict.pop("ok")
-            threads = best_threads(rival, args.threads)
+            threads = best_threads(rival.set_threads, rival.call, args.threads)
             pair = interleave(
                 {"ours": Local(case.ours[main], case.cuda), "theirs": Local(rival.call, case.cuda)},
                 **turn,

@@ -16,6 +16,7 @@ _PUBLIC = {
     "Index": "knnfast.search",
     "KNNDiffusion": "knnfast.pipeline",
     "encoders": "knnfast.encoders",
+    "faiss_reference": "knnfast.benchmark.faiss_reference",
     "faiss_api": "knnfast.faiss_api",
     "ops": "knnfast.ops",
     "reference": "knnfast.ops.reference",

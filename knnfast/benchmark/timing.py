@@ -137,6 +137,24 @@ def interleave(
     return {name: Timing(np.array(calls[name]), np.array(medians[name])) for name in contenders}
 
 
+def best_threads(
+    set_threads: Callable[[int], None] | None, call: Callable[[], Any], threads: int
+) -> int | None:
+    """Set a peer to the better of one thread and all of them; returns it (None: cannot choose)."""
+    if set_threads is None:
+        return None
+    taken: dict[int, float] = {}
+    for n in sorted({1, threads}):
+        set_threads(n)
+        call()
+        start = time.perf_counter()
+        call()
+        taken[n] = time.perf_counter() - start
+    best = min(taken, key=taken.__getitem__)
+    set_threads(best)
+    return best
+
+
 def peak_mib(call: Callable[[], Any], cuda: bool = False) -> float | None:
     """Memory that one call adds at its peak, in MiB.
 

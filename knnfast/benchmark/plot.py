@@ -1,0 +1,75 @@
+"""Latency against batch and against rows, log-log, with the roofline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from knnfast.benchmark.faiss_reference import FaissReport
+
+
+def require_matplotlib() -> Any:
+    """The class `matplotlib.figure.Figure`; ImportError that names the extra when it is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f"the plot needs matplotlib ({error}): pip install 'knnfast[bench]'"
+        ) from None
+    return Figure
+
+
+def floor_ms(n: Any, d: int, batch: Any, limits: dict[str, float], width: int = 2) -> Any:
+    """Milliseconds of reading the rows once, or of the products, whichever is longer.
+
+    Args:
+        width: bytes of an element: 2 for FP16 rows; 1 for int8 codes.
+    """
+    reading = width * n * d / limits["read_gb_s"] / 1e6
+    working = 2.0 * n * d * batch / limits["matmul_tflop_s"] / 1e9
+    return np.maximum(reading, working) if width == 2 else reading + 0.0 * batch
+
+
+def save_plot(report: FaissReport, path: Path) -> None:
+    """Write a PNG (or what the path's ending says) of two panels."""
+    figure = require_matplotlib()(figsize=(11, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=False)
+    shape, limits = report.shape, report.ceilings
+    names = list(dict.fromkeys(row["name"] for row in report.rows))
+    n, d, first = shape["n"], shape["d"], shape["batch"][0]
+    for panel, key, fixed in ((panels[0], "batch", ("n", n)), (panels[1], "n", ("batch", first))):
+        for i, name in enumerate(names):
+            rows = [r for r in report.rows if r["name"] == name and r[fixed[0]] == fixed[1]]
+            rows.sort(key=lambda r: r[key])
+            panel.plot(
+                [r[key] for r in rows], [r["p50_ms"] for r in rows], color=f"C{i}",
+                marker="o", linewidth=2.5 if i == 0 else 1.2, label=name,
+            )  # fmt: skip
+            panel.fill_between(
+                [r[key] for r in rows], [r["p50_ms"] for r in rows], [r["p99_ms"] for r in rows],
+                color=f"C{i}", alpha=0.12, linewidth=0,
+            )  # fmt: skip
+        at = np.array(sorted({r[key] for r in report.rows if r[fixed[0]] == fixed[1]}), float)
+        lines = np.geomspace(at[0], at[-1], 50)
+        sizes, batches = (n, lines) if key == "batch" else (lines, first)
+        panel.plot(lines, floor_ms(sizes, d, batches, limits), "k--", linewidth=1,
+                   label="roofline: FP16 rows once, or matmul")  # fmt: skip
+        panel.plot(lines, floor_ms(sizes, d, batches, limits, width=1), "k:", linewidth=1,
+                   label="reading int8 codes once")  # fmt: skip
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.grid(True, which="both", alpha=0.2)
+        panel.set_ylabel("p50 (shaded to p99), ms")
+    panels[0].set_xlabel(f"batch, at {n:,} rows")
+    panels[1].set_xlabel(f"rows, at batch {first}")
+    panels[0].legend(fontsize=8)
+    about = report.machine
+    figure.suptitle(
+        f"top-{shape['k']}, d {d}, {shape['metric']}: {about.get('gpu', about['cpu'])}, "
+        f"{about['threads']} threads, {about['date']}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,167 @@
+"""Measuring: judges that see errors, tables that say what was measured, and the command."""
+
+import functools
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+import knnfast
+from knnfast.benchmark.faiss_reference import faiss_reference
+from knnfast.benchmark.machine import ceilings, machine, share
+from knnfast.benchmark.plot import floor_ms
+from knnfast.benchmark.timing import Local, interleave, peak_mib, ratio
+from knnfast.benchmark.topk import KINDS, Truth, build_peers, make_rows
+from knnfast.cli import main
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    """Short turns, and ceilings that are given: these tests are not about time."""
+    limits = {"read_gb_s": 10.0, "copy_gb_s": 8.0, "matmul_tflop_s": 0.1}
+    short = functools.partial(interleave, seconds=0.001, turns=2, least=2)
+    monkeypatch.setattr("knnfast.benchmark.faiss_reference.ceilings", lambda device: limits)
+    monkeypatch.setattr("knnfast.benchmark.faiss_reference.interleave", short)
+    monkeypatch.setattr("knnfast.benchmark.timing.SETTLE", 0.0)
+
+
+def test_ceilings():
+    limits = ceilings(scale=16)
+    assert set(limits) == {"read_gb_s", "copy_gb_s", "matmul_tflop_s"}
+    assert all(value > 0 for value in limits.values())
+
+
+def test_truth_sees_every_kind_of_wrong_answer():
+    rows, queries = make_rows(500, 16, queries=4)
+    truth = Truth(rows, queries, 5)
+    right = np.argsort(-(queries.astype(np.float64) @ rows.astype(np.float64).T), 1)[:, :5]
+    assert truth.judge(right) == {"exact": True, "recall": 1.0, "regret": 0.0}
+    assert truth.judge(right[:, ::-1])["exact"]  # a set of the best; order is the tests' affair
+    worse = right.copy()
+    worse[0, 4] = np.argsort(-(queries[0].astype(float) @ rows.astype(float).T))[5]
+    assert truth.judge(worse)["recall"] == pytest.approx(19 / 20)
+    assert truth.judge(worse)["regret"] > 0
+    twice = right.copy()
+    twice[1, 4] = twice[1, 0]
+    missing = right.copy()
+    missing[2, 0] = -1
+    assert not any(truth.judge(ids)["exact"] for ids in (worse, twice, missing))
+
+
+@pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ours_is_exact_by_the_benchmarks_own_judge(kind, metric):
+    rows, queries = make_rows(3_000, 24, kind, queries=4)
+    index = knnfast.Index(24, metric=metric)
+    index.add(rows)
+    assert Truth(rows, queries, 7, metric).judge(index.search(queries, 7)[1])["exact"]
+
+
+def test_peers_agree():
+    rows, queries = make_rows(2_000, 32, queries=4)
+    truth = Truth(rows, queries, 5)
+    names = []
+    for name, peer in build_peers(None, rows, "ip"):
+        assert not isinstance(peer, str), (name, peer)
+        assert truth.judge(peer.search(queries, 5))["recall"] > 0.9
+        names.append(name)
+    assert names == ["faiss-flat", "faiss-sq-fp16", "usearch-exact", "torch-fp32"]
+    with pytest.raises(ValueError, match="peers must be of"):
+        next(build_peers(["annoy"], rows, "ip"))
+
+
+def test_interleave_tells_twice_as_slow():
+    """The slower one waits twice as long: sleeps are not disturbed by load as work is."""
+    timings = interleave(
+        {"one": Local(lambda: time.sleep(0.01)), "two": Local(lambda: time.sleep(0.02))},
+        seconds=0.03,
+        turns=3,
+    )
+    assert 1.4 < ratio(timings["two"], timings["one"]) < 2.8
+    row = timings["one"].row()
+    assert row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
+    assert row["runs"] == len(timings["one"].calls) >= 3
+    assert len(timings["one"].turns) == 3
+
+
+def test_peak_memory_counts_what_a_call_adds():
+    def call():
+        return float(np.ones(32 << 17).sum())  # 32 MiB
+
+    assert 30 < peak_mib(call) < 40
+
+
+def test_share_and_floor():
+    limits = {"read_gb_s": 10.0, "copy_gb_s": 8.0, "matmul_tflop_s": 1.0}
+    reading = share(1e9, 1e9, 200.0, limits)
+    assert reading["bound"] == "read"
+    assert reading["gb_s"] == pytest.approx(5.0)
+    assert reading["ceiling_share"] == pytest.approx(0.5)
+    working = share(1e6, 1e11, 200.0, limits)
+    assert working["bound"] == "matmul"
+    assert working["tflop_s"] == pytest.approx(0.5)
+    assert floor_ms(1_000_000, 500, 1, limits) == pytest.approx(100.0)
+    assert floor_ms(1_000_000, 500, 1, limits, width=1) == pytest.approx(50.0)
+    assert floor_ms(1_000_000, 500, 1_000, limits) == pytest.approx(1_000.0)
+
+
+def test_the_machine_is_described_without_its_name():
+    import platform
+
+    about = machine()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", about["date"])
+    assert about["versions"]["knnfast"] == knnfast.__version__
+    assert platform.node() not in json.dumps(about)
+
+
+def test_bench_command_writes_table_and_plot(tmp_path, quickly):
+    plot = tmp_path / "bench.png"
+    shape = ["--n", "2000", "--d", "32", "--batch", "1,4", "--k", "5"]
+    arguments = ["bench", *shape, "--seconds", "60", "--plot"]
+    result = CliRunner().invoke(main, [*arguments, str(plot)])
+    assert result.exit_code == 0, result.output
+    for name in ("knnfast", "faiss-flat", "faiss-sq-fp16", "usearch-exact", "torch-fp32"):
+        assert re.search(rf"^{name} +2,000 +4 .*(exact|recall)", result.stdout, re.M), result.output
+    assert "measured ceilings: read" in result.stdout
+    with Image.open(plot) as image:
+        assert image.format == "PNG"
+        assert image.width > 1000
+
+
+def test_faiss_reference_takes_own_rows_and_skips_what_does_not_fit(quickly):
+    rows, queries = make_rows(1_000, 16, queries=2)
+    report = faiss_reference(batch=(2,), k=3, rows=rows, queries=queries, metric="l2", seconds=0)
+    assert [row["name"] for row in report.rows] == ["knnfast"] * 3
+    assert all(row["exact"] for row in report.rows)
+    assert "faiss-flat" in report.skipped
+    assert "not measured: faiss-flat" in report.table()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 0}, r"k must lie in \[1, n = 50\], got 0"),
+        ({"k": 51}, r"k must lie in \[1, n = 50\], got 51"),
+        ({"batch": ()}, r"batch must hold numbers of at least 1, got \[\]"),
+        ({"metric": "cosine"}, "metric must be ip or l2, got 'cosine'"),
+        ({"peers": ["annoy"]}, "peers must be of"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"rows": np.zeros((3, 4)), "queries": np.zeros((1, 5))}, "queries must have shape"),
+    ],
+)
+def test_faiss_reference_rejects(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        faiss_reference(**{"n": 50, "d": 4, "batch": (1,), "k": 3, **arguments})
+
+
+@pytest.mark.parametrize("missing", ["faiss", "matplotlib.figure"])
+def test_a_missing_library_is_named_with_its_extra(missing, monkeypatch, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, missing, None)
+    result = CliRunner().invoke(main, ["bench", "--n", "50", "--plot", str(tmp_path / "b.png")])
+    assert result.exit_code == 2
+    assert "pip install 'knnfast[" in result.stderr
+    assert result.stderr.count("\n") == 1
