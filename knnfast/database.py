@@ -40,7 +40,39 @@ class Neighbour:
     score: float
 
 
-class Database:
+class Collection:
+    """Items with groups, to choose from."""
+
+    def __iter__(self) -> Iterator[Item]:
+        raise NotImplementedError
+
+    @property
+    def groups(self) -> dict[str, int]:
+        """Each group and how many images it holds, by name."""
+        counts: dict[str, int] = {}
+        for item in self:
+            counts[item.group] = counts.get(item.group, 0) + 1
+        return dict(sorted(counts.items()))
+
+    def ids_of(
+        self, groups: Iterable[str] | None = None, where: Callable[[Item], bool] | None = None
+    ) -> np.ndarray:
+        """Ids of the images in these groups for which `where(item)` holds, [n] int64.
+
+        Feed them to `search(allow=...)`. Without groups, or without `where`, all do.
+        """
+        wanted = None if groups is None else {groups} if isinstance(groups, str) else set(groups)
+        if wanted is not None and (unknown := wanted - set(self.groups)):
+            raise ValueError(f"groups: {sorted(unknown)} not in this database: {list(self.groups)}")
+        ids = [
+            item.id
+            for item in self
+            if (wanted is None or item.group in wanted) and (where is None or where(item))
+        ]
+        return np.array(ids, np.int64)
+
+
+class Database(Collection):
     """Images as a retrieval database: embeddings, names, groups, sources and thumbnails.
 
     The rows' embeddings live in an `Index` (cosine); everything else is metadata by id. A database
@@ -188,21 +220,6 @@ class Database:
     def ids(self) -> np.ndarray:
         """Ids of all rows in the order they were added, [N] int64."""
         return np.fromiter(self._items, np.int64, len(self._items))
-
-    @property
-    def groups(self) -> dict[str, int]:
-        """Each group and how many images it holds, by name."""
-        counts: dict[str, int] = {}
-        for item in self:
-            counts[item.group] = counts.get(item.group, 0) + 1
-        return dict(sorted(counts.items()))
-
-    def ids_of(self, groups: Iterable[str]) -> np.ndarray:
-        """Ids of the images in these groups, [n] int64; feed them to `search(allow=...)`."""
-        wanted = {groups} if isinstance(groups, str) else set(groups)
-        if unknown := wanted - set(self.groups):
-            raise ValueError(f"groups: {sorted(unknown)} not in this database: {list(self.groups)}")
-        return np.array([item.id for item in self if item.group in wanted], np.int64)
 
     def thumbnail(self, id: int) -> Image.Image:
         """The image of a row as stored: RGB, at most `thumbnail_size` on a side, padded white."""

@@ -8,26 +8,27 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
 
 from knnfast import _files
-from knnfast.database import Database, Neighbour
+from knnfast.database import Database, Item, Neighbour
 from knnfast.diffusion.denoiser import Denoiser
 from knnfast.diffusion.sampler import sample
 from knnfast.diffusion.tokenizer import VQTokenizer
 from knnfast.encoders import Embeddings, Encoder, load_encoder
-from knnfast.images import read_image
+from knnfast.mixture import Mixture
+from knnfast.query import Picture, Query, as_queries, embed
 
 if TYPE_CHECKING:
     from knnfast.diffusion.schedule import Schedule
 
 FORMAT = "knnfast-model"
 BUNDLES = Path(__file__).parent / "bundles"
-Picture = Image.Image | str | Path
+Databases: TypeAlias = Database | Mixture | str | Path | Mapping[str | Path | Database, float]
 
 
 @dataclass
@@ -74,7 +75,7 @@ class KNNDiffusion:
         for name, database in databases.items():
             database.check_encoder(encoder.card)
             self.databases[name] = database
-        self._database = next(iter(self.databases.values()))
+        self._database: Database | Mixture = next(iter(self.databases.values()))
         self.device = next(denoiser.parameters()).device
 
     # ---- loading and saving -----------------------------------------------------------------
@@ -129,17 +130,29 @@ class KNNDiffusion:
     # ---- databases --------------------------------------------------------------------------
 
     @property
-    def database(self) -> Database:
-        """The database that is searched; assign another one (or its name) to swap it."""
+    def database(self) -> Database | Mixture:
+        """The database that is searched; assign another one, its name, or a mix to swap it."""
         return self._database
 
     @database.setter
-    def database(self, value: Database | str) -> None:
-        self._database = self._find_database(value)
+    def database(self, value: Databases) -> None:
+        self._database = self.find_database(value)
 
-    def _find_database(self, value: Database | str | Path | None) -> Database:
+    def find_database(self, value: Databases | None) -> Database | Mixture:
+        """The database that a name, a folder or {database: weight} stands for; None: the default.
+
+        Raises:
+            ValueError: there is none, or it was made with another encoder.
+        """
         if value is None:
             return self._database
+        if isinstance(value, Mapping):
+            parts: dict[Database, float] = {}
+            for each, weight in value.items():
+                database = self.find_database(each)
+                assert isinstance(database, Database)  # for the type checker
+                parts[database] = parts.get(database, 0.0) + weight
+            return Mixture(parts)
         if isinstance(value, str) and value in self.databases:
             return self.databases[value]
         if isinstance(value, str | Path):
@@ -156,37 +169,42 @@ class KNNDiffusion:
 
     def __call__(
         self,
-        prompt: str | Sequence[str] | None = None,
+        prompt: str | Query | Sequence[str | Query] | None = None,
         *,
         image: Picture | Sequence[Picture] | None = None,
         image_weight: float = 0.5,
+        embedding: np.ndarray | Embeddings | None = None,
         k: int = 10,
         steps: int | Sequence[int] = 25,
         guidance: float = 3.0,
         truncation: float = 1.0,
         num_images: int = 1,
         seed: int | None = None,
-        database: Database | str | Path | None = None,
+        database: Databases | None = None,
         groups: Sequence[str] | None = None,
+        where: Callable[[Item], bool] | None = None,
         use_query: bool = True,
         use_neighbours: bool = True,
         batch_size: int = 32,
         callback: Callable[[int, int], None] | None = None,
     ) -> Output:
-        """Generate images for prompts, for images, or for pairs of both.
+        """Generate images for prompts, for images, for pairs of both, or for embeddings.
 
         Args:
-            prompt: one text or several.
+            prompt: one text or several; each may be a `query.mix`, or one of `query.between`.
             image: one picture (PIL or a file) or several; beside a prompt, one for each.
             image_weight: share of the image in a query of both, in [0, 1].
+            embedding: queries as vectors of this pipeline's encoder, [E] or [P, E].
             k: neighbours to condition on, 1 <= k <= size of the database.
             steps: number of denoising steps (1 ... T), or descending times from T.
             guidance: classifier-free guidance weight; 1 means none.
             truncation: keep the most probable classes up to this mass, in (0, 1]; 1 keeps all.
             num_images: samples per query, >= 1.
             seed: 0 ... 2^64 - 1, same seed, same images on one machine; None draws one.
-            database: which one to search: a name, a folder or a `Database`; None: the default.
+            database: which one to search: a name, a folder or a `Database`; a mix as {database:
+                weight}, each giving its share of the k neighbours; None: the default.
             groups: search only these groups of the database.
+            where: search only the items for which this is true.
             use_query: condition on the query's embedding.
             use_neighbours: condition on the neighbours' embeddings.
             batch_size: images denoised at once; the random numbers do not depend on it.
@@ -198,25 +216,22 @@ class KNNDiffusion:
         Raises:
             ValueError, TypeError: an argument out of its range; nothing has been computed.
         """
-        prompts, pictures = _check_queries(prompt, image)
-        db = self._find_database(database)
-        allow = None if groups is None else db.ids_of(groups)
+        queries = as_queries(prompt, image, image_weight, embedding, self.encoder)
+        db = self.find_database(database)
+        allow = None if groups is None and where is None else db.ids_of(groups, where)
         size = len(db) if allow is None else len(allow)
         _check_range("k", k, 1, size, "the size of the database")
         _check_range("num_images", num_images, 1)
         _check_range("batch_size", batch_size, 1)
         if not (math.isfinite(guidance) and guidance >= 0):
             raise ValueError(f"guidance: must be a finite number of at least 0, got {guidance}")
-        if not 0 <= image_weight <= 1:
-            raise ValueError(f"image_weight: must lie in [0, 1], got {image_weight}")
         if seed is None:
             seed = secrets.randbits(63)
         _check_range("seed", seed, 0, 2**64 - 1)
-        images = [read_image(p) if isinstance(p, str | Path) else p for p in pictures]
 
         timings: dict[str, float] = {}
         clock = _Clock(timings, self.device)
-        query = self._encode(prompts, images, image_weight)
+        query = embed(queries, self.encoder)
         clock("encode")
         neighbours = db.search(query, k, allow=allow)
         cond, mask = self._condition(db, query, neighbours, k, use_query, use_neighbours)
@@ -247,7 +262,7 @@ class KNNDiffusion:
         pixels = torch.cat([self.tokenizer.decode(c) for c in alone])
         arrays = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         clock("decode")
-        labels = prompts or [f"image {n + 1}" for n in range(len(images))]
+        labels = [q.label for q in queries]
         return Output([Image.fromarray(a) for a in arrays], neighbours, timings, seed, labels)
 
     @property
@@ -255,23 +270,9 @@ class KNNDiffusion:
         """The noise schedule that the denoiser was trained with."""
         return self.denoiser.schedule
 
-    def _encode(
-        self, prompts: Sequence[str], images: Sequence[Image.Image], image_weight: float
-    ) -> Embeddings:
-        parts: list[tuple[float, np.ndarray]] = []
-        if prompts:
-            weight = 1 - image_weight if images else 1.0
-            parts.append((weight, self.encoder.encode_text(prompts).vectors))
-        if images:
-            weight = image_weight if prompts else 1.0
-            parts.append((weight, self.encoder.encode_images(images).vectors))
-        mixed = sum(w * v for w, v in parts)
-        norm = np.linalg.norm(mixed, axis=1, keepdims=True)
-        return Embeddings((mixed / np.maximum(norm, 1e-12)).astype(np.float32), self.encoder.card)
-
     def _condition(
         self,
-        db: Database,
+        db: Database | Mixture,
         query: Embeddings,
         neighbours: list[list[Neighbour]],
         k: int,
@@ -316,29 +317,6 @@ def write_manifest(root: Path, encoder: str, databases: Sequence[str]) -> None:
         "sha256": {p.relative_to(root).as_posix(): _files.sha256_file(p) for p in files},
     }
     _files.write_json(root / "model.json", manifest)
-
-
-def _check_queries(
-    prompt: str | Sequence[str] | None, image: Picture | Sequence[Picture] | None
-) -> tuple[list[str], list[Picture]]:
-    if prompt is None and image is None:
-        raise ValueError("prompt: give a prompt, an image, or both; got neither")
-    prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
-    for text in prompts:
-        if not isinstance(text, str):
-            raise TypeError(f"prompt: expected text, got {type(text).__name__}")
-        if not text.strip():
-            raise ValueError(f"prompt: must hold at least one word, got {text!r}")
-    pictures: list[Picture]
-    if image is None:
-        pictures = []
-    else:
-        pictures = [image] if isinstance(image, str | Path | Image.Image) else list(image)
-    if not prompts and not pictures:
-        raise ValueError("prompt: the list is empty")
-    if prompts and pictures and len(prompts) != len(pictures):
-        raise ValueError(f"image: {len(pictures)} images beside {len(prompts)} prompts")
-    return prompts, pictures
 
 
 def _check_range(

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
     from knnfast.database import Database
+    from knnfast.mixture import Mixture
     from knnfast.pipeline import Output
 
 CELL = 96  # pixels on a side of a sample as shown
@@ -17,7 +18,9 @@ GAP = 8
 CAPTION = 22
 
 
-def contact_sheet(output: Output, database: Database, max_neighbours: int = 10) -> Image.Image:
+def contact_sheet(
+    output: Output, database: Database | Mixture, max_neighbours: int = 10
+) -> Image.Image:
     """Draw one row per query: its text, its samples, then its neighbours with name and score.
 
     Args:

@@ -1,0 +1,110 @@
+"""Several databases searched as one, each for its share of the neighbours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from knnfast.database import Collection, Database, Item, Neighbour
+
+if TYPE_CHECKING:
+    from knnfast.encoders import Embeddings, EncoderCard
+
+
+class Mixture(Collection):
+    """Databases of one encoder with weights; it is searched like a `Database`.
+
+    A search for k gives each database k times its share of the weights, rounded to whole numbers by
+    largest remainder, and orders what they find by score. An id tells row and database:
+    id = row's id * number of databases + the database's place.
+
+    Args:
+        weights: weight of each database, at least 0, not all 0.
+
+    Raises:
+        ValueError: no database, a bad weight, or different encoders.
+    """
+
+    def __init__(self, weights: Mapping[Database, float]) -> None:
+        if not weights:
+            raise ValueError("database: a mix needs at least one database, got none")
+        for database, weight in weights.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"database: a weight must be at least 0, got {weight}")
+            database.check_encoder(next(iter(weights)).encoder)
+        total = sum(weights.values())
+        if total == 0:
+            raise ValueError("database: all weights are 0")
+        self.parts = [(db, weight / total) for db, weight in weights.items()]
+
+    def __len__(self) -> int:
+        return sum(len(db) for db, _ in self.parts)
+
+    def __getitem__(self, id: int) -> Item:
+        which, row = self._locate(id)
+        return self._own(which, self.parts[which][0][row])
+
+    def __iter__(self) -> Iterator[Item]:
+        for which, (db, _) in enumerate(self.parts):
+            for item in db:
+                yield self._own(which, item)
+
+    def __repr__(self) -> str:
+        shares = ", ".join(f"{share:.2f} of {db!r}" for db, share in self.parts)
+        return f"Mixture({shares})"
+
+    def thumbnail(self, id: int) -> Image.Image:
+        """The image of a row as its database stores it."""
+        which, row = self._locate(id)
+        return self.parts[which][0].thumbnail(row)
+
+    def check_encoder(self, card: EncoderCard) -> None:
+        """Refuse embeddings that another encoder made."""
+        self.parts[0][0].check_encoder(card)
+
+    def counts(self, k: int) -> list[int]:
+        """How many of k neighbours each database gives; ties of the remainders to the earlier."""
+        exact = [k * share for _, share in self.parts]
+        counts = [math.floor(x + 1e-9) for x in exact]
+        order = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+        for i in order[: k - sum(counts)]:
+            counts[i] += 1
+        return counts
+
+    def search(
+        self, queries: Embeddings, k: int, *, allow: np.ndarray | None = None
+    ) -> list[list[Neighbour]]:
+        """Neighbours of each query, best first: each database's share of k, exact.
+
+        Raises:
+            ValueError: a database has fewer allowed images than its share.
+        """
+        found: list[list[Neighbour]] = [[] for _ in range(len(queries))]
+        for which, ((db, _), count) in enumerate(zip(self.parts, self.counts(k), strict=True)):
+            if not count:
+                continue
+            own = None if allow is None else allow[allow % len(self.parts) == which]
+            own = None if own is None else own // len(self.parts)
+            size = len(db) if own is None else len(own)
+            if count > size:
+                raise ValueError(f"k: {count} neighbours are asked of {db!r}, {size} are allowed")
+            for row, neighbours in enumerate(db.search(queries, count, allow=own)):
+                found[row] += [Neighbour(self._own(which, n.item), n.score) for n in neighbours]
+        return [sorted(row, key=lambda n: -n.score) for row in found]
+
+    def vectors(self, ids: Iterable[int]) -> np.ndarray:
+        """Stored embeddings of these rows, [n, dim] float32."""
+        rows = [self._locate(i) for i in ids]
+        return np.concatenate([self.parts[which][0].vectors([row]) for which, row in rows])
+
+    def _own(self, which: int, item: Item) -> Item:
+        return replace(item, id=item.id * len(self.parts) + which)
+
+    def _locate(self, id: int) -> tuple[int, int]:
+        row, which = divmod(id, len(self.parts))
+        return which, row

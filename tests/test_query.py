@@ -1,0 +1,224 @@
+"""Queries and databases at call time: mixes, interpolation, embeddings, filters."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from knnfast import Database, KNNDiffusion
+from knnfast.encoders import Embeddings, EncoderCard
+from knnfast.mixture import Mixture
+from knnfast.query import Query, as_queries, between, embed, mix
+
+CARD = EncoderCard("toy", 3, "ab" * 32, 8)
+
+
+class Toy:
+    """Texts are looked up; a picture is its mean colour."""
+
+    card, dim = CARD, 3
+    words = {"x": [1, 0, 0], "y": [0, 1, 0], "z": [0, 0, 1], "minus x": [-1, 0, 0]}  # noqa: RUF012
+
+    def __init__(self):
+        self.texts = self.images = 0
+
+    def encode_text(self, texts):
+        self.texts += len(texts)
+        return Embeddings(np.array([self.words[t] for t in texts], np.float32), CARD)
+
+    def encode_images(self, images):
+        self.images += len(images)
+        rows = np.array([np.asarray(i, np.float32).mean((0, 1)) for i in images])
+        return Embeddings(rows / np.linalg.norm(rows, axis=1, keepdims=True), CARD)
+
+
+def red():
+    return Image.new("RGB", (4, 4), (255, 0, 0))
+
+
+def embedded(*queries):
+    return embed(list(queries), Toy()).vectors
+
+
+def test_mix_is_the_unit_weighted_sum(tmp_path):
+    np.testing.assert_allclose(embedded(mix(("x", 3.0), ("y", 4.0)))[0], [0.6, 0.8, 0], atol=1e-6)
+    np.testing.assert_allclose(embedded(mix(("x", 1), ("y", -1)))[0], [0.5**0.5, -(0.5**0.5), 0])
+    red().save(tmp_path / "red.png")
+    several = mix((tmp_path / "red.png", 1.0), ("y", 1.0), (np.array([0.0, 0.0, 7.0]), 1.0))
+    np.testing.assert_allclose(embedded(several)[0], np.full(3, 3**-0.5), atol=1e-6)
+    nested = mix((mix(("x", 1.0), ("y", 1.0)), 1.0), ("z", 1.0))
+    np.testing.assert_allclose(embedded(nested)[0], [0.5, 0.5, 0.5**0.5], atol=1e-6)
+
+
+def test_between_goes_round_the_sphere_in_equal_angles():
+    rows = embedded(*between("x", "y", 5)).astype(np.float64)
+    angles = np.degrees(np.arctan2(rows[:, 1], rows[:, 0]))
+    np.testing.assert_allclose(angles, [0, 22.5, 45, 67.5, 90], atol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
+    np.testing.assert_array_equal(embedded(*between("x", "x", 3)), [[1, 0, 0]] * 3)
+
+
+def test_every_text_and_picture_is_encoded_once():
+    toy, picture = Toy(), red()
+    embed([*between("x", "y", 9), mix(("x", 1.0), (picture, 1.0)), mix((picture, 1.0))], toy)
+    assert (toy.texts, toy.images) == (2, 1)
+
+
+def test_as_queries_names_them():
+    toy = Toy()
+
+    def labels(prompt=None, image=None, embedding=None):
+        return [q.label for q in as_queries(prompt, image, 0.5, embedding, toy)]
+
+    assert labels("x") == ["x"]
+    assert labels(["x", mix(("x", 0.5), ("y", 2))]) == ["x", "0.5 x + 2 y"]
+    assert labels(image=[red(), red()]) == ["image 1", "image 2"]
+    assert labels(["x"], [red()]) == ["x"]
+    assert labels(embedding=np.eye(3)) == ["embedding 1", "embedding 2", "embedding 3"]
+    assert labels(between("x", Path("a/boat.png"), 2)) == ["x to boat 0.00", "x to boat 1.00"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: mix(), "at least one"),
+        (lambda: mix(("x", float("nan"))), "finite"),
+        (lambda: mix(("x", "heavy")), "number"),
+        (lambda: mix(("", 1.0)), "word"),
+        (lambda: mix((3, 1.0)), "int"),
+        (lambda: between("x", "y", 1), "count"),
+        (lambda: embedded(mix(("x", 1.0), ("x", -1.0))), "cancel"),
+        (lambda: embedded(*between("x", "minus x", 3)), "opposite"),
+        (lambda: embedded(mix((np.zeros(4), 1.0))), r"must be \[3\]"),
+        (lambda: embedded(mix((np.full(3, np.nan), 1.0))), "NaN"),
+        (lambda: as_queries(None, None, 0.5, np.zeros((2, 2, 3)), Toy()), "must be"),
+        (lambda: as_queries("x", None, 0.5, np.eye(3), Toy()), "alone"),
+        (lambda: as_queries(None, None, 0.5, None, Toy()), "got none"),
+        (lambda: as_queries(["x", "y"], [red()], 0.5, None, Toy()), "beside 2"),
+        (
+            lambda: as_queries(
+                None, None, 0.5, Embeddings(np.eye(3), EncoderCard("b", 3, "c", 8)), Toy()
+            ),
+            "'b', not by 'toy'",
+        ),
+    ],
+)
+def test_rejects(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
+
+
+# ---- databases ----------------------------------------------------------------------------------
+
+
+def toy_database(name, rows, group=""):
+    db = Database(CARD, thumbnail_size=4)
+    rows = np.asarray(rows, np.float32)
+    db.add(
+        Embeddings(rows / np.linalg.norm(rows, axis=1, keepdims=True), CARD),
+        [red()] * len(rows),
+        names=[f"{name}{i}" for i in range(len(rows))],
+        groups=[group or name] * len(rows),
+    )
+    return db
+
+
+def test_mixture_gives_each_database_its_share():
+    near = toy_database("near", [[1, 0.01 * i, 0] for i in range(10)])
+    far = toy_database("far", [[1, 0.3 + 0.01 * i, 0] for i in range(10)])
+    both = Mixture({near: 3.0, far: 1.0})
+    assert [both.counts(k) for k in (1, 2, 4, 7, 10)] == [[1, 0], [2, 0], [3, 1], [5, 2], [8, 2]]
+    (found,) = both.search(Toy().encode_text(["x"]), 8)
+    assert [n.item.name for n in found] == [*(f"near{i}" for i in range(6)), "far0", "far1"]
+    ids = [n.item.id for n in found]
+    assert len(set(ids)) == 8
+    assert [both[i].name for i in ids] == [n.item.name for n in found]
+    want = np.concatenate([near.vectors(range(6)), far.vectors([0, 1])])
+    np.testing.assert_array_equal(both.vectors(ids), want)
+    assert both.thumbnail(ids[7]).size == (4, 4)
+    assert both.groups == {"far": 10, "near": 10}
+    assert len(both) == 20
+
+
+def test_mixture_ties_and_filters():
+    a, b = toy_database("a", np.eye(3)), toy_database("b", np.eye(3))
+    both = Mixture({a: 1.0, b: 1.0})
+    allow = both.ids_of(where=lambda item: item.name not in ("a0", "b1"))
+    (found,) = both.search(Toy().encode_text(["x"]), 3, allow=allow)
+    assert [n.item.name for n in found][0] == "b0"
+    assert {n.item.name for n in found} == {"b0", "a1", "a2"}
+    with pytest.raises(ValueError, match="3 neighbours are asked"):
+        both.search(Toy().encode_text(["x"]), 6, allow=allow)
+
+
+def test_mixture_rejects():
+    a = toy_database("a", np.eye(3))
+    other = Database(EncoderCard("other", 3, "cd" * 32, 8))
+    for weights, message in (
+        ({}, "at least one"),
+        ({a: -1.0}, "at least 0"),
+        ({a: float("inf")}, "at least 0"),
+        ({a: 0.0}, "all weights are 0"),
+        ({a: 1.0, other: 1.0}, "'toy'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Mixture(weights)
+
+
+def test_ids_of_filters_by_group_and_item():
+    db = toy_database("a", np.eye(3), group="g")
+    assert db.ids_of().tolist() == [0, 1, 2]
+    assert db.ids_of(["g"], lambda item: item.name > "a0").tolist() == [1, 2]
+    with pytest.raises(ValueError, match="nowhere"):
+        db.ids_of(["nowhere"])
+
+
+# ---- the pipeline -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return KNNDiffusion.from_pretrained("stickers")
+
+
+def names(output, row=0):
+    return [n.item.name for n in output.neighbours[row]]
+
+
+def test_call_takes_mixes_embeddings_and_filters(pipe):
+    quick = {"steps": 1, "seed": 0, "k": 4}
+    out = pipe(between("a red heart", "pizza", 3), **quick)
+    assert "heart" in names(out)[0]
+    assert names(out, 2)[0] == "pizza"
+    assert out.labels[1] == "a red heart to pizza 0.50"
+    row = pipe.encoder.encode_text(["pizza"])
+    assert names(pipe(embedding=row, **quick)) == names(pipe("pizza", **quick))
+    assert names(pipe(embedding=row.vectors[0], **quick)) == names(pipe("pizza", **quick))
+    only = names(pipe("pizza", where=lambda item: item.name.startswith("hot "), **quick))
+    assert all(name.startswith("hot ") for name in only)
+    with pytest.raises(ValueError, match="size of the database"):
+        pipe("pizza", where=lambda item: item.name == "pizza", **quick)
+
+
+def test_call_mixes_databases(pipe, tmp_path):
+    pipe.databases["animals"].save(tmp_path / "animals")
+    both = {"stickers": 0.5, tmp_path / "animals": 0.5}
+    out = pipe("a cat", database=both, k=6, steps=1, seed=0)
+    animals = {item.name for item in pipe.databases["animals"]}
+    assert sum(name in animals for name in names(out)) == 3
+    pipe.database = both
+    try:
+        assert names(pipe("a cat", k=6, steps=1, seed=0)) == names(out)
+        assert isinstance(pipe.database, Mixture)
+    finally:
+        pipe.database = "stickers"
+    with pytest.raises(ValueError, match="nowhere"):
+        pipe("a cat", database={"nowhere": 1.0})
+
+
+def test_a_query_object_is_not_changed(pipe):
+    query = mix(("pizza", 1.0))
+    pipe(query, steps=1, seed=0)
+    assert query.parts == (("pizza", 1.0),)
+    assert isinstance(query, Query)
