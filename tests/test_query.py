@@ -18,7 +18,7 @@ class Toy:
     """Texts are looked up; a picture is its mean colour."""
 
     card, dim = CARD, 3
-    words = {"x": [1, 0, 0], "y": [0, 1, 0], "z": [0, 0, 1], "minus x": [-1, 0, 0]}  # noqa: RUF012
+    words = {"x": [1, 0, 0], "y": [0, 1, 0], "z": [0, 0, 1], "minus x": [-1, 0, 0]}
 
     def __init__(self):
         self.texts = self.images = 0
@@ -146,7 +146,7 @@ def test_mixture_ties_and_filters():
     both = Mixture({a: 1.0, b: 1.0})
     allow = both.ids_of(where=lambda item: item.name not in ("a0", "b1"))
     (found,) = both.search(Toy().encode_text(["x"]), 3, allow=allow)
-    assert [n.item.name for n in found][0] == "b0"
+    assert found[0].item.name == "b0"
     assert {n.item.name for n in found} == {"b0", "a1", "a2"}
     with pytest.raises(ValueError, match="3 neighbours are asked"):
         both.search(Toy().encode_text(["x"]), 6, allow=allow)
