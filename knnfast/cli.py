@@ -46,12 +46,14 @@ def main(debug: bool) -> None:
 @click.option("--steps", default=25, show_default=True, help="Denoising steps.")
 @click.option("--guidance", default=3.0, show_default=True, help="Guidance weight; 1 is none.")
 @click.option("--truncation", default=1.0, show_default=True, help="Keep this mass of the codes.")
+@click.option("--solver", help="dpm (the default) or ddim, of the continuous backbone.")
 @click.option("--seed", type=int, help="0 ... 2^64-1; drawn when not given.")
 @click.option("--database", help="A database of the model by name, or a folder.")
 @click.option("--group", "groups", multiple=True, help="Search only this group (repeatable).")
 @click.option("--no-query", is_flag=True, help="Condition on the neighbours alone.")
 @click.option("--no-neighbours", is_flag=True, help="Condition on the query alone.")
 @click.option("--model", default="stickers", show_default=True, help="A bundle or a folder.")
+@click.option("--backbone", help="discrete or continuous; the model's first when not given.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--out", default="out", show_default=True, type=click.Path(path_type=Path))
 @click.option("--sheet", type=click.Path(path_type=Path), help="Samples beside neighbours, PNG.")
@@ -65,6 +67,7 @@ def generate(
     no_neighbours: bool,
     groups: tuple[str, ...],
     model: str,
+    backbone: str | None,
     device: str,
     out: Path,
     sheet: Path | None,
@@ -81,7 +84,7 @@ def generate(
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: {out} is a file; give a folder")
-    pipe = KNNDiffusion.from_pretrained(model, device=device)
+    pipe = KNNDiffusion.from_pretrained(model, device=device, backbone=backbone)
     if database is not None:
         pipe.database = database
     with _Bar("denoising", hidden=as_json) as bar:
@@ -269,14 +272,15 @@ def train(
 @click.option("--guidance", default=3.0, show_default=True, help="Guidance weight; 1 is none.")
 @click.option("--truncation", default=1.0, show_default=True, help="Keep this mass of the codes.")
 @click.option("--seed", default=0, show_default=True)
+@click.option("--backbone", help="discrete or continuous; the model's first when not given.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--json", "as_json", is_flag=True)
-def evaluate(model: str, device: str, as_json: bool, **options: Any) -> None:
+def evaluate(model: str, backbone: str | None, device: str, as_json: bool, **options: Any) -> None:
     """Measure what MODEL (a bundle or a folder) generates, beside real and wrong pictures."""
     from knnfast import evaluate as measures
     from knnfast.pipeline import KNNDiffusion
 
-    pipe = KNNDiffusion.from_pretrained(model, device=device)
+    pipe = KNNDiffusion.from_pretrained(model, device=device, backbone=backbone)
     with _Bar("evaluating", hidden=as_json) as bar:
         result = measures.evaluate(pipe, progress=bar, **options)
     click.echo(json.dumps(result, indent=1) if as_json else measures.report(result))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,17 +16,16 @@ from PIL import Image
 
 from knnfast import _files
 from knnfast.database import Database, Item, Neighbour
+from knnfast.diffusion.backbone import Backbone
 from knnfast.diffusion.denoiser import Denoiser
-from knnfast.diffusion.sampler import sample
 from knnfast.diffusion.tokenizer import VQTokenizer
+from knnfast.diffusion.unet import UNetDenoiser
 from knnfast.encoders import Embeddings, Encoder, load_encoder
 from knnfast.mixture import Mixture
 from knnfast.query import Picture, Query, as_queries, embed
 
-if TYPE_CHECKING:
-    from knnfast.diffusion.schedule import Schedule
-
 FORMAT = "knnfast-model"
+BACKBONES: dict[str, type[Backbone]] = {b.backbone: b for b in (Denoiser, UNetDenoiser)}
 BUNDLES = Path(__file__).parent / "bundles"
 Databases: TypeAlias = Database | Mixture | str | Path | Mapping[str | Path | Database, float]
 
@@ -55,7 +54,8 @@ class KNNDiffusion:
     Args:
         encoder: makes the embeddings of prompts and images; the databases' own.
         tokenizer: turns codes into pixels.
-        denoiser: predicts the clean codes from noised ones and the condition.
+        denoiser: either backbone: predicts the clean codes, or their vectors, from noised ones and
+            the condition.
         databases: by name; the first is the default.
     """
 
@@ -63,7 +63,7 @@ class KNNDiffusion:
         self,
         encoder: Encoder,
         tokenizer: VQTokenizer,
-        denoiser: Denoiser,
+        denoiser: Backbone,
         databases: Mapping[str, Database],
     ) -> None:
         if not databases:
@@ -82,11 +82,19 @@ class KNNDiffusion:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, device: str | torch.device = "cpu"
+        cls,
+        name_or_path: str | Path,
+        device: str | torch.device = "cpu",
+        backbone: str | None = None,
     ) -> KNNDiffusion:
         """Load a bundle of the package by name ("stickers"), or a folder by path.
 
         Every file is compared with the SHA-256 recorded when it was saved.
+
+        Args:
+            name_or_path: which model.
+            device: where its networks run.
+            backbone: "discrete" or "continuous", of those it holds; None: its first.
 
         Raises:
             FileNotFoundError: no such bundle, or a file of it is missing.
@@ -100,14 +108,20 @@ class KNNDiffusion:
                 _files.check_sha256(root / name, sha256)
             encoder_spec = str(manifest["encoder"])
             database_names = [str(name) for name in manifest["databases"]]
-        except (KeyError, TypeError, AttributeError) as e:
+            backbones = [str(name) for name in manifest.get("backbones", ["discrete"])]
+            kind = BACKBONES.get(backbone or backbones[0])
+        except (KeyError, TypeError, AttributeError, IndexError) as e:
             raise ValueError(f"{manifest_path}: incomplete or malformed ({e!r})") from None
+        if kind is None or kind.backbone not in backbones:
+            raise ValueError(
+                f"backbone: {name_or_path} holds {', '.join(backbones)}, not {backbone!r}"
+            )
         local = root / encoder_spec
         encoder = load_encoder(local if local.is_dir() else encoder_spec, device=device)
         return cls(
             encoder,
             VQTokenizer.from_folder(root / "tokenizer", device=device),
-            Denoiser.from_folder(root / "denoiser", device=device),
+            kind.from_folder(root / kind.folder, device=device),
             {name: Database.open(root / "databases" / name) for name in database_names},
         )
 
@@ -122,10 +136,11 @@ class KNNDiffusion:
         root.mkdir(parents=True, exist_ok=True)
         encoder = self.encoder.save(root / "encoder")
         self.tokenizer.save(root / "tokenizer")
-        self.denoiser.save(root / "denoiser")
+        self.denoiser.save(root / self.denoiser.folder)
         for name, database in self.databases.items():
             database.save(root / "databases" / name)
-        write_manifest(root, encoder or "encoder", list(self.databases))
+        backbones = [self.denoiser.backbone]
+        write_manifest(root, encoder or "encoder", list(self.databases), backbones)
 
     # ---- databases --------------------------------------------------------------------------
 
@@ -178,6 +193,7 @@ class KNNDiffusion:
         steps: int | Sequence[int] = 25,
         guidance: float = 3.0,
         truncation: float = 1.0,
+        solver: str | None = None,
         num_images: int = 1,
         seed: int | None = None,
         database: Databases | None = None,
@@ -196,9 +212,11 @@ class KNNDiffusion:
             image_weight: share of the image in a query of both, in [0, 1].
             embedding: queries as vectors of this pipeline's encoder, [E] or [P, E].
             k: neighbours to condition on, 1 <= k <= size of the database.
-            steps: number of denoising steps (1 ... T), or descending times from T.
+            steps: number of denoising steps (1 ... T), or descending times from T (discrete).
             guidance: classifier-free guidance weight; 1 means none.
-            truncation: keep the most probable classes up to this mass, in (0, 1]; 1 keeps all.
+            truncation: keep the most probable classes up to this mass, in (0, 1]; 1 keeps all
+                (discrete).
+            solver: "dpm" or "ddim" (continuous); None: "dpm".
             num_images: samples per query, >= 1.
             seed: 0 ... 2^64 - 1, same seed, same images on one machine; None draws one.
             database: which one to search: a name, a folder or a `Database`; a mix as {database:
@@ -225,6 +243,7 @@ class KNNDiffusion:
         _check_range("batch_size", batch_size, 1)
         if not (math.isfinite(guidance) and guidance >= 0):
             raise ValueError(f"guidance: must be a finite number of at least 0, got {guidance}")
+        options = self._options(truncation, solver)
         if seed is None:
             seed = secrets.randbits(63)
         _check_range("seed", seed, 0, 2**64 - 1)
@@ -243,17 +262,15 @@ class KNNDiffusion:
         for n, start in enumerate(batches):
             part = slice(start, start + batch_size)
             codes.append(
-                sample(
-                    self.denoiser,
-                    self.schedule,
+                self.denoiser.sample(
                     cond[owner[part]],
                     mask[owner[part]],
                     steps=steps,
                     guidance=guidance,
-                    truncation=truncation,
                     seed=seed,
                     image_indices=torch.from_numpy(index[part]).to(self.device),
                     callback=_scaled(callback, n, len(batches)),
+                    **options,
                 )
             )
         clock("denoise")
@@ -265,10 +282,18 @@ class KNNDiffusion:
         labels = [q.label for q in queries]
         return Output([Image.fromarray(a) for a in arrays], neighbours, timings, seed, labels)
 
-    @property
-    def schedule(self) -> Schedule:
-        """The noise schedule that the denoiser was trained with."""
-        return self.denoiser.schedule
+    def _options(self, truncation: float, solver: str | None) -> dict[str, Any]:
+        """The arguments of `sample` that are the backbone's own."""
+        if self.denoiser.backbone == "discrete":
+            if solver is not None:
+                raise ValueError(f"solver: the discrete backbone has none, got {solver!r}")
+            return {"truncation": truncation}
+        if truncation != 1.0:
+            raise ValueError(
+                f"truncation: the continuous backbone draws from no classes, must be 1, got "
+                f"{truncation}"
+            )
+        return {} if solver is None else {"solver": solver}
 
     def _condition(
         self,
@@ -306,7 +331,9 @@ def find_model(name_or_path: str | Path) -> Path:
     )
 
 
-def write_manifest(root: Path, encoder: str, databases: Sequence[str]) -> None:
+def write_manifest(
+    root: Path, encoder: str, databases: Sequence[str], backbones: Sequence[str] = ("discrete",)
+) -> None:
     """Write `model.json`: what the folder holds, with the SHA-256 of every file."""
     files = sorted(p for p in root.rglob("*") if p.is_file() and p != root / "model.json")
     manifest = {
@@ -314,6 +341,7 @@ def write_manifest(root: Path, encoder: str, databases: Sequence[str]) -> None:
         "version": 1,
         "encoder": encoder,
         "databases": list(databases),
+        "backbones": list(backbones),
         "sha256": {p.relative_to(root).as_posix(): _files.sha256_file(p) for p in files},
     }
     _files.write_json(root / "model.json", manifest)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from knnfast import _files
+from knnfast.diffusion.backbone import Backbone
+from knnfast.diffusion.sampler import sample
 from knnfast.diffusion.schedule import Schedule
 from knnfast.ops import Folded, Unfolded, fold_neighbours, neighbour_attention
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -234,7 +228,7 @@ class Layer(nn.Module):
         return x + self.mlp_out(F.relu(self.mlp_in(_modulate(x, shift3, scale3))).square())
 
 
-class Denoiser(nn.Module):
+class Denoiser(Backbone):
     """Predict the clean codes from corrupted ones, a level, and k+1 condition embeddings.
 
     One transformer token holds patch x patch codes (the process treats the codes of a step
@@ -244,6 +238,10 @@ class Denoiser(nn.Module):
     Args:
         config: sizes.
     """
+
+    backbone = "discrete"
+    folder = "denoiser"
+    config_type = DenoiserConfig
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
@@ -362,36 +360,19 @@ class Denoiser(nn.Module):
         """Logits of the clean codes, [B, L, K]."""
         return self.head(self.features(x_t, t, cond, cond_mask))
 
-    def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
-        """Write `config.json` and `model.safetensors`; `dtype` is the stored type."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}
-        _files.save_tensors(folder / WEIGHTS_FILE, state, {"format": "pt"})
-        text = json.dumps(self.config.to_dict(), indent=2) + "\n"
-        _files.write_atomic(folder / CONFIG_FILE, text.encode())
-
-    @classmethod
-    def from_folder(cls, path: str | Path, device: str | torch.device = "cpu") -> Denoiser:
-        """Load what `save` wrote, as FP32 in evaluation mode.
-
-        Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: a file is damaged or does not fit.
-        """
-        folder = Path(path)
-        try:
-            raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-            if not isinstance(raw, dict):
-                raise ValueError("not a JSON object")
-            model = cls(DenoiserConfig.from_dict(raw))
-        except (UnicodeDecodeError, ValueError, TypeError) as e:
-            raise ValueError(f"denoiser {folder / CONFIG_FILE}: {e}") from e
-        weights = folder / WEIGHTS_FILE
-        if not weights.is_file():
-            raise FileNotFoundError(f"denoiser weights are missing: {weights}")
-        try:
-            model.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
-        except (SafetensorError, RuntimeError, ValueError) as e:
-            raise ValueError(f"denoiser {weights}: {e}") from e
-        return model.to(device).eval().requires_grad_(False)
+    def sample(
+        self,
+        cond: Tensor,
+        cond_mask: Tensor,
+        steps: int | Sequence[int] = 25,
+        guidance: float = 3.0,
+        seed: int = 0,
+        image_indices: Tensor | None = None,
+        callback: Callable[[int, int], None] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Draw codes, [B, L] int64, with the schedule of the training; see `sampler.sample`."""
+        return sample(
+            self, self.schedule, cond, cond_mask, steps, guidance, seed,
+            image_indices=image_indices, callback=callback, **options,
+        )  # fmt: skip

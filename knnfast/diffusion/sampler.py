@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from knnfast.diffusion.denoiser import Condition, Denoiser
 from knnfast.diffusion.schedule import Schedule
 from knnfast.ops import sample_head, sample_prior, transition_weights
+
+if TYPE_CHECKING:
+    from knnfast.diffusion.denoiser import Condition, Denoiser
 
 
 @torch.no_grad()

@@ -139,13 +139,15 @@ class NeighbourAttnProcessor:
 
     `unet.set_attn_processor({name: NeighbourAttnProcessor() for name in unet.attn_processors})`.
     The fold of a condition is kept while the same tensor comes back unchanged (all steps of a run)
-    and gradients are off. Self-attention, which has no condition, is diffusers' own.
+    with a mask of the same values, and gradients are off. Self-attention, which has no condition,
+    is diffusers' own.
     """
 
     def __init__(self) -> None:
         self._self_attention = AttnProcessor2_0()
         self._key: tuple[Any, ...] | None = None
         self._source: weakref.ref[Tensor] | None = None
+        self._mask: Tensor | None = None
         self._folded: ops.Folded | ops.Unfolded | None = None
 
     def __call__(
@@ -184,12 +186,10 @@ class NeighbourAttnProcessor:
         layers: list[Any] = [attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]]
         weights = [p for m in layers for p in (m.weight, m.bias)]
         keep = not torch.is_grad_enabled()
-        masked = None if attention_mask is None else (id(attention_mask), attention_mask._version)
-        key = (cond._version, masked, *(None if w is None else (id(w), w._version)
-                                        for w in weights))  # fmt: skip
+        key = (cond._version, *(None if w is None else (id(w), w._version) for w in weights))
         if keep and self._folded is not None and self._key == key:
             assert self._source is not None
-            if self._source() is cond:
+            if self._source() is cond and _same(self._mask, attention_mask):
                 return self._folded
         n = cond
         if attn.norm_cross:
@@ -205,4 +205,10 @@ class NeighbourAttnProcessor:
         )  # fmt: skip
         if keep:
             self._key, self._source, self._folded = key, weakref.ref(cond), folded
+            self._mask = attention_mask
         return folded
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two masks hold the same values: a U-Net makes a new one at every step."""
+    return a is b or (a is not None and b is not None and torch.equal(a, b))

@@ -7,10 +7,12 @@ same bits (`tl.philox` and csrc/philox.h hold the other two copies of this funct
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-CHOICE, GUMBEL, PRIOR, PURITY = range(4)
+CHOICE, GUMBEL, PRIOR, PURITY, NOISE = range(5)
 STREAM_SHIFT = 28  # t stays below 2^28, the stream lies above it
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
@@ -60,3 +62,9 @@ def gumbel(word: Tensor) -> Tensor:
     """
     v = (word.double() + 0.5) * 2.0**-32
     return -torch.log(-torch.log1p(-v))
+
+
+def normal(w0: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    """A standard normal from four words, FP64 (Box and Muller 1958)."""
+    radius = torch.sqrt(-2.0 * torch.log(unit52(w0, w1)))
+    return radius * torch.cos((2.0 * math.pi) * unit52(w2, w3))

@@ -1,0 +1,340 @@
+"""The continuous backbone: a U-Net that denoises code vectors, conditioned on k+1 embeddings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from knnfast.diffusion.backbone import Backbone
+from knnfast.ops.philox import NOISE, counter, normal, philox
+
+SOLVERS = ("dpm", "ddim")
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of a U-Net denoiser.
+
+    Attributes:
+        num_codes: K.
+        grid: rows and columns of codes.
+        code_dim: numbers of a code vector, C.
+        embed_dim: E, of the condition embeddings.
+        widths: channels of each resolution, the finest first; every one but the first attends.
+        blocks: residual blocks of each resolution on the way down (one more on the way up).
+        groups: of the group norms.
+        heads: of the attentions.
+        cond_width: of a condition token.
+        canvas_width: numbers that an embedding paints at each place of the grid, at least C.
+        ranks: neighbours told apart by rank; later ones share the last rank.
+        num_steps: T of the noise schedule.
+        beta_schedule: diffusers' name of that schedule.
+    """
+
+    num_codes: int = 512
+    grid: tuple[int, int] = (16, 16)
+    code_dim: int = 8
+    embed_dim: int = 512
+    widths: tuple[int, ...] = (48, 96, 128)
+    blocks: int = 1
+    groups: int = 16
+    heads: int = 4
+    cond_width: int = 256
+    canvas_width: int = 8
+    ranks: int = 10
+    num_steps: int = 1000
+    beta_schedule: str = "squaredcos_cap_v2"
+
+    def __post_init__(self) -> None:
+        if self.canvas_width < self.code_dim:
+            raise ValueError(f"canvas_width {self.canvas_width} is below code_dim {self.code_dim}")
+        if len(self.widths) < 2:
+            raise ValueError(f"widths: at least two resolutions, got {self.widths}")
+        for width in self.widths:
+            if width % self.groups or width % self.heads:
+                raise ValueError(f"widths {self.widths} must be multiples of groups and heads")
+
+    @property
+    def length(self) -> int:
+        """Number of codes L."""
+        return self.grid[0] * self.grid[1]
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> UNetConfig:
+        """Read what `to_dict` wrote; an unknown name is an error."""
+        unknown = sorted(set(raw) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown U-Net settings {unknown}")
+        listed = {k: tuple(v) for k, v in raw.items() if isinstance(v, list)}
+        return cls(**{**raw, **listed})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+class UNetCondition(NamedTuple):
+    """What a condition becomes; constant over a sampling run (`UNetDenoiser.prepare`)."""
+
+    tokens: Tensor  # [B, k+1, cond_width]
+    paintings: Tensor  # [B, k+1, canvas_width, h, w]
+    mask: Tensor  # which are on, [B, k+1] bool
+
+
+class UNetDenoiser(Backbone):
+    """Predict v = alpha eps - sigma x_0 of noised code vectors (Salimans and Ho 2022).
+
+    x_0 are the tokenizer's code vectors, centred and scaled: 1/48 of the numbers of a 64 x 64
+    picture, the same encoded images as the discrete backbone's, and the only latents that the
+    tokenizer's decoder knows; the end of a sampling run snaps to the nearest codes. The network is
+    diffusers' `UNet2DConditionModel`, whose cross-attention reads the k+1 embeddings through
+    `NeighbourAttnProcessor`. Beside that each embedding paints a guess P_j of its picture (one
+    linear map), and x_t says whose picture it is likely to be:
+
+        w_j ~ exp(-c |x_t - alpha P_j|^2 / (sigma^2 + alpha^2 s^2)),   m = sum_j w_j P_j
+        v = sigma (alpha (1 - s^2) x_t - m) / (sigma^2 + alpha^2 s^2) + U-Net(x_t, m, t, tokens)
+
+    where the first term is the optimal v for x_0 ~ N(m, s^2); the network learns what is left.
+    Without any embedding m = 0 and s = 1, and the first term is 0.
+
+    Args:
+        config: sizes.
+    """
+
+    backbone = "continuous"
+    folder = "unet"
+    config_type = UNetConfig
+    codebook: Tensor
+    alpha: Tensor
+    sigma: Tensor
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        diffusers = _import_diffusers()
+        from knnfast.diffusion.scheduler import NeighbourAttnProcessor
+
+        cfg = self.config = config
+        attending = len(cfg.widths) - 1
+        self.unet = diffusers.UNet2DConditionModel(
+            sample_size=cfg.grid,
+            in_channels=cfg.code_dim + cfg.canvas_width,
+            out_channels=cfg.code_dim,
+            block_out_channels=cfg.widths,
+            layers_per_block=cfg.blocks,
+            norm_num_groups=cfg.groups,
+            cross_attention_dim=cfg.cond_width,
+            attention_head_dim=cfg.heads,  # diffusers' name for the number of heads
+            down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * attending),
+            up_block_types=(*["CrossAttnUpBlock2D"] * attending, "UpBlock2D"),
+        )
+        self.unet.set_attn_processor(
+            {n: NeighbourAttnProcessor() for n in self.unet.attn_processors}
+        )
+        nn.init.zeros_(self.unet.conv_out.weight)
+        nn.init.zeros_(self.unet.conv_out.bias)
+        self.unet.to(memory_format=torch.channels_last)  # a quarter faster on CPUs
+        self.cond_in = nn.Linear(cfg.embed_dim, cfg.cond_width)
+        self.cond_mark = nn.Parameter(torch.randn(1 + cfg.ranks, cfg.cond_width) * 0.1)
+        self.cond_norm = nn.LayerNorm(cfg.cond_width)
+        self.canvas = nn.Linear(cfg.embed_dim, cfg.canvas_width * cfg.length)
+        nn.init.normal_(self.canvas.weight, std=0.3 * cfg.embed_dim**-0.5)
+        self.log_spread = nn.Parameter(torch.tensor(-0.7))  # log s^2
+        self.log_trust = nn.Parameter(torch.tensor(4.0))  # log c, for squares averaged over numbers
+        self.register_buffer("codebook", torch.zeros(cfg.num_codes, cfg.code_dim))
+        alpha_sigma = torch.stack(self._levels())
+        self.register_buffer("alpha", alpha_sigma[0], persistent=False)
+        self.register_buffer("sigma", alpha_sigma[1], persistent=False)
+
+    def _levels(self) -> tuple[Tensor, Tensor]:
+        """Alpha and sigma of each of the T levels."""
+        kept = self.solver("ddim").alphas_cumprod.double()
+        return kept.sqrt().float(), (1 - kept).sqrt().float()
+
+    def solver(self, name: str) -> Any:
+        """A diffusers scheduler for this network: "dpm" (DPM-Solver++, 2nd order) or "ddim"."""
+        diffusers = _import_diffusers()
+        common = {
+            "num_train_timesteps": self.config.num_steps,
+            "beta_schedule": self.config.beta_schedule,
+            "prediction_type": "v_prediction",
+            "timestep_spacing": "trailing",
+        }
+        if name == "dpm":
+            return diffusers.DPMSolverMultistepScheduler(**common)
+        if name == "ddim":
+            return diffusers.DDIMScheduler(**common, clip_sample=False)
+        raise ValueError(f"solver: must be one of {', '.join(SOLVERS)}, got {name!r}")
+
+    # ---- codes and their vectors --------------------------------------------------------------
+
+    def set_codebook(self, vectors: Tensor, counts: Tensor) -> None:
+        """Take the tokenizer's code vectors [K, C]; `counts` [K] are how often each is used.
+
+        They are shifted and scaled together, to mean 0 and mean square 1 over the codes in use.
+        """
+        weight = (counts / counts.sum()).to(vectors.dtype)[:, None]
+        centred = vectors.detach() - (weight * vectors.detach()).sum(0)
+        scale = (weight * centred.square()).sum(0).mean().rsqrt()
+        self.codebook.copy_(centred * scale)
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """Codes [B, L] to x_0, [B, C, h, w]."""
+        return self.codebook[codes].view(len(codes), *self.config.grid, -1).permute(0, 3, 1, 2)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Vectors [B, C, h, w] to the nearest codes, [B, L] int64; the lower code wins a tie."""
+        rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+        distance = self.codebook.square().sum(1) - 2.0 * rows @ self.codebook.T
+        return distance.argmin(1).view(len(x), -1)
+
+    # ---- the network --------------------------------------------------------------------------
+
+    def prepare(self, cond: Tensor, cond_mask: Tensor) -> UNetCondition:
+        """Read condition embeddings [B, k+1, E] with their mask, once for all steps of a run."""
+        cfg = self.config
+        scaled = cond * math.sqrt(cfg.embed_dim)  # unit rows become rows of variance 1
+        rank = torch.arange(cond.shape[1], device=cond.device).clamp_max(cfg.ranks)
+        tokens = self.cond_norm(self.cond_in(scaled) + self.cond_mark[rank])
+        paintings = self.canvas(scaled).view(*cond.shape[:2], cfg.canvas_width, *cfg.grid)
+        return UNetCondition(tokens, paintings, cond_mask)
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, cond: Tensor | UNetCondition, cond_mask: Tensor | None = None
+    ) -> Tensor:
+        """Predict v.
+
+        Args:
+            x_t: noised code vectors, [B, C, h, w].
+            t: levels, [B] int64 in [0, T).
+            cond: what `prepare` returned; or embeddings, [B, k+1, E], with their cond_mask.
+            cond_mask: which of the embeddings are on, [B, k+1] bool.
+
+        Returns:
+            v, like x_t.
+        """
+        if not isinstance(cond, UNetCondition):
+            assert cond_mask is not None
+            cond = self.prepare(cond, cond_mask)
+        alpha, sigma = (v[t].view(-1, 1, 1, 1) for v in (self.alpha, self.sigma))
+        on = cond.mask.any(1).view(-1, 1, 1, 1)
+        spread = torch.where(on, self.log_spread.exp(), 1.0)
+        total = sigma.square() + alpha.square() * spread
+        painted = self._mix(x_t, alpha, total, cond)
+        m = painted[:, : self.config.code_dim]
+        guess = sigma * (alpha * (1 - spread) * x_t - m) / total
+        left = self.unet(
+            torch.cat([x_t, painted], 1), t, cond.tokens, encoder_attention_mask=cond.mask
+        ).sample
+        return guess + left
+
+    def _mix(self, x_t: Tensor, alpha: Tensor, total: Tensor, cond: UNetCondition) -> Tensor:
+        """The paintings, averaged by how likely each is x_t's picture: [B, canvas_width, h, w]."""
+        guesses = cond.paintings[:, :, : self.config.code_dim]
+        distance = (x_t[:, None] - alpha[:, None] * guesses).square().mean((2, 3, 4))
+        score = -self.log_trust.exp() * distance / total.view(-1, 1)
+        some = cond.mask.any(1, keepdim=True)
+        score = score.masked_fill(~cond.mask & some, -torch.inf)
+        share = score.softmax(1) * some
+        return torch.einsum("bk,bkchw->bchw", share, cond.paintings)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        cond: Tensor,
+        cond_mask: Tensor,
+        steps: int | Sequence[int] = 25,
+        guidance: float = 3.0,
+        seed: int = 0,
+        image_indices: Tensor | None = None,
+        callback: Callable[[int, int], None] | None = None,
+        *,
+        solver: str = "dpm",
+    ) -> Tensor:
+        """Draw codes; the arguments are those of `Backbone.sample`.
+
+        Args:
+            solver: "dpm" (DPM-Solver++, 2nd order) or "ddim"; both are deterministic, so that
+                an image's noise comes from its seed and index alone.
+
+        Raises:
+            ValueError: steps, seed or solver out of range.
+        """
+        if isinstance(steps, bool) or not isinstance(steps, int):
+            raise ValueError(f"steps: the continuous backbone takes a number, got {steps!r}")
+        cfg = self.config
+        if not 1 <= steps <= cfg.num_steps:
+            raise ValueError(f"steps must be in [1, {cfg.num_steps}], got {steps}")
+        self.solver(solver)
+        batch, device = len(cond), cond.device
+        if image_indices is None:
+            image_indices = torch.arange(batch, device=device)
+        noise = initial_noise((cfg.code_dim, *cfg.grid), seed, image_indices)
+        # As in the discrete sampler: on the CPU no image sees its batch, not even in a rounding.
+        size = 1 if device.type == "cpu" else max(batch, 1)
+        drawn: list[Tensor] = []
+        told = 0
+        for first in range(0, batch, size):
+            part = slice(first, first + size)
+            condition = (cond[part].clone(), cond_mask[part])
+            for done, x in enumerate(self._run(noise[part], condition, steps, guidance, solver), 1):
+                now = (first * steps + done * len(x)) // batch
+                if callback is not None and now > told:
+                    callback(now, steps)
+                told = now
+            drawn.append(self.nearest(x))
+        return torch.cat(drawn) if drawn else torch.zeros(0, cfg.length, dtype=torch.int64)
+
+    def _run(
+        self, x: Tensor, condition: tuple[Tensor, Tensor], steps: int, guidance: float, solver: str
+    ) -> Iterator[Tensor]:
+        """Every x_t of a sampling run, from x_T [B, C, h, w] to x_0."""
+        scheduler = self.solver(solver)
+        scheduler.set_timesteps(steps, device=x.device)
+        guided = guidance != 1.0
+        if guided:
+            cond, mask = condition
+            condition = (torch.cat([cond, 0 * cond]), torch.cat([mask, torch.zeros_like(mask)]))
+        prepared = self.prepare(*condition)
+        for t in scheduler.timesteps:
+            doubled = torch.cat([x, x]) if guided else x
+            v = self(doubled, t.expand(len(doubled)), prepared)
+            if guided:
+                v, null = v.chunk(2)
+                v = null + guidance * (v - null)
+            x = scheduler.step(v, t, x).prev_sample
+            yield x
+
+
+def initial_noise(shape: tuple[int, ...], seed: int, image_indices: Tensor) -> Tensor:
+    """Standard normal x_T of images, [B, *shape] float32.
+
+    A number depends on seed, image index and place alone (Philox), not on the batch or device.
+
+    Raises:
+        ValueError: seed out of range.
+    """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be in [0, 2^64), got {seed}")
+    device = image_indices.device
+    key = torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=device)
+    place = torch.arange(math.prod(shape), device=device)
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    words = philox(zero, place[None], image_indices[:, None], counter(zero, NOISE), key)
+    return normal(*words).float().view(len(image_indices), *shape)
+
+
+def _import_diffusers() -> Any:
+    """Import diffusers when a U-Net is made: nothing else here needs it."""
+    try:
+        import diffusers
+    except ImportError as e:
+        raise ImportError(
+            f"the continuous backbone needs diffusers ({e}); install it with: "
+            "pip install 'knnfast[diffusion]'"
+        ) from e
+    return diffusers

@@ -1,0 +1,258 @@
+"""The continuous backbone: its equations, sampling, files, and the pipeline with it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+
+pytest.importorskip("diffusers")
+
+from knnfast import KNNDiffusion
+from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
+from knnfast.diffusion.unet import UNetConfig, UNetDenoiser, initial_noise
+
+# CPU machines carry a torchvision whose image extension does not load (requirements/clip-cpu.txt).
+pytestmark = pytest.mark.filterwarnings("ignore:Failed to load image:UserWarning")
+
+TINY = UNetConfig(
+    num_codes=11, grid=(4, 4), code_dim=3, embed_dim=12, widths=(8, 16), groups=4, heads=2,
+    cond_width=8, canvas_width=4, ranks=2, num_steps=50,
+)  # fmt: skip
+
+
+def made(config=TINY, seed=0):
+    torch.manual_seed(seed)
+    net = UNetDenoiser(config)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    net.set_codebook(torch.randn(config.num_codes, config.code_dim), torch.ones(config.num_codes))
+    return net.eval().requires_grad_(False)
+
+
+def condition(count=3, k=2):
+    return F.normalize(torch.randn(count, k + 1, TINY.embed_dim), dim=-1), torch.ones(
+        count, k + 1, dtype=torch.bool
+    )
+
+
+# ---- the network --------------------------------------------------------------------------------
+
+
+def test_begins_as_the_optimal_v_of_a_gaussian():
+    """With the U-Net at zero, v is E[alpha eps - sigma x_0 | x_t] for x_0 ~ N(m, s^2)."""
+    net = made()
+    for p in net.unet.parameters():
+        p.zero_()
+    cond, mask = condition(1, 0)  # one embedding: m is its painting
+    t = torch.tensor([20])
+    x_t = torch.randn(1, 3, 4, 4)
+    alpha, sigma = float(net.alpha[20]), float(net.sigma[20])
+    m = net.prepare(cond, mask).paintings[:, 0, :3].double()
+    s2 = float(net.log_spread.exp())
+    # the joint normal of (x_0, x_t): regress each of eps and x_0 on x_t
+    variance = alpha**2 * s2 + sigma**2
+    x0 = m + alpha * s2 / variance * (x_t - alpha * m)
+    eps = sigma / variance * (x_t - alpha * m)
+    torch.testing.assert_close(
+        net(x_t, t, cond, mask).double(), alpha * eps - sigma * x0, atol=1e-5, rtol=1e-5
+    )
+    nothing = net(x_t, t, cond, torch.zeros_like(mask))
+    assert torch.equal(nothing, torch.zeros_like(nothing))
+
+
+def test_the_mean_is_the_posterior_over_paintings():
+    net = made()
+    net.log_trust.fill_(5.0)
+    cond, mask = condition(2, 2)
+    mask[1, 2] = False
+    prepared = net.prepare(cond, mask)
+    guesses = prepared.paintings[:, :, :3]
+    alpha, total = torch.tensor(0.9).view(1, 1, 1, 1), torch.full((2, 1, 1, 1), 0.3)
+    painted = net._mix(0.9 * guesses[:, 1] + 0.01, alpha, total, prepared)
+    torch.testing.assert_close(painted, prepared.paintings[:, 1], atol=1e-3, rtol=1e-3)
+    away = net._mix(0.9 * guesses[:, 2], alpha, total, prepared)
+    torch.testing.assert_close(away[0], prepared.paintings[0, 2], atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(away[1], prepared.paintings[1, 2], atol=0.1)  # it is off
+
+
+def test_conditions_reach_the_output_and_masked_ones_do_not():
+    net = made()
+    x_t, t = torch.randn(3, 3, 4, 4), torch.tensor([3, 20, 45])
+    cond, mask = condition()
+    mask[:, 2] = False
+    base = net(x_t, t, cond, mask)
+    for place, reaches in ((0, True), (1, True), (2, False)):
+        other = cond.clone()
+        other[:, place] = F.normalize(torch.randn(3, TINY.embed_dim), dim=-1)
+        assert torch.allclose(net(x_t, t, other, mask), base, atol=1e-6) != reaches
+    off = torch.zeros_like(mask)
+    a, b = (net(x_t, t, c, off) for c in (cond, torch.randn_like(cond)))
+    torch.testing.assert_close(a, b)
+    assert a.isfinite().all()
+
+
+def test_code_vectors():
+    net = made()
+    codes = torch.randint(11, (5, 16))
+    assert torch.equal(net.nearest(net.vectors(codes)), codes)
+    counts = torch.tensor([5.0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 2])
+    net.set_codebook(torch.randn(11, 3) * 7 + 2, counts)
+    used = net.codebook.repeat_interleave(counts.long(), 0)
+    torch.testing.assert_close(used.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    assert used.square().mean() == pytest.approx(1.0, abs=1e-5)
+
+
+# ---- sampling -----------------------------------------------------------------------------------
+
+
+def test_noise_is_normal_and_belongs_to_the_image():
+    x = initial_noise((3, 20, 20), 7, torch.arange(50))
+    assert stats.kstest(x.flatten().numpy(), "norm").pvalue > 1e-3
+    apart = initial_noise((3, 20, 20), 7, torch.tensor([49, 3]))
+    assert torch.equal(apart, x[[49, 3]])
+    assert not torch.equal(initial_noise((3, 20, 20), 8, torch.tensor([3]))[0], x[3])
+    assert initial_noise((4,), 2**64 - 1, torch.arange(1)).isfinite().all()
+    with pytest.raises(ValueError, match="seed"):
+        initial_noise((4,), -1, torch.arange(1))
+
+
+@pytest.mark.parametrize("solver", ["dpm", "ddim"])
+def test_solvers_reach_the_data(solver):
+    """The exact v of a single picture leads to that picture, whatever the solver and the steps."""
+    net = made()
+    codes = torch.randint(11, (1, 16))
+    clean = net.vectors(codes)
+
+    def exact(x_t, t, *_):
+        alpha, sigma = (v[t].view(-1, 1, 1, 1) for v in (net.alpha, net.sigma))
+        return (alpha * x_t - clean) / sigma
+
+    net.forward = exact
+    for steps in (1, 5, 50):
+        assert torch.equal(net.sample(*condition(1), steps=steps, solver=solver), codes)
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    net = made()
+    cond, mask = condition(4)
+    together = net.sample(cond, mask, steps=4, seed=5, image_indices=torch.tensor([0, 1, 2, 3]))
+    apart = net.sample(cond[2:3], mask[2:3], steps=4, seed=5, image_indices=torch.tensor([2]))
+    assert torch.equal(together[2:3], apart)
+    assert not torch.equal(net.sample(cond, mask, steps=4, seed=6), together)
+    assert together.dtype == torch.int64
+    assert 0 <= together.min() <= together.max() < 11
+    assert net.sample(cond[:0], mask[:0], steps=2).shape == (0, 16)
+
+
+def test_guidance():
+    net = made()
+    cond, mask = condition(2)
+    one, null = (
+        net.sample(cond, m, steps=3, guidance=1.0, seed=1) for m in (mask, torch.zeros_like(mask))
+    )
+    assert torch.equal(net.sample(cond, mask, steps=3, guidance=0.0, seed=1), null)
+    assert not torch.equal(one, null)
+    assert not torch.equal(net.sample(cond, mask, steps=3, guidance=4.0, seed=1), one)
+    seen = []
+    net.sample(cond, mask, steps=3, callback=lambda *a: seen.append(a))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, r"steps must be in \[1, 50\]"),
+        ({"steps": 51}, r"steps must be in \[1, 50\]"),
+        ({"steps": [40, 0]}, "takes a number"),
+        ({"solver": "euler"}, "solver: must be one of dpm, ddim"),
+        ({"seed": 2**64}, "seed"),
+    ],
+)
+def test_sample_rejects(options, message):
+    with pytest.raises(ValueError, match=message):
+        made().sample(*condition(1), **options)
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def test_files(tmp_path):
+    net = made()
+    net.save(tmp_path, torch.float32)
+    again = UNetDenoiser.from_folder(tmp_path)
+    cond, mask = condition()
+    assert torch.equal(again.sample(cond, mask, steps=3), net.sample(cond, mask, steps=3))
+    assert again.config == net.config
+    half = made()
+    half.save(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size < 2.2 * sum(
+        v.numel() for v in net.state_dict().values()
+    ) + 2e4
+
+
+def test_files_of_another_architecture(tmp_path):
+    made().save(tmp_path / "unet")
+    discrete = DenoiserConfig(
+        num_codes=11, grid=(4, 4), width=16, depth=1, heads=2, cross_heads=2, mlp_width=16,
+        canvas_width=4, canvas_heads=2, canvas_layers=(), code_width=8, embed_dim=12,
+    )  # fmt: skip
+    Denoiser(discrete).save(tmp_path / "denoiser")
+    for kind, folder, found in (
+        (Denoiser, "unet", "continuous"), (UNetDenoiser, "denoiser", "discrete")
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{folder}.*holds a {found} backbone"):
+            kind.from_folder(tmp_path / folder)
+    config = tmp_path / "unet" / "config.json"
+    raw = json.loads(config.read_text())
+    for change, message in [
+        ({"widths": [16, 16]}, "another architecture .*, and .* more"),
+        ({"ranks": 3}, r"cond_mark is \[3, 8\], expected \[4, 8\]\)"),
+        ({"blocks": 2}, "is missing, and"),
+        ({"colour": 3}, "unknown U-Net settings"),
+        ({"widths": [16]}, "at least two resolutions"),
+        ({"widths": [10, 16]}, "multiples"),
+        ({"canvas_width": 2}, "below code_dim"),
+    ]:
+        config.write_text(json.dumps({**raw, **change}))
+        with pytest.raises(ValueError, match=message):
+            UNetDenoiser.from_folder(tmp_path / "unet")
+
+
+# ---- the pipeline -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    """The sticker model's parts around an untrained U-Net."""
+    discrete = KNNDiffusion.from_pretrained("stickers", backbone="discrete")
+    config = UNetConfig(widths=(16, 16), groups=4, heads=2, cond_width=16)
+    torch.manual_seed(0)
+    net = UNetDenoiser(config)
+    net.set_codebook(discrete.tokenizer.quantize.embedding.weight, torch.ones(512))
+    return KNNDiffusion(
+        discrete.encoder, discrete.tokenizer, net.eval().requires_grad_(False), discrete.databases
+    )
+
+
+def test_the_pipeline_takes_either_backbone(pipe, tmp_path):
+    def pixels(p, **options):
+        out = p("pizza", steps=2, num_images=2, seed=3, **options)
+        return np.stack([np.asarray(i) for i in out.images])
+
+    pipe.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model" / "denoiser").exists()
+    again = KNNDiffusion.from_pretrained(tmp_path / "model")
+    assert again.denoiser.backbone == "continuous"
+    np.testing.assert_array_equal(pixels(pipe), pixels(again))
+    np.testing.assert_array_equal(pixels(pipe), pixels(pipe, batch_size=1))
+    assert pixels(pipe, solver="ddim").shape == (2, 64, 64, 3)
+    with pytest.raises(ValueError, match="holds continuous, not 'discrete'"):
+        KNNDiffusion.from_pretrained(tmp_path / "model", backbone="discrete")
+    with pytest.raises(ValueError, match="truncation"):
+        pixels(pipe, truncation=0.9)
+    discrete = KNNDiffusion.from_pretrained("stickers", backbone="discrete")
+    with pytest.raises(ValueError, match="solver"):
+        pixels(discrete, solver="ddim")
