@@ -13,7 +13,8 @@ import click
 from knnfast._version import __version__
 
 # What bad input raises: one line on stderr, exit code 2. Anything else is a bug and shows itself.
-BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
+BAD_INPUT = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
+BASELINES = ("knn", "lafite", "no_neighbours")  # of training; knnfast.diffusion.pairs has them
 
 
 class _Group(click.Group):
@@ -217,48 +218,84 @@ def database_merge(paths: tuple[Path, ...], out: Path) -> None:
 )
 @click.option("--model", default="stickers", show_default=True, help="Gives encoder and tokenizer.")
 @click.option("--steps", default=10_000, show_default=True, help="Optimiser steps.")
-@click.option("--batch", default=128, show_default=True, help="Images a step.")
+@click.option("--batch", default=128, show_default=True, help="Images a step, over all processes.")
+@click.option("--accumulate", default=1, show_default=True, help="Passes for a step, each smaller.")
+@click.option("--lr", default=3e-3, show_default=True, help="Peak learning rate.")
+@click.option("--k", default=10, show_default=True, help="Neighbours to condition on, at most.")
 @click.option("--versions", default=8, show_default=True, help="Augmented versions of the images.")
+@click.option(
+    "--baseline", type=click.Choice(BASELINES), default="knn", show_default=True,
+    help="Leave the neighbours out: the embedding with LAFITE's noise, or as it is.",
+)  # fmt: skip
+@click.option("--noise", default=0.75, show_default=True, help="Length of LAFITE's noise.")
+@click.option("--importance", is_flag=True, help="Draw the levels of noise by importance.")
+@click.option(
+    "--candidates", default=0, show_default=True,
+    help="Look up this many neighbours of each image once; 0 searches at every step.",
+)  # fmt: skip
+@click.option("--checkpoint-every", default=200, show_default=True, help="Steps; also of samples.")
+@click.option(
+    "--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True,
+    help="Of matrix products; auto takes bf16 where the machine computes it.",
+)  # fmt: skip
+@click.option("--device", default="cpu", show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def train(
-    data: Path,
-    out: Path,
-    model: str,
-    steps: int,
-    batch: int,
-    versions: int,
-    seed: int,
-    as_json: bool,
-) -> None:
-    """Train a denoiser on the pictures in DATA, a folder or a database. No caption is read.
+    data: Path, out: Path, model: str, versions: int, k: int, baseline: str, noise: float,
+    precision: str, device: str, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Train a denoiser on the pictures in DATA. No caption is read.
 
-    A run that was stopped or killed goes on from its last checkpoint. The trained model, with DATA
-    as its database, lies under OUT/model, which `--model` of the other commands takes.
-    """  # fmt: skip
+    DATA is a folder of images, WebDataset shards (one, a folder of them, or "shard-{000..099}.tar")
+    or a saved database. A run that was stopped or killed goes on from its last checkpoint. The
+    trained model, with DATA as its database, lies under OUT/model, which `--model` of the other
+    commands takes.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m knnfast train DATA --device cuda --out RUN
+    """
     from knnfast.database import Database
+    from knnfast.diffusion.data import build_database
     from knnfast.diffusion.denoiser import Denoiser
-    from knnfast.diffusion.training import TrainConfig
+    from knnfast.diffusion.distributed import has_bf16, processes
+    from knnfast.diffusion.pairs import ConditionConfig
+    from knnfast.diffusion.trainer import TrainConfig
     from knnfast.diffusion.training import train as run
     from knnfast.pipeline import KNNDiffusion
 
-    for name, value in (("--steps", steps), ("--batch", batch), ("--versions", versions)):
-        if value < 1:
-            raise ValueError(f"{name}: must be at least 1, got {value}")
+    if versions < 1:
+        raise ValueError(f"--versions: must be at least 1, got {versions}")
+    config = TrainConfig(
+        condition=ConditionConfig(k=k).baseline(baseline, noise),
+        bf16=precision == "bf16" or (precision == "auto" and has_bf16(device)), **options,
+    )  # fmt: skip
     if (out / "model").exists():
         raise ValueError(f"--out: {out / 'model'} exists already; that run is finished")
-    pipe = KNNDiffusion.from_pretrained(model)
+    if out.resolve().is_relative_to(data.resolve()):
+        raise ValueError(f"--out: {out} lies inside DATA; its pictures would be trained on")
     saved = (data / "database.json").is_file()
-    db = Database.open(data) if saved else Database.build(data, pipe.encoder)
-    record = run(
-        db if saved else data, out, pipe.tokenizer, pipe.encoder, worlds=versions,
-        config=TrainConfig(steps=steps, batch=batch, seed=seed), progress=not as_json,
-    )  # fmt: skip
-    trained = KNNDiffusion(
-        pipe.encoder, pipe.tokenizer, Denoiser.from_folder(out / "denoiser"), {"training": db}
-    )
-    trained.save_pretrained(out / "model")
-    click.echo(json.dumps(record, indent=1) if as_json else f"{out / 'model'}: {steps:,} steps")
+    source = Database.open(data) if saved else data
+    with processes(device) as these:
+        pipe = KNNDiffusion.from_pretrained(model, device=these.device)
+        if isinstance(source, Database):
+            source.check_encoder(pipe.encoder.card)
+        record = run(
+            source, out, pipe.tokenizer, pipe.encoder, config=config, worlds=versions,
+            device=device, progress=not as_json,
+        )  # fmt: skip
+        if not these.main:
+            return
+        db = source if isinstance(source, Database) else build_database(source, pipe.encoder)
+        trained = KNNDiffusion(
+            pipe.encoder, pipe.tokenizer,
+            Denoiser.from_folder(out / "denoiser", device=these.device), {"training": db},
+        )  # fmt: skip
+        trained.save_pretrained(out / "model")
+    if as_json:
+        click.echo(json.dumps(record, indent=1))
+        return
+    click.echo(f"{out / 'model'}: {record['steps']:,} steps, {record['seconds']:.0f} s")
+    click.echo(f'try: knnfast generate "..." --model {out / "model"}; samples: {out / "grids"}')
 
 
 @main.command()

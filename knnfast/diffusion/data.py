@@ -30,7 +30,7 @@ from knnfast.evaluate import weights_hash
 from knnfast.images import READ_ERRORS, SUFFIXES, flatten, list_images, read_image
 
 if TYPE_CHECKING:
-    from knnfast.encoders import EncoderCard
+    from knnfast.encoders import Encoder, EncoderCard
 
 PAIRS_FILE = "pairs.safetensors"
 PART = 1024  # images encoded at a time; what a kill can lose
@@ -154,6 +154,27 @@ def _webdataset() -> Any:
             "webdataset: needed to read .tar shards; install the extra: knnfast[train]"
         ) from None
     return webdataset
+
+
+def build_database(data: str | Path, encoder: Encoder, batch: int = 64) -> Database:
+    """A retrieval database of a folder's images or of WebDataset shards."""
+    if not shards(data):
+        return Database.build(data, encoder)
+    db = Database(encoder.card)
+    stream = pictures(data)
+    while items := list(islice(stream, batch)):
+        images, names, sources = [], [], []
+        for item in items:
+            try:
+                images.append(item.read())
+            except READ_ERRORS:  # `encode` has warned of it
+                continue
+            shard, _, name = item.name.rpartition(": ")
+            names.append(name.split(".")[0])
+            sources.append(f"{Path(shard).name}/{name}")
+        if images:
+            db.add(encoder.encode_images(images), images, names=names, sources=sources)
+    return db
 
 
 # ---- encoding -----------------------------------------------------------------------------------

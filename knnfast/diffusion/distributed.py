@@ -88,3 +88,10 @@ def processes(device: str | torch.device = "cpu") -> Iterator[Processes]:
         yield Processes(rank, count, chosen)
     finally:
         dist.destroy_process_group()
+
+
+def has_bf16(device: str | torch.device) -> bool:
+    """Whether a device multiplies matrices in bfloat16 itself, so that it pays."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
