@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from knnfast.pipeline import KNNDiffusion
 
 __all__ = [
+    "Panel",
     "bootstrap_interval",
     "cmmd",
     "evaluate",
@@ -188,9 +189,68 @@ class _View:
         self.texts = encoder.encode_text(real.names).vectors
         self.real = encoder.encode_images(real.images).vectors
 
-    def hits(self, rows: np.ndarray, right: np.ndarray) -> dict[str, np.ndarray]:
-        """Measure R-precision of embeddings, image by image."""
-        return {f"r_precision@{k}": r_precision(rows, self.texts, right, k) for k in (1, 10)}
+
+class Panel:
+    """What generated images are measured against: all real stickers, as two encoders see them.
+
+    Args:
+        pipe: a model with the two databases.
+        judge: an encoder that did not condition it, or a folder of one; by default the judge of
+            the embedded bundle.
+        training: name of the database whose images the generator was trained on.
+        other: name of the database it has never seen.
+    """
+
+    def __init__(
+        self,
+        pipe: KNNDiffusion,
+        judge: Encoder | str | Path | None = None,
+        training: str = "stickers",
+        other: str = "animals",
+    ):
+        from knnfast.encoders import load_encoder
+
+        if judge is None:
+            judge = Path(__file__).parent / "bundles" / "stickers" / "judge"
+        if isinstance(judge, str | Path):
+            judge = load_encoder(judge)
+        if judge.card.sha256 == pipe.encoder.card.sha256:
+            raise ValueError("the judge is the encoder that conditions the generator")
+        self.judge = judge
+        self.real = _Real(pipe.databases, training, other)
+        self.views = {"encoder": _View(pipe.encoder, self.real), "judge": _View(judge, self.real)}
+        self.held_out = np.flatnonzero(self.real.held_out)
+        self.searched = np.flatnonzero(self.real.training)
+        self.size = self.real.images[0].size
+        self._pixels = _pixels(self.real.images, self.size)
+
+    def choose(self, prompts: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of names to generate: of trained stickers, and half of held-out ones (or fewer)."""
+        unseen = rng.permutation(self.held_out)[: prompts // 2]
+        free = np.flatnonzero(self.real.training & ~self.real.held_out)
+        return rng.permutation(free)[: prompts - len(unseen)], unseen
+
+    def values(self, images: list[Image.Image], rows: np.ndarray) -> dict[str, dict[str, Any]]:
+        """Measure images of the names in `rows`, one each.
+
+        Returns:
+            For `encoder` and `judge`: `r_precision@1`, `r_precision@10`, `score` and
+            `nearest_distance` of each image [N] float64, and `cmmd_to_held_out` of all of them; for
+            `pixels`: `nearest_pixel_distance` of each image.
+        """
+        out: dict[str, dict[str, Any]] = {}
+        for label, view in self.views.items():
+            seen = view.encoder.encode_images(images).vectors
+            values: dict[str, Any] = {
+                f"r_precision@{k}": r_precision(seen, view.texts, rows, k) for k in (1, 10)
+            }
+            own = np.asarray(seen, np.float64) * np.asarray(view.texts[rows], np.float64)
+            values["score"] = own.sum(1)
+            values["cmmd_to_held_out"] = cmmd(seen, view.real[self.held_out])
+            values["nearest_distance"] = nearest_distance(seen, view.real[self.searched])
+            out[label] = values
+        near = pixel_distance(_pixels(images, self.size), self._pixels[self.searched])
+        return {**out, "pixels": {"nearest_pixel_distance": near}}
 
 
 def _pixels(images: Sequence[Image.Image], size: tuple[int, int]) -> np.ndarray:
@@ -222,8 +282,7 @@ def evaluate(
 
     Args:
         pipe: the model.
-        judge: an encoder that did not condition it, or a folder of one; by default the judge of
-            the embedded bundle.
+        judge: see `Panel`.
         prompts: how many names, training and held-out together.
         k: neighbours of a prompt.
         steps: denoising steps.
@@ -240,22 +299,13 @@ def evaluate(
     Returns:
         A JSON-able dictionary; `report` prints it.
     """
-    from knnfast.encoders import load_encoder
-
     if prompts < 4 or other_prompts < 2 or other_samples < 1:
         raise ValueError("at least 4 prompts, 2 of the other database and 1 sample of each")
-    if judge is None:
-        judge = Path(__file__).parent / "bundles" / "stickers" / "judge"
-    if isinstance(judge, str | Path):
-        judge = load_encoder(judge)
-    if judge.card.sha256 == pipe.encoder.card.sha256:
-        raise ValueError("the judge is the encoder that conditions the generator")
     start = time.perf_counter()
-    real = _Real(pipe.databases, training, other)
-    views = {"encoder": _View(pipe.encoder, real), "judge": _View(judge, real)}
+    panel = Panel(pipe, judge, training, other)
+    real, views, judge = panel.real, panel.views, panel.judge
     rng = np.random.default_rng(seed)
-    unseen = rng.permutation(np.flatnonzero(real.held_out))[: prompts // 2]
-    seen = rng.permutation(np.flatnonzero(real.training & ~real.held_out))[: prompts - len(unseen)]
+    seen, unseen = panel.choose(prompts, rng)
     foreign = rng.permutation(np.flatnonzero(~real.training))[:other_prompts]
     chosen = np.concatenate([seen, unseen])
     is_unseen = np.arange(len(chosen)) >= len(seen)
@@ -285,32 +335,25 @@ def evaluate(
                 progress(done, total)
         return images
 
-    reference = np.flatnonzero(real.held_out)
-    size = real.images[0].size
-    real_pixels = _pixels(real.images, size)
-    searched = np.flatnonzero(real.training)
-
     def measure(images: list[Image.Image]) -> dict[str, Any]:
         """Measure images of the chosen prompts, one each."""
+        measured = panel.values(images, chosen)
         out: dict[str, Any] = {}
-        for label, view in views.items():
-            rows = view.encoder.encode_images(images).vectors
-            hits = view.hits(rows, chosen)
+        for label in views:
+            per_image = measured[label]
             values: dict[str, Any] = {}
-            for metric, found in hits.items():
-                low, high = bootstrap_interval(found)
+            for metric in ("r_precision@1", "r_precision@10"):
+                found = per_image[metric]
                 values[metric] = float(found.mean())
-                values[f"{metric}_interval"] = [low, high]
+                values[f"{metric}_interval"] = list(bootstrap_interval(found))
                 values[f"{metric}_training"] = float(found[~is_unseen].mean())
                 values[f"{metric}_held_out"] = float(found[is_unseen].mean())
-            values["score"] = mean_score(rows, view.texts[chosen])
-            values["cmmd_to_held_out"] = cmmd(rows, view.real[reference])
-            values["nearest_distance"] = float(nearest_distance(rows, view.real[searched]).mean())
+            values["score"] = float(per_image["score"].mean())
+            values["cmmd_to_held_out"] = per_image["cmmd_to_held_out"]
+            values["nearest_distance"] = float(per_image["nearest_distance"].mean())
             out[label] = values
-        out["nearest_pixel_distance"] = float(
-            pixel_distance(_pixels(images, size), real_pixels[searched]).mean()
-        )
-        return out
+        pixels = measured["pixels"]["nearest_pixel_distance"]
+        return {**out, "nearest_pixel_distance": float(pixels.mean())}
 
     generated = {mode: measure(generate(chosen, 1, training, mode)) for mode in MODES}
 
@@ -329,7 +372,7 @@ def evaluate(
             view.real[chosen], view.texts[shuffled]
         )
         bounds["real"][label]["cmmd_training_to_held_out"] = cmmd(
-            view.real[seen], view.real[reference]
+            view.real[seen], view.real[panel.held_out]
         )
 
     judged = views["judge"]
