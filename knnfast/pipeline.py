@@ -331,6 +331,12 @@ def find_model(name_or_path: str | Path) -> Path:
     )
 
 
+def backbones_of(name_or_path: str | Path) -> list[str]:
+    """Names of the backbones that a model holds, its default first."""
+    manifest = _files.read_json(find_model(name_or_path) / "model.json", FORMAT)
+    return [str(name) for name in manifest.get("backbones", ["discrete"])]
+
+
 def write_manifest(
     root: Path, encoder: str, databases: Sequence[str], backbones: Sequence[str] = ("discrete",)
 ) -> None:

@@ -131,6 +131,7 @@ def draw_grid(
         no_query=0.0, no_neighbours=float(not config.condition.shows_neighbours), null=0.0,
         vary_k=0.0, subset=0.0,
     )  # fmt: skip
+    columns = min(columns, config.batch)
     targets, cond, mask = ConditionSampler(pairs, shown).draw(columns, generator)
     device = net.position.device
     cond, mask = cond.to(device), mask.to(device)

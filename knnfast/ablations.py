@@ -1,0 +1,502 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's ablations on a model: what changes when one thing about the generation does.
+
+Every setting generates the same names with the same seeds, so settings are compared image by
+image. Each ablation becomes a JSON file; the report (a page with tables and plots) is made from
+all JSON files of a folder, so it can be built up one ablation at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from knnfast import _files
+from knnfast.evaluate import Panel, bootstrap_interval, weights_hash
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from knnfast.database import Database
+    from knnfast.diffusion.backbone import Backbone
+    from knnfast.diffusion.schedule import Schedule
+    from knnfast.encoders import Encoder
+    from knnfast.pipeline import KNNDiffusion
+
+FORMAT = "knnfast-ablation"
+PROMPTS, QUICK_PROMPTS = 200, 32
+# What is averaged over the images: (encoder, metric).
+METRICS = (
+    ("judge", "score"),
+    ("judge", "r_precision@1"),
+    ("judge", "r_precision@10"),
+    ("encoder", "score"),
+    ("encoder", "r_precision@10"),
+    ("judge", "nearest_distance"),
+    ("pixels", "nearest_pixel_distance"),
+)
+COLUMNS = {
+    "judge score": "judge's score",
+    "judge r_precision@1": "judge R@1",
+    "judge r_precision@10": "judge R@10",
+    "encoder score": "encoder's score",
+    "encoder r_precision@10": "encoder R@10",
+    "judge cmmd_to_held_out": "judge CMMD",
+    "encoder cmmd_to_held_out": "encoder CMMD",
+    "judge nearest_distance": "nearest (judge)",
+    "pixels nearest_pixel_distance": "nearest (pixels)",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to generate."""
+
+    label: str
+    k: int = 10
+    use_query: bool = True
+    use_neighbours: bool = True
+    share: float = 1.0  # of the database
+    steps: int = 25
+    one_step: bool = False  # VQ-Diffusion's fast sampler: a one-step posterior for every jump
+    guidance: float = 3.0
+    truncation: float = 1.0
+    backbone: str = "discrete"
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A question about generation.
+
+    Attributes:
+        name: of the ablation and its files.
+        title: what is varied.
+        settings: the ways to generate that are compared.
+        claims: (what is said, the setting it says is better, the one it says is worse).
+        source: who says it, and how sure that is.
+        axis: name of the horizontal axis and each setting's place on it, for a line plot.
+    """
+
+    name: str
+    title: str
+    settings: tuple[Setting, ...]
+    claims: tuple[tuple[str, str, str], ...]
+    source: str
+    axis: tuple[str, tuple[float, ...]] | None = None
+
+
+BOTH = Setting("query and neighbours")
+QUERY = Setting("query only", use_neighbours=False)
+NEIGHBOURS = Setting("neighbours only", use_query=False)
+KS = (1, 2, 5, 10, 20)
+SHARES = (0.1, 0.3, 0.5, 0.7, 1.0)
+STEPS = (5, 10, 15, 25, 50)
+GUIDANCE = (1.0, 2.0, 3.0, 5.0, 8.0)
+TRUNCATION = (0.7, 0.86, 0.95, 1.0)
+
+ABLATIONS = {
+    a.name: a
+    for a in (
+        Ablation(
+            "neighbours",
+            "Neighbours on and off",
+            (BOTH, QUERY),
+            (("neighbours help", BOTH.label, QUERY.label),),
+            "Paper: without neighbours much worse (COCO FID about 32.8 against 12.5; quoted from "
+            "memory). The paper trains a model without neighbours; here one model is asked without "
+            "them, which it met in 15 % of its training.",
+        ),
+        Ablation(
+            "condition",
+            "Query only, neighbours only, both",
+            (QUERY, NEIGHBOURS, BOTH),
+            (
+                ("both beats the query alone", BOTH.label, QUERY.label),
+                ("both beats the neighbours alone", BOTH.label, NEIGHBOURS.label),
+            ),
+            "Paper: the query and its neighbours together. RDM found the opposite for its "
+            "ImageNet model: the text alone generalised better.",
+        ),
+        Ablation(
+            "k",
+            "Number of neighbours",
+            tuple(Setting(f"k = {k}", k=k) for k in KS),
+            (
+                ("ten neighbours beat one", "k = 10", "k = 1"),
+                ("ten neighbours beat twenty", "k = 10", "k = 20"),
+            ),
+            "Paper: k = 10 is best (quoted from memory). The model was trained with at most 10.",
+            ("k", tuple(map(float, KS))),
+        ),
+        Ablation(
+            "index",
+            "Share of the database that is searched",
+            tuple(Setting(f"{s:.0%} of the index", share=s) for s in SHARES),
+            (("a larger index is better", "100% of the index", "10% of the index"),),
+            "Paper: FID 13.92, 13.85, 13.72, 13.65 for 10, 30, 50, 70 % (quoted from memory).",
+            ("share of the index", SHARES),
+        ),
+        Ablation(
+            "steps",
+            "Number of steps: exact strides against one-step posteriors",
+            tuple(
+                Setting(f"{n} steps, {'one-step' if one else 'exact'}", steps=n, one_step=one)
+                for one in (False, True)
+                for n in STEPS
+            ),
+            (
+                ("at 5 steps, exact strides beat one-step posteriors", "5 steps, exact",
+                 "5 steps, one-step"),
+                ("at 10 steps, exact strides beat one-step posteriors", "10 steps, exact",
+                 "10 steps, one-step"),
+                ("more steps are better", "50 steps, exact", "5 steps, exact"),
+            ),
+            "Derived, not from the paper: VQ-Diffusion's fast sampler takes the one-step posterior "
+            "for a jump of several levels, so most codes are left for the last step, where they "
+            "are drawn independently.",
+            ("steps", tuple(map(float, STEPS)) * 2),
+        ),
+        Ablation(
+            "guidance",
+            "Classifier-free guidance",
+            tuple(Setting(f"guidance {g:g}", guidance=g) for g in GUIDANCE),
+            (
+                ("guidance helps", "guidance 3", "guidance 1"),
+                ("there is too much of it", "guidance 3", "guidance 8"),
+            ),
+            "Paper: uses guidance, scale not recovered. VQ-Diffusion: 3 to 5.",
+            ("guidance weight", GUIDANCE),
+        ),
+        Ablation(
+            "truncation",
+            "Truncation: probability mass that is kept",
+            tuple(Setting(f"truncation {r:g}", truncation=r) for r in TRUNCATION),
+            (("keeping 0.86 beats keeping all", "truncation 0.86", "truncation 1"),),
+            "VQ-Diffusion (the paper's discrete backbone): 0.86.",
+            ("mass kept", TRUNCATION),
+        ),
+        Ablation(
+            "backbone",
+            "Discrete and continuous backbone",
+            (Setting("discrete"), Setting("continuous", backbone="continuous")),
+            (),
+            "Paper: both work, the discrete one is faster to sample. No direction is claimed.",
+        ),
+    )
+}  # fmt: skip
+
+
+def one_step_schedule(schedule: Schedule, steps: int | Sequence[int]) -> Schedule:
+    """A schedule whose exact strides are what VQ-Diffusion's fast sampler does with `schedule`.
+
+    For a jump t -> s that sampler takes the posterior of the single step s + 1 -> s, which leaves
+    masked what that step would: C_s / C_{s+1}. A schedule with C'_s = C'_t C_s / C_{s+1} at the
+    levels visited has just these strides; the last step draws everything that is left in both.
+
+    Raises:
+        ValueError: a schedule with replacement, for which there is no such form.
+    """
+    from knnfast.diffusion.schedule import Schedule
+
+    if schedule.B[1:].any():
+        raise ValueError(f"one-step posteriors need a schedule without replacement: {schedule}")
+    out = Schedule(schedule.name, schedule.num_steps, schedule.num_codes)
+    masked = schedule.C.copy()
+    for t, s in pairwise(schedule.levels(steps if isinstance(steps, int) else list(steps))):
+        masked[s] = masked[t] * schedule.C[s] / schedule.C[s + 1]
+    out.C, out.A = masked, 1.0 - masked
+    return out
+
+
+class _Models:
+    """The pipelines and databases that settings ask for, made once."""
+
+    def __init__(self, discrete: KNNDiffusion, continuous: KNNDiffusion | None, training: str):
+        self.pipes = {"discrete": discrete, "continuous": continuous}
+        self.database = discrete.databases[training]
+        self._parts: dict[float, Database] = {1.0: self.database}
+
+    def part(self, share: float) -> Database:
+        """A fixed random part of the database; a smaller one lies within a larger one."""
+        from knnfast.database import Database
+        from knnfast.encoders import Embeddings
+
+        if share not in self._parts:
+            whole = self.database
+            order = np.random.default_rng(0).permutation(whole.ids)
+            ids = np.sort(order[: round(share * len(order))])
+            part = Database(whole.encoder)
+            part.add(
+                Embeddings(whole.vectors(ids), whole.encoder),
+                [whole.thumbnail(i) for i in ids.tolist()],
+                names=[whole[i].name for i in ids.tolist()],
+            )
+            self._parts[share] = part
+        return self._parts[share]
+
+    def pipe(self, setting: Setting) -> KNNDiffusion | None:
+        """The pipeline of a setting, None where the model is not there."""
+        from knnfast.pipeline import KNNDiffusion
+
+        pipe = self.pipes[setting.backbone]
+        if pipe is None or not setting.one_step:
+            return pipe
+        denoiser = _one_step(pipe.denoiser)
+        return KNNDiffusion(pipe.encoder, pipe.tokenizer, denoiser, pipe.databases)
+
+
+def _one_step(denoiser: Backbone) -> Backbone:
+    """The same network behind VQ-Diffusion's fast sampler."""
+    from knnfast.diffusion.denoiser import Denoiser
+    from knnfast.diffusion.sampler import sample
+
+    class OneStep(Denoiser):
+        """A denoiser that takes one-step posteriors for its strides."""
+
+        def sample(
+            self, cond: Tensor, cond_mask: Tensor, steps: int | Sequence[int] = 25,
+            *args: Any, **options: Any,
+        ) -> Tensor:  # fmt: skip
+            """Draw codes, [B, L] int64."""
+            schedule = one_step_schedule(self.schedule, steps)
+            return sample(self, schedule, cond, cond_mask, steps, *args, **options)
+
+    same = OneStep(denoiser.config)
+    same.load_state_dict(denoiser.state_dict())
+    return same.to(next(denoiser.parameters()).device).eval().requires_grad_(False)
+
+
+def run(
+    names: Sequence[str],
+    pipe: KNNDiffusion,
+    out: Path,
+    *,
+    prompts: int = PROMPTS,
+    seed: int = 0,
+    judge: Encoder | str | Path | None = None,
+    continuous: KNNDiffusion | None = None,
+    training: str = "stickers",
+    other: str = "animals",
+    batch: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Run ablations, and write each one's JSON when it is done, then the report.
+
+    Args:
+        names: of ABLATIONS.
+        pipe: the model.
+        out: folder of the report; made when missing.
+        prompts: names generated in each setting, half of them held out of the training.
+        seed: of the choice of names and of all samples.
+        judge: see `Panel`.
+        continuous: a model with the continuous backbone; None: its settings are not available.
+        training: name of the database whose images the generator was trained on.
+        other: name of the database it has never seen; its names are among the wrong answers.
+        batch: names generated at once.
+        progress: called with (images done, images in all).
+
+    Returns:
+        What was written, one dictionary for each ablation.
+
+    Raises:
+        ValueError: an unknown name, or fewer than four prompts.
+    """
+    for name in names:
+        if name not in ABLATIONS:
+            raise ValueError(f"ablation must be one of {', '.join(ABLATIONS)}, got {name!r}")
+    if prompts < 4:
+        raise ValueError(f"prompts: must be at least 4, got {prompts}")
+    out.mkdir(parents=True, exist_ok=True)
+    panel = Panel(pipe, judge, training, other)
+    rows = np.concatenate(panel.choose(prompts, np.random.default_rng(seed)))
+    texts = [panel.real.names[row] for row in rows]
+    models = _Models(pipe, continuous, training)
+    known: dict[Setting, dict[str, Any]] = {}  # several ablations share their default setting
+    wanted = {replace(s, label="") for name in names for s in ABLATIONS[name].settings}
+    total = len(texts) * sum(models.pipes[s.backbone] is not None for s in wanted)
+    done = 0
+
+    def generate(setting: Setting, pipe: KNNDiffusion) -> dict[str, Any]:
+        nonlocal done
+        start = time.perf_counter()
+        images = []
+        for first in range(0, len(texts), batch):
+            part = texts[first : first + batch]
+            images += pipe(
+                part, k=setting.k, steps=setting.steps, guidance=setting.guidance,
+                truncation=setting.truncation, seed=seed + first,
+                database=models.part(setting.share), use_query=setting.use_query,
+                use_neighbours=setting.use_neighbours,
+            ).images  # fmt: skip
+            done += len(part)
+            if progress is not None:
+                progress(done, total)
+        seconds = time.perf_counter() - start
+        return {**panel.values(images, rows), "seconds": seconds}
+
+    results = []
+    for name in names:
+        ablation = ABLATIONS[name]
+        measured: dict[str, dict[str, Any] | None] = {}
+        for setting in ablation.settings:
+            key = replace(setting, label="")
+            chosen = models.pipe(setting)
+            if chosen is None:
+                measured[setting.label] = None
+                continue
+            if key not in known:
+                known[key] = generate(setting, chosen)
+            measured[setting.label] = known[key]
+        result = {
+            "format": FORMAT,
+            **_summary(ablation, measured),
+            "prompts": len(texts),
+            "held_out": int(panel.real.held_out[rows].sum()),
+            "names": len(panel.real.names),
+            "seed": seed,
+            "denoiser_sha256": weights_hash(pipe.denoiser),
+            "continuous_sha256": continuous and weights_hash(continuous.denoiser),
+        }
+        _files.write_json(out / f"{name}.json", result)
+        results.append(result)
+    write_report(out)
+    return results
+
+
+def _summary(
+    ablation: Ablation, measured: Mapping[str, Mapping[str, Any] | None]
+) -> dict[str, Any]:
+    """Means of each setting, and each claim beside what was found."""
+    settings = []
+    for setting in ablation.settings:
+        values = measured[setting.label]
+        entry: dict[str, Any] = {"setting": asdict(setting), "available": values is not None}
+        if values is not None:
+            entry["seconds"] = values["seconds"]
+            entry["metrics"] = {
+                f"{who} {metric}": float(values[who][metric].mean()) for who, metric in METRICS
+            }
+            for who in ("judge", "encoder"):
+                entry["metrics"][f"{who} cmmd_to_held_out"] = values[who]["cmmd_to_held_out"]
+            entry["interval"] = list(bootstrap_interval(values["judge"]["score"]))
+        settings.append(entry)
+    claims = []
+    for text, better, worse in ablation.claims:
+        a, b = measured[better], measured[worse]
+        assert a is not None
+        assert b is not None
+        difference = a["judge"]["score"] - b["judge"]["score"]
+        low, high = bootstrap_interval(difference)
+        found = "agrees" if low > 0 else "disagrees" if high < 0 else "undecided"
+        claims.append(
+            {
+                "claim": text, "better": better, "worse": worse, "found": found,
+                "difference": float(difference.mean()), "interval": [low, high],
+            }
+        )  # fmt: skip
+    return {
+        "name": ablation.name,
+        "title": ablation.title,
+        "source": ablation.source,
+        "axis": ablation.axis,
+        "settings": settings,
+        "claims": claims,
+    }
+
+
+# ---- the report ---------------------------------------------------------------------------------
+
+
+def write_report(out: Path) -> Path:
+    """Make `README.md` and one PNG for each ablation from the JSON files in a folder.
+
+    Raises:
+        ImportError: matplotlib is missing. ValueError: a file there is not an ablation's.
+    """
+    found = [out / f"{name}.json" for name in ABLATIONS]
+    results = [_files.read_json(path, FORMAT) for path in found if path.is_file()]
+    for result in results:
+        if any(entry["available"] for entry in result["settings"]):
+            _plot(result, out / f"{result['name']}.png")
+    page = out / "README.md"
+    _files.write_atomic(page, _page(results).encode())
+    return page
+
+
+def _page(results: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "# Ablations",
+        "",
+        "Made by `knnfast evaluate MODEL --ablation NAME|all`. Every setting generates the same "
+        "names with the same seeds. Score: cosine of the image with its own name. R@n: its own "
+        "name is among the n nearest of all names. CMMD: distance to the held-out real stickers, "
+        "smaller is better. Nearest: distance to the nearest picture of the database, 0 for a copy "
+        "(judge: 1 - cosine; pixels: root mean square). A claim is compared by the judge's score, "
+        "image by image: agrees or disagrees when the 95 % bootstrap interval of the difference "
+        "leaves out 0, undecided when not. The judge has not met the generator.",
+        "",
+        "| ablation | what is claimed | here | difference of the judge's score | names |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for result in results:
+        if not result["claims"]:
+            lines.append(f"| [{result['name']}](#{result['name']}) | (no direction) | | | |")
+        for claim in result["claims"]:
+            low, high = claim["interval"]
+            difference = f"{claim['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+            cells = [claim["claim"], f"**{claim['found']}**", difference, str(result["prompts"])]
+            lines.append(f"| [{result['name']}](#{result['name']}) | " + " | ".join(cells) + " |")
+    for result in results:
+        lines += ["", f"## {result['name']}", "", f"{result['title']}. {result['source']}", ""]
+        lines.append("| setting | " + " | ".join(COLUMNS.values()) + " | s/image |")
+        lines.append("| --- |" + " --- |" * (len(COLUMNS) + 1))
+        for entry in result["settings"]:
+            label = entry["setting"]["label"]
+            if not entry["available"]:
+                lines.append(f"| {label} | not available: no such model was given |")
+                continue
+            cells = [f"{entry['metrics'][key]:.3f}" for key in COLUMNS]
+            cells.append(f"{entry['seconds'] / result['prompts']:.2f}")
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        if any(entry["available"] for entry in result["settings"]):
+            lines += ["", f"![{result['title']}]({result['name']}.png)"]
+        lines += [
+            "",
+            f"{result['prompts']} names ({result['held_out']} held out), seed {result['seed']}, "
+            f"among {result['names']:,} names; denoiser `{result['denoiser_sha256'][:12]}`.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _plot(result: Mapping[str, Any], path: Path) -> None:
+    """The judge's score with its interval: lines over an axis, or bars."""
+    from matplotlib.figure import Figure
+
+    entries = [e for e in result["settings"] if e["available"]]
+    score = np.array([e["metrics"]["judge score"] for e in entries])
+    error = np.abs(np.array([e["interval"] for e in entries]).T - score)
+    figure = Figure(figsize=(5.0, 3.0), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    if result["axis"]:
+        label, places = result["axis"]
+        for one in (False, True):
+            line = [i for i, e in enumerate(entries) if e["setting"]["one_step"] == one]
+            if line:
+                axes.errorbar(
+                    [places[i] for i in line], score[line], error[:, line], marker="o",
+                    capsize=3, label="one-step posteriors" if one else "exact strides",
+                )  # fmt: skip
+        if any(e["setting"]["one_step"] for e in entries):
+            axes.legend()
+        axes.set_xlabel(label)
+    else:
+        axes.bar([e["setting"]["label"] for e in entries], score, yerr=error, capsize=3)
+    axes.set_ylabel("judge's score")
+    axes.set_title(result["title"], fontsize=10)
+    figure.savefig(path, metadata={"Software": None})
