@@ -6,13 +6,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from click.testing import CliRunner
 from test_evaluate import Knowing, Pipe, picture
+from test_training import TINY
 
 from knnfast import ablations
-from knnfast.ablations import ABLATIONS, _Models, one_step_schedule, run
+from knnfast.ablations import ABLATIONS, _Models, _one_step, one_step_schedule, run
 from knnfast.cli import main
 from knnfast.database import Database
+from knnfast.diffusion.denoiser import Denoiser
 from knnfast.diffusion.schedule import Schedule
 from knnfast.ops.reference import transition_weights
 
@@ -140,6 +144,16 @@ def test_one_step_schedule(steps):
         assert left > 0.75  # of all codes are drawn at once, at the end
     with pytest.raises(ValueError, match="without replacement"):
         one_step_schedule(Schedule("mask_replace", 100, 16), 10)
+
+
+def test_the_one_step_denoiser_is_the_same_network():
+    """With a step for each level both samplers are one; with fewer they are not."""
+    net = Denoiser(TINY).eval().requires_grad_(False)
+    cond = F.normalize(torch.randn(2, 4, TINY.embed_dim), dim=-1)
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    for steps, same in ((10, True), (3, False)):
+        exact = net.sample(cond, mask, steps=steps)
+        assert torch.equal(exact, _one_step(net).sample(cond, mask, steps=steps)) == same
 
 
 def test_parts_of_a_database_are_nested():
