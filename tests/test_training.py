@@ -1,6 +1,10 @@
 """Training: the loss against its definition, neighbours, and images alone."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -320,6 +324,48 @@ def test_kmeans_and_redundant_codes() -> None:
     assert torch.cdist(centres, found).amin(1).max() < 0.2
     book = torch.tensor([[0.0, 0.0], [0.1, 0.0], [5.0, 0.0]])
     assert redundant(book, torch.tensor([1.0, 9.0, 1.0]), 0.5).tolist() == [True, False, False]
+
+
+def test_tokenizer_goes_on_after_a_kill(tmp_path: Path) -> None:
+    """SIGKILL after the second checkpoint, in the middle of a step: the bits of a whole run."""
+    code = f"""
+import os, signal, torch
+import test_training as t
+from knnfast.diffusion import tokenizer_training as tt
+torch.set_num_threads(1)
+save = tt._State.save
+def save_then_die(self, step, history):
+    save(self, step, history)
+    if step == 8:
+        tt.augment = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+tt._State.save = save_then_die
+t.few_steps({str(tmp_path / "killed")!r})
+"""
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    died = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    with pytest.raises(ValueError, match=r"was made with lr = 0\.002, now it is 0\.001"):
+        few_steps(tmp_path / "killed", lr=1e-3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    records = [few_steps(tmp_path / out) for out in ("killed", "whole")]
+    torch.set_num_threads(before)
+    for a, b in zip(*(r["history"] for r in records), strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+    files = [sorted(p.name for p in (tmp_path / o).iterdir()) for o in ("killed", "whole")]
+    assert files[0] == files[1]
+    assert "state.safetensors" not in files[0]
+    name = "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def few_steps(out: str | Path, lr: float = 2e-3) -> dict:
+    images = (torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255).byte()
+    return train_tokenizer(
+        images, images, out, tokenizer().config, steps=14, batch=8, warmup=6, lr=lr, eval_every=4,
+        progress=False,
+    )  # fmt: skip
 
 
 def test_tokenizer_learns(tmp_path: Path) -> None:

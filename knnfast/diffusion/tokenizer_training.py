@@ -11,11 +11,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from knnfast import _files
 from knnfast.diffusion.augment import augment
+from knnfast.diffusion.cache import check_recipe
 from knnfast.diffusion.tokenizer import NormSiLU, TokenizerConfig, VQTokenizer
+from knnfast.evaluate import weights_hash
+
+STATE_FILE = "state.safetensors"
 
 
 def _scale_shift(
@@ -148,6 +155,61 @@ def redundant(codebook: Tensor, counts: Tensor, error: float) -> Tensor:
     return ((distance < error) & (rank[None, :] < rank[:, None])).any(1)
 
 
+class _State:
+    """Everything a run needs to go on, in one file.
+
+    Args:
+        path: of the file.
+        recipe: what the run is; another one is refused.
+        model: the autoencoder.
+        optimizer: of its trained parameters.
+        counts: moving average of how often each code is chosen, [K].
+        sums: moving sum of the latents that chose it, [K, dim].
+        g: the run's random numbers.
+    """
+
+    def __init__(
+        self, path: Path, recipe: dict[str, Any], model: VQTokenizer,
+        optimizer: torch.optim.Optimizer, counts: Tensor, sums: Tensor, g: torch.Generator,
+    ) -> None:  # fmt: skip
+        self.path, self.recipe = path, json.loads(json.dumps(recipe))
+        self.model, self.optimizer, self.g = model, optimizer, g
+        self.tensors = {"counts": counts, "sums": sums}
+        self.tensors |= {f"net.{n}": p.detach() for n, p in model.named_parameters()}
+
+    def save(self, step: int, history: list[dict[str, Any]]) -> None:
+        """Write the state after `step` steps; the old file stays until it is complete."""
+        tensors = {**self.tensors, "generator": self.g.get_state()}
+        for n, p in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"adam.{key}.{n}"] = value
+        meta = {"step": step, "history": history, "recipe": self.recipe}
+        _files.save_tensors(self.path, tensors, {k: json.dumps(v) for k, v in meta.items()})
+
+    def load(self) -> tuple[int, list[dict[str, Any]]]:
+        """Take over what `save` wrote; gives the steps done and the history, 0 and [] if none."""
+        if not self.path.is_file():
+            return 0, []
+        try:
+            with safe_open(self.path, "pt") as f:
+                meta = {k: json.loads(v) for k, v in f.metadata().items()}
+            saved = load_file(self.path)
+        except (SafetensorError, AttributeError, ValueError) as e:
+            raise ValueError(f"{self.path}: not a complete checkpoint ({e!r})") from None
+        check_recipe(self.path, meta["recipe"], self.recipe)
+        for name, value in self.tensors.items():
+            value.copy_(saved[name])
+        for n, p in self.model.named_parameters():
+            if p.requires_grad:
+                self.optimizer.state[p] = {
+                    "step": saved[f"adam.step.{n}"].clone(),
+                    "exp_avg": torch.empty_like(p).copy_(saved[f"adam.exp_avg.{n}"]),
+                    "exp_avg_sq": torch.empty_like(p).copy_(saved[f"adam.exp_avg_sq.{n}"]),
+                }
+        self.g.set_state(saved["generator"])
+        return int(meta["step"]), meta["history"]
+
+
 def train_tokenizer(
     images: Tensor,
     held_out: Tensor,
@@ -168,28 +230,43 @@ def train_tokenizer(
 ) -> dict[str, Any]:
     """Train a VQ autoencoder and write it to a folder in diffusers' format.
 
-        The first `warmup` steps train without quantisation; k-means over latents then gives the
-    XX
-        Args:
-            images: [N, 3, S, S], uint8.
-            held_out: [M, 3, S, S], uint8; only measured on.
-            out: folder for the weights and `training.json`.
-            config: sizes.
-            steps: optimiser steps.
-            batch: images a step.
-            lr: peak learning rate (linear warm-up, cosine decay to 0).
-            warmup: steps before quantisation starts.
-            commitment: weight of the pull of latents towards their code.
-            codebook_decay: of the codebook's moving average.
-            augmented: share of images that are augmented.
-            eval_every: steps between measurements.
-            start: continue from this tokenizer (`warmup` is then skipped).
-            seed: of everything random.
-            progress: show a progress bar.
+    The first `warmup` steps train without quantisation; k-means over latents then gives the
+    codebook its first values, and moving averages of the latents that chose a code keep it up to
+    date. Stopped or killed, a run goes on from its last measurement and ends with the same weights,
+    bit for bit (same machine, same thread count).
 
-        Returns:
-            The record that is also written to `training.json`.
+    Args:
+        images: [N, 3, S, S], uint8.
+        held_out: [M, 3, S, S], uint8; only measured on.
+        out: folder for the weights, `training.json` and, until the end, `state.safetensors`.
+        config: sizes.
+        steps: optimiser steps.
+        batch: images a step.
+        lr: peak learning rate (linear warm-up, cosine decay to 0).
+        warmup: steps before quantisation starts.
+        commitment: weight of the pull of latents towards their code.
+        codebook_decay: of the codebook's moving average.
+        augmented: share of images that are augmented.
+        eval_every: steps between measurements, and between checkpoints.
+        start: continue from this tokenizer (`warmup` is then skipped).
+        compile: fuse the passes of the normalisation with torch.compile.
+        seed: of everything random.
+        progress: show a progress bar.
+
+    Returns:
+        The record that is also written to `training.json`.
+
+    Raises:
+        ValueError: `out` holds the checkpoint of a run with other settings.
     """
+    recipe = {
+        "config": config.to_dict(), "images": len(images), "steps": steps, "batch": batch,
+        "lr": lr, "warmup": warmup, "commitment": commitment, "codebook_decay": codebook_decay,
+        "augmented": augmented, "eval_every": eval_every, "seed": seed,
+        "start": start and weights_hash(start),
+    }  # fmt: skip
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     g = torch.Generator().manual_seed(seed)
     model = VQTokenizer(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -203,13 +280,23 @@ def train_tokenizer(
     k = config.num_vq_embeddings
     counts, sums = torch.ones(k), codebook.clone()
     test = held_out.float() / 255
-    started = time.perf_counter()
     record: dict[str, Any] = {"steps": steps, "batch": batch, "seed": seed, "history": []}
+    state = _State(folder / STATE_FILE, recipe, model, optimizer, counts, sums, g)
+    first, record["history"] = state.load()
+    seconds = record["history"][-1]["seconds"] if first else 0.0
+    started = time.perf_counter() - seconds
 
     def rows_of(z: Tensor) -> Tensor:
         return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
 
-    bar = tqdm(range(steps), disable=not progress, desc="tokenizer", mininterval=5)
+    bar = tqdm(
+        range(first, steps),
+        initial=first,
+        total=steps,
+        disable=not progress,
+        desc="tokenizer",
+        mininterval=5,
+    )
     for step in bar:
         x = images[torch.randint(len(images), (batch,), generator=g)].float() / 255
         n = int(batch * augmented)
@@ -271,12 +358,12 @@ def train_tokenizer(
             fuse_norms(model, True, compile)
             record["history"].append(row)
             bar.write(json.dumps(row))
-            model.save(out)
+            model.save(folder)
+            state.save(step + 1, record["history"])
     fuse_norms(model, False)
     record["seconds"] = round(time.perf_counter() - started, 1)
     record["parameters"] = sum(p.numel() for p in model.parameters())
     record["psnr_held_out"] = record["history"][-1]["psnr_held_out"]
-    model.save(out)
-    text = json.dumps(record, indent=1) + "\n"
-    (Path(out) / "training.json").write_text(text, encoding="utf-8")
+    _files.write_json(folder / "training.json", record)
+    state.path.unlink()
     return record
