@@ -4,6 +4,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 PIP_FLAGS ?=
+BASE_REF ?= HEAD~1
+TRAIN ?=
 ifeq ($(VENV),0)
   BIN :=
   BASE :=
@@ -15,7 +17,7 @@ else
 endif
 SOURCES := $(wildcard csrc/* include/knnfast/*)
 
-.PHONY: demo test gpu sanitize lint format stickers clean
+.PHONY: demo test gpu regressions report profile sanitize lint format stickers clean
 
 demo: $(BASE)  ## eight prompts with the embedded sticker model -> out/demo.png
 	$(BIN)knnfast generate "a red heart" "pizza" "ice cream" "sunflower" "rocket" "birthday party" \
@@ -25,13 +27,17 @@ test: $(READY)  ## everything that needs no GPU
 	$(BIN)pytest -q
 	TRITON_INTERPRET=0 $(BIN)pytest -q -m compile tests/test_compile.py
 
-gpu: $(READY)  ## on a machine with a GPU: device tests, compute-sanitizer, the table against peers
-	KNNFAST_CUDA=ON $(BIN)python3 setup.py -q build_ext --inplace
-	$(BIN)pytest -q -m gpu
-	$(BIN)pytest -q tests/test_cuda_index.py tests/test_cuda_build.py
-	tests/cuda_sanitize.sh
-	mkdir -p out
-	$(BIN)python3 bench/run.py --op topk --device cuda --json out/gpu-topk.json
+gpu: $(READY)  ## what a machine with a GPU can do, into out/gpu; TRAIN=1 trains the stickers, too
+	$(BIN)python3 bench/gpu.py $(if $(TRAIN),--train)
+
+regressions: $(READY)  ## no op slower than at BASE, both measured in one run
+	PYTHONPATH=. $(BIN)pytest -q bench --base $(BASE_REF)
+
+report: $(READY)  ## README's and docs/performance.md's tables and plots, from bench/results
+	$(BIN)python3 bench/report.py
+
+profile: $(READY)  ## ready command lines for Nsight; a torch profiler trace where it is absent
+	$(BIN)python3 bench/nsight.py
 
 sanitize: $(READY)  ## the search engine under ASan + UBSan, then its threads under TSan
 	KNNFAST_CUDA=OFF KNNFAST_SANITIZE=address,undefined \

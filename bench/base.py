@@ -10,51 +10,61 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+COMPILED = ("csrc", "include", "CMakeLists.txt", "setup.py")  # what the module is built from
+
+
+def build(ref: str, folder: Path = ROOT / "build" / "base") -> Path:
+    """Check out a commit and build it; returns its tree.
+
+    Where nothing that is compiled differs, this checkout's module is copied instead; what was
+    built before is kept.
+    """
+
+    def git(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        words = ("git", "-C", str(ROOT), *words)
+        return subprocess.run(words, capture_output=True, text=True, check=check)
+
+    sha = git("rev-parse", "--short", f"{ref}^{{commit}}").stdout.strip()
+    tree = folder / sha
+    if not (tree / "setup.py").is_file():
+        git("worktree", "prune")
+        git("worktree", "add", "--detach", str(tree), sha)
+    modules = list((ROOT / "knnfast").glob("_C*.so"))
+    same = git("diff", "--quiet", sha, "--", *COMPILED, check=False).returncode == 0
+    if same and modules:
+        for module in modules:
+            shutil.copy2(module, tree / "knnfast" / module.name)
+    elif not list((tree / "knnfast").glob("_C*.so")):
+        words = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        subprocess.run(words, check=True, cwd=tree, stdout=subprocess.DEVNULL)
+    return tree
 
 
 class Base:
-    """One op and shape of the built tree; advances from case to case with the caller.
+    """The process of a built tree; goes from case to case with its caller."""
 
-    Args:
-        tree: what `build` returned.
-        op, shape, device, threads: as in run.py.
-    """
-
-    def __init__(self, tree: Path, op: str, shape: str, device: str, threads: int) -> None:
+    def __init__(self, tree: Path, device: str = "cpu", threads: int | None = None) -> None:
         self.name = f"base {tree.name}"
-        words = ["--op", op, "--shape", shape, "--device", device, "--threads", str(threads)]
+        words = [sys.executable, str(Path(__file__).resolve()), "--device", device]
+        words += ["--threads", str(threads or os.cpu_count())]
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), *words],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tree,
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tree,
             env=os.environ | {"PYTHONPATH": str(tree)},
         )  # fmt: skip
-
-    @staticmethod
-    def build(ref: str) -> Path:
-        """Check out and build a commit under build/base; what is built already is kept."""
-        git = ["git", "-C", str(ROOT)]
-        sha = subprocess.run(
-            [*git, "rev-parse", "--short", f"{ref}^{{commit}}"],
-            capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
-        tree = ROOT / "build" / "base" / sha
-        if not tree.exists():
-            subprocess.run([*git, "worktree", "add", "-q", "--detach", str(tree), sha], check=True)
-        words = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        subprocess.run(words, check=True, cwd=tree, stdout=subprocess.DEVNULL)
-        return tree
 
     def __enter__(self) -> Base:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.process.stdin.close()
+        self.process.stdout.close()
         self.process.wait(timeout=60)
 
     def ask(self, **request: Any) -> Any:
@@ -64,6 +74,10 @@ class Base:
         if not line:
             raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()}")
         return json.loads(line)
+
+    def open(self, op: str, shape: str) -> None:
+        """The cases of one op at one shape; `advance` goes to the first."""
+        self.ask(verb="open", op=op, shape=shape)
 
     def advance(self) -> None:
         """On to the next case."""
@@ -84,7 +98,7 @@ class Remote:
         return self.base.ask(verb="turn", backend=self.backend, seconds=seconds)
 
 
-def serve(op: str, shape: str, device: str, threads: int) -> None:
+def serve(device: str, threads: int) -> None:
     """In the base's process: its package, this commit's cases and timing."""
     harness = ROOT / "knnfast" / "benchmark"
     spec = importlib.util.spec_from_file_location(
@@ -100,14 +114,15 @@ def serve(op: str, shape: str, device: str, threads: int) -> None:
 
     _C.set_num_threads(threads)
     torch.set_num_threads(threads)
-    todo = cases(op, shape, device)
-    case = None
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a case prints is no answer
     for line in sys.stdin:
         request = json.loads(line)
         answer = None
-        if request["verb"] == "advance":
+        if request["verb"] == "open":
+            case = None
+            todo = cases(request["op"], request["shape"], device)
+        elif request["verb"] == "advance":
             case = next(todo)
         else:
             answer = Local(case.ours[request["backend"]], case.cuda).turn(request["seconds"])
@@ -117,7 +132,6 @@ def serve(op: str, shape: str, device: str, threads: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("op", "shape", "device"):
-        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--device", required=True)
     parser.add_argument("--threads", type=int, required=True)
     serve(**vars(parser.parse_args()))

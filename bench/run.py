@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from base import Base
+from base import Base, build
 from case import Case
 from cases import OPS, cases
 from shapes import SHAPES
@@ -149,16 +149,17 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     limits = ceilings(args.device)
     report = {
-        "machine": machine(args.device), "ceilings": limits,
+        "kind": "ops", "machine": machine(args.device), "ceilings": limits,
         "command": " ".join(["python bench/run.py", *sys.argv[1:]]), "rows": [],
     }  # fmt: skip
     print(json.dumps(limits), flush=True)
-    tree = None if args.base is None else Base.build(args.base)
-    for shape in args.shape or [name for name in SHAPES[args.op] if name != "ci"]:
-        with contextlib.ExitStack() as stack:
-            base = None
-            if tree is not None:
-                base = stack.enter_context(Base(tree, args.op, shape, args.device, args.threads))
+    with contextlib.ExitStack() as stack:
+        base = None
+        if args.base is not None:
+            base = stack.enter_context(Base(build(args.base), args.device, args.threads))
+        for shape in args.shape or [name for name in SHAPES[args.op] if name != "ci"]:
+            if base is not None:
+                base.open(args.op, shape)
             for case in cases(args.op, shape, args.device):
                 if base is not None:
                     base.advance()

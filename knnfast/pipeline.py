@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from knnfast import _files
+from knnfast._phases import phase
 from knnfast.database import Database, Item, Neighbour
 from knnfast.diffusion.backbone import Backbone
 from knnfast.diffusion.denoiser import Denoiser
@@ -250,35 +252,35 @@ class KNNDiffusion:
 
         timings: dict[str, float] = {}
         clock = _Clock(timings, self.device)
-        query = embed(queries, self.encoder)
-        clock("encode")
-        neighbours = db.search(query, k, allow=allow)
-        cond, mask = self._condition(db, query, neighbours, k, use_query, use_neighbours)
-        clock("search")
+        with clock("encode"):
+            query = embed(queries, self.encoder)
+        with clock("search"):
+            neighbours = db.search(query, k, allow=allow)
+            cond, mask = self._condition(db, query, neighbours, k, use_query, use_neighbours)
         owner = np.repeat(np.arange(len(query)), num_images)
         index = np.tile(np.arange(num_images), len(query))
         codes = []
         batches = range(0, len(owner), batch_size)
-        for n, start in enumerate(batches):
-            part = slice(start, start + batch_size)
-            codes.append(
-                self.denoiser.sample(
-                    cond[owner[part]],
-                    mask[owner[part]],
-                    steps=steps,
-                    guidance=guidance,
-                    seed=seed,
-                    image_indices=torch.from_numpy(index[part]).to(self.device),
-                    callback=_scaled(callback, n, len(batches)),
-                    **options,
+        with clock("denoise"):
+            for n, start in enumerate(batches):
+                part = slice(start, start + batch_size)
+                codes.append(
+                    self.denoiser.sample(
+                        cond[owner[part]],
+                        mask[owner[part]],
+                        steps=steps,
+                        guidance=guidance,
+                        seed=seed,
+                        image_indices=torch.from_numpy(index[part]).to(self.device),
+                        callback=_scaled(callback, n, len(batches)),
+                        **options,
+                    )
                 )
-            )
-        clock("denoise")
-        # As in the sampler: on the CPU no image sees its batch, not even in a rounding.
-        alone = codes if self.device.type == "cuda" else torch.cat(codes).split(1)
-        pixels = torch.cat([self.tokenizer.decode(c) for c in alone])
-        arrays = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        clock("decode")
+        with clock("decode"):
+            # As in the sampler: on the CPU no image sees its batch, not even in a rounding.
+            alone = codes if self.device.type == "cuda" else torch.cat(codes).split(1)
+            pixels = torch.cat([self.tokenizer.decode(c) for c in alone])
+            arrays = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         labels = [q.label for q in queries]
         return Output([Image.fromarray(a) for a in arrays], neighbours, timings, seed, labels)
 
@@ -374,16 +376,18 @@ def _scaled(
 
 
 class _Clock:
-    """Writes the seconds since the last call, or since it was made, under a name."""
+    """Measures phases, and names them to profilers."""
 
     def __init__(self, timings: dict[str, float], device: torch.device) -> None:
         self.timings = timings
         self.device = device
-        self.last = time.perf_counter()
 
-    def __call__(self, phase: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.timings[phase] = now - self.last
-        self.last = now
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Writes the seconds of the block under a name."""
+        start = time.perf_counter()
+        with phase(name):
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        self.timings[name] = time.perf_counter() - start

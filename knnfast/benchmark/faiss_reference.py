@@ -82,6 +82,7 @@ class FaissReport:
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
         return {
+            "kind": "faiss_reference",
             "machine": self.machine,
             "ceilings": self.ceilings,
             "shape": self.shape,

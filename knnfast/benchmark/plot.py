@@ -33,8 +33,8 @@ def floor_ms(n: Any, d: int, batch: Any, limits: dict[str, float], width: int = 
     return np.maximum(reading, working) if width == 2 else reading + 0.0 * batch
 
 
-def save_plot(report: FaissReport, path: Path) -> None:
-    """Write a PNG (or what the path's ending says) of two panels."""
+def save_plot(report: FaissReport, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a PNG (or what the path's ending says) of two panels, with text of yours inside."""
     figure = require_matplotlib()(figsize=(11, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=False)
     shape, limits = report.shape, report.ceilings
@@ -72,4 +72,4 @@ def save_plot(report: FaissReport, path: Path) -> None:
         f"{about['threads']} threads, {about['date']}",
         fontsize=10,
     )
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata=metadata)

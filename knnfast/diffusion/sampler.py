@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from knnfast._phases import phase
 from knnfast.diffusion.schedule import Schedule
 from knnfast.ops import sample_head, sample_prior, transition_weights
 
@@ -87,26 +88,28 @@ def sample(
     conditions = [prepare(cond[p].clone(), cond_mask[p]) for p in parts]
     for done, (t, s) in enumerate(pairwise(levels), start=1):
         both = []  # the rows of each part, and of its null pass
-        for p, condition in zip(parts, conditions, strict=True):
-            codes = torch.cat([x[p], x[p]]) if guided else x[p]
-            level = torch.full((len(codes),), t, dtype=torch.int64, device=x.device)
-            rows = denoiser.features(codes, level, condition).to(denoiser.head.weight.dtype)
-            both.append(rows.unflatten(0, (-1, len(x[p]))))
+        with phase("sample.features"):
+            for p, condition in zip(parts, conditions, strict=True):
+                codes = torch.cat([x[p], x[p]]) if guided else x[p]
+                level = torch.full((len(codes),), t, dtype=torch.int64, device=x.device)
+                rows = denoiser.features(codes, level, condition).to(denoiser.head.weight.dtype)
+                both.append(rows.unflatten(0, (-1, len(x[p]))))
         rows = torch.cat(both, 1)
-        x = sample_head(
-            rows[0],
-            denoiser.head.weight,
-            denoiser.head.bias,
-            x,
-            transition_weights(schedule, t, s, k, device=x.device),
-            seed=key,
-            image_indices=image_indices,
-            null_features=rows[1] if guided else None,
-            guidance=guidance,
-            temperature=temperature,
-            top_r=truncation,
-            top_k=top_k,
-        )
+        with phase("sample.head"):
+            x = sample_head(
+                rows[0],
+                denoiser.head.weight,
+                denoiser.head.bias,
+                x,
+                transition_weights(schedule, t, s, k, device=x.device),
+                seed=key,
+                image_indices=image_indices,
+                null_features=rows[1] if guided else None,
+                guidance=guidance,
+                temperature=temperature,
+                top_r=truncation,
+                top_k=top_k,
+            )
         if callback is not None:
             callback(done, len(levels) - 1)
     return x

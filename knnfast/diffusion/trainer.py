@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from knnfast import _files
+from knnfast._phases import phase
 from knnfast.diffusion.distributed import Processes
 from knnfast.diffusion.levels import Levels
 from knnfast.diffusion.optim import Muon
@@ -263,8 +264,12 @@ class Trainer:
         levels, losses = [], []
         for part in range(cfg.accumulate):
             with self._gradients_stay(part + 1 < cfg.accumulate):
-                loss, t, own = self.loss(next(self._batches))
-                (loss / cfg.accumulate).backward()
+                with phase("train.data"):
+                    batch = next(self._batches)
+                with phase("train.forward"):
+                    loss, t, own = self.loss(batch)
+                with phase("train.backward"):
+                    (loss / cfg.accumulate).backward()
             total += loss.detach() / cfg.accumulate
             levels.append(t)
             losses.append(own)
@@ -274,7 +279,8 @@ class Trainer:
             self.levels.update(everyone[:, 0].long(), everyone[:, 1])
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), cfg.clip)
         self.optimizer.lr = cfg.rate(self.step)
-        self.optimizer.step()
+        with phase("train.optimizer"):
+            self.optimizer.step()
         self.step += 1
         decay = min(cfg.ema, (1 + self.step) / (10 + self.step))
         params = [p.detach() for p in self.net.parameters()]

@@ -1,0 +1,246 @@
+"""A service under load: latency of small queries against offered load, many threads at once.
+
+    python bench/load.py --json bench/results/NAME.json
+
+Closed loop: every client asks again as soon as it is answered; its throughput is the server's
+saturation. Open loop: queries arrive by a Poisson process at a given rate whatever the server
+does, the clients serve as its threads, and a query's latency counts from its arrival (nothing is
+left out when the server is late). Servers: `Index.search` (one thread a search, so that two cores
+are two servers), FAISS the same way, and `knnfast.Batcher`. Beside each open-loop row stands what
+an M/D/c queue predicts: c cores, first come first served, every service as long as the median
+measured with c clients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from run import tidy
+
+from knnfast import _C, Batcher, Index, _files
+from knnfast.benchmark.machine import machine
+from knnfast.benchmark.topk import Truth, faiss_module, make_rows
+
+Search = Callable[[np.ndarray], Any]  # one query [d] -> ids [k]
+
+
+def percentiles(latencies: np.ndarray) -> dict[str, Any]:
+    p50, p99, p999 = np.percentile(latencies * 1e3, [50, 99, 99.9])
+    return {"p50_ms": p50, "p99_ms": p99, "p999_ms": p999, "queries": len(latencies)}
+
+
+def in_threads(clients: int, work: Callable[[int], None]) -> None:
+    """Runs work(i) in as many threads; the first exception is raised here."""
+    errors: list[BaseException] = []
+
+    def run(i: int) -> None:
+        try:
+            work(i)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def closed_loop(
+    search: Search, queries: np.ndarray, clients: int, seconds: float
+) -> tuple[np.ndarray, float]:
+    """Latencies in seconds, and queries per second."""
+    latencies: list[list[float]] = [[] for _ in range(clients)]
+    end = time.perf_counter() + seconds
+
+    def work(i: int) -> None:
+        at = i
+        while (begin := time.perf_counter()) < end:
+            search(queries[at % len(queries)])
+            latencies[i].append(time.perf_counter() - begin)
+            at += clients
+
+    start = time.perf_counter()
+    in_threads(clients, work)
+    every = np.concatenate([np.array(each) for each in latencies])
+    return every, len(every) / (time.perf_counter() - start)
+
+
+def open_loop(
+    search: Search, queries: np.ndarray, clients: int, arrivals: np.ndarray
+) -> np.ndarray:
+    """Latencies in seconds, counted from the arrivals (seconds from the start)."""
+    latencies = np.full(len(arrivals), np.nan)
+    lock = threading.Lock()
+    todo = iter(range(len(arrivals)))
+    start = time.perf_counter() + 0.05
+
+    def work(_: int) -> None:
+        while True:
+            with lock:
+                i = next(todo, None)
+            if i is None:
+                return
+            due = start + arrivals[i]
+            if (early := due - time.perf_counter()) > 0:
+                time.sleep(early)
+            search(queries[i % len(queries)])
+            latencies[i] = time.perf_counter() - due
+
+    in_threads(clients, work)
+    return latencies
+
+
+def poisson(rate: float, seconds: float, seed: int) -> np.ndarray:
+    """Arrival times of a Poisson process."""
+    rng = np.random.default_rng(seed)
+    return np.cumsum(rng.exponential(1 / rate, max(1, int(rate * seconds))))
+
+
+def queue(arrivals: np.ndarray, service: float, servers: int) -> np.ndarray:
+    """Latencies of an M/D/c queue, first come first served, for these arrivals."""
+    free = [0.0] * servers
+    latencies = np.empty(len(arrivals))
+    for i, arrival in enumerate(arrivals):
+        end = max(arrival, heapq.heappop(free)) + service
+        heapq.heappush(free, end)
+        latencies[i] = end - arrival
+    return latencies
+
+
+def predicted(rate: float, service: float, servers: int) -> dict[str, Any]:
+    """Percentiles of the queue over 200,000 arrivals."""
+    arrivals = poisson(rate, 200_000 / rate, seed=1)
+    row = percentiles(queue(arrivals, service, servers))
+    return {"servers": servers, "service_ms": service * 1e3} | row
+
+
+@contextmanager
+def one_thread_a_search() -> Iterator[None]:
+    before = _C.num_threads()
+    _C.set_num_threads(1)
+    try:
+        yield
+    finally:
+        _C.set_num_threads(before)
+
+
+def measure(
+    name: str,
+    search: Search,
+    queries: np.ndarray,
+    args: argparse.Namespace,
+    rates: list[float],
+    servers: int | None,
+) -> Iterator[dict[str, Any]]:
+    """Closed loop with one client, with `servers` of them and with all; then the open loops."""
+    rows = {}
+    for clients in sorted({1, servers or 1, args.clients}):
+        closed_loop(search, queries, clients, 0.3)
+        latencies, rate = closed_loop(search, queries, clients, args.seconds)
+        rows[clients] = {"server": name, "loop": "closed", "clients": clients, "qps": rate}
+        rows[clients] |= percentiles(latencies)
+        yield rows[clients]
+    saturation = rows[args.clients]["qps"]
+    if servers is not None and not rates:
+        rates = [share * saturation for share in args.loads]
+    for rate in rates:
+        row = {"server": name, "loop": "open", "clients": args.clients, "offered_qps": rate,
+               "of_saturation": rate / saturation}  # fmt: skip
+        if rate > 0.95 * saturation:
+            yield row | {"skipped": f"saturates at {saturation:.0f} queries/s"}
+            continue
+        seconds = max(args.seconds, args.least / rate)
+        row |= percentiles(open_loop(search, queries, args.clients, poisson(rate, seconds, 2)))
+        if servers is not None:
+            row["queue"] = predicted(rate, rows[servers]["p50_ms"] / 1e3, servers)
+            row["p99_over_queue"] = row["p99_ms"] / row["queue"]["p99_ms"]
+        yield row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--n", type=int, default=100_000)
+    parser.add_argument("--d", type=int, default=512)
+    parser.add_argument("--k", type=int, default=10)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each loop")
+    parser.add_argument("--least", type=int, default=2000, help="queries of an open loop")
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.25, 0.5, 0.75, 0.9],
+                        help="offered loads, as shares of Index.search's saturation")  # fmt: skip
+    parser.add_argument("--deadline-ms", type=float, default=1.0, help="the Batcher's")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    vectors, queries = make_rows(args.n, args.d)
+    index = Index(args.d)
+    index.add(vectors)
+    truth = Truth(vectors, queries, args.k)
+    faiss = faiss_module()
+    flat = faiss.IndexFlatIP(args.d)
+    flat.add(vectors.astype(np.float32))
+    faiss.omp_set_num_threads(1)
+    cores = os.cpu_count() or 1
+    report: dict[str, Any] = {
+        "kind": "load", "machine": machine(),
+        "command": " ".join(["python bench/load.py", *sys.argv[1:]]),
+        "shape": {"n": args.n, "d": args.d, "k": args.k, "clients": args.clients,
+                  "deadline_ms": args.deadline_ms},
+        "rows": [],
+    }  # fmt: skip
+
+    def ours(q: np.ndarray) -> Any:
+        return index.search(q, args.k)
+
+    def theirs(q: np.ndarray) -> Any:
+        return flat.search(q[None], args.k)
+
+    def record(*arguments: Any) -> list[dict[str, Any]]:
+        search = arguments[1]
+        got = np.stack([np.asarray(search(q)[1]).reshape(-1) for q in queries[:8]])
+        verdict = truth.judge(got)
+        rows = []
+        for row in measure(*arguments):
+            rows.append(tidy(row | {"exact": verdict["exact"]}))
+            print(json.dumps(rows[-1]), flush=True)
+        report["rows"] += rows
+        if args.json:
+            _files.write_json(args.json, report)
+        return rows
+
+    with one_thread_a_search():
+        rows = record("Index.search", ours, queries, args, [], cores)
+        rates = [row["offered_qps"] for row in rows if row["loop"] == "open"]
+        record("faiss-flat", theirs, queries, args, rates, cores)
+    saturation = next(
+        row["qps"] for row in rows if row["loop"] == "closed" and row["clients"] == args.clients
+    )
+    with Batcher(index, deadline_ms=args.deadline_ms) as batcher:
+
+        def batched(q: np.ndarray) -> Any:
+            return batcher.search(q, args.k)
+
+        rates += [factor * saturation for factor in (1.5, 2.0, 3.0)]
+        record("Batcher", batched, queries, args, rates, None)
+        stats = batcher.stats
+    report["batch_mean"] = round(stats["queries"] / stats["searches"], 2)
+    if args.json:
+        _files.write_json(args.json, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The regression gate: this commit over another one, both measured in one run.
+
+Machines differ and are noisy, so no time is compared with a stored time. The base is built beside
+this commit and runs in its own process; the two take turns (knnfast.benchmark.timing), and the
+figure is the median over the turns of ours / base. What a process happened to get (pages, layout)
+biases all of its turns, so above the threshold both sides are made anew and measured again: the
+gate gives the alarm when every one of ATTEMPTS measurements is above.
+
+    python bench/regression.py --runs 20 --json bench/results/NAME.json
+
+counts false alarms over runs of an unchanged tree (20 without one bound their rate at about 15 %
+with 95 % confidence), then alarms with each op slowed down by 20 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from base import Base, build
+from cases import cases
+from run import tidy
+
+from knnfast import _files
+from knnfast.benchmark.machine import machine
+from knnfast.benchmark.timing import Local, interleave, ratio
+
+OPS = ("topk", "neighbour_attention", "transition_step", "sample_head", "transition_loss",
+       "sample", "end_to_end")  # fmt: skip
+THRESHOLD = 1.10
+SLOWDOWN = 1.20
+ATTEMPTS = 3
+
+
+def slowed(call: Callable[[], Any], factor: float) -> Callable[[], Any]:
+    """The call followed by a busy wait of factor - 1 times what it took.
+
+    The harness's own way to slow an op down: nothing of the product knows about it.
+    """
+
+    def call_and_wait() -> Any:
+        start = time.perf_counter()
+        result = call()
+        end = time.perf_counter() + (factor - 1) * (time.perf_counter() - start)
+        while time.perf_counter() < end:
+            pass
+        return result
+
+    return call_and_wait
+
+
+def measure(op: str, base: Base, slow: bool = False) -> tuple[float, Callable[[], Any]]:
+    """Ours over the base for the op's first case at the shape `ci`; and what was timed."""
+    case = next(iter(cases(op, "ci")))
+    base.open(op, "ci")
+    base.advance()
+    name, call = next(iter(case.ours.items()))
+    verdict = case.judge(call())
+    if not verdict["ok"]:
+        raise AssertionError(f"{op}: wrong before it is timed: {verdict}")
+    if slow:
+        call = slowed(call, SLOWDOWN)
+    timings = interleave({"ours": Local(call), "base": base.contender(name)}, turns=11)
+    return ratio(timings["ours"], timings["base"]), call
+
+
+def gate(
+    op: str, base: Base, fresh: Callable[[], Base], threshold: float, slow: bool = False
+) -> tuple[list[float], Callable[[], Any]]:
+    """Ratios of all the measurements that were needed: an alarm when the last is above, too.
+
+    Args:
+        fresh: makes a new process of the base for each further measurement.
+    """
+    value, call = measure(op, base, slow)
+    ratios = [value]
+    while ratios[-1] > threshold and len(ratios) < ATTEMPTS:
+        with fresh() as other:
+            value, call = measure(op, other, slow)
+        ratios.append(value)
+    return ratios, call
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=20, help="of the unchanged tree")
+    parser.add_argument("--slowed", type=int, default=1, help="runs with each op slowed down")
+    parser.add_argument("--threshold", type=float, default=THRESHOLD)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    tree = build("HEAD")
+    report: dict[str, Any] = {
+        "kind": "gate", "machine": machine(), "threshold": args.threshold, "slowdown": SLOWDOWN,
+        "attempts": ATTEMPTS, "command": " ".join(["python bench/regression.py", *sys.argv[1:]]),
+        "unchanged": [], "slowed": [],
+    }  # fmt: skip
+    for name, count in (("unchanged", args.runs), ("slowed", args.slowed)):
+        for _ in range(count):
+            with Base(tree) as base:
+                run = {
+                    op: gate(op, base, lambda: Base(tree), args.threshold, name == "slowed")[0]
+                    for op in OPS
+                }
+            report[name].append(tidy({op: max(r[-1:]) for op, r in run.items()}))
+            report.setdefault(f"{name}_attempts", []).append({o: len(r) for o, r in run.items()})
+            alarms = [op for op, ratios in run.items() if ratios[-1] > args.threshold]
+            print(name, json.dumps(tidy(run)), "alarms:", alarms, flush=True)
+            if args.json:
+                _files.write_json(args.json, report)
+
+
+if __name__ == "__main__":
+    main()

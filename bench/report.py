@@ -1,0 +1,413 @@
+"""README's and docs/performance.md's figures, from bench/results/*.json: `make report`.
+
+    python bench/report.py [--check]
+
+No figure is typed: what run.py, load.py, regression.py and `knnfast bench --json` wrote is the
+source. `--check` writes nothing and exits with 1 when a page differs from what would be written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from knnfast import _files  # noqa: E402
+from knnfast.benchmark.faiss_reference import FaissReport  # noqa: E402
+from knnfast.benchmark.plot import require_matplotlib, save_plot  # noqa: E402
+
+RESULTS = ROOT / "bench" / "results"
+DOCS = ROOT / "docs"
+START, END = "<!-- results -->", "<!-- end of results -->"
+KINDS = ("faiss_reference", "ops", "load", "gate")
+
+# What is aimed at, and where it is judged: None where no result of that kind can exist yet.
+GPU_TARGETS = (
+    "search at batch 1 to 64: at least 85 % of the measured copy rate over the bytes it reads",
+    "neighbour attention: at least 65 % of its floor",
+    "transition step and loss: at least 80 % of one pass over the logits",
+)
+
+
+def results() -> list[dict[str, Any]]:
+    """All results, each with `file`; sorted by kind and name."""
+    found = []
+    for path in sorted(RESULTS.glob("*.json")):
+        result = _files.read_json(path)
+        if result.get("kind") not in KINDS:
+            raise ValueError(f"{path}: kind must be one of {KINDS}, got {result.get('kind')!r}")
+        found.append(result | {"file": path.name})
+    return sorted(found, key=lambda r: (KINDS.index(r["kind"]), r["file"]))
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def ms(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def times(ratio: float) -> str:
+    """How many times longer they take; bold where we lose."""
+    text = f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x"
+    return text if ratio >= 1 else f"**{text}**"
+
+
+def where(result: dict[str, Any]) -> str:
+    about = result["machine"]
+    place = about.get("gpu", about["cpu"])
+    versions = about["versions"]
+    shown = ("python", "numpy", "torch", "faiss-cpu", "usearch", "diffusers")
+    names = [f"{name} {versions[name]}" for name in shown if name in versions]
+    return (
+        f"{place}, {about['cores']} cores, {about['memory_gib']} GiB, kernels {about['isa']}, "
+        f"{about['threads']} threads; {about['date']}, commit {about['commit']}; "
+        + ", ".join(names)
+    )
+
+
+def ceilings(result: dict[str, Any]) -> str:
+    limits = result["ceilings"]
+    return (
+        f"Measured ceilings: read {limits['read_gb_s']:.3g} GB/s, copy {limits['copy_gb_s']:.3g} "
+        f"GB/s, matmul {limits['matmul_tflop_s']:.3g} TFLOP/s."
+    )
+
+
+def verdict(row: dict[str, Any]) -> str:
+    if "exact" in row:
+        return "exact" if row["exact"] else f"recall {row['recall']:.4f}"
+    if "tokens_that_differ" in row:
+        return f"{row['tokens_that_differ']:.2%} of tokens differ"
+    if "error" in row:
+        return f"error {row['error']:.1e}"
+    return "another random stream"
+
+
+def faiss_section(result: dict[str, Any], picture: str) -> str:
+    shape = result["shape"]
+    rows = [
+        [row["name"], f"{row['n']:,}", str(row["batch"]), ms(row["p50_ms"]), ms(row["p90_ms"]),
+         ms(row["p99_ms"]), str(row.get("threads", "")), verdict(row),
+         "" if row["name"] == "knnfast" else times(row["ratio"]), f"{row['ceiling_share']:.0%}"]
+        for row in result["rows"]
+    ]  # fmt: skip
+    batches = ",".join(map(str, shape["batch"]))
+    return "\n\n".join(
+        [
+            "## Top-k beside FAISS: `knnfast bench`",
+            f"`knnfast bench --n {shape['n']} --d {shape['d']} --batch {batches} --k {shape['k']}` "
+            f"(results/{result['file']}).  \n{where(result)}.  \n{ceilings(result)}",
+            table(["", "rows", "batch", "p50 ms", "p90", "p99", "threads", "answers",
+                   "over ours", "of ceiling"], rows),
+            f"![latency against batch and against rows]({picture})",
+        ]
+    )  # fmt: skip
+
+
+def ops_section(result: dict[str, Any]) -> str:
+    rows = []
+    for row in result["rows"]:
+        peers = [
+            f"{name} {ms(peer['p50_ms'])} ({times(peer['ratio'])})" if "ratio" in peer
+            else f"{name}: {peer['skipped']}" for name, peer in row["peers"].items()
+        ]  # fmt: skip
+        share = f"{row['ceiling_share']:.0%}" if "ceiling_share" in row else ""
+        peak = "" if row.get("peak_mib") is None else f"{row['peak_mib']:.3g}"
+        rows.append(
+            [f"{row['shape']}: {row['case']}", row["backend"], ms(row["p50_ms"]), ms(row["p90_ms"]),
+             ms(row["p99_ms"]), share, peak, verdict(row), "<br>".join(peers)]
+        )  # fmt: skip
+    ops = sorted({row["op"] for row in result["rows"]})
+    return "\n\n".join(
+        [
+            f"## {', '.join(ops)}",
+            f"`{result['command']}` (results/{result['file']}).  \n{where(result)}.  \n"
+            + ceilings(result),
+            table(["case", "backend", "p50 ms", "p90", "p99", "of ceiling", "peak MiB", "checked",
+                   "peers: p50 ms (over ours)"], rows),
+        ]
+    )  # fmt: skip
+
+
+def load_section(result: dict[str, Any], picture: str) -> str:
+    shape = result["shape"]
+    rows = []
+    for row in result["rows"]:
+        loop = "closed" if row["loop"] == "closed" else f"{row['of_saturation']:.0%}"
+        rate = row.get("qps", row.get("offered_qps"))
+        cells = [row["server"], loop, str(row["clients"]), f"{rate:,.0f}"]
+        if "skipped" in row:
+            rows.append([*cells, "", "", "", row["skipped"]])
+            continue
+        queue = ""
+        if "queue" in row:
+            queue = f"{ms(row['queue']['p99_ms'])} ({row['p99_over_queue']:.2f}x)"
+        rows.append([*cells, *(ms(row[p]) for p in ("p50_ms", "p99_ms", "p999_ms")), queue])
+    return "\n\n".join(
+        [
+            "## A service under load",
+            f"`{result['command']}` (results/{result['file']}): {shape['n']:,} x {shape['d']}, "
+            f"k {shape['k']}, single queries of {shape['clients']} client threads; Batcher with "
+            f"a deadline of {shape['deadline_ms']:g} ms, {result['batch_mean']:g} queries a search "
+            f"in the mean.  \n{where(result)}.",
+            table(["server", "loop (share of own saturation)", "clients", "queries/s", "p50 ms",
+                   "p99", "p99.9", "M/D/c predicts p99 (ours over it)"], rows),
+            f"![p99 against offered load]({picture})",
+        ]
+    )  # fmt: skip
+
+
+def gate_section(result: dict[str, Any]) -> str:
+    threshold = result["threshold"]
+    ops = list(result["unchanged"][0])
+
+    def alarms(runs: list[dict[str, float]], op: str) -> str:
+        return f"{sum(run[op] > threshold for run in runs)} of {len(runs)}"
+
+    rows = [
+        [op, f"{min(run[op] for run in result['unchanged']):.3f} to "
+             f"{max(run[op] for run in result['unchanged']):.3f}",
+         alarms(result["unchanged"], op),
+         ", ".join(f"{run[op]:.3f}" for run in result["slowed"]), alarms(result["slowed"], op)]
+        for op in ops
+    ]  # fmt: skip
+    runs = len(result["unchanged"])
+    bound = 1 - 0.05 ** (1 / runs)
+    false = sum(any(value > threshold for value in run.values()) for run in result["unchanged"])
+    rate = "a false alarm."
+    if not false:
+        rate = f"an alarm; that bounds the rate at about {bound:.0%} with 95 % confidence."
+    return "\n\n".join(
+        [
+            "## The regression gate",
+            f"`{result['command']}` (results/{result['file']}). An op raises the alarm when "
+            f"{result['attempts']} measurements of ours over the base, each with new processes, "
+            f"all exceed {threshold:g}. Below, the last ratio of each run of the unchanged tree, "
+            f"then of one slowed down by {result['slowdown'] - 1:.0%}. {false} of {runs} unchanged "
+            f"runs gave {rate}  \n{where(result)}.",
+            table(["op", "unchanged", "alarms", "slowed down", "alarms"], rows),
+        ]
+    )  # fmt: skip
+
+
+def lost(found: list[dict[str, Any]]) -> str:
+    """Every comparison in which a peer is faster."""
+    lines = []
+    for result in found:
+        for row in result.get("rows", []):
+            if result["kind"] == "faiss_reference" and row.get("ratio", 1) < 1:
+                lines.append(
+                    f"- {row['name']} at {row['n']:,} rows, batch {row['batch']}: "
+                    f"{times(row['ratio'])}"
+                )
+            for name, peer in (row.get("peers") or {}).items():
+                # Another backend of ours is no peer.
+                if peer.get("ratio", 1) < 1 and not name.startswith("knnfast "):
+                    lines.append(
+                        f"- {row['op']} {row['shape']} ({row['case']}), {name}: "
+                        f"{times(peer['ratio'])}"
+                    )
+    return "\n".join(lines) or "None."
+
+
+def load_rows(found: list[dict[str, Any]], server: str, loop: str) -> list[dict[str, Any]]:
+    return [row for r in found if r["kind"] == "load" for row in r["rows"]
+            if row["server"] == server and row["loop"] == loop]  # fmt: skip
+
+
+def goals(found: list[dict[str, Any]]) -> str:
+    """Targets beside what was measured."""
+    rows = []
+
+    def add(target: str, value: str, met: bool | None) -> None:
+        rows.append([target, value, {True: "yes", False: "no", None: "not measured"}[met]])
+
+    half = [
+        r for r in load_rows(found, "Index.search", "open") if abs(r["of_saturation"] - 0.5) < 0.01
+    ]
+    for row in half:
+        value = row["p99_over_queue"]
+        add("p99 of search at half of saturation at most 1.3 times an M/D/c queue's",
+            f"{value:.2f}", value <= 1.3)  # fmt: skip
+    ours, batched = (
+        [r for r in load_rows(found, server, "closed") if r["clients"] > 2]
+        for server in ("Index.search", "Batcher")
+    )
+    if ours and batched:
+        factor = batched[-1]["qps"] / ours[-1]["qps"]
+        add("Batcher at least doubles the throughput of batch-1 callers at saturation",
+            f"{factor:.2f}x", factor >= 2)  # fmt: skip
+    for gate in (r for r in found if r["kind"] == "gate"):
+        limit = gate["threshold"]
+        false = sum(any(v > limit for v in run.values()) for run in gate["unchanged"])
+        add(
+            "no false alarm of the gate in 20 unchanged runs",
+            f"{false} in {len(gate['unchanged'])}",
+            false == 0 and len(gate["unchanged"]) >= 20,
+        )
+        heard = all(v > limit for run in gate["slowed"] for v in run.values())
+        add(f"an alarm for every op slowed down by {gate['slowdown'] - 1:.0%}",
+            "all" if heard else "not all", heard)  # fmt: skip
+    on_gpu = any(r["machine"]["device"] != "cpu" for r in found)
+    for target in GPU_TARGETS:
+        add(f"GPU: {target}", "see the tables" if on_gpu else "", None)
+    return table(["target", "measured", "met"], rows)
+
+
+def gpu_note(found: list[dict[str, Any]]) -> str:
+    if any(r["machine"]["device"] != "cpu" for r in found):
+        return "Results with a GPU name in their machine line were taken on that GPU."
+    return (
+        "**Nothing on this page has run on a GPU.** The CUDA kernels are compiled for sm_80, "
+        "sm_90a and sm_100 and run on an emulator in the tests, the Triton kernels in its "
+        "interpreter; `make gpu` measures them where there is one."
+    )
+
+
+def performance(found: list[dict[str, Any]]) -> str:
+    """docs/performance.md."""
+    parts = [
+        "# Performance",
+        "Generated by `make report` from `bench/results/*.json`; a test fails when it differs.",
+        "Every answer was checked before it was timed; contenders took turns in one run; peers had "
+        "the better of one thread and all. Times are milliseconds; `x` is their time over ours "
+        "(above 1 ours is faster, **bold** where we lose). `of ceiling` is the time that the plain "
+        "algorithm's bytes and operations need at the machine's measured rates, over the time: "
+        "above 100 % where an op does without some of them. Machines differ: run the commands on "
+        "yours. " + gpu_note(found),
+        "## Targets",
+        goals(found),
+        "## Rows we lose",
+        lost(found),
+    ]
+    sections: dict[str, Callable[[dict[str, Any]], str]] = {
+        "faiss_reference": lambda r: faiss_section(r, Path(r["file"]).stem + ".png"),
+        "ops": ops_section,
+        "load": lambda r: load_section(r, Path(r["file"]).stem + ".png"),
+        "gate": gate_section,
+    }
+    return "\n\n".join([*parts, *(sections[r["kind"]](r) for r in found)]) + "\n"
+
+
+def summary(found: list[dict[str, Any]]) -> str:
+    """The part of README between the markers."""
+    parts = []
+    for result in (r for r in found if r["kind"] == "faiss_reference"):
+        shape = result["shape"]
+        rows = [r for r in result["rows"] if r["n"] == shape["n"]]
+        names = list(dict.fromkeys(r["name"] for r in rows))
+        cell = {
+            (r["name"], r["batch"]): f"{ms(r['p50_ms'])}"
+            + ("" if r["name"] == "knnfast" else f" ({times(r['ratio'])})")
+            for r in rows
+        }
+        about = result["machine"]
+        place = about.get("gpu", about["cpu"])
+        parts += [
+            f"p50 in milliseconds (and over ours), {shape['n']:,} x {shape['d']}, k {shape['k']}, "
+            f"answers checked, every peer at its better thread count; {place}, "
+            f"{about['threads']} threads, {about['isa']}, {about['date']}. On your machine: "
+            "`knnfast bench`.",
+            table(["batch", *names],
+                  [[str(b), *(cell.get((name, b), "") for name in names)] for b in shape["batch"]]),
+        ]  # fmt: skip
+    lines = []
+    for result in (r for r in found if r["kind"] == "ops"):
+        for row in result["rows"]:
+            rivals = {n: p["ratio"] for n, p in row["peers"].items()
+                      if "ratio" in p and not n.startswith(("knnfast ", "base "))}  # fmt: skip
+            if row["op"] != "topk" and rivals and "fold-" not in row["shape"]:
+                against = ", ".join(f"{times(v)} {n}" for n, v in rivals.items())
+                lines.append(
+                    [row["op"], f"{row['shape']}: {row['case']}", ms(row["p50_ms"]), against]
+                )
+    if lines:
+        parts.append(table(["op", "shape", "p50 ms", "peers' time over ours"], lines))
+    parts.append(
+        "All rows, the service under load and the regression gate: "
+        "[docs/performance.md](docs/performance.md). " + gpu_note(found)
+    )
+    return "\n\n".join(parts)
+
+
+def readme(found: list[dict[str, Any]]) -> str:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    head, _, rest = text.partition(START)
+    _, _, tail = rest.partition(END)
+    if not tail:
+        raise ValueError(f"README.md must hold {START} and {END}")
+    return f"{head}{START}\n{summary(found)}\n{END}{tail}"
+
+
+def pages() -> dict[Path, str]:
+    """Every generated page and its text."""
+    found = results()
+    return {ROOT / "README.md": readme(found), DOCS / "performance.md": performance(found)}
+
+
+def source(file: str) -> str:
+    """What a plot carries, to tell which results it shows."""
+    return hashlib.sha256((RESULTS / file).read_bytes()).hexdigest()
+
+
+def plots() -> dict[Path, dict[str, Any]]:
+    """Every generated plot and its result."""
+    return {
+        DOCS / f"{Path(r['file']).stem}.png": r
+        for r in results()
+        if r["kind"] in ("faiss_reference", "load")
+    }
+
+
+def draw_load(result: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
+    figure = require_matplotlib()(figsize=(7, 4.4), layout="constrained")
+    panel = figure.subplots()
+    servers = list(dict.fromkeys(row["server"] for row in result["rows"]))
+    for i, server in enumerate(servers):
+        rows = [r for r in result["rows"]
+                if r["server"] == server and r["loop"] == "open" and "p99_ms" in r]  # fmt: skip
+        at = [r["offered_qps"] for r in rows]
+        panel.plot(at, [r["p99_ms"] for r in rows], f"C{i}o-", label=f"{server}, p99")
+        panel.plot(at, [r["p50_ms"] for r in rows], f"C{i}.:", label=f"{server}, p50")
+        if queue := [r["queue"]["p99_ms"] for r in rows if "queue" in r]:
+            panel.plot(at[: len(queue)], queue, f"C{i}--", alpha=0.6, label=f"{server}: M/D/c, p99")
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xlabel("offered load, queries/s")
+    panel.set_ylabel("latency from arrival, ms")
+    panel.grid(True, which="both", alpha=0.2)
+    panel.legend(fontsize=7)
+    figure.savefig(path, dpi=120, metadata=metadata)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 when pages differ")
+    args = parser.parse_args()
+    differ = [p for p, text in pages().items() if not p.exists() or p.read_text("utf-8") != text]
+    if args.check:
+        print("\n".join(f"{p.relative_to(ROOT)} differs: make report" for p in differ))
+        return int(bool(differ))
+    for path, text in pages().items():
+        _files.write_atomic(path, text.encode())
+    for path, result in plots().items():
+        metadata = {"Source": source(result["file"])}
+        if result["kind"] == "load":
+            draw_load(result, path, metadata)
+        else:
+            fields = ("machine", "ceilings", "shape", "rows", "skipped")
+            save_plot(FaissReport(**{name: result[name] for name in fields}), path, metadata)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
