@@ -263,6 +263,14 @@ void bind_ops(py::module_& m) {
       },
       release());
   m.def(
+      "head_rows",
+      [](int dtype, int D, int K, uintptr_t features, uintptr_t rows, int64_t count,
+         uintptr_t weight, uintptr_t bias, uintptr_t logits) {
+        head_rows({D, K, dtype}, at<void>(features), at<int64_t>(rows), count, at<void>(weight),
+                  at<void>(bias), at<float>(logits));
+      },
+      release());
+  m.def(
       "transition_rows",
       [](int64_t B, int64_t L, int K, uintptr_t weights, int64_t weights_stride, uintptr_t images,
          uint64_t seed, int dtype, float guidance, float temperature, double top_r, int top_k,

@@ -2,7 +2,8 @@
 // Transition loss and gradient of one row in closed form (docs: the training loss). With
 // rho_j = Q_j / P_j, KL = sum Q_j log rho_j and dKL/dp_j = -u rho_j, plus at j = i the way that e
 // and f depend on p_i. Classes other than x_0 and i share one constant, so the loops hold a log and
-// a division a class; x_0 and i are put right in FP64 afterwards.
+// a division a class, both as differences from p = 0: what padding and empty classes add is exactly
+// 0, and thousands of them hide nothing. x_0 and i are taken in FP64.
 #pragma once
 
 #include "convert.h"
@@ -81,31 +82,32 @@ static bool loss_row_of(const LossStep& k, const void* row, int dtype, int K, in
   }
 
   const S inverse = S(1 / total);
-  double logs = 0, inverses = 0, shares = 0;  // sums of log(p + e), 1 / (p + e), p / (p + e)
+  // Sums over all classes but x_0 and i: log(q / e), 1 / q and p / q, q = p + e.
+  double logs = 0, R = 0, shares = 0;
   const bool full = e0 > 0 && u > 0;
   if (full) {
+    const S kept_0 = ex[x_0], kept_i = real ? ex[i] : S(0);
+    ex[x_0] = 0;
+    if (real) ex[i] = 0;
     V s_log{}, s_inv{}, s_share{};
-    const S es = S(e);
+    const V es = splat(S(e)), log_e = log(es), inv_e = S(1) / es;
     for (int j = 0; j < P; j += kLanes<S>) {
       const V p = load(ex + j) * inverse, q = p + es, r = S(1) / q;
-      s_log += log(q);
-      s_inv += r;
+      s_log += log(q) - log_e;
+      s_inv += r - inv_e;
       s_share += p * r;
     }
-    const int extra = P - K;  // padding has p = 0
-    logs = double(sum<S>(s_log)) - extra * ::log(double(es));
-    inverses = double(sum<S>(s_inv)) - extra / double(es);
+    if (real) ex[i] = kept_i;
+    ex[x_0] = kept_0;
+    const double generic = K - (real && x_0 != i ? 2 : 1);
+    logs = double(sum<S>(s_log));
+    R = generic / e + double(sum<S>(s_inv));
     shares = double(sum<S>(s_share));
+    logs -= generic * ::log(e0 / e);  // log(q / e0) from here on
   }
   const double q_0 = p_0 + e, q_i = p_i + f;
 
-  // The loss: every class as if it were neither x_0 nor i, then these two put right.
-  double kl = 0, generic = K;
-  double sum_log = logs, R = inverses, Hs = shares;
-  if (full && x_0 != i) sum_log -= ::log(q_0), R -= 1 / q_0, Hs -= p_0 / q_0, generic -= 1;
-  if (full && real)
-    sum_log -= ::log(p_i + e), R -= 1 / (p_i + e), Hs -= p_i / (p_i + e), generic -= 1;
-  if (full) kl += u * e0 * (generic * ::log(e0) - sum_log);
+  double kl = full ? -u * e0 * logs : 0;
   const double log_p0 = -nll;
   if (x_0 != i && u > 0) kl += u * (1 + e0) * (::log1p(e0) - (e > 0 ? ::log(q_0) : log_p0));
   double rho_i = 0;
@@ -133,7 +135,7 @@ static bool loss_row_of(const LossStep& k, const void* row, int dtype, int K, in
     const double slope = ratio * k.A_t;
     through = p_i * (slope / (k.A_t + k.B_t) * u * sum_rho + slope / k.B_t * v * rho_i);
   }
-  const double G_p = -u * (e0 * Hs + share_0) - v * share_i + through;
+  const double G_p = -u * (e0 * shares + share_0) - v * share_i + through;
   const double alpha = weight * (auxiliary - G_p), beta = full ? weight * u * e0 : 0;
   const S as = S(alpha), bs = S(beta), es = S(e);
   S* out = dtype == kFloat32 || dtype == kFloat64 ? static_cast<S*>(grad) : ex;

@@ -22,6 +22,10 @@ struct StepGrid {
 // the flat positions [<= B L] that need them. Returns how many.
 int64_t transition_choose(const StepGrid&, const int64_t* x_t, int64_t* x_s, int64_t* rows);
 
+// The head on the listed rows alone: logits[i] = features[rows[i]] W^T + bias, [count, K] FP32.
+void head_rows(const HeadShape&, const void* features, const int64_t* rows, int64_t count,
+               const void* weight, const void* bias, float* logits);
+
 // Finishes the listed rows; row r's logits are `logits + row_of(r) * stride`, row_of(r) = r when
 // compact, else rows[r]. Returns how many rows held NaN, +inf or no finite class.
 int64_t transition_rows(const StepGrid&, const RowRule&, const void* logits, const void* null,

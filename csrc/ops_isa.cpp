@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compiled once per instruction set, with KNNFAST_ISA naming it: the table of row kernels.
 #include "attention_rows.h"
+#include "head_rows.h"
 #include "loss_rows.h"
 #include "step_rows.h"
 
@@ -10,10 +11,14 @@
 namespace knnfast {
 namespace KNNFAST_ISA {
 
+static void widen(const void* row, int dtype, float* out, int64_t n) {
+  to_float(row, dtype, out, n);
+}
+
 extern const OpsKernels kTable;
 const OpsKernels kTable = {
-    KF_STRING(KNNFAST_ISA), scores, draw,  sum_exp, loss_row, kRows, packed_size,
-    block_scratch,          pack,   attend};
+    KF_STRING(KNNFAST_ISA), scores, draw,   sum_exp,    loss_row,     kRows,      packed_size,
+    block_scratch,          pack,   attend, kHeadPanel, head_scratch, head_panel, widen};
 
 }  // namespace KNNFAST_ISA
 }  // namespace knnfast

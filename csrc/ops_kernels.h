@@ -42,6 +42,10 @@ struct AttentionShape {
   bool norm, residual;
 };
 
+struct HeadShape {
+  int D, K, dtype;  // of the features, weights and bias
+};
+
 struct OpsKernels {
   const char* name;
   // l [padded K] from the row; false if a value is NaN or +inf, or every class is excluded.
@@ -62,6 +66,13 @@ struct OpsKernels {
                const bool* mask, const void* scale, const void* shift, void* packed);
   void (*attend)(const AttentionShape&, const void* packed, const void* x, void* y, int rows,
                  void* scratch);
+  // Logits of rows f [rows, D] (readable up to a multiple of block_rows) for the `head_classes`
+  // classes from `first` on; out is [rows, K].
+  int head_classes;
+  size_t (*head_scratch)(const HeadShape&);
+  void (*head_panel)(const HeadShape&, const float* f, int64_t rows, const void* weight,
+                     const void* bias, int first, void* scratch, float* out);
+  void (*widen)(const void* row, int dtype, float* out, int64_t n);
 };
 
 const OpsKernels& ops_kernels();  // the best this machine has, or KNNFAST_ISA's

@@ -40,20 +40,22 @@ class Pool {
       tasks_ = tasks;
       next_.store(0);
       error_ = nullptr;
-      busy_ = static_cast<int>(threads_.size());
-      round_.fetch_add(1);
+      ++round_;
     }
     wake_.notify_all();
-    drain(0);
+    drain(work, 0);
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [&] { return busy_ == 0; });
+    // A worker that wakes only now finds nothing to do: another library's threads may be spinning
+    // on its core, and no task waits for it.
+    work_ = nullptr;
+    done_.wait(lock, [&] { return active_ == 0; });
     if (error_) std::rethrow_exception(error_);
   }
 
  private:
-  void drain(int thread) {
+  void drain(const std::function<void(int, int64_t)>& work, int thread) {
     try {
-      for (int64_t task; (task = next_.fetch_add(1)) < tasks_;) (*work_)(thread, task);
+      for (int64_t task; (task = next_.fetch_add(1)) < tasks_;) work(thread, task);
     } catch (...) {
       std::lock_guard<std::mutex> lock(mutex_);
       if (!error_) error_ = std::current_exception();
@@ -64,15 +66,18 @@ class Pool {
   void serve(int thread) {
     uint64_t seen = 0;
     for (;;) {
+      const std::function<void(int, int64_t)>* work;
       {
         std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return stop_ || round_.load() != seen; });
+        wake_.wait(lock, [&] { return stop_ || (work_ && round_ != seen); });
         if (stop_) return;
-        seen = round_.load();
+        seen = round_;
+        work = work_;
+        ++active_;
       }
-      drain(thread);
+      drain(*work, thread);
       std::lock_guard<std::mutex> lock(mutex_);
-      if (--busy_ == 0) done_.notify_one();
+      if (--active_ == 0) done_.notify_one();
     }
   }
 
@@ -82,9 +87,9 @@ class Pool {
   const std::function<void(int, int64_t)>* work_ = nullptr;
   int64_t tasks_ = 0;
   std::atomic<int64_t> next_{0};
-  std::atomic<uint64_t> round_{0};
+  uint64_t round_ = 0;
   std::exception_ptr error_;
-  int busy_ = 0;
+  int active_ = 0;  // workers inside the present round
   bool stop_ = false;
 };
 

@@ -35,14 +35,15 @@ Row row_at(const StepGrid& g, int64_t flat, Stream stream) {
   return r;
 }
 
-// Scratch per thread, aligned to a vector.
+void* aligned(void* p) {  // to a vector
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(p) + 63) & ~uintptr_t(63));
+}
+
+// Scratch per thread.
 class Scratch {
  public:
   explicit Scratch(size_t bytes) : store_(bytes + 64) {}
-  void* get() {
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(store_.data()) + 63) &
-                                   ~uintptr_t(63));
-  }
+  void* get() { return aligned(store_.data()); }
 
  private:
   std::vector<char> store_;
@@ -79,6 +80,22 @@ int64_t transition_choose(const StepGrid& g, const int64_t* x_t, int64_t* x_s, i
     }
   }
   return count;
+}
+
+void head_rows(const HeadShape& s, const void* features, const int64_t* rows, int64_t count,
+               const void* weight, const void* bias, float* logits) {
+  const OpsKernels& k = ops_kernels();
+  const int64_t whole = (count + k.block_rows - 1) / k.block_rows * k.block_rows;
+  std::vector<float> gathered(size_t(whole * s.D));  // zeros beyond the rows
+  for (int64_t i = 0; i < count; ++i)
+    k.widen(at_row(features, rows[i], s.D, s.dtype), s.dtype, &gathered[size_t(i * s.D)], s.D);
+  parallel_for((s.K + k.head_classes - 1) / k.head_classes, [&](int, int64_t panel) {
+    static thread_local std::vector<char>
+        store;  // kept: fresh pages would cost more than the panel
+    if (store.size() < k.head_scratch(s) + 64) store.resize(k.head_scratch(s) + 64);
+    k.head_panel(s, gathered.data(), count, weight, bias, int(panel) * k.head_classes,
+                 aligned(store.data()), logits);
+  });
 }
 
 int64_t transition_rows(const StepGrid& g, const RowRule& rule, const void* logits,

@@ -68,15 +68,17 @@ def transition_loss_kernel(
     es = e_safe.to(tl.float32)
     other = inside & ~at_0 & ~at_i
     q = p + es
-    logs = tl.sum(tl.where(other, tl.log(q), 0.0), 0).to(tl.float64)
-    inverses = tl.sum(tl.where(other, 1.0 / q, 0.0), 0).to(tl.float64)
+    # As differences from p = 0, so that thousands of empty classes add exactly nothing.
+    logs = tl.sum(tl.where(other, tl.log(q) - tl.log(es), 0.0), 0).to(tl.float64)
+    inverses = tl.sum(tl.where(other, 1.0 / q - 1.0 / es, 0.0), 0).to(tl.float64)
     shares = tl.sum(tl.where(other, p / q, 0.0), 0).to(tl.float64)
     count = (K - tl.where(real & (x_0 != x_t), 2, 1)).to(tl.float64)
+    inverses += count / e_safe
     one = e_safe * 0.0 + 1.0  # 1 in FP64
 
     # The loss: shared classes, x_0, then i.
-    log_e0 = tl.log(tl.where(full, e0, one))
-    kl = tl.where(full, u * e0 * (count * log_e0 - logs), 0.0)
+    log_ratio = tl.log(tl.where(full, e0 / e_safe, one))
+    kl = tl.where(full, u * e0 * (count * log_ratio - logs), 0.0)
     q_0 = tl.where(full, p_0 + e, one)
     log_q0 = tl.where(full, tl.log(q_0), -nll)
     kl += tl.where(same, 0.0, u * (1.0 + e0) * (tl.log(one + e0) - log_q0))

@@ -17,6 +17,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
+@pytest.fixture
+def poison():
+    """Every tensor that torch leaves uninitialised holds NaN, or its integers' largest value."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(autouse=True)
 def seed(request):
     """A fixed seed per test, derived from its name; returned for tests that want generators."""

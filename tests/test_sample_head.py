@@ -2,9 +2,17 @@
 
 import pytest
 import torch
-from transition_helpers import SCHEDULES, levels, weights_of
+from transition_helpers import SCHEDULES, levels, weights_of, within_twice
 
 from knnfast import ops, reference
+from knnfast.ops._checks import DTYPE_CODES, pointer
+
+# Outputs hold NaN before a kernel writes them. torch's own CUDA ops warn when that mode finds them
+# in another order than they promise.
+pytestmark = [
+    pytest.mark.usefixtures("poison"),
+    pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation:UserWarning"),
+]
 
 
 def make(K, B=2, L=40, D=24, dtype=torch.float32):
@@ -101,6 +109,58 @@ def test_cuda_equals_cuda_dense(dtype):
     assert (got != dense).sum() <= 2
 
 
+def test_rows_do_not_depend_on_each_other():
+    """A token is the same to the bit whatever else is drawn: drawn alone, and among many."""
+    features, null, weight, bias, x_t = make(300, B=4, L=50, D=130)
+    weights = weights_of("mask_replace", 300, 60, 20)
+    whole = ops.sample_head(
+        features, weight, bias, x_t, weights, seed=1, null_features=null, guidance=3.0
+    )
+    for b in range(4):
+        alone = ops.sample_head(
+            features[b : b + 1], weight, bias, x_t[b : b + 1], weights, seed=1,
+            image_indices=torch.tensor([b]), null_features=null[b : b + 1], guidance=3.0,
+        )  # fmt: skip
+        assert torch.equal(alone[0], whole[b])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("K", "D"), [(2, 1), (47, 33), (49, 16), (512, 257), (2887, 15)])
+def test_logits_within_twice(K, D, dtype):
+    """The head's own product against FP64, at most twice the error of torch's linear layer."""
+    from knnfast import _C
+
+    f, weight, bias = (torch.randn(*s).to(dtype) for s in ((19, D), (K, D), (K,)))
+    plain = torch.nn.functional.linear(f, weight, bias)
+    exact = f.double() @ weight.double().T + bias.double()
+    for rows in (torch.arange(19), torch.tensor([7]), torch.tensor([0, 3, 4, 9, 11, 12, 13, 17])):
+        got = torch.empty(len(rows), K)
+        _C.head_rows(DTYPE_CODES[dtype], D, K, *map(pointer, (f, rows)), len(rows),
+                     *map(pointer, (weight, bias, got)))  # fmt: skip
+        within_twice(got, plain[rows], exact[rows], dtype)
+
+
+def test_compile_and_export():
+    features, null, weight, bias, x_t = make(16)
+    weights, key = weights_of("mask_replace", 16, 50, 25), torch.tensor([3])
+    args = features, null, weight, bias, x_t, weights, torch.arange(2), key
+    torch.library.opcheck(torch.ops.knnfast.sample_head.default, (*args, 2.0, 1.0, 1.0, 0))
+
+    class Head(torch.nn.Module):
+        def forward(self, features, null, weight, bias, x_t, weights, key):
+            return ops.sample_head(
+                features * 1.0, weight, bias, x_t, weights, seed=key, null_features=null,
+                guidance=2.0,
+            )  # fmt: skip
+
+    args = features, null, weight, bias, x_t, weights, key
+    eager = Head()(*args)
+    assert torch.equal(torch.compile(Head(), fullgraph=True, backend="aot_eager")(*args), eager)
+    assert torch.equal(torch.export.export(Head(), args).module()(*args), eager)
+    with torch.autocast("cpu", torch.bfloat16):  # the types given are the types used
+        assert torch.equal(Head()(*args), eager)
+
+
 def test_rejects():
     features, null, weight, bias, x_t = make(8)
     weights = weights_of("mask", 8, 50, 25)
@@ -108,6 +168,8 @@ def test_rejects():
         ops.sample_head(features, weight[:, :-1], bias, x_t, weights, seed=0)
     with pytest.raises(ValueError, match="bias"):
         ops.sample_head(features, weight, bias[:-1], x_t, weights, seed=0)
+    with pytest.raises(TypeError, match="bias"):
+        ops.sample_head(features, weight, bias.half(), x_t, weights, seed=0)
     with pytest.raises(ValueError, match="null_features"):
         ops.sample_head(features, weight, bias, x_t, weights, seed=0, null_features=null[:1])
     with pytest.raises(ValueError, match="num_codes"):

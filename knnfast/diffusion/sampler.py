@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,178 @@ if TYPE_CHECKING:
     from knnfast.diffusion.denoiser import Condition, Denoiser
 
 
-@torch.no_grad()
+class Sampler:
+    """The sampling loop of one network for one list of levels and one rule.
+
+    A call runs it op by op; `SamplingGraph` records a call once and replays it. Nothing in the loop
+    reads a result on the host, so on CUDA it never synchronises.
+
+    Args:
+        denoiser: the network.
+        schedule: of the corruption; may be another one than in training.
+        steps: number of steps, or the levels to visit (falling from T); any list is exact.
+        guidance: w in l = l_null + w (l_cond - l_null); 1 means none.
+        truncation: keep the most probable classes up to this mass; 1 keeps all.
+        top_k: keep this many classes; 0 keeps all.
+        temperature: divides the logits after guidance.
+
+    Raises:
+        ValueError: a bad list of steps, truncation or temperature, or another number of codes.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        schedule: Schedule,
+        steps: int | Sequence[int] = 25,
+        guidance: float = 3.0,
+        truncation: float = 1.0,
+        top_k: int = 0,
+        temperature: float = 1.0,
+    ) -> None:
+        if not 0.0 < truncation <= 1.0:
+            raise ValueError(f"truncation must be in (0, 1], got {truncation}")
+        if not temperature > 0.0:
+            raise ValueError(f"temperature must be > 0, got {temperature}")
+        if schedule.num_codes != denoiser.config.num_codes:
+            raise ValueError(
+                f"the schedule's num_codes {schedule.num_codes} is not the denoiser's "
+                f"{denoiser.config.num_codes}"
+            )
+        self.denoiser, self.schedule, self.guided = denoiser, schedule, guidance != 1.0
+        self.levels = schedule.levels(steps if isinstance(steps, int) else list(steps))
+        self.rule: dict[str, Any] = {
+            "guidance": guidance,
+            "temperature": temperature,
+            "top_r": truncation,
+            "top_k": top_k,
+        }
+        k = schedule.num_codes
+        rows = [transition_weights(schedule, t, s, k) for t, s in pairwise(self.levels)]
+        self.weights = torch.stack(rows).to(denoiser.head.weight.device)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        cond: Tensor,
+        cond_mask: Tensor,
+        seed: int | Tensor = 0,
+        image_indices: Tensor | None = None,
+        callback: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Draw codes.
+
+        Args:
+            cond: condition embeddings, [B, k+1, E], query first, then neighbours nearest first.
+            cond_mask: which of them are on, [B, k+1] bool.
+            seed: of the random numbers, 64 bits, or a tensor [1] int64 of them; with the image
+                index it fixes an image, whatever the batch (on the CPU to the last bit; on a GPU up
+                to the rounding of its matrix products).
+            image_indices: [B] int64, the images' indices in the random numbers; default 0...B-1.
+            callback: called with (steps done, steps) after each step.
+
+        Returns:
+            Codes, [B, L] int64.
+        """
+        head, batch = self.denoiser.head, len(cond)
+        x = sample_prior(
+            self.schedule,
+            self.levels[0],
+            self.schedule.num_codes,
+            (batch, self.denoiser.config.length),
+            seed=seed,
+            image_indices=image_indices,
+            device=cond.device,
+        )
+        # On the CPU every image has the network to itself: a matrix product rounds by its shape,
+        # and an image must not depend on its batch. A GPU needs the whole batch to be busy.
+        size = 1 if cond.device.type == "cpu" else max(batch, 1)
+        parts = [slice(i, i + size) for i in range(0, max(batch, 1), size)]
+        conditions = [self._prepare(cond[p].clone(), cond_mask[p]) for p in parts]
+        for done, (t, weights) in enumerate(zip(self.levels, self.weights, strict=False), start=1):
+            with phase("sample.features"):
+                both = [self._features(x[p], t, c) for p, c in zip(parts, conditions, strict=True)]
+                rows = torch.cat(both, 1)
+            with phase("sample.head"):
+                x = sample_head(
+                    rows[0],
+                    head.weight,
+                    head.bias,
+                    x,
+                    weights,
+                    seed=seed,
+                    image_indices=image_indices,
+                    null_features=rows[1] if self.guided else None,
+                    **self.rule,
+                )
+            if callback is not None:
+                callback(done, len(self.weights))
+        return x
+
+    def _prepare(self, cond: Tensor, mask: Tensor) -> Condition:
+        if self.guided:
+            cond = torch.cat([cond, torch.zeros_like(cond)])
+            mask = torch.cat([mask, torch.zeros_like(mask)])
+        # The fused attention wants one type throughout, which autocast does not keep.
+        fold = not torch.is_autocast_enabled(cond.device.type)
+        return self.denoiser.prepare(cond, mask, fold=fold)
+
+    def _features(self, x: Tensor, t: int, condition: Condition) -> Tensor:
+        """What the head reads, [1 or 2, B, L, D]: with the condition, and without when guided."""
+        codes = torch.cat([x, x]) if self.guided else x
+        level = torch.full((len(codes),), t, dtype=torch.int64, device=x.device)
+        rows = self.denoiser.features(codes, level, condition)
+        return rows.to(self.denoiser.head.weight.dtype).unflatten(0, (-1, len(x)))
+
+
+class SamplingGraph:
+    """A sampler's whole run for a fixed batch as one CUDA graph: one launch, no synchronisation.
+
+    Args:
+        sampler: on a CUDA device.
+        batch: B.
+        tokens: k + 1 condition embeddings an image.
+
+    Raises:
+        ValueError: the sampler is not on a CUDA device.
+    """
+
+    def __init__(self, sampler: Sampler, batch: int, tokens: int) -> None:
+        weight = sampler.denoiser.head.weight
+        device = weight.device
+        if device.type != "cuda":
+            raise ValueError(f"sampler: must be on a CUDA device, got {device}")
+        width = sampler.denoiser.config.embed_dim
+        self.cond = torch.zeros(batch, tokens, width, dtype=weight.dtype, device=device)
+        self.mask = torch.ones(batch, tokens, dtype=torch.bool, device=device)
+        self.seed = torch.zeros(1, dtype=torch.int64, device=device)
+        self.indices = torch.arange(batch, device=device)
+        # Before the capture, on a stream of its own: kernels are compiled and workspaces made.
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                sampler(self.cond, self.mask, self.seed, self.indices)
+        torch.cuda.current_stream(device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.codes = sampler(self.cond, self.mask, self.seed, self.indices)
+
+    def __call__(
+        self, cond: Tensor, cond_mask: Tensor, seed: int = 0, image_indices: Tensor | None = None
+    ) -> Tensor:
+        """Draw codes as `Sampler` does; the result is overwritten by the next call."""
+        self.cond.copy_(cond)
+        self.mask.copy_(cond_mask)
+        self.seed.fill_(signed(seed))
+        if image_indices is None:
+            torch.arange(len(self.indices), out=self.indices)
+        else:
+            self.indices.copy_(image_indices)
+        self.graph.replay()
+        return self.codes
+
+
 def sample(
     denoiser: Denoiser,
     schedule: Schedule,
@@ -32,84 +203,17 @@ def sample(
     image_indices: Tensor | None = None,
     callback: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Draw codes.
-
-    Args:
-        denoiser: the network.
-        schedule: of the corruption; may be another one than in training.
-        cond: condition embeddings, [B, k+1, E], query first, then neighbours nearest first.
-        cond_mask: which of them are on, [B, k+1] bool.
-        steps: number of steps, or the levels to visit (falling from T); any list is exact.
-        guidance: w in l = l_null + w (l_cond - l_null); 1 means none.
-        seed: of the random numbers; with the image index it fixes an image, whatever the batch (on
-            the CPU to the last bit; on a GPU up to the rounding of its matrix products).
-        truncation: keep the most probable classes up to this mass; 1 keeps all.
-        top_k: keep this many classes; 0 keeps all.
-        temperature: divides the logits after guidance.
-        image_indices: [B] int64, the images' indices in the random numbers; default 0...B-1.
-        callback: called with (steps done, steps) after each step.
-
-    Returns:
-        Codes, [B, L] int64.
+    """Draw codes, [B, L] int64: one call of a `Sampler`, whose arguments these are.
 
     Raises:
-        ValueError: a bad list of steps, truncation or temperature, or another number of codes.
+        ValueError: as `Sampler`; a seed outside [0, 2^64).
     """
-    if not 0.0 < truncation <= 1.0:
-        raise ValueError(f"truncation must be in (0, 1], got {truncation}")
-    if not temperature > 0.0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
-    if schedule.num_codes != denoiser.config.num_codes:
-        raise ValueError(
-            f"the schedule's num_codes {schedule.num_codes} is not the denoiser's "
-            f"{denoiser.config.num_codes}"
-        )
+    sampler = Sampler(denoiser, schedule, steps, guidance, truncation, top_k, temperature)
+    return sampler(cond, cond_mask, signed(seed), image_indices, callback)
+
+
+def signed(seed: int) -> int:
+    """The 64 bits of a seed as the int64 that the ops take."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be in [0, 2^64), got {seed}")
-    key = seed - 2**64 if seed >= 2**63 else seed  # the same 64 bits as an int64
-    levels = schedule.levels(steps if isinstance(steps, int) else list(steps))
-    k, length = schedule.num_codes, denoiser.config.length
-    batch = len(cond)
-    x = sample_prior(schedule, levels[0], k, (batch, length), seed=key, image_indices=image_indices)
-    guided = guidance != 1.0
-    # The fused attention wants one type throughout, which autocast does not keep.
-    fold = not torch.is_autocast_enabled(cond.device.type)
-    # On the CPU every image has the network to itself: a matrix product rounds by its shape, and an
-    # image must not depend on its batch. A GPU needs the whole batch to be busy.
-    size = 1 if cond.device.type == "cpu" else max(batch, 1)
-    parts = [slice(i, i + size) for i in range(0, max(batch, 1), size)]
-
-    def prepare(cond: Tensor, mask: Tensor) -> Condition:
-        if guided:
-            cond = torch.cat([cond, torch.zeros_like(cond)])
-            mask = torch.cat([mask, torch.zeros_like(mask)])
-        return denoiser.prepare(cond, mask, fold=fold)
-
-    conditions = [prepare(cond[p].clone(), cond_mask[p]) for p in parts]
-    for done, (t, s) in enumerate(pairwise(levels), start=1):
-        both = []  # the rows of each part, and of its null pass
-        with phase("sample.features"):
-            for p, condition in zip(parts, conditions, strict=True):
-                codes = torch.cat([x[p], x[p]]) if guided else x[p]
-                level = torch.full((len(codes),), t, dtype=torch.int64, device=x.device)
-                rows = denoiser.features(codes, level, condition).to(denoiser.head.weight.dtype)
-                both.append(rows.unflatten(0, (-1, len(x[p]))))
-        rows = torch.cat(both, 1)
-        with phase("sample.head"):
-            x = sample_head(
-                rows[0],
-                denoiser.head.weight,
-                denoiser.head.bias,
-                x,
-                transition_weights(schedule, t, s, k, device=x.device),
-                seed=key,
-                image_indices=image_indices,
-                null_features=rows[1] if guided else None,
-                guidance=guidance,
-                temperature=temperature,
-                top_r=truncation,
-                top_k=top_k,
-            )
-        if callback is not None:
-            callback(done, len(levels) - 1)
-    return x
+    return seed - 2**64 if seed >= 2**63 else seed

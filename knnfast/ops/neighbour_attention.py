@@ -178,6 +178,7 @@ def _modulated(x, scale, shift, norm, eps):
     """The normalised tokens before and after scale and shift, and the deviation's inverse."""
     if norm:
         centred = x - x.mean(-1, keepdim=True)
+        centred = centred - centred.mean(-1, keepdim=True)  # what the mean's own rounding left
         rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
         hat = centred * rstd
     else:

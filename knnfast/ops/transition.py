@@ -27,9 +27,6 @@ from knnfast.ops._checks import (
 
 _BAD = "logits: NaN, +inf or no finite class in {} of the rows that are drawn"
 _SEED_MASK = (1 << 64) - 1
-# Rows of each of the head's products on the CPU. One shape for all of them: a product rounds by
-# its shape, and a row must not depend on how many others are drawn.
-_HEAD_ROWS = 32
 
 
 def transition_step(
@@ -122,6 +119,7 @@ def sample_head(
         x_s: [B, L] int64.
     Raises: as `transition_step`.
     Memory: O(n K) for the n rows that are drawn (3 % at 100 steps).  Backends: triton, cpu.
+    Numerics: FP32 logits from sums in one order, so that a token depends on its own row alone.
     A callable head on CUDA synchronises once, to learn n; a weight does not.
     """
     check_dtype("features", features, LOGIT_TYPES)
@@ -137,6 +135,7 @@ def sample_head(
         check_device("weight", weight, features.device)
         num_codes = weight.shape[0]
         if bias is not None:
+            check_dtype("bias", bias, (features.dtype,))
             check_shape("bias", bias, (num_codes,))
     elif bias is not None or num_codes is None:
         raise ValueError("weight: a callable head takes bias=None and needs num_codes")
@@ -301,16 +300,22 @@ def _head_cpu(
     features, null_features, weight, bias, x_t, weights, image_indices, seed,
     guidance, temperature, top_r, top_k,
 ):  # fmt: skip
-    x_s, drawn = _choose_cpu(x_t, weights, image_indices, seed, weight.shape[0])
+    from knnfast import _C
+
+    K, D = weight.shape
+    x_s, drawn = _choose_cpu(x_t, weights, image_indices, seed, K)
     if drawn.numel() == 0:
         return x_s
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
 
     def head(f):
-        f = f.reshape(-1, f.shape[-1])[drawn]
-        n = len(f)
-        f = torch.nn.functional.pad(f, (0, 0, 0, -n % _HEAD_ROWS))
-        linear = torch.nn.functional.linear
-        return torch.cat([linear(part, weight, bias) for part in f.split(_HEAD_ROWS)])[:n]
+        f = f.contiguous()
+        logits = torch.empty(len(drawn), K, dtype=torch.float32)
+        _C.head_rows(
+            DTYPE_CODES[f.dtype], D, K, pointer(f), pointer(drawn), len(drawn), pointer(weight),
+            pointer(bias), pointer(logits),
+        )  # fmt: skip
+        return logits
 
     return _rows_cpu(
         head(features), None if null_features is None else head(null_features), drawn, x_t, x_s,

@@ -106,7 +106,11 @@ class _TransitionLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss, _):
         (grad,) = ctx.saved_tensors
-        return grad * d_loss.to(grad.dtype), None, None, None, None, None, None
+        # `loss.backward()` hands in 1: the gradient itself then, not a copy of it.
+        eager = grad.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not (eager and float(d_loss) == 1.0):
+            grad = grad * d_loss.to(grad.dtype)
+        return grad, None, None, None, None, None, None
 
 
 @torch.compiler.assume_constant_result

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// The head of a few rows: out[r, j] = f[r] . w[j] + b[j]. Classes are cut into panels, transposed
+// on the way from memory, and multiplied by attention_rows.h's register tiles. Bytes: K D for the
+// weights, read once however many rows there are; they bind below about 30 rows. FP32 sums in the
+// tile's fixed order: a row's bits depend on that row alone, never on how many others there are.
+#pragma once
+
+#include "attention_rows.h"
+
+namespace knnfast {
+namespace KNNFAST_ISA {
+
+constexpr int kHeadPanel = kPanel * kLanes<float>;  // classes of a panel
+
+static size_t head_scratch(const HeadShape& s) {
+  return (size_t(s.D) + kRows) * kHeadPanel * sizeof(float);
+}
+
+// w [classes, D] -> panel [D, width], zeros in the columns beyond the classes.
+static void transpose_panel(const HeadShape& s, const char* w, int classes, int width,
+                            float* panel) {
+  constexpr int kStep = 16;  // so many columns of w at a time: the part of the panel stays in L1
+  const size_t size = s.dtype == kFloat32 ? 4 : 2;
+  for (int k = 0; k < s.D; k += kStep) {
+    const int depth = s.D - k < kStep ? s.D - k : kStep;
+    for (int j = 0; j < width; ++j) {
+      float row[kStep] = {};
+      if (j < classes)
+        to_float(w + (size_t(j) * size_t(s.D) + size_t(k)) * size, s.dtype, row, depth);
+      for (int i = 0; i < depth; ++i) panel[size_t(k + i) * size_t(width) + size_t(j)] = row[i];
+    }
+  }
+}
+
+// Classes [first, first + kHeadPanel) of all rows; f is [rows, D], a multiple of kRows of them
+// readable, out [rows, K].
+static void head_panel(const HeadShape& s, const float* f, int64_t rows, const void* weight,
+                       const void* bias, int first, void* scratch, float* out) {
+  const int left = s.K - first, classes = left < kHeadPanel ? left : kHeadPanel;
+  const int width = round_up<float>(classes);
+  const size_t size = s.dtype == kFloat32 ? 4 : 2;
+  float* panel = static_cast<float*>(scratch);
+  float* part = panel + size_t(s.D) * kHeadPanel;  // [kRows, width]
+  const char* w = static_cast<const char*>(weight) + size_t(first) * size_t(s.D) * size;
+  transpose_panel(s, w, classes, width, panel);
+  float add[kHeadPanel] = {};
+  if (bias) to_float(static_cast<const char*>(bias) + size_t(first) * size, s.dtype, add, classes);
+  for (int64_t r = 0; r < rows; r += kRows) {
+    product(f + r * s.D, s.D, panel, s.D, part, width);
+    for (int i = 0; i < kRows && r + i < rows; ++i) {
+      float* to = out + (r + i) * s.K + first;
+      const float* from = part + size_t(i) * size_t(width);
+      for (int j = 0; j < classes; ++j) to[j] = from[j] + add[j];
+    }
+  }
+}
+
+}  // namespace KNNFAST_ISA
+}  // namespace knnfast
