@@ -1,10 +1,13 @@
 """The sampler: exact on a known posterior, bits fixed by seed and image index, bad input."""
 
+import copy
+
 import pytest
 import torch
+from transition_helpers import NoHostReads
 
 from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
-from knnfast.diffusion.sampler import sample
+from knnfast.diffusion.sampler import Sampler, SamplingGraph, sample, signed
 from knnfast.diffusion.schedule import NAMES, Schedule
 
 K, L = 5, 1600
@@ -91,6 +94,62 @@ def test_batch_does_not_matter(tiny: Denoiser, name: str) -> None:
     for part in torch.arange(30).split(7):
         alone = sample(tiny, schedule, cond[part], mask[part], steps=4, seed=9, image_indices=part)
         assert torch.equal(alone, whole[part])
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_loop_can_be_captured(
+    tiny: Denoiser, guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole loop on tensors without values: nothing leaves their device, nothing is read."""
+    sampler = Sampler(tiny, tiny.schedule, steps=3, guidance=guidance, truncation=0.9, top_k=5)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # knows no meta
+    sampler.denoiser = copy.deepcopy(tiny).to("meta")
+    sampler.weights = sampler.weights.to("meta")
+    inputs = (
+        torch.empty(2, 4, 12, device="meta"),
+        torch.empty(2, 4, dtype=torch.bool, device="meta"),
+        torch.empty(1, dtype=torch.int64, device="meta"),
+        torch.empty(2, dtype=torch.int64, device="meta"),
+    )
+    with NoHostReads({"meta"}):
+        codes = sampler(*inputs)
+    assert codes.shape == (2, 16)
+
+
+def test_a_graph_needs_a_device(tiny: Denoiser) -> None:
+    with pytest.raises(ValueError, match="CUDA device"):
+        SamplingGraph(Sampler(tiny, tiny.schedule, steps=3), batch=1, tokens=4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_cuda_graph_equals_the_loop(tiny: Denoiser, name: str, guidance: float) -> None:
+    """Replays with new conditions and seeds give the tokens of the loop run op by op."""
+    sampler = Sampler(tiny.cuda(), Schedule(name, 10, 11), steps=4, guidance=guidance)
+    graph = SamplingGraph(sampler, batch=5, tokens=4)
+    cond, mask = (v.cuda() for v in condition(5))
+    index = torch.tensor([7, 1, 2, 30, 4], device="cuda")
+    for seed, places in ((3, None), (2**64 - 1, index)):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = graph(cond, mask, seed, places).clone()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(got, sampler(cond, mask, signed(seed), places))
+        cond = cond.flip(0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_cuda_matches_the_cpu(tiny: Denoiser, name: str) -> None:
+    """The same random bits on both: images differ only where rounding turns a token."""
+    cond, mask = condition(40)
+    schedule = Schedule(name, 10, 11)
+    expected = sample(tiny, schedule, cond, mask, steps=4, seed=9)
+    got = sample(tiny.cuda(), schedule, cond.cuda(), mask.cuda(), steps=4, seed=9)
+    assert got.is_cuda
+    assert (got.cpu() != expected).double().mean() < 0.01
 
 
 def test_guidance_one_is_no_guidance(tiny: Denoiser) -> None:

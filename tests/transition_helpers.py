@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass
@@ -134,3 +136,20 @@ def within_twice(got, plain, exact, dtype, floor=None):
 
 def rms(v):
     return float(v.square().mean().sqrt())
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails on what a CUDA graph cannot hold: values read by the host, tensors on other devices."""
+
+    READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
+
+    def __init__(self, devices):
+        super().__init__()
+        self.devices = devices
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in self.READS, func
+        out = func(*args, **(kwargs or {}))
+        seen = {v.device.type for v in tree_leaves((args, kwargs, out)) if torch.is_tensor(v)}
+        assert seen <= self.devices, func
+        return out

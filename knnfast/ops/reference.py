@@ -326,7 +326,7 @@ def sample_prior(
     """Draw x_t [B, L] from the schedule's own prior: MASK with C / (C + K B), else uniform."""
     B, C = float(schedule.B[t]), float(schedule.C[t])
     x = torch.full(shape, num_codes, dtype=torch.int64, device=device)
-    level = torch.tensor([float(t)], dtype=torch.float64, device=device)
+    level = torch.full((1,), float(t), dtype=torch.float64, device=device)
     t_, position, image, seed = _coordinates(x, level, image_indices, seed)
     w = philox.philox(
         torch.zeros_like(position), position, image, philox.counter(t_, philox.PRIOR), seed
@@ -343,7 +343,7 @@ def _coordinates(
     if image_indices is None:
         image_indices = torch.arange(B, device=x_t.device)
     if not isinstance(seed, Tensor):
-        seed = torch.tensor(seed, device=x_t.device)
+        seed = torch.full((), seed, dtype=torch.int64, device=x_t.device)
     return weights[..., :1].long(), position, image_indices[:, None], seed
 
 
