@@ -253,6 +253,9 @@ void bind_ops(py::module_& m) {
   using namespace knnfast;
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("ops_isa", [] { return ops_kernels().name; });
+  m.def("gumbel", [](uintptr_t words, int64_t n, uintptr_t out) {
+    ops_kernels().noise(at<uint32_t>(words), n, at<float>(out));
+  });
   m.def(
       "transition_choose",
       [](int64_t B, int64_t L, int K, uintptr_t weights, int64_t weights_stride, uintptr_t images,

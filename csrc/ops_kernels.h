@@ -73,6 +73,7 @@ struct OpsKernels {
   void (*head_panel)(const HeadShape&, const float* f, int64_t rows, const void* weight,
                      const void* bias, int first, void* scratch, float* out);
   void (*widen)(const void* row, int dtype, float* out, int64_t n);
+  void (*noise)(const uint32_t* words, int64_t n, float* gumbel);  // the map alone, to be checked
 };
 
 const OpsKernels& ops_kernels();  // the best this machine has, or KNNFAST_ISA's

@@ -13,6 +13,8 @@ from scipy import stats
 from transition_helpers import SCHEDULES, levels, random_logits, weights_of
 
 from knnfast import ops, reference
+from knnfast.ops import philox
+from knnfast.ops._checks import pointer
 
 # Outputs hold NaN before a kernel writes them. torch's own CUDA ops warn when that mode finds them
 # in another order than they promise.
@@ -202,6 +204,47 @@ def test_distribution(name, stride, rule, seed):
         got = ops.transition_step(row.expand(1, n, K), x, weights, seed=seed, **(kw | wide))
         p = reference.transition_distribution(logp, torch.tensor(x_t), weights)
         chi_square(np.bincount(got[0], minlength=K + 1), p.numpy() * n)
+
+
+def cpu_gumbel(words):
+    from knnfast import _C
+
+    words, out = words.to(torch.uint32), torch.empty(len(words))
+    _C.gumbel(pointer(words), len(words), pointer(out))
+    return out
+
+
+def triton_gumbel(words):
+    import triton
+    import triton.language as tl
+    from knnfast.kernels.tiles import gumbel
+
+    @triton.jit
+    def kernel(words_ptr, out_ptr, n, BLOCK: tl.constexpr):
+        i = tl.arange(0, BLOCK)
+        word = tl.load(words_ptr + i, mask=i < n, other=0).to(tl.uint32)
+        tl.store(out_ptr + i, gumbel(word), mask=i < n)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = torch.empty(len(words), device=device)
+    kernel[(1,)](words.to(device), out, len(words), BLOCK=triton.next_power_of_2(len(words)))
+    return out.cpu()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
+@pytest.mark.parametrize("backend", [cpu_gumbel, triton_gumbel])
+def test_noise_at_its_ends(backend):
+    """From 32 bits to Gumbel noise: finite, falling and within 1e-6 of FP64, ends and middle."""
+    top = 2**32 - 1
+    ends = [0, 1, 2, 3, 255, 256, 2**23, 2**24 - 1, 2**24, 2**24 + 1, 2**31 - 1, 2**31, 2**31 + 1]
+    words = sorted({w for e in ends for w in (e, top - e)} | set(range(0, top, top // 99)))
+    words = torch.tensor(words)
+    got, exact = backend(words).double(), philox.gumbel(words)
+    assert torch.isfinite(got).all()
+    assert (got.diff() <= 0).all()
+    assert float(((got - exact).abs() / exact.abs().clamp_min(1.0)).max()) < 1e-6
+    assert float(exact[0]) > 22.87  # v = 2^-33
+    assert float(exact[-1]) < -3.129  # 1 - v = 2^-33
 
 
 def test_rare_events_appear_at_their_rate(seed):

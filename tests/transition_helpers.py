@@ -83,10 +83,11 @@ def random_logits(shape, scale=3.0, dtype=torch.float32):
     return (torch.randn(shape) * scale).to(dtype)
 
 
-def closed_form_loss(logits, x_0, x_t, t, table, auxiliary, weight=None):
-    """The loss and each image's KL from p alone, in plain FP32 torch: the ops' eager peer.
+def closed_form_loss(logits, x_0, x_t, t, table, auxiliary, weight=None, replaces=True):
+    """The loss and each image's KL from p alone, in plain FP32 torch: the op's eager peer.
 
     table: knnfast.ops.transition_loss's, [T + 1, 7]; the derivation is in csrc/loss_rows.h.
+    replaces: whether the schedule has B > 0.
     """
     K, T = logits.shape[-1], len(table) - 1
     A_t, B_t, A_s, B_s, mask_u, real_u, real_v = table[t].float().unbind(1)
@@ -99,9 +100,8 @@ def closed_form_loss(logits, x_0, x_t, t, table, auxiliary, weight=None):
     lp_0 = logp.gather(-1, x_0[..., None])[..., 0]
     i = x_t.clamp(max=K - 1)
     p_i = p.gather(-1, i[..., None])[..., 0]
-    nothing = torch.zeros_like(lp_0)
-    if float(B_s.max()) == 0.0 and float(B_t.max()) == 0.0:  # B = 0: masked tokens alone count
-        kl = torch.where(real, nothing, -mask_u * lp_0)
+    if not replaces:  # masked tokens alone count
+        kl = torch.where(real, 0.0, -mask_u * lp_0)
     else:
         ratio, G = torch.where(t[:, None] == 1, 1.0, B_s / A_s), (A_t + B_t) / B_t
         e0 = ratio * torch.where(same, 1 / G, 1.0)

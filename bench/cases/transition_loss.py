@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from case import Case, Rival, pick
 from torch.nn.functional import one_hot
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
+from transition_helpers import closed_form_loss
 
 from knnfast import ops, reference
 from knnfast.diffusion.schedule import Schedule
@@ -55,7 +60,7 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
 
     def closed(form: Callable[..., torch.Tensor]) -> Rival:
         table = _table(schedule, K, leaf.device)[0]
-        return Rival(both(lambda: form(leaf, x_0, x_t, t, schedule, table, *end)))
+        return Rival(both(lambda: form(leaf, x_0, x_t, t, table, end[0])[0]))
 
     yield Case(
         "transition_loss", shape, f"B {B}, L {L}, K {K}, forward and backward",
@@ -124,33 +129,3 @@ class LogSpace:
         aux = (log_x0[:, :-1].exp() * (log_x0[:, :-1] - log_p[:, :-1])).sum(1)
         kl = torch.where((t == 1)[:, None], nll, kl)
         return (kl + (auxiliary * (2 - (t - 1) / T))[:, None] * aux).mean()
-
-
-def closed_form_loss(logits, x_0, x_t, t, schedule, table, auxiliary, T):
-    """The KL in closed form (p only), in FP32 torch."""
-    K = logits.shape[-1]
-    A_t, B_t, A_s, B_s, mask_u, real_u, real_v = table[t].float().unbind(1)
-    A_t, B_t, A_s, B_s = (v[:, None] for v in (A_t, B_t, A_s, B_s))
-    mask_u, real_u, real_v = (v[:, None] for v in (mask_u, real_u, real_v))
-    logp = torch.log_softmax(logits, -1)
-    p = logp.exp()
-    real = x_t < K
-    same = real & (x_t == x_0)
-    lp_0 = logp.gather(-1, x_0[..., None])[..., 0]
-    i = x_t.clamp(max=K - 1)
-    p_i = p.gather(-1, i[..., None])[..., 0]
-    ratio, G = B_s / A_s, (A_t + B_t) / B_t
-    e0 = ratio * torch.where(same, 1 / G, 1.0)
-    e = ratio * torch.where(real, (1 - p_i) + p_i / G, 1.0)
-    u = torch.where(real, real_u, mask_u)
-    logs = (p + e[..., None]).log()
-    l_0 = logs.gather(-1, x_0[..., None])[..., 0]
-    l_i = logs.gather(-1, i[..., None])[..., 0]
-    moved = real & ~same
-    others = logs.sum(-1) - l_0 - torch.where(moved, l_i, 0.0)
-    kl = u * e0 * ((K - 1 - moved.float()) * e0.log() - others)
-    kl = kl + torch.where(same, 0.0, u * (1 + e0) * (e0.log1p() - l_0))
-    f0, log_qi = e0 * G, (p_i + e * G).log()
-    at_i = torch.where(same, (1 + f0) * (f0.log1p() - log_qi), f0 * (f0.log() - log_qi))
-    kl = kl + torch.where(real, real_v * at_i, 0.0)
-    return (kl - (auxiliary * (2 - (t - 1) / T))[:, None] * lp_0).mean()
