@@ -215,19 +215,11 @@ def cpu_gumbel(words):
 
 
 def triton_gumbel(words):
-    import triton
-    import triton.language as tl
-    from knnfast.kernels.tiles import gumbel
-
-    @triton.jit
-    def kernel(words_ptr, out_ptr, n, BLOCK: tl.constexpr):
-        i = tl.arange(0, BLOCK)
-        word = tl.load(words_ptr + i, mask=i < n, other=0).to(tl.uint32)
-        tl.store(out_ptr + i, gumbel(word), mask=i < n)
+    from noise_kernel import noise_kernel
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    out = torch.empty(len(words), device=device)
-    kernel[(1,)](words.to(device), out, len(words), BLOCK=triton.next_power_of_2(len(words)))
+    words, out = words.to(device), torch.empty(len(words), device=device)
+    noise_kernel[(1,)](words, out, len(words), BLOCK=256)
     return out.cpu()
 
 
