@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import shutil
+import tarfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -59,10 +61,10 @@ def shards(data: str | Path) -> list[Path]:
     """Tar files that `data` means: one file, `shard-{000..099}.tar`, or a folder that holds some.
 
     Returns:
-        The files, sorted; empty when `data` is something else.
+        The files in order; empty when `data` is something else.
 
     Raises:
-        FileNotFoundError: a shard is missing. ImportError: no webdataset for a pattern.
+        FileNotFoundError: a shard is missing.
     """
     path = Path(data)
     if path.is_dir():
@@ -70,11 +72,11 @@ def shards(data: str | Path) -> list[Path]:
     if path.suffix != ".tar":
         return []
     files = [path]
-    if "{" in str(data):
-        _webdataset()
-        from braceexpand import braceexpand
-
-        files = [Path(p) for p in braceexpand(str(data))]
+    if span := re.search(r"\{(\d+)\.\.(\d+)\}", str(data)):
+        before, after = str(data)[: span.start()], str(data)[span.end() :]
+        first, last = span.groups()
+        numbers = range(int(first), int(last) + 1)
+        files = [Path(f"{before}{n:0{len(first)}}{after}") for n in numbers]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such shard")
@@ -88,7 +90,7 @@ def pictures(data: str | Path | Database) -> Iterator[Picture]:
     thumbnails where a source is no longer there.
 
     Raises:
-        FileNotFoundError: no such folder or shard. ImportError: webdataset is not installed.
+        FileNotFoundError: no such folder or shard. ValueError: a damaged shard.
     """
     if isinstance(data, Database):
         for item in data:
@@ -99,15 +101,8 @@ def pictures(data: str | Path | Database) -> Iterator[Picture]:
                 partial(read_image, file) if there else partial(data.thumbnail, item.id),
             )
     elif tars := shards(data):
-        wds = _webdataset()
-        stream = wds.WebDataset(
-            [str(p) for p in tars], shardshuffle=False, nodesplitter=None, workersplitter=None
-        )
-        for sample in stream:
-            for key, value in sample.items():
-                if f".{key.rpartition('.')[2].lower()}" in SUFFIXES:
-                    name = f"{sample['__url__']}: {sample['__key__']}.{key}"
-                    yield Picture(name, partial(_decode, value))
+        for file in tars:
+            yield from _members(file)
     else:
         for path in list_images(data):
             yield Picture(str(path), partial(read_image, path))
@@ -141,19 +136,22 @@ def load_images(items: Iterable[Picture], size: int) -> tuple[Tensor, list[str]]
     return torch.stack(rows) if rows else torch.empty(0, 3, size, size, dtype=torch.uint8), skipped
 
 
+def _members(file: Path) -> Iterator[Picture]:
+    """Images of a shard, as they stand in it (WebDataset: a tar of KEY.ENDING files)."""
+    try:
+        with tarfile.open(file, "r|*") as tar:
+            for member in tar:
+                if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
+                    content = tar.extractfile(member)
+                    assert content is not None  # it is a file
+                    yield Picture(f"{file}: {member.name}", partial(_decode, content.read()))
+    except tarfile.TarError as e:
+        raise ValueError(f"{file}: a damaged shard ({e})") from None
+
+
 def _decode(data: bytes) -> Image.Image:
     with Image.open(io.BytesIO(data)) as image:
-        return flatten(image)
-
-
-def _webdataset() -> Any:
-    try:
-        import webdataset
-    except ImportError:
-        raise ImportError(
-            "webdataset: needed to read .tar shards; install the extra: knnfast[train]"
-        ) from None
-    return webdataset
+        return flatten(ImageOps.exif_transpose(image))
 
 
 def build_database(data: str | Path, encoder: Encoder, batch: int = 64) -> Database:

@@ -1,0 +1,174 @@
+"""Collections as training data: folders, shards, databases; encoded once, in parts."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_training import Colours, tokenizer
+
+from knnfast.database import Database
+from knnfast.diffusion import data
+from knnfast.diffusion.data import build_database, encode, identity, load_images, pictures, shards
+from knnfast.diffusion.distributed import Processes
+from knnfast.encoders import Embeddings
+
+
+def image(number: int) -> Image.Image:
+    rng = np.random.default_rng(number)
+    return Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "pictures"
+    (root / "deep").mkdir(parents=True)
+    for i in range(10):
+        image(i).save((root / "deep" if i % 2 else root) / f"{i:02d}.png")
+    return root
+
+
+def write_shard(path: Path, numbers: range) -> None:
+    with tarfile.open(path, "w") as tar:
+        for i in numbers:
+            png = io.BytesIO()
+            image(i).save(png, "PNG")
+            for name, content in (
+                (f"{i:02d}.txt", b"a caption that nobody reads"), (f"{i:02d}.png", png.getvalue()),
+            ):  # fmt: skip
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    root = tmp_path / "shards"
+    root.mkdir()
+    write_shard(root / "set-000.tar", range(6))
+    write_shard(root / "set-001.tar", range(6, 10))
+    return root
+
+
+def numbers_of(collection) -> list[int]:
+    known = {image(i).tobytes(): i for i in range(10)}
+    return [known[item.read().tobytes()] for item in pictures(collection)]
+
+
+def test_folders_and_shards_give_the_same_pictures(folder: Path, tars: Path) -> None:
+    assert sorted(numbers_of(folder)) == list(range(10))
+    pattern = str(tars / "set-{000..001}.tar")
+    for collection in (tars, pattern):
+        assert numbers_of(collection) == list(range(10))
+    assert numbers_of(tars / "set-001.tar") == [6, 7, 8, 9]
+    assert [p.name for p in shards(pattern)] == ["set-000.tar", "set-001.tar"]
+    assert shards(folder) == []
+    with pytest.raises(FileNotFoundError, match=r"set-002\.tar: no such shard"):
+        shards(str(tars / "set-{000..002}.tar"))
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        list(pictures("nowhere"))
+
+
+def test_a_database_gives_its_pictures() -> None:
+    db = Database(Colours.card, 8)
+    images = [image(i) for i in range(4)]
+    rows = np.asarray(Colours().encode_images(images).vectors, np.float32)
+    db.add(Embeddings(rows, Colours.card), images, names=list("abcd"))
+    assert numbers_of(db) == [0, 1, 2, 3]
+    assert identity(db) == identity(db)
+
+
+def test_shards_become_a_database(tars: Path) -> None:
+    class Encoder(Colours):
+        def encode_images(self, images, batch_size=64):
+            rows = np.asarray(super().encode_images(images).vectors, np.float32)
+            return Embeddings(rows, self.card)
+
+    db = build_database(tars, Encoder(), batch=4)
+    assert [item.name for item in db] == [f"{i:02d}" for i in range(10)]
+    assert db[7].source == "set-001.tar/07.png"
+
+
+def test_a_damaged_shard_is_told(tars: Path) -> None:
+    file = tars / "set-001.tar"
+    file.write_bytes(file.read_bytes()[:1700])
+    with pytest.raises(ValueError, match=r"set-001\.tar: a damaged shard"):
+        numbers_of(tars)
+
+
+def test_unreadable_pictures_are_told(folder: Path) -> None:
+    (folder / "bad.png").write_bytes(b"no picture")
+    images, skipped = load_images(pictures(folder), 4)
+    assert images.shape == (10, 3, 4, 4)
+    assert len(skipped) == 1
+    assert "bad.png" in skipped[0]
+
+
+def encoded(collection, out: Path, worlds: int = 2, seed: int = 0, **options):
+    return encode(collection, out, Colours(), tokenizer(), worlds, seed, progress=False, **options)
+
+
+def test_encoding_in_parts(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """Shared among processes, killed and gone on: the same file; made once; refused if changed."""
+    monkeypatch.setattr(data, "PART", 3)
+    whole = encoded(folder, tmp_path / "whole")
+    assert whole.codes.shape == (2, 10, 16)
+    direct = Colours().encode_images([p.read() for p in pictures(folder)]).vectors
+    np.testing.assert_allclose(whole.embeddings[0], direct, atol=1e-3)
+    assert torch.equal(whole.targets, torch.arange(10))
+
+    out = tmp_path / "shared"
+    made = data.make_pairs
+    calls = []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return made(*args)
+
+    monkeypatch.setattr(data, "make_pairs", dies)
+    with pytest.raises(KeyboardInterrupt):
+        encoded(folder, out)
+    parts = out / "pairs.parts"
+    assert len(list(parts.glob("0*.safetensors"))) == 2
+    with pytest.raises(ValueError, match=r"recipe\.json: was made with worlds = 2, now it is 3"):
+        encoded(folder, out, worlds=3)
+    # Two processes: each does its own parts (0 and 2, 1 and 3) of those still missing.
+    monkeypatch.setattr(data, "make_pairs", made)
+    (parts / "000001.safetensors").unlink()
+    share = (folder, parts, Colours(), tokenizer(), 2, 0)
+    data._encode_parts(*share, Processes(1, 2), False)
+    assert sorted(p.name[:6] for p in parts.glob("0*")) == ["000000", "000001", "000003"]
+    again = encoded(folder, out)
+    for name in ("codes", "embeddings"):
+        assert torch.equal(getattr(again, name), getattr(whole, name))
+    assert not parts.exists()
+
+    file = out / "pairs.safetensors"
+    before = file.stat().st_mtime_ns
+    encoded(folder, out)
+    assert file.stat().st_mtime_ns == before
+    image(11).save(folder / "new.png")
+    with pytest.raises(ValueError, match=r"pairs\.json: was made with data = "):
+        encoded(folder, out)
+    (folder / "new.png").unlink()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"pairs\.safetensors: damaged"):
+        encoded(folder, out)
+    assert set(load_file(tmp_path / "whole" / "pairs.safetensors")) == set(vars(whole))
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_too_few(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    image(0).save(tmp_path / "one" / "0.png")
+    (tmp_path / "one" / "1.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="at least two readable images, found 1"):
+        encoded(tmp_path / "one", tmp_path / "out")
