@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from knnfast.pipeline import KNNDiffusion
 
 FORMAT = "knnfast-ablation"
-PROMPTS, QUICK_PROMPTS = 200, 32
+PROMPTS, QUICK_PROMPTS = 200, 24
 # What is averaged over the images: (encoder, metric).
 METRICS = (
     ("judge", "score"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,7 @@ def database_merge(paths: tuple[Path, ...], out: Path) -> None:
     "--out", required=True, type=click.Path(path_type=Path), help="Run to start or go on."
 )
 @click.option("--model", default="stickers", show_default=True, help="Gives encoder and tokenizer.")
+@click.option("--start", help="Begin with the denoiser of this model (stickers); it learns faster.")
 @click.option("--steps", default=10_000, show_default=True, help="Optimiser steps.")
 @click.option("--batch", default=128, show_default=True, help="Images a step, over all processes.")
 @click.option("--accumulate", default=1, show_default=True, help="Passes for a step, each smaller.")
@@ -243,8 +245,8 @@ def database_merge(paths: tuple[Path, ...], out: Path) -> None:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def train(
-    data: Path, out: Path, model: str, versions: int, k: int, baseline: str, noise: float,
-    precision: str, device: str, as_json: bool, **options: Any,
+    data: Path, out: Path, model: str, start: str | None, versions: int, k: int, baseline: str,
+    noise: float, precision: str, device: str, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train a denoiser on the pictures in DATA. No caption is read.
 
@@ -280,8 +282,15 @@ def train(
         pipe = KNNDiffusion.from_pretrained(model, device=these.device)
         if isinstance(source, Database):
             source.check_encoder(pipe.encoder.card)
+        begin = None
+        if start is not None:
+            found = KNNDiffusion.from_pretrained(start, backbone="discrete").denoiser
+            assert isinstance(found, Denoiser)  # for the type checker
+            begin = found
+        condition = replace(config.condition, semantic=_semantic(pipe.encoder))
         record = run(
-            source, out, pipe.tokenizer, pipe.encoder, config=config, worlds=versions,
+            source, out, pipe.tokenizer, pipe.encoder, model=begin.config if begin else None,
+            config=replace(config, condition=condition), worlds=versions, start=begin,
             device=device, progress=not as_json,
         )  # fmt: skip
         if not these.main:
@@ -302,6 +311,7 @@ def train(
 @main.command()
 @click.argument("model")
 @click.option("--judge", help="Folder of a second encoder; the embedded judge by default.")
+@click.option("--inception", type=click.Path(), help="Inception's weights, for the FID.")
 @click.option("--ablation", help="One of the paper's ablations by name, or all; see --out.")
 @click.option("--quick", is_flag=True, help="Fewer names in an ablation: minutes, wide intervals.")
 @click.option("--continuous", help="A model with the continuous backbone, if not MODEL.")
@@ -473,6 +483,13 @@ def _encoder(spec: str, device: str) -> Any:
 
     bundled = BUNDLES / spec / "encoder"
     return load_encoder(bundled if bundled.is_dir() else spec, device=device)
+
+
+def _semantic(encoder: Any) -> int | None:
+    """How many of an embedding's numbers a prompt fills, None for all: the rest are looks."""
+    filled = encoder.encode_text(["a picture"]).vectors[0].nonzero()[0]
+    count = int(filled[-1]) + 1
+    return None if count == encoder.dim else count
 
 
 def _slug(text: str) -> str:

@@ -272,6 +272,7 @@ def evaluate(
     other_prompts: int = 40,
     other_samples: int = 2,
     batch: int = 25,
+    inception: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model bundle that holds a database it was trained on and one it has never seen.
@@ -294,6 +295,8 @@ def evaluate(
         other_prompts: how many names of the other database.
         other_samples: images for each of these, and for each database.
         batch: prompts generated at once.
+        inception: file of Inception's weights for the FID; see `fid.fid`. Where something for it
+            is missing, the result says what.
         progress: called with (images done, images in all).
 
     Returns:
@@ -355,7 +358,8 @@ def evaluate(
         pixels = measured["pixels"]["nearest_pixel_distance"]
         return {**out, "nearest_pixel_distance": float(pixels.mean())}
 
-    generated = {mode: measure(generate(chosen, 1, training, mode)) for mode in MODES}
+    images = {mode: generate(chosen, 1, training, mode) for mode in MODES}
+    generated = {mode: measure(pictures) for mode, pictures in images.items()}
 
     names = [real.names[row] for row in chosen]
     found = pipe.databases[training].search(pipe.encoder.encode_text(names), 1)
@@ -413,8 +417,22 @@ def evaluate(
         "generated": generated,
         "bounds": bounds,
         "out_of_distribution": out_of_distribution,
+        "fid": _fids(images, panel, inception),
         "seconds": time.perf_counter() - start,
     }
+
+
+def _fids(
+    images: Mapping[str, list[Image.Image]], panel: Panel, inception: str | Path | None
+) -> dict[str, Any]:
+    """FID of each mode's pictures to the real ones that were searched, or why there is none."""
+    from knnfast.fid import fid
+
+    real = _pixels([panel.real.images[row] for row in panel.searched], panel.size)
+    try:
+        return {mode: fid(_pixels(x, panel.size), real, inception) for mode, x in images.items()}
+    except (ImportError, FileNotFoundError) as e:
+        return {"not_available": str(e)}
 
 
 def _reconstruct(pipe: KNNDiffusion, images: Sequence[Image.Image]) -> list[Image.Image]:
@@ -474,4 +492,9 @@ def report(result: Mapping[str, Any]) -> str:
         lines.append(
             f"unseen kind, {name}: {value['mean']:.3f} (95 % interval {low:.3f} to {high:.3f})"
         )
+    if "not_available" in result["fid"]:
+        lines.append(f"not available: {result['fid']['not_available']}")
+    else:
+        values = ", ".join(f"{mode} {value:.1f}" for mode, value in result["fid"].items())
+        lines.append(f"FID to the real ones: {values}")
     return "\n".join(lines)

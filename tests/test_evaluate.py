@@ -21,6 +21,7 @@ from knnfast.evaluate import (
     report,
     weights_hash,
 )
+from knnfast.fid import fid
 
 
 def unit(rows):
@@ -136,6 +137,35 @@ def test_bootstrap_interval():
     assert 0.88 < covered / 200 < 0.99
     values = rng.normal(size=100)
     assert bootstrap_interval(values) == bootstrap_interval(values)
+
+
+@pytest.mark.filterwarnings("ignore:Failed to load image")  # of a torchvision for another torch
+def test_fid_of_known_features():
+    """Against the formula in FP64, on the mean colours of pictures."""
+
+    pytest.importorskip("torchmetrics")
+
+    class Colours(torch.nn.Module):
+        def forward(self, x):
+            return x.double().mean((2, 3)) / 255
+
+    rng = np.random.default_rng(4)
+    mix = np.array([[1.0, 0.3, 0], [0, 0.5, 0.2], [0, 0, 0.7]])
+    sets = [rng.normal(size=(300, 3)) @ mix * 20 + 120, rng.normal(size=(200, 3)) * 15 + 100]
+    x, y = (np.tile(s.clip(0, 255).astype(np.uint8)[:, None, None], (1, 4, 4, 1)) for s in sets)
+    a, b = (v[:, 0, 0].astype(np.float64) / 255 for v in (x, y))
+    roots = np.linalg.eigvals(np.cov(a.T) @ np.cov(b.T)).real.clip(0) ** 0.5
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    expected += np.trace(np.cov(a.T)) + np.trace(np.cov(b.T)) - 2 * roots.sum()
+    np.testing.assert_allclose(fid(x, y, features=Colours()), expected, rtol=1e-4)
+
+
+def test_fid_without_weights_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"FID: no Inception weights at .*nowhere\.pth"):
+        fid(np.zeros((2, 4, 4, 3), np.uint8), np.zeros((2, 4, 4, 3), np.uint8), "nowhere.pth")
+    result, _ = run(lambda number, database, neighbours: number, inception="nowhere.pth")
+    assert "no Inception weights" in result["fid"]["not_available"]
+    assert "not available: FID: no Inception weights" in report(result)
 
 
 # -- a world where every sticker is a colour and an encoder knows them by heart

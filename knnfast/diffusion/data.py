@@ -283,7 +283,13 @@ def _encode_parts(
 ) -> None:  # fmt: skip
     """Write this process's share of the parts."""
     stream = pictures(data)
-    bar = tqdm(desc="encoding", unit="image", disable=not (progress and processes.main))
+    total = None  # how many images shards hold is known at their end
+    if isinstance(data, Database):
+        total = len(data)
+    elif not shards(data):
+        total = len(list_images(data))
+    shown = progress and processes.main
+    bar = tqdm(desc="encoding", total=total, unit="image", disable=not shown)
     number = 0
     while items := list(islice(stream, PART)):
         part = folder / f"{number:06d}.safetensors"

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frechet Inception distance, through torchmetrics."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+WEIGHTS = "weights-inception-2015-12-05-6d726d74.pth"  # as torch-fidelity publishes them
+
+
+def fid(
+    images: np.ndarray,
+    real: np.ndarray,
+    inception: str | Path | None = None,
+    features: nn.Module | None = None,
+    batch: int = 50,
+) -> float:
+    """Measure the Frechet distance of the features of two sets of pictures (Heusel et al. 2017).
+
+    |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)) for their means m and covariances S. Compare figures
+    of equal numbers of pictures only: with few of them it is biased upwards by far.
+
+    Args:
+        images: [N, H, W, 3] uint8, N >= 2.
+        real: [M, H, W, 3] uint8, M >= 2.
+        inception: file of the Inception weights; by default WEIGHTS in torch's hub folder. Nothing
+            is downloaded.
+        features: another network in Inception's place: uint8 [B, 3, H, W] to [B, D].
+        batch: pictures at a time.
+
+    Raises:
+        ImportError: torchmetrics, or for Inception torch-fidelity, is missing.
+        FileNotFoundError: no weights.
+    """
+    path = Path(inception or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS)
+    if features is None and not path.is_file():
+        raise FileNotFoundError(f"FID: no Inception weights at {path} (see --inception)")
+    for package in (
+        ("torchmetrics",) if features is not None else ("torchmetrics", "torch_fidelity")
+    ):
+        if find_spec(package) is None:
+            raise ImportError(f"FID: {package} is missing (extra: knnfast[evaluate])")
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    if features is not None:
+        metric = FrechetInceptionDistance(feature=features)
+    else:
+        metric = FrechetInceptionDistance(feature_extractor_weights_path=str(path))
+    metric.set_dtype(torch.float64)
+    for pictures, known in ((images, False), (real, True)):
+        for start in range(0, len(pictures), batch):
+            part = torch.from_numpy(np.ascontiguousarray(pictures[start : start + batch]))
+            metric.update(part.permute(0, 3, 1, 2), real=known)
+    return float(metric.compute())
