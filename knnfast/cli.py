@@ -258,12 +258,13 @@ def train(
     On several GPUs: torchrun --nproc-per-node 8 -m knnfast train DATA --device cuda --out RUN
     """
     from knnfast.database import Database
-    from knnfast.diffusion.data import build_database
+    from knnfast.diffusion.data import build_database, shards
     from knnfast.diffusion.denoiser import Denoiser
     from knnfast.diffusion.distributed import has_bf16, processes
     from knnfast.diffusion.pairs import ConditionConfig
     from knnfast.diffusion.trainer import TrainConfig
     from knnfast.diffusion.training import train as run
+    from knnfast.images import list_images
     from knnfast.pipeline import KNNDiffusion
 
     if versions < 1:
@@ -278,6 +279,8 @@ def train(
         raise ValueError(f"--out: {out} lies inside DATA; its pictures would be trained on")
     saved = (data / "database.json").is_file()
     source = Database.open(data) if saved else data
+    if not saved and not shards(data):
+        list_images(data)  # a wrong path is told before a model is loaded
     with processes(device) as these:
         pipe = KNNDiffusion.from_pretrained(model, device=these.device)
         if isinstance(source, Database):
