@@ -219,7 +219,9 @@ def database_merge(paths: tuple[Path, ...], out: Path) -> None:
     "--out", required=True, type=click.Path(path_type=Path), help="Run to start or go on."
 )
 @click.option("--model", default="stickers", show_default=True, help="Gives encoder and tokenizer.")
-@click.option("--start", help="Begin with the denoiser of this model (stickers); it learns faster.")
+@click.option(
+    "--from", "start", help="Begin with the denoiser of this model (stickers); it learns faster."
+)
 @click.option("--steps", default=10_000, show_default=True, help="Optimiser steps.")
 @click.option("--batch", default=128, show_default=True, help="Images a step, over all processes.")
 @click.option("--accumulate", default=1, show_default=True, help="Passes for a step, each smaller.")

@@ -52,7 +52,7 @@ class Processes:
         if self.count == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+        return DistributedDataParallel(module, device_ids=ids)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Every process's `rows` [n, ...], in the order of the ranks: [count * n, ...]."""
