@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from knnfast import _files
-from knnfast.evaluate import Panel, bootstrap_interval, weights_hash
+from knnfast.ablation_report import FORMAT, write_report
+from knnfast.evaluate import Panel, weights_hash
+from knnfast.metrics import bootstrap_interval
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from knnfast.encoders import Encoder
     from knnfast.pipeline import KNNDiffusion
 
-FORMAT = "knnfast-ablation"
 PROMPTS, QUICK_PROMPTS = 200, 24
 # What is averaged over the images: (encoder, metric).
 METRICS = (
@@ -41,17 +42,6 @@ METRICS = (
     ("judge", "nearest_distance"),
     ("pixels", "nearest_pixel_distance"),
 )
-COLUMNS = {
-    "judge score": "judge's score",
-    "judge r_precision@1": "judge R@1",
-    "judge r_precision@10": "judge R@10",
-    "encoder score": "encoder's score",
-    "encoder r_precision@10": "encoder R@10",
-    "judge cmmd_to_held_out": "judge CMMD",
-    "encoder cmmd_to_held_out": "encoder CMMD",
-    "judge nearest_distance": "nearest (judge)",
-    "pixels nearest_pixel_distance": "nearest (pixels)",
-}
 
 
 @dataclass(frozen=True)
@@ -365,7 +355,7 @@ def run(
         }
         _files.write_json(out / f"{name}.json", result)
         results.append(result)
-    write_report(out)
+    write_report(out, list(ABLATIONS))
     return results
 
 
@@ -408,95 +398,3 @@ def _summary(
         "settings": settings,
         "claims": claims,
     }
-
-
-# ---- the report ---------------------------------------------------------------------------------
-
-
-def write_report(out: Path) -> Path:
-    """Make `README.md` and one PNG for each ablation from the JSON files in a folder.
-
-    Raises:
-        ImportError: matplotlib is missing. ValueError: a file there is not an ablation's.
-    """
-    found = [out / f"{name}.json" for name in ABLATIONS]
-    results = [_files.read_json(path, FORMAT) for path in found if path.is_file()]
-    for result in results:
-        if any(entry["available"] for entry in result["settings"]):
-            _plot(result, out / f"{result['name']}.png")
-    page = out / "README.md"
-    _files.write_atomic(page, _page(results).encode())
-    return page
-
-
-def _page(results: Sequence[Mapping[str, Any]]) -> str:
-    lines = [
-        "# Ablations",
-        "",
-        "Made by `knnfast evaluate MODEL --ablation NAME|all`. Every setting generates the same "
-        "names with the same seeds. Score: cosine of the image with its own name. R@n: its own "
-        "name is among the n nearest of all names. CMMD: distance to the held-out real stickers, "
-        "smaller is better. Nearest: distance to the nearest picture of the database, 0 for a copy "
-        "(judge: 1 - cosine; pixels: root mean square). A claim is compared by the judge's score, "
-        "image by image: agrees or disagrees when the 95 % bootstrap interval of the difference "
-        "leaves out 0, undecided when not. The judge has not met the generator.",
-        "",
-        "| ablation | what is claimed | here | difference of the judge's score | names |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for result in results:
-        if not result["claims"]:
-            lines.append(f"| [{result['name']}](#{result['name']}) | (no direction) | | | |")
-        for claim in result["claims"]:
-            low, high = claim["interval"]
-            difference = f"{claim['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
-            cells = [claim["claim"], f"**{claim['found']}**", difference, str(result["prompts"])]
-            lines.append(f"| [{result['name']}](#{result['name']}) | " + " | ".join(cells) + " |")
-    for result in results:
-        lines += ["", f"## {result['name']}", "", f"{result['title']}. {result['source']}", ""]
-        lines.append("| setting | " + " | ".join(COLUMNS.values()) + " | s/image |")
-        lines.append("| --- |" + " --- |" * (len(COLUMNS) + 1))
-        for entry in result["settings"]:
-            label = entry["setting"]["label"]
-            if not entry["available"]:
-                lines.append(f"| {label} | not available: no such model was given |")
-                continue
-            cells = [f"{entry['metrics'][key]:.3f}" for key in COLUMNS]
-            cells.append(f"{entry['seconds'] / result['prompts']:.2f}")
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
-        if any(entry["available"] for entry in result["settings"]):
-            lines += ["", f"![{result['title']}]({result['name']}.png)"]
-        lines += [
-            "",
-            f"{result['prompts']} names ({result['held_out']} held out), seed {result['seed']}, "
-            f"among {result['names']:,} names; denoiser `{result['denoiser_sha256'][:12]}`.",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _plot(result: Mapping[str, Any], path: Path) -> None:
-    """The judge's score with its interval: lines over an axis, or bars."""
-    from matplotlib.figure import Figure
-
-    entries = [e for e in result["settings"] if e["available"]]
-    score = np.array([e["metrics"]["judge score"] for e in entries])
-    error = np.abs(np.array([e["interval"] for e in entries]).T - score)
-    figure = Figure(figsize=(5.0, 3.0), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    if result["axis"]:
-        label, places = result["axis"]
-        for one in (False, True):
-            line = [i for i, e in enumerate(entries) if e["setting"]["one_step"] == one]
-            if line:
-                axes.errorbar(
-                    [places[i] for i in line], score[line], error[:, line], marker="o",
-                    capsize=3, label="one-step posteriors" if one else "exact strides",
-                )  # fmt: skip
-        if any(e["setting"]["one_step"] for e in entries):
-            axes.legend()
-        axes.set_xlabel(label)
-    else:
-        axes.bar([e["setting"]["label"] for e in entries], score, yerr=error, capsize=3)
-    axes.set_ylabel("judge's score")
-    axes.set_title(result["title"], fontsize=10)
-    figure.savefig(path, metadata={"Software": None})

@@ -9,19 +9,16 @@ import torch
 from PIL import Image
 
 from knnfast.encoders import Embeddings, Encoder, EncoderCard
-from knnfast.evaluate import (
+from knnfast.evaluate import evaluate, held_out, report, weights_hash
+from knnfast.fid import fid
+from knnfast.metrics import (
     bootstrap_interval,
     cmmd,
-    evaluate,
-    held_out,
     mean_score,
     nearest_distance,
     pixel_distance,
     r_precision,
-    report,
-    weights_hash,
 )
-from knnfast.fid import fid
 
 
 def unit(rows):
