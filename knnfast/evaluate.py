@@ -392,9 +392,10 @@ def report(result: Mapping[str, Any]) -> str:
         lines.append(
             f"unseen kind, {name}: {value['mean']:.3f} (95 % interval {low:.3f} to {high:.3f})"
         )
-    if "not_available" in result["fid"]:
-        lines.append(f"not available: {result['fid']['not_available']}")
-    else:
-        values = ", ".join(f"{mode} {value:.1f}" for mode, value in result["fid"].items())
+    fids = result.get("fid", {})  # not in results of before it was measured
+    if "not_available" in fids:
+        lines.append(f"not available: {fids['not_available']}")
+    elif fids:
+        values = ", ".join(f"{mode} {value:.1f}" for mode, value in fids.items())
         lines.append(f"FID to the real ones: {values}")
     return "\n".join(lines)
