@@ -157,7 +157,11 @@ def main() -> None:
         base = None
         if args.base is not None:
             base = stack.enter_context(Base(build(args.base), args.device, args.threads))
-        for shape in args.shape or [name for name in SHAPES[args.op] if name != "ci"]:
+        usual = [
+            name for name in SHAPES[args.op]
+            if name != "ci" and (args.device != "cpu" or not name.startswith("gpu-"))
+        ]  # fmt: skip
+        for shape in args.shape or usual:
             if base is not None:
                 base.open(args.op, shape)
             for case in cases(args.op, shape, args.device):

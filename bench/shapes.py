@@ -28,23 +28,44 @@ NEIGHBOUR_ATTENTION: dict[str, dict[str, Any]] = {
     # One layer of a 32x32-token sampler in 2x2 patches, the query and ten neighbours.
     "sampling-256": {"B": 4, "L": 256, "D": 512, "H": 8, "N": 11},
     # Where folding stops paying: H N as a share of D.
+    # The published model's tokens at its width, on a GPU.
+    **{f"gpu-{B}": {"B": B, "L": 1024, "D": 1024, "H": 16, "N": 11} for B in (1, 16, 64)},
     **{f"fold-{N}": {"B": 4, "L": 256, "D": 512, "H": 8, "N": N} for N in (11, 24, 33, 48, 64, 96)},
     "ci": {"B": 2, "L": 128, "D": 256, "H": 4, "N": 11},
 }
 
 # L tokens, K codes, D features before the head, T levels; a schedule and a number of steps.
-SAMPLING = {"L": 1024, "K": 4096, "D": 512, "T": 100}
+SAMPLING = {"B": 1, "L": 1024, "K": 4096, "D": 512, "T": 100}
 TRANSITION_STEP: dict[str, dict[str, Any]] = {
     "sampling-1024": {**SAMPLING, "schedule": "vq_diffusion", "steps": 100},
     "sampling-1024-25": {**SAMPLING, "schedule": "vq_diffusion", "steps": 25},
     "sampling-1024-mask-replace": {**SAMPLING, "schedule": "mask_replace", "steps": 100},
     "sampling-1024-mask-replace-25": {**SAMPLING, "schedule": "mask_replace", "steps": 25},
     "sampling-1024-mask": {**SAMPLING, "schedule": "mask", "steps": 100},
-    "ci": {"L": 128, "K": 512, "D": 64, "T": 100, "schedule": "vq_diffusion", "steps": 25},
+    **{
+        f"gpu-{B}": {
+            **SAMPLING,
+            "B": B,
+            "D": 1024,
+            "schedule": "vq_diffusion",
+            "steps": 100,
+        }
+        for B in (1, 16, 64)
+    },
+    "ci": {
+        "B": 1,
+        "L": 128,
+        "K": 512,
+        "D": 64,
+        "T": 100,
+        "schedule": "vq_diffusion",
+        "steps": 25,
+    },
 }
 
 TRANSITION_LOSS: dict[str, dict[str, Any]] = {
     "training-1024": {"B": 1, "L": 1024, "K": 4096, "T": 100},
+    **{f"gpu-{B}": {"B": B, "L": 1024, "K": 4096, "T": 100} for B in (16, 64)},
     "ci": {"B": 1, "L": 128, "K": 512, "T": 100},
 }
 

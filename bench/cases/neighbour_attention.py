@@ -1,4 +1,4 @@
-"""Neighbour attention beside projections + SDPA, eager and compiled."""
+"""Neighbour attention beside projections + SDPA, eager and compiled, and xformers on a GPU."""
 
 from __future__ import annotations
 
@@ -53,6 +53,23 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
 
         return Rival(call)
 
+    def xformers() -> Rival:
+        if not cuda:
+            raise ValueError("runs on CUDA only")
+        from xformers.ops import memory_efficient_attention
+
+        K, V = (v.transpose(1, 2).contiguous() for v in (C.K, C.V))
+
+        def call() -> torch.Tensor:
+            with torch.inference_mode():
+                z = torch.nn.functional.layer_norm(x, (D,))
+                z = z * (1 + ada["scale"][:, None]) + ada["shift"][:, None]
+                q = torch.nn.functional.linear(z, W[0], b[0]).view(B, L, H, D // H)
+                y = memory_efficient_attention(q, K, V).reshape(B, L, D)
+                return x + torch.nn.functional.linear(y, W[3], b[2])
+
+        return Rival(call)
+
     yield Case(
         "neighbour_attention", shape, f"B {B}, L {L}, D {D}, H {H}, N {N}",
         str(dtype).removeprefix("torch."),
@@ -62,6 +79,7 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
             {
                 "torch-sdpa": lambda: Rival(lambda: attend(C)),
                 "torch-compile-sdpa": compiled,
+                "xformers": xformers,
             },
             names,
         ),

@@ -16,9 +16,9 @@ from knnfast.diffusion.schedule import Schedule
 class Run(NamedTuple):
     """Inputs of every step of one run: what the head reads, its weight, tokens and step weights."""
 
-    features: torch.Tensor  # [1, L, D]
+    features: torch.Tensor  # [B, L, D]
     weight: torch.Tensor  # [K, D]
-    logits: torch.Tensor  # [1, L, K]
+    logits: torch.Tensor  # [B, L, K]
     levels: list[tuple[int, int]]
     tokens: list[torch.Tensor]
     weights: list[torch.Tensor]
@@ -30,14 +30,14 @@ class Run(NamedTuple):
 
 def record(size: dict[str, Any], device: str) -> Run:
     """A run of the shape with random features, the same logits at every step."""
-    L, K, D, T, steps = (size[name] for name in ("L", "K", "D", "T", "steps"))
+    B, L, K, D, T, steps = (size[name] for name in ("B", "L", "K", "D", "T", "steps"))
     dtype = torch.float32 if device == "cpu" else torch.float16
     draw = torch.Generator().manual_seed(0)
-    features = torch.randn(1, L, D, generator=draw).to(device, dtype)
+    features = torch.randn(B, L, D, generator=draw).to(device, dtype)
     weight = (torch.randn(K, D, generator=draw) / D**0.5 * 3).to(device, dtype)
     schedule = Schedule(size["schedule"], T, K)
     levels = list(pairwise([T - i * T // steps for i in range(steps)] + [0]))
-    x = ops.sample_prior(schedule, T, K, (1, L), seed=0).to(device)
+    x = ops.sample_prior(schedule, T, K, (B, L), seed=0).to(device)
     weights = [ops.transition_weights(schedule, t, s, K, device=device) for t, s in levels]
     tokens = []
     for w in weights:
@@ -48,9 +48,11 @@ def record(size: dict[str, Any], device: str) -> Run:
 
 def drawn_rows(run: Run, num_codes: int) -> int:
     """Rows of the whole run that need the network's distribution."""
-    image, seed = (torch.zeros(1, dtype=torch.int64, device=run.logits.device) for _ in range(2))
+    device = run.logits.device
+    images = torch.arange(len(run.logits), device=device)
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
     return sum(
-        torch.ops.knnfast.transition_choose(x, w[None], image, seed, num_codes)[1].numel()
+        torch.ops.knnfast.transition_choose(x, w, images, seed, num_codes)[1].numel()
         for x, w in zip(run.tokens, run.weights, strict=True)
     )
 

@@ -10,7 +10,7 @@ from case import Case, Rival, pick
 
 from cases import plain
 from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
-from knnfast.diffusion.sampler import sample
+from knnfast.diffusion.sampler import Sampler, SamplingGraph, sample
 from knnfast.pipeline import find_model
 
 GUIDANCE = 3.0
@@ -41,10 +41,17 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
     def in_plain_torch() -> torch.Tensor:
         return plain.sample(denoiser, cond, mask, steps, GUIDANCE)
 
+    backends: dict[str, Any] = {
+        "fused": lambda: sample(denoiser, denoiser.schedule, cond, mask, steps, GUIDANCE, seed=0)
+    }
+    if device != "cpu":  # the same loop, replayed as one graph
+        graph = SamplingGraph(Sampler(denoiser, denoiser.schedule, steps, GUIDANCE), B, 11)
+        backends = {"graph": lambda: graph(cond, mask, seed=0), **backends}
+
     yield Case(
         "sample", shape, f"{B} images, L {denoiser.config.length}, K {K}, {steps} steps",
         "float32",
-        {"fused": lambda: sample(denoiser, denoiser.schedule, cond, mask, steps, GUIDANCE, seed=0)},
+        backends,
         judge,
         lambda names: pick({"torch-plain": lambda: Rival(in_plain_torch)}, names),
         cuda=device != "cpu",

@@ -38,7 +38,7 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
                 run.features.double(), run.weight.double(), None, x, w, seed=0
             )
             wrong += int((tokens[i] != exact).sum())
-        share = wrong / (len(run.checked()) * run.features.shape[1])
+        share = wrong / (len(run.checked()) * run.features[..., 0].numel())
         return {"tokens_that_differ": share, "ok": share <= 1e-3}
 
     bytes_each = run.weight.element_size()
@@ -56,5 +56,5 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
         ),
         bytes=bytes_each * D * (K + drawn / len(steps)), flops=2.0 * K * D * drawn / len(steps),
         per=len(steps), cuda=device != "cpu",
-        facts=lambda: {"rows_drawn": drawn / (len(steps) * run.features.shape[1])},
+        facts=lambda: {"rows_drawn": drawn / (len(steps) * run.features[..., 0].numel())},
     )  # fmt: skip
