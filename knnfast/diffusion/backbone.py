@@ -86,16 +86,25 @@ class Backbone(nn.Module, ABC):
             model = cls(cls.config_type.from_dict(raw))
         except (ValueError, TypeError) as e:
             raise ValueError(f"{file}: {e}") from e
-        weights = Path(path) / WEIGHTS_FILE
-        if not weights.is_file():
-            raise FileNotFoundError(f"{weights}: no such file")
-        try:
-            state = load_file(weights)
-        except SafetensorError as e:
-            raise ValueError(f"{weights}: {e}") from e
-        check_fits(weights, state, model.state_dict())
-        model.load_state_dict({k: v.float() for k, v in state.items()})
+        load_weights(model, Path(path) / WEIGHTS_FILE)
         return model.to(device).eval().requires_grad_(False)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a network's tensors as FP32.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or holds another architecture.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        state = load_file(path)
+    except SafetensorError as e:
+        raise ValueError(f"{path}: {e}") from e
+    check_fits(path, state, model.state_dict())
+    model.load_state_dict({k: v.float() for k, v in state.items()})
 
 
 def check_fits(path: Path, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,6 @@ diffusers itself is not imported, because that alone takes seconds beside torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from knnfast import _files
+from knnfast.diffusion.backbone import load_weights
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -352,10 +352,9 @@ class VQTokenizer(nn.Module):
         """Write `config.json` and the weights as diffusers would; `dtype` is the stored type."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}
-        save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        text = json.dumps(self.config.to_dict(), indent=2) + "\n"
-        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        state = {k: v.detach().to("cpu", dtype) for k, v in self.state_dict().items()}
+        _files.save_tensors(folder / WEIGHTS_FILE, state, {"format": "pt"})
+        _files.write_json(folder / CONFIG_FILE, self.config.to_dict())
 
     @classmethod
     def from_folder(cls, path: str | Path, device: str | torch.device = "cpu") -> VQTokenizer:
@@ -365,20 +364,11 @@ class VQTokenizer(nn.Module):
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged, or the model is of a kind this module does not compute.
         """
-        folder = Path(path)
+        file = Path(path) / CONFIG_FILE
+        raw = _files.read_json(file)
         try:
-            raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-            if not isinstance(raw, dict):
-                raise ValueError("not a JSON object")
-            config = TokenizerConfig.from_dict(raw)
-        except (json.JSONDecodeError, UnicodeDecodeError, ValueError, TypeError) as e:
-            raise ValueError(f"tokenizer {folder / CONFIG_FILE}: {e}") from e
-        weights = folder / WEIGHTS_FILE
-        if not weights.is_file():
-            raise FileNotFoundError(f"tokenizer weights are missing: {weights}")
-        try:
-            model = cls(config)
-            model.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
-        except (SafetensorError, RuntimeError, ValueError) as e:
-            raise ValueError(f"tokenizer {weights}: {e}") from e
+            model = cls(TokenizerConfig.from_dict(raw))
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{file}: {e}") from e
+        load_weights(model, Path(path) / WEIGHTS_FILE)
         return model.to(device).eval().requires_grad_(False)
