@@ -33,7 +33,8 @@ from knnfast.diffusion.runlog import RunLog
 
 STATE_FILE = "state.safetensors"
 
-# Settings that a run may change when it goes on; all others decide what its weights become.
+# Settings that a run may change when it goes on: beside rounding, and the learning rate's fall with
+# other `steps`, they do not decide what its weights become.
 FREE = ("steps", "checkpoint_every", "log_every", "accumulate", "compile")
 
 
