@@ -47,8 +47,15 @@ def build(ref: str, folder: Path = ROOT / "build" / "base") -> Path:
     return tree
 
 
+class IncomparableError(Exception):
+    """The base cannot run the case: it lacks the op, or takes it in another form."""
+
+
 class Base:
-    """The process of a built tree; goes from case to case with its caller."""
+    """The process of a built tree; goes from case to case with its caller.
+
+    Its methods raise IncomparableError with the base's own error.
+    """
 
     def __init__(self, tree: Path, device: str = "cpu", threads: int | None = None) -> None:
         self.name = f"base {tree.name}"
@@ -73,7 +80,10 @@ class Base:
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()}")
-        return json.loads(line)
+        answer = json.loads(line)
+        if "error" in answer:
+            raise IncomparableError(f"{self.name}: {answer['error']}")
+        return answer["value"]
 
     def open(self, op: str, shape: str) -> None:
         """The cases of one op at one shape; `advance` goes to the first."""
@@ -118,14 +128,18 @@ def serve(device: str, threads: int) -> None:
     os.dup2(2, 1)  # what a case prints is no answer
     for line in sys.stdin:
         request = json.loads(line)
-        answer = None
-        if request["verb"] == "open":
-            case = None
-            todo = cases(request["op"], request["shape"], device)
-        elif request["verb"] == "advance":
-            case = next(todo)
-        else:
-            answer = Local(case.ours[request["backend"]], case.cuda).turn(request["seconds"])
+        value = None
+        try:
+            if request["verb"] == "open":
+                case = None
+                todo = cases(request["op"], request["shape"], device)
+            elif request["verb"] == "advance":
+                case = next(todo)
+            else:
+                value = Local(case.ours[request["backend"]], case.cuda).turn(request["seconds"])
+            answer = {"value": value}
+        except Exception as error:  # whatever it is, the caller hears it
+            answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

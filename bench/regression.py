@@ -65,7 +65,7 @@ def measure(op: str, base: Base, slow: bool = False) -> tuple[float, Callable[[]
         raise AssertionError(f"{op}: wrong before it is timed: {verdict}")
     if slow:
         call = slowed(call, SLOWDOWN)
-    timings = interleave({"ours": Local(call), "base": base.contender(name)}, turns=11)
+    timings = interleave({"ours": Local(call), "base": base.contender(name)}, seconds=0.03)
     return ratio(timings["ours"], timings["base"]), call
 
 
@@ -101,17 +101,20 @@ def main() -> None:
         "attempts": ATTEMPTS, "command": " ".join(["python bench/regression.py", *sys.argv[1:]]),
         "unchanged": [], "slowed": [],
     }  # fmt: skip
+    if args.json and args.json.exists():  # go on where an earlier call stopped
+        before = _files.read_json(args.json)
+        if before["machine"]["commit"] != report["machine"]["commit"]:
+            raise SystemExit(f"{args.json} is of another commit: {before['machine']['commit']}")
+        report |= {"unchanged": before["unchanged"], "slowed": before["slowed"]}
     for name, count in (("unchanged", args.runs), ("slowed", args.slowed)):
-        for _ in range(count):
+        while len(report[name]) < count:
             with Base(tree) as base:
-                run = {
+                ratios = {
                     op: gate(op, base, lambda: Base(tree), args.threshold, name == "slowed")[0]
                     for op in OPS
                 }
-            report[name].append(tidy({op: max(r[-1:]) for op, r in run.items()}))
-            report.setdefault(f"{name}_attempts", []).append({o: len(r) for o, r in run.items()})
-            alarms = [op for op, ratios in run.items() if ratios[-1] > args.threshold]
-            print(name, json.dumps(tidy(run)), "alarms:", alarms, flush=True)
+            report[name].append(tidy({op: values[-1] for op, values in ratios.items()}))
+            print(name, json.dumps(tidy(ratios)), flush=True)
             if args.json:
                 _files.write_json(args.json, report)
 

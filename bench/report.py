@@ -18,14 +18,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from shapes import SHAPES  # noqa: E402
+
 from knnfast import _files  # noqa: E402
 from knnfast.benchmark.faiss_reference import FaissReport  # noqa: E402
 from knnfast.benchmark.plot import require_matplotlib, save_plot  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 DOCS = ROOT / "docs"
+# Shapes of sweeps and of CI: docs/performance.md has them, README does not.
+SMALL_PRINT = {name for shapes in SHAPES.values() for name in shapes
+               if name == "ci" or name.startswith(("fold-", "small-", "service-1m-"))}  # fmt: skip
 START, END = "<!-- results -->", "<!-- end of results -->"
-KINDS = ("faiss_reference", "ops", "load", "gate")
+KINDS = ("faiss_reference", "ops", "claims", "load", "gate")
 
 # What is aimed at, and where it is judged: None where no result of that kind can exist yet.
 GPU_TARGETS = (
@@ -40,6 +45,10 @@ def results() -> list[dict[str, Any]]:
     found = []
     for path in sorted(RESULTS.glob("*.json")):
         result = _files.read_json(path)
+        if result and all("claims" in part for part in result.values() if isinstance(part, dict)):
+            parts = {n: part for n, part in result.items() if isinstance(part, dict)}
+            result = {"kind": "claims", "machine": next(iter(parts.values()))["machine"],
+                      "parts": parts}  # fmt: skip
         if result.get("kind") not in KINDS:
             raise ValueError(f"{path}: kind must be one of {KINDS}, got {result.get('kind')!r}")
         found.append(result | {"file": path.name})
@@ -51,7 +60,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def ms(value: float) -> str:
+def ms(value: float | None) -> str:
+    if value is None:
+        return ""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
@@ -67,14 +78,17 @@ def where(result: dict[str, Any]) -> str:
     versions = about["versions"]
     shown = ("python", "numpy", "torch", "faiss-cpu", "usearch", "diffusers")
     names = [f"{name} {versions[name]}" for name in shown if name in versions]
+    memory = f"{about['memory_gib']} GiB, " if "memory_gib" in about else ""
     return (
-        f"{place}, {about['cores']} cores, {about['memory_gib']} GiB, kernels {about['isa']}, "
+        f"{place}, {about['cores']} cores, {memory}kernels {about['isa']}, "
         f"{about['threads']} threads; {about['date']}, commit {about['commit']}; "
         + ", ".join(names)
     )
 
 
 def ceilings(result: dict[str, Any]) -> str:
+    if "ceilings" not in result:
+        return "Ceilings were not measured in this run."
     limits = result["ceilings"]
     return (
         f"Measured ceilings: read {limits['read_gb_s']:.3g} GB/s, copy {limits['copy_gb_s']:.3g} "
@@ -89,7 +103,7 @@ def verdict(row: dict[str, Any]) -> str:
         return f"{row['tokens_that_differ']:.2%} of tokens differ"
     if "error" in row:
         return f"error {row['error']:.1e}"
-    return "another random stream"
+    return row.get("checked", "another random stream")
 
 
 def faiss_section(result: dict[str, Any], picture: str) -> str:
@@ -123,19 +137,37 @@ def ops_section(result: dict[str, Any]) -> str:
         share = f"{row['ceiling_share']:.0%}" if "ceiling_share" in row else ""
         peak = "" if row.get("peak_mib") is None else f"{row['peak_mib']:.3g}"
         rows.append(
-            [f"{row['shape']}: {row['case']}", row["backend"], ms(row["p50_ms"]), ms(row["p90_ms"]),
-             ms(row["p99_ms"]), share, peak, verdict(row), "<br>".join(peers)]
+            [f"{row['shape']}: {row['case']}", row["backend"], ms(row["p50_ms"]),
+             ms(row.get("p90_ms")), ms(row.get("p99_ms")), share, peak, verdict(row),
+             "<br>".join(peers)]
         )  # fmt: skip
     ops = sorted({row["op"] for row in result["rows"]})
     return "\n\n".join(
         [
             f"## {', '.join(ops)}",
             f"`{result['command']}` (results/{result['file']}).  \n{where(result)}.  \n"
-            + ceilings(result),
+            + ceilings(result) + (f" {result['note']}" if "note" in result else ""),
             table(["case", "backend", "p50 ms", "p90", "p99", "of ceiling", "peak MiB", "checked",
                    "peers: p50 ms (over ours)"], rows),
         ]
     )  # fmt: skip
+
+
+def claims_section(result: dict[str, Any]) -> str:
+    rows = [
+        [part, claim["claim"], f"{claim['value']:.3g}", claim["limit"],
+         "yes" if claim["holds"] else "**no**"]
+        for part, body in result["parts"].items() for claim in body["claims"]
+    ]  # fmt: skip
+    commands = dict.fromkeys(body["command"] for body in result["parts"].values())
+    return "\n\n".join(
+        [
+            "## Promises of the search engine",
+            ", ".join(f"`{c}`" for c in commands)
+            + f" (results/{result['file']}).  \n{where(result)}.",
+            table(["part", "promise", "measured", "limit", "holds"], rows),
+        ]
+    )
 
 
 def load_section(result: dict[str, Any], picture: str) -> str:
@@ -292,6 +324,7 @@ def performance(found: list[dict[str, Any]]) -> str:
     sections: dict[str, Callable[[dict[str, Any]], str]] = {
         "faiss_reference": lambda r: faiss_section(r, Path(r["file"]).stem + ".png"),
         "ops": ops_section,
+        "claims": claims_section,
         "load": lambda r: load_section(r, Path(r["file"]).stem + ".png"),
         "gate": gate_section,
     }
@@ -325,13 +358,13 @@ def summary(found: list[dict[str, Any]]) -> str:
         for row in result["rows"]:
             rivals = {n: p["ratio"] for n, p in row["peers"].items()
                       if "ratio" in p and not n.startswith(("knnfast ", "base "))}  # fmt: skip
-            if row["op"] != "topk" and rivals and "fold-" not in row["shape"]:
+            if rivals and row["shape"] not in SMALL_PRINT:
                 against = ", ".join(f"{times(v)} {n}" for n, v in rivals.items())
-                lines.append(
-                    [row["op"], f"{row['shape']}: {row['case']}", ms(row["p50_ms"]), against]
-                )
+                case = f"{row['shape']}: {row['case']}"
+                kernels = result["machine"]["isa"]
+                lines.append([row["op"], case, kernels, ms(row["p50_ms"]), against])
     if lines:
-        parts.append(table(["op", "shape", "p50 ms", "peers' time over ours"], lines))
+        parts.append(table(["op", "shape", "kernels", "p50 ms", "peers' time over ours"], lines))
     parts.append(
         "All rows, the service under load and the regression gate: "
         "[docs/performance.md](docs/performance.md). " + gpu_note(found)

@@ -7,10 +7,12 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
 import knnfast
+from knnfast import _C
 from knnfast.benchmark.faiss_reference import faiss_reference
 from knnfast.benchmark.machine import ceilings, machine, share
 from knnfast.benchmark.plot import floor_ms
@@ -139,6 +141,13 @@ def test_faiss_reference_takes_own_rows_and_skips_what_does_not_fit(quickly):
     assert all(row["exact"] for row in report.rows)
     assert "faiss-flat" in report.skipped
     assert "not measured: faiss-flat" in report.table()
+
+
+def test_threads_are_as_they_were_afterwards(quickly):
+    before = _C.num_threads(), torch.get_num_threads()
+    report = faiss_reference(n=200, d=8, batch=(1,), k=3, threads=1)
+    assert report.rows[0]["threads"] == 1
+    assert (_C.num_threads(), torch.get_num_threads()) == before
 
 
 @pytest.mark.parametrize(

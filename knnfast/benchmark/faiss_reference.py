@@ -21,6 +21,7 @@ from knnfast.benchmark.topk import (
     build_peers,
     faiss_module,
     make_rows,
+    threads_for_all,
 )
 from knnfast.search import Index
 
@@ -141,7 +142,6 @@ def faiss_reference(
     Raises: ValueError range or shape; ImportError without FAISS (extra `faiss`).
     Example: >>> print(knnfast.faiss_reference(n=100_000, d=256, batch=(1, 8)).table())
     """
-    start = time.perf_counter()
     say = progress or (lambda _: None)
     if rows is not None:
         n, d = _checked(rows, queries, max(batch, default=0))
@@ -152,8 +152,26 @@ def faiss_reference(
             raise ValueError(f"peers must be of {tuple(known)}, got {name!r}")
     if device == "cpu" and (peers is None or any("faiss" in name for name in peers)):
         faiss_module()
-    if threads is not None:
-        _C.set_num_threads(threads)
+    with threads_for_all(threads):
+        chosen = list(known if peers is None else peers)
+        return _measure(n, d, batch, k, metric, device, chosen, rows, queries, seconds, say)
+
+
+def _measure(
+    n: int,
+    d: int,
+    batch: Sequence[int],
+    k: int,
+    metric: str,
+    device: str,
+    chosen: list[str],
+    rows: Any,
+    queries: Any,
+    seconds: float,
+    say: Callable[[str], None],
+) -> FaissReport:
+    """What `faiss_reference` does once its arguments are checked."""
+    start = time.perf_counter()
     say("measuring what this machine can do")
     limits = ceilings(device)
     say(f"making {n:,} x {d} rows")
@@ -179,7 +197,6 @@ def faiss_reference(
     timings: dict[tuple[int, int], list[Timing]] = {cell: [] for cell in cells}
     found: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
-    chosen = list(known if peers is None else peers)
     end = start + seconds
     for done, name in enumerate(chosen):
         for size in sizes:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from knnfast import _C
 
 KINDS = ("isotropic", "clustered", "mean", "ties")
 
@@ -108,6 +112,26 @@ class Peer(NamedTuple):
     search: Callable[[Any, int], np.ndarray]  # (queries, k) -> ids [m, k] on the host
     call: Callable[[Any, int], Any]  # the same without bringing the ids home: what is timed
     set_threads: Callable[[int], None] | None = None
+
+
+@contextmanager
+def threads_for_all(threads: int | None) -> Iterator[None]:
+    """At most so many threads for us and torch (None: as they are); afterwards what was before."""
+    import torch
+
+    ours, torchs = _C.num_threads(), torch.get_num_threads()
+    faiss = sys.modules.get("faiss")
+    faisss = None if faiss is None else faiss.omp_get_max_threads()
+    try:
+        if threads is not None:
+            _C.set_num_threads(threads)
+            torch.set_num_threads(threads)
+        yield
+    finally:
+        _C.set_num_threads(ours)
+        torch.set_num_threads(torchs)
+        if faiss is not None:
+            faiss.omp_set_num_threads(faisss)
 
 
 def faiss_module() -> Any:
