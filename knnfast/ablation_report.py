@@ -41,11 +41,12 @@ def write_report(out: Path, names: Sequence[str]) -> Path:
         if any(entry["available"] for entry in result["settings"]):
             _plot(result, out / f"{result['name']}.png")
     page = out / "README.md"
-    _files.write_atomic(page, _page(results).encode())
+    missing = [path.stem for path in found if not path.is_file()]
+    _files.write_atomic(page, _page(results, missing).encode())
     return page
 
 
-def _page(results: Sequence[Mapping[str, Any]]) -> str:
+def _page(results: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> str:
     lines = [
         "# Ablations",
         "",
@@ -68,6 +69,8 @@ def _page(results: Sequence[Mapping[str, Any]]) -> str:
             difference = f"{claim['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
             cells = [claim["claim"], f"**{claim['found']}**", difference, str(result["prompts"])]
             lines.append(f"| [{result['name']}](#{result['name']}) | " + " | ".join(cells) + " |")
+    if missing:
+        lines += ["", f"Not measured yet: {', '.join(missing)}."]
     for result in results:
         lines += ["", f"## {result['name']}", "", f"{result['title']}. {result['source']}", ""]
         lines.append("| setting | " + " | ".join(COLUMNS.values()) + " | s/image |")

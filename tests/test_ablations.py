@@ -107,6 +107,7 @@ def test_shared_settings_are_generated_once_and_the_report_names_everything(tmp_
         assert (tmp_path / f"{result['name']}.png").read_bytes().startswith(b"\x89PNG")
         for claim in result["claims"]:
             assert claim["claim"] in page
+    assert "Not measured yet: index, steps, guidance, truncation, backbone." in page
     assert page.count("undecided |") + page.count("**undecided**") >= 5
     before = page
     write_report(tmp_path, list(ABLATIONS))
