@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from shapes import SHAPES
 from knnfast import _C, _files
 from knnfast.benchmark.machine import ceilings, machine, share
 from knnfast.benchmark.timing import Local, Timing, best_threads, interleave, peak_mib, ratio
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def tidy(value: Any) -> Any:
@@ -61,7 +64,8 @@ def measure(
         if not verdicts[name].pop("ok"):
             raise SystemExit(f"{case.op} {case.shape} {case.label} {name}: {verdicts[name]}")
     turn = {"seconds": args.seconds, "turns": args.turns}
-    contenders: dict[str, Any] = {name: Local(case.ours[name], case.cuda) for name in names}
+    clock = CLOCKS[args.clock]
+    contenders: dict[str, Any] = {name: Local(case.ours[name], case.cuda, clock) for name in names}
     if base is not None:
         contenders[base.name] = base.contender(names[0])
     timings = {
@@ -82,7 +86,10 @@ def measure(
             verdict.pop("ok")
             threads = best_threads(rival.set_threads, rival.call, args.threads)
             pair = interleave(
-                {"ours": Local(case.ours[main], case.cuda), "theirs": Local(rival.call, case.cuda)},
+                {
+                    "ours": Local(case.ours[main], case.cuda, clock),
+                    "theirs": Local(rival.call, case.cuda, clock),
+                },
                 **turn,
             )
             theirs = scaled(pair["theirs"], rival.per or case.per)
@@ -98,7 +105,7 @@ def measure(
         timing = timings[name]
         row = {"op": case.op, "shape": case.shape, "case": case.label, "dtype": case.dtype,
                "backend": name, **timing.row(), **verdicts[name]}  # fmt: skip
-        if case.bytes:
+        if case.bytes and args.clock == "wall":
             row |= share(case.bytes, case.flops, timing.percentile(50), limits)
         row["peak_mib"] = peak_mib(case.ours[name], case.cuda)
         if name == main:
@@ -134,6 +141,10 @@ def main() -> None:
     parser.add_argument("--base", help="a commit to build and to measure beside this one")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall",
+        help="cpu: this process's CPU time, for a machine that others use, with --threads 1",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=0.1, help="of one turn")
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--json", type=Path, help="file to write, kept up to date row by row")
@@ -141,6 +152,8 @@ def main() -> None:
     for shape in args.shape or []:
         if shape not in SHAPES[args.op]:
             parser.error(f"--shape must be of {', '.join(SHAPES[args.op])}, got {shape!r}")
+    if args.clock == "cpu" and (args.base or args.device != "cpu" or args.threads != 1):
+        parser.error("--clock cpu is for --device cpu with --threads 1 and no --base")
     if args.peers is not None:
         args.peers = [name for name in args.peers.split(",") if name != "none"]
     _C.set_num_threads(args.threads)

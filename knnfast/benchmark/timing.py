@@ -54,29 +54,36 @@ class Local:
         call: what is timed; its result is thrown away.
         cuda: time on the device, between events, with a cold L2 cache (256 MiB are overwritten
             before each call); otherwise on the host.
+        clock: of the host, in seconds: time.perf_counter, or time.process_time to count this
+            process's CPU time alone, which other work on the machine hardly changes.
     """
 
-    def __init__(self, call: Callable[[], Any], cuda: bool = False) -> None:
+    def __init__(
+        self,
+        call: Callable[[], Any],
+        cuda: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.call = call
         self.cuda = cuda
+        self.clock = clock
 
     def turn(self, seconds: float) -> list[float]:
         """Call for about this long, at least once; milliseconds of every call."""
         times: list[float] = []
-        clock = _cuda_clock if self.cuda else _host_clock
         end = time.perf_counter() + seconds
-        with clock() as timed:
+        with _cuda_clock() if self.cuda else _host_clock(self.clock) as timed:
             while not times or time.perf_counter() < end:
                 times.append(timed(self.call))
         return times
 
 
 @contextmanager
-def _host_clock() -> Iterator[Callable[[Callable[[], Any]], float]]:
+def _host_clock(clock: Callable[[], float]) -> Iterator[Callable[[Callable[[], Any]], float]]:
     def timed(call: Callable[[], Any]) -> float:
-        start = time.perf_counter()
+        start = clock()
         call()
-        return (time.perf_counter() - start) * 1e3
+        return (clock() - start) * 1e3
 
     yield timed
 
