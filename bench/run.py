@@ -65,6 +65,7 @@ def measure(
             raise SystemExit(f"{case.op} {case.shape} {case.label} {name}: {verdicts[name]}")
     turn = {"seconds": args.seconds, "turns": args.turns}
     clock = CLOCKS[args.clock]
+    said = ", CPU time of one thread" if args.clock == "cpu" else ""
     contenders: dict[str, Any] = {name: Local(case.ours[name], case.cuda, clock) for name in names}
     if base is not None:
         contenders[base.name] = base.contender(names[0])
@@ -103,7 +104,7 @@ def measure(
             del rival  # before the next one is built: only one is in memory
     for name in names:
         timing = timings[name]
-        row = {"op": case.op, "shape": case.shape, "case": case.label, "dtype": case.dtype,
+        row = {"op": case.op, "shape": case.shape, "case": case.label + said, "dtype": case.dtype,
                "backend": name, **timing.row(), **verdicts[name]}  # fmt: skip
         if case.bytes and args.clock == "wall":
             row |= share(case.bytes, case.flops, timing.percentile(50), limits)
