@@ -29,6 +29,7 @@ struct Rows {  // [m, d] or [d], last stride 1
   DType dtype;
   int64_t m, stride;
   bool single;
+  py::array hold;  // whose memory it is: the given array, or a copy where one was needed
 };
 
 DType dtype_of(const py::array& a, bool bf16, const char* name) {
@@ -40,35 +41,32 @@ DType dtype_of(const py::array& a, bool bf16, const char* name) {
                        py::str(t).cast<std::string>());
 }
 
-// `bf16`: the array's 16-bit words are bfloat16. `hold` keeps a copy alive where one was needed.
-Rows rows_of(const py::array& given, bool bf16, int64_t dim, const char* name, py::array& hold) {
-  hold = given;
-  const DType dtype = dtype_of(hold, bf16, name);
-  const int64_t rank = hold.ndim();
-  if ((rank != 1 && rank != 2) || hold.shape(rank - 1) != dim)
+py::array contiguous(const py::array& a) {
+  return py::array::ensure(py::module_::import("numpy").attr("array")(a, py::arg("order") = "C"));
+}
+
+bool native(const py::array& a) {
+  const char order = a.dtype().byteorder();
+  return order == '=' || order == '|';
+}
+
+// `bf16`: the array's 16-bit words are bfloat16.
+Rows rows_of(const py::array& given, bool bf16, int64_t dim, const char* name) {
+  const DType dtype = dtype_of(given, bf16, name);
+  const int64_t rank = given.ndim();
+  if ((rank != 1 && rank != 2) || given.shape(rank - 1) != dim)
     throw py::value_error(std::string(name) + " must have shape [n, " + std::to_string(dim) +
                           "] or [" + std::to_string(dim) + "], got " +
-                          py::str(hold.attr("shape")).cast<std::string>());
+                          py::str(given.attr("shape")).cast<std::string>());
+  py::array hold = given;
   const int64_t size = hold.itemsize();
-  auto direct = [&] {
-    if (dim > 1 && hold.strides(rank - 1) != size) return false;
-    if (!hold.dtype().equal(hold.dtype().attr("newbyteorder")("="))) return false;
-    return rank == 1 || (hold.strides(0) >= 0 && hold.strides(0) % size == 0);
-  };
-  if (!direct()) {
-    hold =
-        py::array::ensure(py::module_::import("numpy").attr("array")(hold, py::arg("order") = "C"));
-    if (!hold.dtype().equal(hold.dtype().attr("newbyteorder")("=")))
-      hold = hold.attr("astype")(hold.dtype().attr("newbyteorder")("="));
-  }
-  Rows r{hold.data(), dtype, rank == 1 ? 1 : hold.shape(0), dim, rank == 1};
-  if (rank == 2 && r.m > 1) r.stride = hold.strides(0) / size;
-  if (r.stride == 0) {  // one row, broadcast
-    hold =
-        py::array::ensure(py::module_::import("numpy").attr("array")(hold, py::arg("order") = "C"));
-    r.data = hold.data();
-    r.stride = dim;
-  }
+  if (!native(hold)) hold = hold.attr("astype")(hold.dtype().attr("newbyteorder")("="));
+  const bool direct =
+      (dim == 1 || hold.strides(rank - 1) == size) &&
+      (rank == 1 || hold.shape(0) < 2 || (hold.strides(0) > 0 && hold.strides(0) % size == 0));
+  if (!direct) hold = contiguous(hold);
+  Rows r{hold.data(), dtype, rank == 1 ? 1 : hold.shape(0), dim, rank == 1, std::move(hold)};
+  if (r.m > 1) r.stride = r.hold.strides(0) / size;
   return r;
 }
 
@@ -92,39 +90,36 @@ knnfast::IdSet id_set(const py::object& given, py::object& hold) {
   return set;
 }
 
+// `exact`: an array of float64 for the scores before rounding, or None.
 py::tuple search(const Index& ix, const py::array& queries, int64_t k, bool bf16,
-                 const py::object& allow, const py::object& deny, const py::object& out) {
-  py::array hold;
-  const Rows q = rows_of(queries, bf16, ix.dim(), "queries", hold);
+                 const py::object& allow, const py::object& deny, const py::object& out,
+                 const py::object& exact) {
+  const Rows q = rows_of(queries, bf16, ix.dim(), "queries");
   if (k < 1) throw py::value_error("k must be at least 1, got " + std::to_string(k));
   py::object hold_allow, hold_deny;
   const knnfast::SearchOptions options{id_set(allow, hold_allow), id_set(deny, hold_deny)};
-  std::vector<py::ssize_t> shape;
-  if (!q.single) shape.push_back(q.m);
-  shape.push_back(k);
-  py::array_t<float> scores;
-  py::array_t<int64_t> ids;
+  py::tuple pair;  // (scores, ids)
   if (out.is_none()) {
-    scores = py::array_t<float>(shape);
-    ids = py::array_t<int64_t>(shape);
+    std::vector<py::ssize_t> shape;
+    if (!q.single) shape.push_back(q.m);
+    shape.push_back(k);
+    pair = py::make_tuple(py::array_t<float>(shape), py::array_t<int64_t>(shape));
   } else {
-    const py::tuple pair = out;
-    scores = pair[0].cast<py::array_t<float>>();
-    ids = pair[1].cast<py::array_t<int64_t>>();
+    pair = out;
   }
-  float* s = scores.mutable_data();
-  int64_t* i = ids.mutable_data();
+  float* s = static_cast<float*>(py::reinterpret_borrow<py::array>(pair[0]).mutable_data());
+  int64_t* i = static_cast<int64_t*>(py::reinterpret_borrow<py::array>(pair[1]).mutable_data());
+  double* e = exact.is_none() ? nullptr : exact.cast<py::array_t<double>>().mutable_data();
   {
     py::gil_scoped_release release;
-    ix.search(q.data, q.dtype, q.m, k, s, i, options, q.stride);
+    ix.search(q.data, q.dtype, q.m, k, s, i, options, q.stride, e);
   }
-  return py::make_tuple(scores, ids);
+  return pair;
 }
 
 py::tuple range_search(const Index& ix, const py::array& queries, double radius, bool bf16,
                        const py::object& allow, const py::object& deny) {
-  py::array hold;
-  const Rows q = rows_of(queries, bf16, ix.dim(), "queries", hold);
+  const Rows q = rows_of(queries, bf16, ix.dim(), "queries");
   py::object hold_allow, hold_deny;
   const knnfast::SearchOptions options{id_set(allow, hold_allow), id_set(deny, hold_deny)};
   knnfast::RangeResult r;
@@ -139,8 +134,7 @@ py::tuple range_search(const Index& ix, const py::array& queries, double radius,
 }
 
 Int64s add(Index& ix, const py::array& rows, bool bf16, const py::object& ids) {
-  py::array hold;
-  const Rows r = rows_of(rows, bf16, ix.dim(), "vectors", hold);
+  const Rows r = rows_of(rows, bf16, ix.dim(), "vectors");
   Int64s given, used(static_cast<py::ssize_t>(r.m));
   if (!ids.is_none()) given = ids.cast<Int64s>();
   const int64_t* own = ids.is_none() ? nullptr : given.data();
@@ -194,7 +188,8 @@ void bind_search(py::module_& m) {
         return Index(dim, knnfast::Metric(metric), knnfast::Scan(scan));
       }))
       .def("add", add)
-      .def("search", search)
+      .def("search", search, py::arg("queries"), py::arg("k"), py::arg("bf16"), py::arg("allow"),
+           py::arg("deny"), py::arg("out"), py::arg("exact") = py::none())
       .def("range_search", range_search)
       .def("vectors", vectors)
       .def("ids",
@@ -345,6 +340,11 @@ void bind_ops(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "knnfast's C++/CUDA core";
   m.attr("has_cuda") = bool(KNNFAST_HAS_CUDA);
+#ifdef KNNFAST_NVTX
+  m.attr("has_nvtx") = true;
+#else
+  m.attr("has_nvtx") = false;
+#endif
   bind_search(m);
   bind_ops(m);
 #if KNNFAST_HAS_CUDA

@@ -71,16 +71,33 @@ void bind_cuda(py::module_& m) {
       .def("search",
            [](const CudaIndex& ix, uintptr_t queries, int dtype, int64_t stride, int batch, int k,
               const py::object& allow, const py::object& deny, uintptr_t scores, uintptr_t ids,
-              uintptr_t stream, bool on_device) {
+              uintptr_t exact, uintptr_t stream, bool on_device) {
              const HostIds allowed = host_ids(allow), denied = host_ids(deny);
              py::gil_scoped_release unlocked;
              if (on_device) {
                ix.search({at<void>(queries), DType(dtype), stride}, batch, k, allowed, denied,
-                         {at<float>(scores), at<int64_t>(ids), nullptr}, at<void>(stream));
+                         {at<float>(scores), at<int64_t>(ids), at<double>(exact)},
+                         at<void>(stream));
              } else {
-               ix.search_host(at<void>(queries), DType(dtype), stride, batch, k, allowed, denied,
+               ix.search_host({at<void>(queries), DType(dtype), stride}, batch, k, allowed, denied,
                               at<float>(scores), at<int64_t>(ids));
              }
+           })
+      .def("range_search",
+           [](const CudaIndex& ix, uintptr_t queries, int dtype, int64_t stride, int batch,
+              double radius, const py::object& allow, const py::object& deny, uintptr_t stream,
+              bool on_device) {
+             const HostIds allowed = host_ids(allow), denied = host_ids(deny);
+             Ranges r;
+             {
+               py::gil_scoped_release unlocked;
+               r = ix.range_search({at<void>(queries), DType(dtype), stride}, on_device, batch,
+                                   radius, allowed, denied, at<void>(stream));
+             }
+             return py::make_tuple(
+                 to_array(r.lims),
+                 py::array_t<float>(static_cast<py::ssize_t>(r.scores.size()), r.scores.data()),
+                 to_array(r.ids));
            })
       .def("vectors",
            [](const CudaIndex& ix, const Int64s& ids, uintptr_t out, bool to_device,

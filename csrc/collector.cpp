@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "collector.h"
 
+#include <functional>
+
+#include "trace.h"
+
 namespace knnfast {
 
 void Collector::start(const SegmentView* segments, const Kernels* kernels, Metric metric, int dim,
@@ -12,9 +16,15 @@ void Collector::start(const SegmentView* segments, const Kernels* kernels, Metri
   query_ = query;
   k_ = k;
   range_ = false;
-  capacity_ = std::max<size_t>(128, 4 * k);
+  capacity_ = std::max<size_t>(512, 16 * k);
   tau_ = kNoThreshold;
   pending_.clear();
+  floors_.clear();
+  // So that searches after the first allocate nothing, unless they ask for very many rows.
+  const size_t most = std::min<size_t>(k, 256);
+  pending_.reserve(std::min(capacity_, 16 * most));
+  floors_.reserve(most + 1);
+  best_.reserve(most + 1);
   best_.clear();
   opened = rescored = 0;
 }
@@ -50,9 +60,23 @@ void Collector::rescore(uint32_t segment, uint32_t row) {
   offer(canonical_key(*kernels_, metric_, *query_, x, dim_), s.id(row));
 }
 
+void Collector::floor(float lower) {
+  if (range_ || !(lower > tau_)) return;
+  floors_.push_back(lower);
+  std::push_heap(floors_.begin(), floors_.end(), std::greater<float>());
+  if (floors_.size() < k_) return;
+  if (floors_.size() > k_) {
+    std::pop_heap(floors_.begin(), floors_.end(), std::greater<float>());
+    floors_.pop_back();
+  }
+  raise_to(floors_.front());
+}
+
 void Collector::raise() {
-  if (range_ || best_.size() < k_) return;
-  const float tau = round_down(best_.front().key * query_->key_scale);
+  if (!range_ && best_.size() >= k_) raise_to(round_down(best_.front().key * query_->key_scale));
+}
+
+void Collector::raise_to(float tau) {
   if (!(tau > tau_)) return;
   tau_ = tau;
   float shared = query_->tau.load(std::memory_order_relaxed);
@@ -62,6 +86,7 @@ void Collector::raise() {
 }
 
 void Collector::drop_below() {
+  const TraceRange range("knnfast.select");
   refresh();
   const float tau = tau_;
   pending_.erase(std::remove_if(pending_.begin(), pending_.end(),
@@ -70,6 +95,7 @@ void Collector::drop_below() {
 }
 
 void Collector::rescore_first(size_t count) {
+  const TraceRange range("knnfast.rescore");
   // Rows lie anywhere in memory: ask for the ones after next while this one is summed.
   constexpr size_t kAhead = 3;
   auto fetch = [&](const Candidate& c) {
@@ -105,8 +131,11 @@ void Collector::take(Collector& other) {
     best_.insert(best_.end(), other.best_.begin(), other.best_.end());
   else
     for (const Found& f : other.best_) offer(f.key, f.id);
+  for (const float lower : other.floors_) floor(lower);
   raise();
-  pending_.insert(pending_.end(), other.pending_.begin(), other.pending_.end());
+  drop_below();
+  for (const Candidate& c : other.pending_)
+    if (c.upper >= tau_) pending_.push_back(c);
   opened += other.opened;
   rescored += other.rescored;
 }

@@ -46,9 +46,11 @@ struct Candidate {
   uint32_t segment, row;
 };
 
-// Keeps rows whose upper bound reaches tau. When the buffer fills, the best k of it are rescored,
-// which raises tau to the k-th canonical score so far, and rows below it are dropped; so the memory
-// is bounded whatever the data. With `radius` it keeps all rows above a fixed threshold instead.
+// Keeps rows whose upper bound reaches tau, the k-th best *lower* bound so far: while rows are
+// scanned no row itself is read. When the buffer fills with rows that tau cannot drop, the best k
+// of it are rescored, which raises tau to the k-th canonical score so far, and then what is left;
+// so the memory is bounded whatever the data. With `radius` it keeps all rows above a fixed
+// threshold instead.
 class Collector {
  public:
   void start(const SegmentView* segments, const Kernels* kernels, Metric metric, int dim,
@@ -57,14 +59,15 @@ class Collector {
                    Query* query, double radius_key);
 
   float tau() const { return tau_; }
-  void add(float upper, uint32_t segment, uint32_t row) {
+  void add(float lower, float upper, uint32_t segment, uint32_t row) {
     pending_.push_back({upper, segment, row});
+    floor(lower);
     if (pending_.size() >= capacity_) shrink();
   }
   void offer(double key, int64_t id);            // a canonical score
   void rescore(uint32_t segment, uint32_t row);  // at once
   void refresh() { tau_ = std::max(tau_, query_->tau.load(std::memory_order_relaxed)); }
-  void raise();                 // tau to the k-th canonical score so far
+  void raise();                 // tau to the k-th best of what is certain so far
   void take(Collector& other);  // moves everything found by another thread here
   // Rescores what still matters; the result, best first.
   const std::vector<Found>& finish();
@@ -73,6 +76,8 @@ class Collector {
   int64_t opened = 0, rescored = 0;
 
  private:
+  void floor(float lower);  // one more row scores at least this
+  void raise_to(float tau);
   void shrink();
   void rescore_first(size_t count);  // of pending_, and forget them
   void drop_below();
@@ -87,7 +92,8 @@ class Collector {
   double radius_key_ = 0;
   float tau_ = kNoThreshold;
   std::vector<Candidate> pending_;
-  std::vector<Found> best_;  // a heap with the worst on top (range: a list)
+  std::vector<float> floors_;  // the k best lower bounds, a heap with the worst on top
+  std::vector<Found> best_;    // a heap with the worst on top (range: a list)
 };
 
 // The largest float <= x.

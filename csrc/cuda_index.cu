@@ -1,98 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where rows live on the device, and who may see them; the kernels are in topk_*.cu.
+// Where rows live on the device, and who may see them; cuda_search.cu searches them.
 // Never run on a GPU yet: tests run it on the emulator's runtime.
-#include <algorithm>
 #include <limits>
 #include <numeric>
 
-#include "cuda_device.cuh"
-#include "cuda_index.h"
+#include "cuda_index_impl.h"
 
 namespace knnfast {
 namespace cuda {
-namespace {
-
-void check(int error, const char* what) {
-  if (error == cudaSuccess) return;
-  const cudaError_t e = static_cast<cudaError_t>(error);
-  cudaGetLastError();  // a sticky state of this thread must not fail the next call
-  throw CudaError(std::string(what) + ": " + cudaGetErrorName(e) + " (" + cudaGetErrorString(e) +
-                  ")");
-}
-
-// Makes a device current for a scope.
-class Current {
- public:
-  explicit Current(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = before_ != device;
-  }
-  ~Current() {
-    if (changed_) cudaSetDevice(before_);
-  }
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
-cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
-
-void upload(void* to, const void* from, size_t bytes, void* stream) {
-  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, as_stream(stream)), "upload");
-}
-void download(void* to, const void* from, size_t bytes, void* stream) {
-  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, as_stream(stream)), "download");
-}
-void wait(void* stream) {
-  check(cudaStreamSynchronize(as_stream(stream)), "cudaStreamSynchronize");
-}
-
-// Memory that belongs to a stream: taken and given back in its order.
-class StreamMemory {
- public:
-  StreamMemory(cudaMemPool_t pool, size_t bytes, void* stream) : stream_(stream) {
-    check(cudaMallocFromPoolAsync(&data_, std::max<size_t>(bytes, 1), pool, as_stream(stream)),
-          ("cudaMallocFromPoolAsync of " + std::to_string(bytes) + " bytes").c_str());
-  }
-  ~StreamMemory() { cudaFreeAsync(data_, as_stream(stream_)); }
-  StreamMemory(const StreamMemory&) = delete;
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(data_);
-  }
-
- private:
-  void* data_ = nullptr;
-  void* stream_;
-};
-
-// A restriction on the device; `ids` are sorted on the way.
-IdSet upload_set(cudaMemPool_t pool, const HostIds& set, std::unique_ptr<StreamMemory>& memory,
-                 void* stream) {
-  IdSet out{};
-  if (!set.set()) return out;
-  out.count = set.count;
-  const size_t bytes = static_cast<size_t>(set.count) * (set.ids ? sizeof(int64_t) : 1);
-  memory = std::make_unique<StreamMemory>(pool, bytes, stream);
-  if (set.ids) {
-    std::vector<int64_t> sorted(set.ids, set.ids + set.count);
-    std::sort(sorted.begin(), sorted.end());
-    upload(memory->as<void>(), sorted.data(), bytes, stream);
-    wait(stream);  // `sorted` ends here
-    out.ids = memory->as<int64_t>();
-  } else {
-    upload(memory->as<void>(), set.bits, bytes, stream);
-    wait(stream);
-    out.bits = memory->as<uint8_t>();
-  }
-  return out;
-}
-
-constexpr size_t kWorkspace = size_t{2} << 30;  // most a search takes; larger batches make rounds
-
-}  // namespace
 
 int device_count() {
   int count = 0;
@@ -117,49 +32,6 @@ Memory::~Memory() {
   cudaFree(data_);  // waits for kernels that still read it
   cudaSetDevice(before);
 }
-
-// What searches take for a while: freed memory stays in the pool, so the next search finds it
-// there.
-struct CudaIndex::Pool {
-  cudaMemPool_t handle = nullptr;
-  explicit Pool(int device) {
-    cudaMemPoolProps props{};
-    props.allocType = cudaMemAllocationTypePinned;
-    props.location.type = cudaMemLocationTypeDevice;
-    props.location.id = device;
-    check(cudaMemPoolCreate(&handle, &props), "cudaMemPoolCreate");
-    uint64_t keep = std::numeric_limits<uint64_t>::max();
-    check(cudaMemPoolSetAttribute(handle, cudaMemPoolAttrReleaseThreshold, &keep),
-          "cudaMemPoolSetAttribute");
-  }
-  ~Pool() { cudaMemPoolDestroy(handle); }
-};
-
-struct CudaIndex::Segment {
-  Memory half, half_terms, ids;
-  // Written only for rows that no snapshot shows; replaced, with older snapshots keeping theirs,
-  // by a new centre (codes) and by a removal (alive).
-  std::shared_ptr<Memory> codes, code_terms, alive;
-  std::vector<uint32_t> alive_bits;  // alive, on the host
-
-  SegmentView view(int64_t first_id, bool listed) const {
-    return {half.as<unsigned char>(),
-            codes ? codes->as<unsigned char>() : nullptr,
-            half_terms.as<HalfTerm>(),
-            codes ? code_terms->as<CodeTerm>() : nullptr,
-            alive->as<uint32_t>(),
-            listed ? ids.as<int64_t>() : nullptr,
-            first_id};
-  }
-};
-
-// What a search sees. It owns what it points to.
-struct Snapshot {
-  IndexView view{};
-  uint64_t version = 0;
-  Memory table;
-  std::vector<std::shared_ptr<void>> owners;
-};
 
 CudaIndex::CudaIndex(int dim, Metric metric, Scan scan, int device, int64_t segment_rows)
     : dim_(dim), metric_(metric), scan_(scan), device_(device), segment_rows_(segment_rows) {
@@ -448,61 +320,6 @@ std::vector<int64_t> CudaIndex::add(const void* rows, DType dtype, int64_t n, in
   return used;
 }
 
-void CudaIndex::search(const Queries& queries, int batch, int k, const HostIds& allow,
-                       const HostIds& deny, const Results& results, void* stream) const {
-  if (batch == 0) return;
-  const Current current(device_);
-  const auto seen = snapshot();
-  IndexView view = seen->view;
-  std::unique_ptr<StreamMemory> allowed, denied, filter;
-  if (allow.set() || deny.set()) {
-    const IdSet a = upload_set(pool_->handle, allow, allowed, stream),
-                d = upload_set(pool_->handle, deny, denied, stream);
-    const size_t words =
-        static_cast<size_t>((view.rows + kTileRows - 1) / kTileRows) * (kTileRows / 32);
-    filter = std::make_unique<StreamMemory>(pool_->handle, words * sizeof(uint32_t), stream);
-    check(launch_filter(view, a, d, filter->as<uint32_t>(), stream), "topk_filter_kernel");
-    view.filter = filter->as<uint32_t>();
-  }
-  const TopkPlan plan = plan_topk(view, batch, k, limits_, kWorkspace);
-  if (!plan.workspace_bytes)
-    throw std::invalid_argument("k must be 1 to " + std::to_string(kMaxK) +
-                                " on a CUDA device, got " + std::to_string(k));
-  const StreamMemory workspace(pool_->handle, plan.workspace_bytes, stream);
-  check(launch_topk(plan,
-                    {view, queries.data, queries.dtype, queries.stride, results.scores, results.ids,
-                     results.exact, workspace.as<void>()},
-                    stream),
-        "search");
-}
-
-void CudaIndex::search_host(const void* queries, DType dtype, int64_t stride, int batch, int k,
-                            const HostIds& allow, const HostIds& deny, float* scores,
-                            int64_t* ids) const {
-  if (batch == 0) return;
-  const Current current(device_);
-  const size_t width = static_cast<size_t>(dim_) * (dtype == kF32 ? 4 : 2);
-  const size_t pitch = static_cast<size_t>(stride) * (dtype == kF32 ? 4 : 2);
-  const size_t n = static_cast<size_t>(batch) * static_cast<size_t>(k);
-  void* stream = nullptr;
-  const StreamMemory rows(pool_->handle, static_cast<size_t>(batch) * width, stream);
-  const StreamMemory out_scores(pool_->handle, n * sizeof(float), stream);
-  const StreamMemory out_ids(pool_->handle, n * sizeof(int64_t), stream);
-  if (pitch == width) {
-    upload(rows.as<void>(), queries, static_cast<size_t>(batch) * width, stream);
-  } else {
-    for (int m = 0; m < batch; ++m)
-      upload(rows.as<unsigned char>() + static_cast<size_t>(m) * width,
-             static_cast<const unsigned char*>(queries) + static_cast<size_t>(m) * pitch, width,
-             stream);
-  }
-  search({rows.as<void>(), dtype, dim_}, batch, k, allow, deny,
-         {out_scores.as<float>(), out_ids.as<int64_t>(), nullptr}, stream);
-  download(scores, out_scores.as<void>(), n * sizeof(float), stream);
-  download(ids, out_ids.as<void>(), n * sizeof(int64_t), stream);
-  wait(stream);
-}
-
 int64_t CudaIndex::remove(const int64_t* ids, int64_t n) {
   const std::lock_guard<std::mutex> writer(writer_);
   const Current current(device_);
@@ -549,28 +366,6 @@ std::vector<int64_t> CudaIndex::ids() const {
   return out;
 }
 
-void CudaIndex::vectors(const int64_t* ids, int64_t n, uint16_t* out, bool to_device,
-                        void* stream) const {
-  const Current current(device_);
-  const std::shared_lock lock(mutex_);
-  std::vector<int64_t> positions(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t p = find(ids[i]);
-    if (p < 0) throw std::invalid_argument("id " + std::to_string(ids[i]) + " is not in the index");
-    positions[static_cast<size_t>(i)] = p;
-  }
-  const StreamMemory device_positions(pool_->handle, positions.size() * sizeof(int64_t), stream);
-  upload(device_positions.as<void>(), positions.data(), positions.size() * sizeof(int64_t), stream);
-  const size_t bytes = static_cast<size_t>(n) * static_cast<size_t>(dim_) * sizeof(uint16_t);
-  std::unique_ptr<StreamMemory> rows;
-  if (!to_device) rows = std::make_unique<StreamMemory>(pool_->handle, bytes, stream);
-  check(launch_gather(snapshot_->view, device_positions.as<int64_t>(), n,
-                      to_device ? out : rows->as<uint16_t>(), stream),
-        "topk_gather_kernel");
-  if (!to_device) download(out, rows->as<void>(), bytes, stream);
-  wait(stream);
-}
-
 void CudaIndex::compact() {
   const std::lock_guard<std::mutex> writer(writer_);
   std::vector<int64_t> keep;
@@ -603,43 +398,6 @@ void CudaIndex::compact() {
     listed_ = true;
   }
   publish();
-}
-
-CudaIndex::Plan::Plan(std::shared_ptr<const CudaIndex> index, int batch, int k)
-    : index_(std::move(index)), batch_(batch), k_(k) {
-  if (batch < 1 || k < 1)
-    throw std::invalid_argument("batch and k must be at least 1, got " + std::to_string(batch) +
-                                " and " + std::to_string(k));
-  const size_t n = static_cast<size_t>(batch) * static_cast<size_t>(k);
-  scores_ = Memory(index_->device_, n * sizeof(float));
-  ids_ = Memory(index_->device_, n * sizeof(int64_t));
-  results_ = {scores_.as<float>(), ids_.as<int64_t>(), nullptr};
-  const std::shared_lock lock(index_->mutex_);
-  prepare();
-}
-
-// The caller holds the index's lock.
-void CudaIndex::Plan::prepare() {
-  if (version_ == index_->version_) return;
-  snapshot_ = index_->snapshot_;
-  version_ = index_->version_;
-  plan_ = plan_topk(snapshot_->view, batch_, k_, index_->limits_, kWorkspace);
-  if (!plan_.workspace_bytes)
-    throw std::invalid_argument("k must be 1 to " + std::to_string(kMaxK) +
-                                " on a CUDA device, got " + std::to_string(k_));
-  if (workspace_.bytes() < plan_.workspace_bytes)
-    workspace_ = Memory(index_->device_, plan_.workspace_bytes);
-}
-
-void CudaIndex::Plan::run(const Queries& queries, void* stream) {
-  const Current current(index_->device_);
-  const std::shared_lock lock(index_->mutex_);
-  prepare();
-  check(launch_topk(plan_,
-                    {snapshot_->view, queries.data, queries.dtype, queries.stride, results_.scores,
-                     results_.ids, nullptr, workspace_.as<void>()},
-                    stream),
-        "search");
 }
 
 }  // namespace cuda

@@ -55,7 +55,7 @@ class Memory {
   int device_ = 0;
 };
 
-struct Queries {  // device memory
+struct Queries {  // device memory, or host memory where a function says so
   const void* data;
   DType dtype;
   int64_t stride;  // elements
@@ -64,6 +64,11 @@ struct Results {  // device memory
   float* scores;
   int64_t* ids;
   double* exact;  // or null
+};
+struct Ranges {               // host memory
+  std::vector<int64_t> lims;  // query i owns [lims[i], lims[i+1])
+  std::vector<float> scores;  // best first
+  std::vector<int64_t> ids;
 };
 struct HostIds {  // host memory; neither pointer set: no restriction
   const int64_t* ids = nullptr;
@@ -85,8 +90,11 @@ class CudaIndex {
   void search(const Queries& queries, int batch, int k, const HostIds& allow, const HostIds& deny,
               const Results& results, void* stream) const;
   // The same for queries and results on the host; waits. Queries: no NaN or infinity.
-  void search_host(const void* queries, DType dtype, int64_t stride, int batch, int k,
-                   const HostIds& allow, const HostIds& deny, float* scores, int64_t* ids) const;
+  void search_host(const Queries& queries, int batch, int k, const HostIds& allow,
+                   const HostIds& deny, float* scores, int64_t* ids) const;
+  // All rows better than `radius`, strictly, to the host; waits.
+  Ranges range_search(const Queries& queries, bool on_device, int batch, double radius,
+                      const HostIds& allow, const HostIds& deny, void* stream) const;
   int64_t remove(const int64_t* ids, int64_t n);
   void compact();
   // FP16 rows of these ids to device or host memory, [n, dim].

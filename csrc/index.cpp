@@ -46,11 +46,13 @@ void to_floats(const void* from, DType dtype, int64_t at, int64_t n, float* out)
   }
 }
 
-std::vector<float> query_floats(const void* queries, DType dtype, int64_t m, int64_t dim,
-                                int64_t stride) {
+// The queries as FP32, in memory that the thread's next search takes over.
+const float* query_floats(const void* queries, DType dtype, int64_t m, int64_t dim,
+                          int64_t stride) {
   if (m < 0) refuse("queries: a negative number of rows");
   if (m > 0 && !queries) refuse("queries: no data");
-  std::vector<float> out(static_cast<size_t>(m * dim));
+  thread_local std::vector<float> out;
+  out.resize(static_cast<size_t>(m * dim));
   bool finite = true;
   for (int64_t i = 0; i < m; ++i) {
     float* row = out.data() + i * dim;
@@ -58,7 +60,7 @@ std::vector<float> query_floats(const void* queries, DType dtype, int64_t m, int
     for (int64_t j = 0; j < dim; ++j) finite &= std::isfinite(row[j]);
     if (!finite) refuse("queries: row " + std::to_string(i) + " holds NaN or infinity");
   }
-  return out;
+  return out.data();
 }
 
 // Rows [0, n) of `from` into rows [at, at + n) of the segment, with their norms. Returns the first
@@ -282,56 +284,45 @@ void Index::add(const void* rows, DType dtype, int64_t n, const int64_t* ids, in
   m.current = std::make_shared<Snapshot>(std::move(next));
 }
 
-void Index::search(const void* queries, DType dtype, int64_t m, int64_t k, float* scores,
-                   int64_t* ids, const SearchOptions& options, int64_t stride) const {
-  if (k < 1) refuse("k must be at least 1, got " + std::to_string(k));
+// One search of the rows that are there now: run(task, stats).
+template <class Run>
+static void search_now(const Index::Impl& impl, const void* queries, DType dtype, int64_t m,
+                       const SearchOptions& options, int64_t stride, Run run) {
   const ExactFloats exact;
-  const std::vector<float> floats = query_floats(queries, dtype, m, impl_->dim, stride);
+  const float* floats = query_floats(queries, dtype, m, impl.dim, stride);
   std::vector<LiveMask> filter;
   std::shared_ptr<const Snapshot> snapshot;
   bool filtered;
   {
-    std::shared_lock<std::shared_mutex> lock(impl_->state);
-    snapshot = impl_->current;
-    filtered = impl_->filter(*snapshot, options, filter);
+    std::shared_lock<std::shared_mutex> lock(impl.state);
+    snapshot = impl.current;
+    filtered = impl.filter(*snapshot, options, filter);
   }
-  const SearchTask task{
-      snapshot.get(), filtered ? &filter : nullptr, floats.data(), m, impl_->dim, impl_->metric,
-      impl_->scan};
-  thread_local ScratchPtr scratch = make_scratch();
   Stats stats;
-  search_topk(task, k, scores, ids, *scratch, stats);
-  std::lock_guard<std::mutex> lock(impl_->stats_mutex);
-  Stats& total = impl_->stats;
-  total.searches += stats.searches;
-  total.queries += stats.queries;
-  total.rows_scanned += stats.rows_scanned;
-  total.rows_opened += stats.rows_opened;
-  total.rows_rescored += stats.rows_rescored;
-  total.chunks_int8 += stats.chunks_int8;
-  total.chunks_fp16 += stats.chunks_fp16;
-  total.chunks_canonical += stats.chunks_canonical;
+  run(SearchTask{snapshot.get(), filtered ? &filter : nullptr, floats, m, impl.dim, impl.metric,
+                 impl.scan},
+      stats);
+  std::lock_guard<std::mutex> lock(impl.stats_mutex);
+  impl.stats += stats;
+}
+
+void Index::search(const void* queries, DType dtype, int64_t m, int64_t k, float* scores,
+                   int64_t* ids, const SearchOptions& options, int64_t stride,
+                   double* exact) const {
+  if (k < 1) refuse("k must be at least 1, got " + std::to_string(k));
+  search_now(*impl_, queries, dtype, m, options, stride, [&](const SearchTask& task, Stats& stats) {
+    search_topk(task, k, scores, ids, exact, stats);
+  });
 }
 
 RangeResult Index::range_search(const void* queries, DType dtype, int64_t m, double radius,
                                 const SearchOptions& options, int64_t stride) const {
   if (std::isnan(radius)) refuse("radius is NaN");
-  const ExactFloats exact;
-  const std::vector<float> floats = query_floats(queries, dtype, m, impl_->dim, stride);
-  std::vector<LiveMask> filter;
-  std::shared_ptr<const Snapshot> snapshot;
-  bool filtered;
-  {
-    std::shared_lock<std::shared_mutex> lock(impl_->state);
-    snapshot = impl_->current;
-    filtered = impl_->filter(*snapshot, options, filter);
-  }
-  const SearchTask task{
-      snapshot.get(), filtered ? &filter : nullptr, floats.data(), m, impl_->dim, impl_->metric,
-      impl_->scan};
-  thread_local ScratchPtr scratch = make_scratch();
-  Stats stats;
-  return search_range(task, radius, *scratch, stats);
+  RangeResult found;
+  search_now(*impl_, queries, dtype, m, options, stride, [&](const SearchTask& task, Stats& stats) {
+    found = search_range(task, radius, stats);
+  });
+  return found;
 }
 
 void Index::vectors(const int64_t* ids, int64_t n, uint16_t* out) const {

@@ -27,11 +27,12 @@ struct ScanRows {
 //   int8:  u = mul·scale·(c·p) + err·residual + err_norm·norm + sq·norm² + base
 //   fp16:  u = mul·(x·v)·inv + err·n + sq·row_norm² + base, inv = 1 and n = row_norm
 //          (cosine: inv = 1/row_norm, or 0 for a zero row, and n = 1)
+// and u - 2·(err·residual + err_norm·norm + slack - 2^-18·sq·norm²) is a lower one (fp16 likewise).
 struct ScanQuery {
   const int8_t* codes;  // p, [groups·4] and zeros
   const float* values;  // v, [dim] and zeros
   int32_t offset;       // -128·Σp: codes are stored plus 128
-  float mul, err, err_norm, sq, base;
+  float mul, err, err_norm, sq, base, slack;
   float tau;  // rows with u < tau are out
 };
 

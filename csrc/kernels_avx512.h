@@ -54,34 +54,84 @@ inline void test_block(const BlockTerms& t, __m512i sum, ScanQuery& q, int index
   }
 }
 
-template <bool VNNI, bool L2, int NB, int NQ>
-void int8_tile(const ScanRows& rows, uint32_t block, ScanQuery* queries, int index, Sink* sink) {
+constexpr int kStep = 4;  // groups of an iteration
+
+// Cache lines to ask for while a tile is summed: `lines` of them per iteration, from `at` on.
+struct Ahead {
+  const uint8_t* at;
+  int lines;
+};
+
+// sums[b][q] = codes of block b · codes of query q. Everything is unrolled, so that the sums stay
+// in registers; queries are zero-filled, so that whole steps of four groups may run past the last
+// one.
+template <bool VNNI, int NB, int NQ>
+inline void int8_sums(const ScanRows& rows, uint32_t block, const ScanQuery* queries, Ahead ahead,
+                      __m512i (*sums)[NQ]) {
   const size_t stride = static_cast<size_t>(rows.groups) * 64;
   const uint8_t* codes = rows.codes + block * stride;
+  const int8_t* words[NQ];
   __m512i acc[NB][NQ];
-  for (int b = 0; b < NB; ++b)
-    for (int q = 0; q < NQ; ++q) acc[b][q] = _mm512_set1_epi32(queries[q].offset);
-  for (int g = 0; g < rows.groups; ++g) {
-    __m512i c[NB];
-    for (int b = 0; b < NB; ++b) c[b] = _mm512_loadu_si512(codes + b * stride + g * 64);
-    for (int q = 0; q < NQ; ++q) {
-      int32_t word;
-      memcpy(&word, queries[q].codes + g * kBlockDims, 4);
-      const __m512i w = _mm512_set1_epi32(word);
-      for (int b = 0; b < NB; ++b) acc[b][q] = dot_group<VNNI>(acc[b][q], c[b], w);
-    }
+#pragma GCC unroll 8
+  for (int q = 0; q < NQ; ++q) {
+    words[q] = queries[q].codes;
+#pragma GCC unroll 4
+    for (int b = 0; b < NB; ++b) acc[b][q] = _mm512_set1_epi32(queries[q].offset);
   }
+  for (int left = rows.groups; left > 0; left -= kStep) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kStep; ++i) {
+      __m512i c[NB];
+#pragma GCC unroll 4
+      for (int b = 0; b < NB; ++b) c[b] = _mm512_loadu_si512(codes + b * stride + i * 64);
+#pragma GCC unroll 8
+      for (int q = 0; q < NQ; ++q) {
+        int32_t word;
+        memcpy(&word, words[q] + i * kBlockDims, 4);
+        const __m512i w = _mm512_set1_epi32(word);
+#pragma GCC unroll 4
+        for (int b = 0; b < NB; ++b) acc[b][q] = dot_group<VNNI>(acc[b][q], c[b], w);
+      }
+    }
+    for (int i = 0; i < ahead.lines; ++i, ahead.at += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(ahead.at), _MM_HINT_T0);
+    codes += kStep * 64;
+#pragma GCC unroll 8
+    for (int q = 0; q < NQ; ++q) words[q] += kStep * kBlockDims;
+  }
+#pragma GCC unroll 4
+  for (int b = 0; b < NB; ++b)
+#pragma GCC unroll 8
+    for (int q = 0; q < NQ; ++q) sums[b][q] = acc[b][q];
+}
+
+template <bool VNNI, bool L2, int NB, int NQ>
+void int8_tile(const ScanRows& rows, uint32_t block, ScanQuery* queries, int index, Sink* sink,
+               Ahead ahead = {nullptr, 0}) {
+  __m512i sums[NB][NQ];
+  int8_sums<VNNI, NB, NQ>(rows, block, queries, ahead, sums);
   for (int b = 0; b < NB; ++b) {
     const BlockTerms t = load_terms(rows, block + b);
     for (int q = 0; q < NQ; ++q)
-      test_block<L2>(t, acc[b][q], queries[q], index + q, block + b, sink);
+      test_block<L2>(t, sums[b][q], queries[q], index + q, block + b, sink);
   }
 }
 
+// The first tile of queries waits for its codes, the others find them in L1: so all of them
+// together fetch the blocks that come next.
 template <bool VNNI, bool L2, int NB>
 void int8_blocks(const ScanRows& rows, uint32_t block, ScanQuery* queries, int nq, Sink* sink) {
+  const int tiles = nq >= 8 ? nq / 8 : 1, steps = (rows.groups + kStep - 1) / kStep;
+  const size_t bytes = static_cast<size_t>(NB) * rows.groups * 64;
+  Ahead ahead{rows.codes + (block + NB) * static_cast<size_t>(rows.groups) * 64,
+              (NB * kStep + tiles - 1) / tiles};
+  const uint8_t* end = ahead.at + bytes;
   int q = 0;
-  for (; q + 8 <= nq; q += 8) int8_tile<VNNI, L2, NB, 8>(rows, block, queries + q, q, sink);
+  for (; q + 8 <= nq; q += 8) {
+    int8_tile<VNNI, L2, NB, 8>(rows, block, queries + q, q, sink, ahead);
+    ahead.at += static_cast<size_t>(steps) * ahead.lines * 64;
+    if (ahead.at >= end) ahead.lines = 0;
+  }
   for (; q + 4 <= nq; q += 4) int8_tile<VNNI, L2, NB, 4>(rows, block, queries + q, q, sink);
   for (; q < nq; ++q) int8_tile<VNNI, L2, NB, 1>(rows, block, queries + q, q, sink);
 }

@@ -6,15 +6,18 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <mutex>
 
 #include "collector.h"
 #include "thread_pool.h"
+#include "trace.h"
 
 namespace knnfast {
 namespace {
 
 constexpr int64_t kGroup = 256;            // queries that go through the rows together
 constexpr size_t kChunkBytes = 256 << 10;  // of codes, handed to a thread at a time
+constexpr int64_t kWarmUp = 32;            // times k rows, before a scan is judged
 constexpr double kSpeck = 1e-30;           // over everything that underflows in a scan
 
 enum Level { kInt8, kFp16, kCanonical };
@@ -69,14 +72,16 @@ double canonical_norm2(const double* q, int64_t dim) {
   return lanes[0];
 }
 
-}  // namespace
-
 struct Worker : Sink {
   Panel panel;
-  int64_t segment = -1;  // the panel's
+  std::vector<double> centred;         // l2: a query less the segment's mean
+  int64_t segment = -1;                // the panel's
+  const ScanQuery* queries = nullptr;  // of the scan that runs, and what their errors multiply
+  const float *errors = nullptr, *norms = nullptr;
   std::vector<Collector> collectors;
   uint32_t chunk_segment = 0;
   int64_t opened = 0;  // in this chunk, by queries that had a threshold
+  int64_t seen = 0;    // blocks
   int level = kInt8, hold = 0, patience = 8;
   Stats stats;
 };
@@ -92,10 +97,18 @@ struct Scratch {
   std::vector<Chunk> chunks;
 };
 
-void ScratchDeleter::operator()(Scratch* s) const { delete s; }
-ScratchPtr make_scratch() { return ScratchPtr(new Scratch); }
+// Buffers that one search leaves for the next one of its thread.
+Scratch& scratch() {
+  thread_local Scratch s;
+  return s;
+}
 
-namespace {
+// How far below its upper bound a row's score may lie (kernels.h).
+double spread(const Worker& w, int query, size_t row) {
+  const ScanQuery& q = w.queries[query];
+  const double n = w.norms[row], error = w.errors ? w.errors[row] : 1;
+  return 2 * (q.err * error + q.err_norm * n + q.slack - 0x1p-18 * q.sq * n * n);
+}
 
 float on_hit(Sink* sink, int query, uint32_t block, const float* upper, uint32_t mask) {
   Worker& w = *static_cast<Worker*>(sink);
@@ -106,8 +119,9 @@ float on_hit(Sink* sink, int query, uint32_t block, const float* upper, uint32_t
   if (c.tau() > kNoThreshold) w.opened += count;
   for (; mask; mask &= mask - 1) {
     const int r = __builtin_ctz(mask);
+    const uint32_t row = block * kBlockRows + static_cast<uint32_t>(r);
     if (upper[r] >= c.tau())
-      c.add(upper[r], w.chunk_segment, block * kBlockRows + static_cast<uint32_t>(r));
+      c.add(round_down(upper[r] - spread(w, query, row)), upper[r], w.chunk_segment, row);
   }
   return c.tau();
 }
@@ -115,35 +129,40 @@ float on_hit(Sink* sink, int query, uint32_t block, const float* upper, uint32_t
 // Runs one group of queries.
 class GroupSearch {
  public:
-  GroupSearch(const SearchTask& task, int64_t first, int64_t count, Scratch& scratch)
+  GroupSearch(const SearchTask& task, int64_t first, int64_t count)
       : task_(task),
         n_(count),
         dim_(task.dim),
         pad_(padded(task.dim)),
-        s_(scratch),
+        s_(scratch()),
         kernels_(kernels()) {
     prepare(task.queries + first * dim_);
   }
 
   void run(int threads, size_t k, const double* radius) {
+    k_ = static_cast<int64_t>(k);
     plan_chunks();
     const int64_t work = static_cast<int64_t>(s_.chunks.size());
     if (work < 2) threads = 1;
     if (static_cast<int>(s_.workers.size()) < threads)
       s_.workers.resize(static_cast<size_t>(threads));
     for (int t = 0; t < threads; ++t) start(s_.workers[static_cast<size_t>(t)], k, radius);
-    parallel_for(
-        work,
-        [&](int t, int64_t i) {
-          scan_chunk(s_.workers[static_cast<size_t>(t)], s_.chunks[static_cast<size_t>(i)]);
-        },
-        threads);
+    {
+      const TraceRange range("knnfast.scan");
+      parallel_for(
+          work,
+          [&](int t, int64_t i) {
+            scan_chunk(s_.workers[static_cast<size_t>(t)], s_.chunks[static_cast<size_t>(i)]);
+          },
+          threads);
+    }
     // The rows after the last whole block of each segment.
     Worker& first = s_.workers[0];
     const Snapshot& snapshot = *task_.snapshot;
     for (size_t i = 0; i < snapshot.size(); ++i)
       canonical_rows(first, static_cast<uint32_t>(i), snapshot[i].blocks() * kBlockRows,
                      snapshot[i].n);
+    const TraceRange range("knnfast.merge");
     parallel_for(
         n_,
         [&](int, int64_t q) {
@@ -166,13 +185,7 @@ class GroupSearch {
       total.rows_opened += c.opened;
       total.rows_rescored += c.rescored;
     }
-    for (int t = 0; t < threads_; ++t) {
-      const Stats& w = s_.workers[static_cast<size_t>(t)].stats;
-      total.rows_scanned += w.rows_scanned;
-      total.chunks_int8 += w.chunks_int8;
-      total.chunks_fp16 += w.chunks_fp16;
-      total.chunks_canonical += w.chunks_canonical;
-    }
+    for (int t = 0; t < threads_; ++t) total += s_.workers[static_cast<size_t>(t)].stats;
     total.queries += n_;
   }
 
@@ -239,6 +252,7 @@ class GroupSearch {
     w.level = task_.scan == Scan::fp16 ? kFp16 : kInt8;
     w.hold = 0;
     w.patience = 8;
+    w.seen = 0;
     w.stats = Stats();
     if (w.collectors.size() < static_cast<size_t>(n_)) w.collectors.resize(static_cast<size_t>(n_));
     for (int64_t q = 0; q < n_; ++q) {
@@ -280,6 +294,7 @@ class GroupSearch {
       f.err_norm = 0;
       f.sq = l2 ? static_cast<float>(-0.5 * row_scale * row_scale * two_scales) : 0;
       f.base = round_up((l2 ? -0.5 * norm2 * (1 - 0x1p-20) : 0) + kSpeck);
+      f.slack = round_up((l2 ? 0x1p-19 * norm2 : 0) + kSpeck);
     }
     if (view.codes) fill_int8(w, *view.codes, exact, two_scales);
   }
@@ -288,7 +303,8 @@ class GroupSearch {
     Panel& p = w.panel;
     const bool l2 = task_.metric == Metric::l2;
     if (l2) p.codes.assign(s_.codes.size(), 0);
-    std::vector<double> centred(l2 ? static_cast<size_t>(dim_) : 0);
+    std::vector<double>& centred = w.centred;
+    centred.resize(static_cast<size_t>(dim_));
     for (int64_t i = 0; i < n_; ++i) {
       const size_t at = static_cast<size_t>(i);
       const Query& query = s_.queries[at];
@@ -315,8 +331,9 @@ class GroupSearch {
       q.err = round_up((c.norm + c.error + arithmetic) * row_scale);
       q.err_norm = round_up((c.error + arithmetic) * row_scale);
       q.sq = l2 ? static_cast<float>(-0.5 * row_scale * row_scale * two_scales) : 0;
-      q.base = round_up(base + 0x1p-20 * std::fabs(base) +
-                        exact * c.norm * (c.norm + codes.mean_norm * row_scale) + kSpeck);
+      const double rounding = exact * c.norm * (c.norm + codes.mean_norm * row_scale) + kSpeck;
+      q.base = round_up(base + 0x1p-20 * std::fabs(base) + rounding);
+      q.slack = round_up(0x1p-19 * std::fabs(base) + rounding);
     }
   }
 
@@ -353,20 +370,28 @@ class GroupSearch {
       w.collectors[static_cast<size_t>(q)].refresh();
       queries[static_cast<size_t>(q)].tau = w.collectors[static_cast<size_t>(q)].tau();
     }
+    w.queries = queries.data();
     if (level == kInt8) {
       ++w.stats.chunks_int8;
       rows.codes = view.codes->codes.as<uint8_t>();
       rows.scale = view.codes->scale.as<float>();
       rows.residual = view.codes->residual.as<float>();
       rows.norm = view.codes->norm.as<float>();
+      w.errors = rows.residual;
+      w.norms = rows.norm;
       kernels_.scan_int8(rows, chunk.begin, chunk.end, queries.data(), static_cast<int>(n_), l2,
                          &w);
     } else {
       ++w.stats.chunks_fp16;
+      w.errors = task_.metric == Metric::cosine ? nullptr : rows.row_norm;
+      w.norms = rows.row_norm;
       kernels_.scan_fp16(rows, chunk.begin, chunk.end, queries.data(), static_cast<int>(n_), l2,
                          task_.metric == Metric::cosine, &w);
     }
     // A scan that opens most of what it reads does not pay: take the next finer one for a while.
+    // Only the first rows cannot be judged: most of them are among the k best so far.
+    w.seen += chunk.end - chunk.begin;
+    if (w.seen * kBlockRows < kWarmUp * k_) return;
     const double share = static_cast<double>(w.opened) / static_cast<double>(pairs);
     if (share > (level == kFp16 ? 0.5 : n_ < 4 ? 0.2 : 0.08)) {
       w.level = level + 1;
@@ -389,95 +414,75 @@ class GroupSearch {
   const size_t pad_;
   Scratch& s_;
   const Kernels& kernels_;
+  int64_t k_ = 0;
   int threads_ = 1;
 };
 
 // Every group of queries in turn: threads share the rows, or, where the rows are few, the groups.
 template <class Emit>
-void for_groups(const SearchTask& task, size_t k, const double* radius, Scratch& scratch,
-                Stats& stats, Emit emit) {
+void for_groups(const SearchTask& task, size_t k, const double* radius, Stats& stats, Emit emit) {
   int64_t rows = 0;
   for (const SegmentView& s : *task.snapshot) rows += s.n;
-  const int64_t bytes = rows * task.dim;
   const int threads = num_threads();
-  const bool small = bytes < (int64_t{1} << 20);  // too little to share
+  const bool small = rows * task.dim < (int64_t{1} << 20);  // too little to share
+  auto run = [&](int64_t first, int64_t size, int with, Stats& into) {
+    const int64_t count = std::min(size, task.m - first);
+    GroupSearch search(task, first, count);
+    search.run(with, k, radius);
+    emit(search, first, count);
+    search.add_stats(into);
+  };
   if (small && task.m > 16 && threads > 1) {
-    const int64_t group = std::min<int64_t>(kGroup, (task.m + threads - 1) / threads);
-    const int64_t groups = (task.m + group - 1) / group;
-    std::vector<Stats> parts(static_cast<size_t>(groups));
-    parallel_for(groups, [&](int thread, int64_t g) {
-      ScratchPtr own;
-      if (thread > 0) own = make_scratch();
-      Scratch& s = own ? *own : scratch;
-      GroupSearch search(task, g * group, std::min(group, task.m - g * group), s);
-      search.run(1, k, radius);
-      emit(search, g * group, std::min(group, task.m - g * group));
-      search.add_stats(parts[static_cast<size_t>(g)]);
+    const int64_t size = std::min<int64_t>(kGroup, (task.m + threads - 1) / threads);
+    std::mutex adding;
+    parallel_for((task.m + size - 1) / size, [&](int, int64_t g) {
+      Stats part;
+      run(g * size, size, 1, part);
+      const std::lock_guard<std::mutex> lock(adding);
+      stats += part;
     });
-    for (const Stats& p : parts) {
-      stats.queries += p.queries;
-      stats.rows_scanned += p.rows_scanned;
-      stats.rows_opened += p.rows_opened;
-      stats.rows_rescored += p.rows_rescored;
-      stats.chunks_int8 += p.chunks_int8;
-      stats.chunks_fp16 += p.chunks_fp16;
-      stats.chunks_canonical += p.chunks_canonical;
-    }
     return;
   }
-  for (int64_t first = 0; first < task.m; first += kGroup) {
-    const int64_t count = std::min(kGroup, task.m - first);
-    GroupSearch search(task, first, count, scratch);
-    search.run(small ? 1 : threads, k, radius);
-    emit(search, first, count);
-    search.add_stats(stats);
-  }
+  for (int64_t first = 0; first < task.m; first += kGroup)
+    run(first, kGroup, small ? 1 : threads, stats);
 }
 
-float score_of(Metric metric, double key) {
-  return static_cast<float>(metric == Metric::l2 ? -key : key);
-}
+double score_of(Metric metric, double key) { return metric == Metric::l2 ? -key : key; }
 
 }  // namespace
 
-void search_topk(const SearchTask& task, int64_t k, float* scores, int64_t* ids, Scratch& scratch,
+void search_topk(const SearchTask& task, int64_t k, float* scores, int64_t* ids, double* exact,
                  Stats& stats) {
   const float missing = task.metric == Metric::l2 ? -kNoThreshold : kNoThreshold;
   int64_t rows = 0;
   for (const SegmentView& s : *task.snapshot) rows += s.n;
   const size_t wanted = static_cast<size_t>(std::min(k, std::max<int64_t>(rows, 1)));
-  for_groups(task, wanted, nullptr, scratch, stats,
-             [&](GroupSearch& search, int64_t first, int64_t count) {
-               for (int64_t q = 0; q < count; ++q) {
-                 const std::vector<Found>& found = search.found(q);
-                 float* s = scores + (first + q) * k;
-                 int64_t* id = ids + (first + q) * k;
-                 int64_t i = 0;
-                 for (; i < static_cast<int64_t>(found.size()); ++i) {
-                   s[i] = score_of(task.metric, found[static_cast<size_t>(i)].key);
-                   id[i] = found[static_cast<size_t>(i)].id;
-                 }
-                 for (; i < k; ++i) {
-                   s[i] = missing;
-                   id[i] = -1;
-                 }
-               }
-             });
+  for_groups(task, wanted, nullptr, stats, [&](GroupSearch& search, int64_t first, int64_t count) {
+    for (int64_t q = 0; q < count; ++q) {
+      const std::vector<Found>& found = search.found(q);
+      const int64_t at = (first + q) * k, n = static_cast<int64_t>(found.size());
+      for (int64_t i = 0; i < k; ++i) {
+        const Found* f = i < n ? &found[static_cast<size_t>(i)] : nullptr;
+        const double score = f ? score_of(task.metric, f->key) : static_cast<double>(missing);
+        scores[at + i] = static_cast<float>(score);
+        ids[at + i] = f ? f->id : -1;
+        if (exact) exact[at + i] = score;
+      }
+    }
+  });
   ++stats.searches;
 }
 
-RangeResult search_range(const SearchTask& task, double radius, Scratch& scratch, Stats& stats) {
+RangeResult search_range(const SearchTask& task, double radius, Stats& stats) {
   std::vector<std::vector<Found>> all(static_cast<size_t>(task.m));
-  for_groups(task, 0, &radius, scratch, stats,
-             [&](GroupSearch& search, int64_t first, int64_t count) {
-               for (int64_t q = 0; q < count; ++q)
-                 all[static_cast<size_t>(first + q)] = search.found(q);
-             });
+  for_groups(task, 0, &radius, stats, [&](GroupSearch& search, int64_t first, int64_t count) {
+    for (int64_t q = 0; q < count; ++q) all[static_cast<size_t>(first + q)] = search.found(q);
+  });
   RangeResult r;
   r.lims.push_back(0);
   for (const std::vector<Found>& found : all) {
     for (const Found& f : found) {
-      r.scores.push_back(score_of(task.metric, f.key));
+      r.scores.push_back(static_cast<float>(score_of(task.metric, f.key)));
       r.ids.push_back(f.id);
     }
     r.lims.push_back(static_cast<int64_t>(r.ids.size()));

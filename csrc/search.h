@@ -2,7 +2,6 @@
 // One search over one snapshot: scan, threshold, open, rescore.
 #pragma once
 
-#include <memory>
 #include <vector>
 
 #include "knnfast/index.h"
@@ -19,16 +18,21 @@ struct SearchTask {
   Scan scan;
 };
 
-// Buffers that one search leaves for the next. Not for two threads at once.
-struct Scratch;
-struct ScratchDeleter {
-  void operator()(Scratch*) const;
-};
-using ScratchPtr = std::unique_ptr<Scratch, ScratchDeleter>;
-ScratchPtr make_scratch();
+inline Stats& operator+=(Stats& total, const Stats& s) {
+  total.searches += s.searches;
+  total.queries += s.queries;
+  total.rows_scanned += s.rows_scanned;
+  total.rows_opened += s.rows_opened;
+  total.rows_rescored += s.rows_rescored;
+  total.chunks_int8 += s.chunks_int8;
+  total.chunks_fp16 += s.chunks_fp16;
+  total.chunks_canonical += s.chunks_canonical;
+  return total;
+}
 
-void search_topk(const SearchTask& task, int64_t k, float* scores, int64_t* ids, Scratch& scratch,
+// Each thread keeps its buffers from one search to the next. `exact`: FP64 scores too, or null.
+void search_topk(const SearchTask& task, int64_t k, float* scores, int64_t* ids, double* exact,
                  Stats& stats);
-RangeResult search_range(const SearchTask& task, double radius, Scratch& scratch, Stats& stats);
+RangeResult search_range(const SearchTask& task, double radius, Stats& stats);
 
 }  // namespace knnfast

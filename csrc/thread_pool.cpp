@@ -33,7 +33,7 @@ class Pool {
     for (std::thread& t : threads_) t.join();
   }
 
-  void run(int64_t tasks, const std::function<void(int, int64_t)>& work) {
+  void run(int64_t tasks, const TaskRef& work) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       work_ = &work;
@@ -53,7 +53,7 @@ class Pool {
   }
 
  private:
-  void drain(const std::function<void(int, int64_t)>& work, int thread) {
+  void drain(const TaskRef& work, int thread) {
     try {
       for (int64_t task; (task = next_.fetch_add(1)) < tasks_;) work(thread, task);
     } catch (...) {
@@ -66,7 +66,7 @@ class Pool {
   void serve(int thread) {
     uint64_t seen = 0;
     for (;;) {
-      const std::function<void(int, int64_t)>* work;
+      const TaskRef* work;
       {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return stop_ || (work_ && round_ != seen); });
@@ -84,7 +84,7 @@ class Pool {
   std::vector<std::thread> threads_;
   std::mutex mutex_;
   std::condition_variable wake_, done_;
-  const std::function<void(int, int64_t)>* work_ = nullptr;
+  const TaskRef* work_ = nullptr;
   int64_t tasks_ = 0;
   std::atomic<int64_t> next_{0};
   uint64_t round_ = 0;
@@ -135,7 +135,7 @@ void set_num_threads(int n) {
   g_threads.store(n, std::memory_order_relaxed);
 }
 
-void parallel_for(int64_t tasks, const std::function<void(int, int64_t)>& work, int threads) {
+void parallel_for(int64_t tasks, TaskRef work, int threads) {
   if (threads <= 0) threads = num_threads();
   if (tasks > 1 && threads > 1) {
     Owner& o = owner();

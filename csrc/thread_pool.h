@@ -3,15 +3,30 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
+#include <type_traits>
 
 namespace knnfast {
 
-// Calls work(thread, task) once for every task in [0, tasks), handed out one at a time to at most
-// `threads` threads (0: num_threads()), the caller among them; thread < threads. Rethrows the first
-// exception. When another caller holds the pool, everything runs on the caller: many threads that
-// search at once need no pool.
-void parallel_for(int64_t tasks, const std::function<void(int thread, int64_t task)>& work,
-                  int threads = 0);
+// A callable that outlives the call it is handed to: no copy, no allocation.
+class TaskRef {
+ public:
+  template <class F, class = std::enable_if_t<!std::is_same_v<std::decay_t<F>, TaskRef>>>
+  TaskRef(F&& f)
+      : object_(const_cast<void*>(static_cast<const void*>(&f))),
+        call_([](void* object, int thread, int64_t task) {
+          (*static_cast<std::remove_reference_t<F>*>(object))(thread, task);
+        }) {}
+  void operator()(int thread, int64_t task) const { call_(object_, thread, task); }
+
+ private:
+  void* object_;
+  void (*call_)(void*, int, int64_t);
+};
+
+// Calls work(int thread, int64_t task) once for every task in [0, tasks), handed out one at a time
+// to at most `threads` threads (0: num_threads()), the caller among them; thread < threads.
+// Rethrows the first exception. When another caller holds the pool, everything runs on the caller:
+// many threads that search at once need no pool.
+void parallel_for(int64_t tasks, TaskRef work, int threads = 0);
 
 }  // namespace knnfast

@@ -10,6 +10,7 @@
 // bounds, the same or an eighth of it for the lower ones, 16·k·shares for candidates.
 #include "topk_cuda.cuh"
 #include "topk_launch.h"
+#include "trace.h"
 
 namespace knnfast {
 namespace cuda {
@@ -162,46 +163,65 @@ TopkPlan plan_topk(const IndexView& index, int batch, int k, const Device& devic
   return plan;
 }
 
+namespace {
+
+// The scan of one round of `count` queries.
+int scan_round(const TopkPlan& plan, const IndexView& index, const Workspace& w, int count,
+               void* stream) {
+  const bool int8 = index.scan == kInt8;
+  ScanArgs args{};
+  args.segments = index.segments;
+  args.filter = index.filter;
+  args.panels = w.panels;
+  args.queries = w.states;
+  args.upper = w.upper;
+  args.lower = w.lower;
+  args.rows = index.rows;
+  args.tiles_per_segment = static_cast<int>(index.rows_per_segment / kTileRows);
+  args.tiles = plan.bins / (kTileRows / kBinRows);
+  args.slices = int8 ? code_slices(index.dim) : half_slices(index.dim);
+  args.bins = plan.bins;
+  args.lower_shift = plan.lower_shift;
+  args.batch = count;
+  args.panels_count = ceil_div(count, plan.columns);
+  args.metric = index.metric;
+  // A last, smaller round has fewer panels: the grid stays a whole number of walkers.
+  TopkPlan round = plan;
+  if (plan.kernel != Kernel::kStream) {
+    const int panels = ceil_div(plan.chunk, plan.columns);
+    round.grid = plan.grid / panels * args.panels_count;
+  }
+  return plan.kernel == Kernel::kStream  ? launch_stream_scan(round, args, int8, stream)
+         : plan.kernel == Kernel::kTiled ? launch_tiled_scan(round, args, int8, stream)
+                                         : launch_sm90_scan(round, args, int8, stream);
+}
+
+}  // namespace
+
 int launch_topk(const TopkPlan& plan, const TopkParams& params, void* stream) {
   if (plan.workspace_bytes == 0 || params.index.rows != plan.rows) return cudaErrorInvalidValue;
   const IndexView& index = params.index;
-  const bool int8 = index.scan == kInt8;
   const Workspace w = carve(plan, index, params.workspace, nullptr);
   for (int first = 0; first < plan.batch; first += plan.chunk) {
     const int count = plan.batch - first < plan.chunk ? plan.batch - first : plan.chunk;
-    int error = launch_prepare(plan, params, w, first, count, stream);
-    if (error) return error;
-    if (plan.bins > 0) {
-      ScanArgs args{};
-      args.segments = index.segments;
-      args.filter = index.filter;
-      args.panels = w.panels;
-      args.queries = w.states;
-      args.upper = w.upper;
-      args.lower = w.lower;
-      args.rows = index.rows;
-      args.tiles_per_segment = static_cast<int>(index.rows_per_segment / kTileRows);
-      args.tiles = plan.bins / (kTileRows / kBinRows);
-      args.slices = int8 ? code_slices(index.dim) : half_slices(index.dim);
-      args.bins = plan.bins;
-      args.lower_shift = plan.lower_shift;
-      args.batch = count;
-      args.panels_count = ceil_div(count, plan.columns);
-      args.metric = index.metric;
-      // A last, smaller round has fewer panels: the grid stays a whole number of walkers.
-      TopkPlan round = plan;
-      if (plan.kernel != Kernel::kStream) {
-        const int panels = ceil_div(plan.chunk, plan.columns);
-        round.grid = plan.grid / panels * args.panels_count;
-      }
-      error = plan.kernel == Kernel::kStream  ? launch_stream_scan(round, args, int8, stream)
-              : plan.kernel == Kernel::kTiled ? launch_tiled_scan(round, args, int8, stream)
-                                              : launch_sm90_scan(round, args, int8, stream);
-      if (error) return error;
+    int error = 0;
+    {
+      const TraceRange range("knnfast.scan");
+      error = launch_prepare(plan, params, w, first, count, stream);
+      if (!error && plan.bins > 0) error = scan_round(plan, index, w, count, stream);
     }
-    error = launch_threshold(plan, w, count, stream);
-    if (!error) error = launch_open(plan, params, w, count, stream);
-    if (!error) error = launch_merge(plan, params, w, first, count, stream);
+    if (!error) {
+      const TraceRange range("knnfast.select");
+      error = launch_threshold(plan, w, count, stream);
+    }
+    if (!error) {
+      const TraceRange range("knnfast.rescore");
+      error = launch_open(plan, params, w, count, stream);
+    }
+    if (!error) {
+      const TraceRange range("knnfast.merge");
+      error = launch_merge(plan, params, w, first, count, stream);
+    }
     if (error) return error;
   }
   return cudaSuccess;

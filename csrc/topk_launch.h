@@ -15,6 +15,19 @@ struct Candidate {
   int64_t id;
 };
 
+// What a range search found, in no order: `count` hits, of which the first `capacity` are written.
+struct RangeHit {
+  double score;
+  int64_t id;
+  int query;  // of the round
+};
+struct RangeHits {
+  RangeHit* hits;
+  unsigned long long capacity;
+  unsigned long long* count;
+  int* bad;  // becomes 1 if a query has a NaN or an infinity
+};
+
 // The buffers of one round, carved out of the workspace.
 struct Workspace {
   QueryState* states;     // [chunk]
@@ -41,6 +54,9 @@ int launch_open(const TopkPlan& plan, const TopkParams& params, const Workspace&
                 void* stream);
 int launch_merge(const TopkPlan& plan, const TopkParams& params, const Workspace& w, int first,
                  int count, void* stream);
+// Prepares queries [first, first + count) and finds their hits; `count` and `bad` start at 0.
+int launch_range(const TopkPlan& plan, const TopkParams& params, double radius, int first,
+                 int count, const RangeHits& out, void* stream);
 
 // Shared memory the scan kernels ask for.
 size_t stream_shared_bytes(bool int8, int operand_columns, int slices, int queries, int stages);

@@ -91,6 +91,29 @@ def test_ids_filters_removal_and_copies(scan, seed):
     np.testing.assert_array_equal(back.vectors(ids[:3:2].numpy()), x[:3:2].numpy())
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_range_search(metric, seed):
+    """The CPU's bits, with and without a filter; more hits than the first guess has room for."""
+    g = torch.Generator().manual_seed(seed)
+    x = make(700, 20, "ties", g).half().numpy()
+    q = torch.randn(150, 20, generator=g).numpy()
+    ids = torch.randperm(7000, generator=g)[:700].numpy()
+    device, host = knnfast.Index(20, metric, device="cuda"), knnfast.Index(20, metric)
+    for index in (device, host):
+        index.add(x, ids)
+        index.remove(ids[5:50])
+    worst = {"ip": -1e30, "cosine": -1e30, "l2": 1e30}[metric]
+    middle = float(host.search(q[:1], 20)[0][0, -1])
+    for radius, queries, options in (
+        (worst, q, {}), (middle, q[:7], {"allow": ids[::3]}), (-worst, q[:2], {}),
+    ):  # fmt: skip
+        got = device.range_search(queries, radius, **options)
+        want = host.range_search(queries, radius, **options)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert len(device.range_search(q, worst)[1]) == 150 * 655 > 1 << 16
+
+
 def test_k_beyond_the_rows_and_empty():
     index = knnfast.Index(5, device="cuda")
     scores, ids = index.search(np.ones(5, np.float32), 3)
@@ -117,8 +140,10 @@ def test_rejects():
         index.add(np.eye(4, dtype=np.float32)[:1], ids=[2])
     with pytest.raises(RuntimeError, match="CUDA devices found"):
         knnfast.Index(4, device="cuda:99")
-    with pytest.raises(NotImplementedError, match="CPU"):
-        index.range_search(np.ones((1, 4), np.float32), 0.5)
+    with pytest.raises(ValueError, match="radius"):
+        index.range_search(np.ones((1, 4), np.float32), float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        index.range_search(np.full((1, 4), np.inf, np.float32), 0.5)
     assert len(index) == 4
 
 

@@ -76,9 +76,10 @@ class KNNFAST_API Index {
            int64_t* ids_out = nullptr, int64_t stride = 0);
 
   // The k best rows of each of m queries: [m, k] scores and ids, best first; missing: id -1 with
-  // -inf (l2: +inf).
+  // -inf (l2: +inf). `exact`: [m, k] scores before they are rounded to FP32, or null; they decide
+  // the order, so answers of several indexes can be merged by them.
   void search(const void* queries, DType dtype, int64_t m, int64_t k, float* scores, int64_t* ids,
-              const SearchOptions& options = {}, int64_t stride = 0) const;
+              const SearchOptions& options = {}, int64_t stride = 0, double* exact = nullptr) const;
 
   // All rows scoring above `radius` (l2: nearer than it), strictly, as FAISS means it.
   RangeResult range_search(const void* queries, DType dtype, int64_t m, double radius,

@@ -51,7 +51,7 @@ class CudaIndex(Index):
 
     A search with queries on the device only enqueues work on the caller's current stream (a filter
     waits for its upload). There a NaN or infinite query gives id -1 and NaN instead of an error.
-    k is at most 2048 and dim at most 8192. `scan="auto"` is int8. `range_search` is not built.
+    k is at most 2048 and dim at most 8192. `scan="auto"` is int8.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class CudaIndex(Index):
             scores, found = np.empty(shape, np.float32), np.empty(shape, np.int64)
             self._core.search(
                 q.address, q.dtype, q.stride, q.n, k, *filters,
-                scores.ctypes.data, found.ctypes.data, 0, False,
+                scores.ctypes.data, found.ctypes.data, 0, 0, False,
             )  # fmt: skip
             if out is None:
                 return q.back(scores), q.back(found)
@@ -122,15 +122,38 @@ class CudaIndex(Index):
         results = _empty(q.hold, shape) if out is None else _checked_out(out, shape, q.hold)
         self._core.search(
             q.address, q.dtype, q.stride, q.n, k, *filters,
-            _address(results[0]), _address(results[1]), q.stream, True,
+            _address(results[0]), _address(results[1]), 0, q.stream, True,
         )  # fmt: skip
         return results
+
+    def _search_exact(self, queries: Any, k: int, allow: Any, deny: Any) -> tuple[Any, Any]:
+        q = self._rows(queries, "queries")
+        scores, ids = _empty(q.hold, (q.n, k))
+        exact = scores.double()
+        filters = interop.as_filter(allow, "allow"), interop.as_filter(deny, "deny")
+        self._core.search(
+            q.address, q.dtype, q.stride, q.n, k, *filters,
+            _address(scores), _address(ids), _address(exact), q.stream, True,
+        )  # fmt: skip
+        return exact, ids
 
     def range_search(
         self, queries: Any, radius: float, allow: Any = None, deny: Any = None
     ) -> tuple[Any, Any, Any]:
-        """Not built for CUDA devices: `index.to("cpu").range_search(...)` gives the answer."""
-        raise NotImplementedError('range_search runs on the CPU: index.to("cpu").range_search(...)')
+        """Find all rows better than `radius`; see `Index.range_search`. Waits for the device."""
+        if np.isnan(radius):
+            raise ValueError("radius is NaN")
+        q = self._rows(queries, "queries")
+        filters = interop.as_filter(allow, "allow"), interop.as_filter(deny, "deny")
+        found = self._core.range_search(
+            q.address, q.dtype, q.stride, q.n, float(radius), *filters, q.stream, q.on_device
+        )
+        if not q.on_device:
+            return q.back(found[0]), q.back(found[1]), q.back(found[2])
+        if _is_torch(q.hold):
+            torch = sys.modules["torch"]
+            return tuple(torch.from_numpy(array).to(q.hold.device) for array in found)
+        return tuple(sys.modules["cupy"].asarray(array) for array in found)
 
     def vectors(self, ids: Any, out: Any = None) -> Any:
         """The stored FP16 rows of these ids: a numpy array, or into `out` on the host or device."""

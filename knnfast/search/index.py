@@ -55,7 +55,7 @@ class Index:
             raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
         if scan not in SCANS:
             raise ValueError(f"scan must be one of {SCANS}, got {scan!r}")
-        self._core = _C.Index(dim, METRICS.index(metric), SCANS.index(scan))
+        self._core: Any = _C.Index(dim, METRICS.index(metric), SCANS.index(scan))
 
     @classmethod
     def _wrap(cls, core: Any) -> Index:
@@ -160,6 +160,14 @@ class Index:
         if out is not None:
             return tuple(out)
         return found if back is None else (back(found[0]), back(found[1]))
+
+    def _search_exact(self, queries: Any, k: int, allow: Any, deny: Any) -> tuple[Any, Any]:
+        """`search` for a torch tensor [M, dim], with the FP64 scores that decide the order."""
+        array, bf16, back = interop.as_rows(queries, "queries")
+        exact = np.empty((len(array), k), np.float64)
+        filters = interop.as_filter(allow, "allow"), interop.as_filter(deny, "deny")
+        ids = self._core.search(array, k, bf16, *filters, None, exact)[1]
+        return back(exact), back(ids)
 
     def range_search(
         self, queries: Any, radius: float, allow: Any = None, deny: Any = None

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The part of the CUDA runtime that csrc/cuda_index.cu calls, on host memory. Work on a stream runs
-// at once; allocations are guarded like every device array of the tests, and counted.
+// The part of the CUDA runtime that csrc/cuda_index.cu and cuda_search.cu call, on host memory.
+// Work on a stream runs at once; allocations are guarded like every device array of the tests, and
+// counted.
 #pragma once
 #include <map>
 
@@ -80,6 +81,13 @@ inline cudaError_t cudaFreeAsync(void* p, cudaStream_t) { return cudaFree(p); }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                                    cudaStream_t) {
   if (bytes) std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch,
+                                     size_t width, size_t rows, cudaMemcpyKind, cudaStream_t) {
+  for (size_t i = 0; i < rows; ++i)
+    std::memcpy(static_cast<char*>(to) + i * to_pitch,
+                static_cast<const char*>(from) + i * from_pitch, width);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {

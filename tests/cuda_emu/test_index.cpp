@@ -149,6 +149,28 @@ void life(Metric metric, Scan scan, bool own) {
   for (int64_t id : by_allow.ids)
     expect(std::find(allow.begin(), allow.end(), id) != allow.end(), "allowed only");
 
+  // A range search finds what a search for every row ranks above the radius, in its order.
+  const int all = static_cast<int>(allow.size());
+  const HostIds allowed{allow.data(), nullptr, all};
+  const Found ranked = search(*index, queries, 3, all, allowed);
+  const double radius = static_cast<double>(ranked.scores[5]) * (1 + 1e-7);
+  const Ranges found =
+      index->range_search({queries.data(), kF32, dim}, false, 3, radius, allowed, {}, nullptr);
+  size_t at = 0;
+  for (int m = 0; m < 3; ++m)
+    for (int i = 0; i < all; ++i) {
+      const size_t from = static_cast<size_t>(m * all + i);
+      const double score = static_cast<double>(ranked.scores[from]);
+      if (!(metric == kL2 ? score < radius : score > radius)) continue;
+      expect(at < found.ids.size() && found.ids[at] == ranked.ids[from] &&
+                 found.scores[at] == ranked.scores[from],
+             "range search");
+      ++at;
+    }
+  expect(at > 3 && at == found.ids.size() && found.lims[3] == static_cast<int64_t>(at) &&
+             found.lims[0] == 0,
+         "range search's sizes");
+
   index->compact();
   compare(*index, kept, metric, "after compact");
   const auto more = normal(40 * d);
