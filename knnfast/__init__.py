@@ -15,6 +15,7 @@ _PUBLIC = {
     "Database": "knnfast.database",
     "Index": "knnfast.search",
     "KNNDiffusion": "knnfast.pipeline",
+    "ShardedIndex": "knnfast.search.distributed",
     "encoders": "knnfast.encoders",
     "faiss_reference": "knnfast.benchmark.faiss_reference",
     "faiss_api": "knnfast.faiss_api",

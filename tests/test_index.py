@@ -1,6 +1,7 @@
 """Index: its contract outside the scores: ids, errors, snapshots, memory."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from knnfast import _C
 from knnfast.search import Index
 
 
@@ -149,6 +151,87 @@ def test_stats_show_what_the_scan_proved():
     ties.add(np.ones((50_000, 128), np.float16))
     ties.search(np.ones(128, np.float32), 10)
     assert ties.stats["chunks_canonical"] > ties.stats["chunks_int8"]
+
+
+def compile_c(code, path, *libraries):
+    path.with_suffix(".c").write_text(code)
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-o", path, path.with_suffix(".c"), *libraries], check=True
+    )
+    return str(path)
+
+
+COUNTER = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stddef.h>
+static _Atomic long calls;
+long allocations(void) { return calls; }
+void* malloc(size_t n) {
+  static void* (*real)(size_t);
+  if (!real) real = (void* (*)(size_t))dlsym(RTLD_NEXT, "malloc");
+  if (n >= 512) ++calls;
+  return real(n);
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_plan_allocates_nothing(tmp_path):
+    """No buffer of 512 bytes or more; pybind11 and Python make small objects for any call."""
+    code = (
+        "import ctypes, sys, numpy as np\n"
+        "from knnfast.search import Index\n"
+        "count = ctypes.CDLL(None).allocations\n"
+        "rng = np.random.default_rng(0)\n"
+        "for metric in ('ip', 'cosine', 'l2'):\n"
+        "    ix = Index(64, metric); ix.add(rng.standard_normal((40000, 64), dtype=np.float32))\n"
+        "    for batch, k in ((1, 10), (33, 100)):\n"
+        "        plan, q = ix.plan(batch, k), rng.standard_normal((batch, 64), dtype=np.float32)\n"
+        "        for _ in range(20): plan(q)\n"
+        "        before = count()\n"
+        "        for _ in range(100): plan(q)\n"
+        "        assert count() == before, (metric, batch, count() - before)\n"
+    )
+    counter = compile_c(COUNTER, tmp_path / "counter.so", "-ldl")
+    env = {**os.environ, "LD_PRELOAD": counter}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+
+
+LISTENER = """
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+struct Callbacks { size_t size; int (*table)(int, void*** out, unsigned* count); };
+static int push(const char* name) {
+  FILE* f = fopen(getenv("RANGES"), "a");
+  fprintf(f, "%s\\n", name);
+  return fclose(f);
+}
+int InitializeInjectionNvtx2(const void* (*get)(unsigned)) {
+  const struct Callbacks* callbacks = get(1);
+  void** table; unsigned count;
+  callbacks->table(1, &table, &count);
+  *(void**)table[9] = (void*)push;  /* RangePushA */
+  return 1;
+}
+"""
+
+
+@pytest.mark.skipif(not _C.has_nvtx, reason="built without NVTX's headers")
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_phases_have_nvtx_ranges(tmp_path):
+    """What a tool that injects itself (as Nsight does) hears of one search."""
+    code = (
+        "import numpy as np; from knnfast.search import Index\n"
+        "ix = Index(64); ix.add(np.random.rand(3000, 64).astype(np.float32))\n"
+        "ix.search(np.random.rand(2, 64).astype(np.float32), 5)\n"
+    )
+    listener = compile_c(LISTENER, tmp_path / "listener.so")
+    env = {**os.environ, "NVTX_INJECTION64_PATH": listener, "RANGES": str(tmp_path / "ranges")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+    heard = set((tmp_path / "ranges").read_text().split())
+    assert heard == {f"knnfast.{phase}" for phase in ("scan", "select", "rescore", "merge")}
 
 
 def test_snapshots(seed):

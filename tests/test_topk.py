@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import random
 import subprocess
 import sys
 
@@ -78,28 +79,78 @@ def test_matches_reference(kind, metric, seed):
         assert_topk(index, x, q, k)
 
 
-# Every pair of (dimension, rows), (dimension, batch), (dimension, k) occurs.
-PAIRS = [
-    (d, n, m, k)
-    for i, d in enumerate((1, 3, 31, 64, 100, 384, 512, 768, 1000))
-    for n, m, k in zip(
-        (0, 1, 15, 16, 17, 999, 3000), np.roll((1, 2, 7, 16, 33, 64, 257), i),
-        np.roll((1, 2, 10, 17, 100, 333, 1000), 2 * i), strict=True)
-]  # fmt: skip
+FACTORS = {
+    "d": (1, 3, 31, 64, 100, 384, 512, 768, 1000),
+    "n": ("0", "1", "k - 1", "k", "17", "999", "3000"),
+    "m": (1, 2, 7, 16, 33, 64, 257),
+    "k": (1, 2, 10, 17, 100, 333, 1000),
+    "metric": METRICS, "scan": SCANS, "kind": KINDS, "threads": (1, 2, 3), "pieces": (1, 3),
+    "removed": (0, 0.3), "filter": ("none", "allow", "allow bits", "deny", "deny bits"),
+    "dtype": (torch.float16, torch.bfloat16, torch.float32), "scale": (1, 1e-40, 1e6, 3e38),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_shapes(metric, seed):
-    rng = np.random.default_rng(seed)
-    for i, (d, n, m, k) in enumerate(PAIRS):
-        if n * d * m > 60_000_000:  # the reference's own cost
+def pairwise(factors, tries=20):
+    """Cases in which every value of a factor meets every value of every other one."""
+    rng, names = random.Random(0), list(factors)
+    missing = {
+        (f, x, g, y)
+        for f, g in itertools.combinations(names, 2)
+        for x in factors[f]
+        for y in factors[g]
+    }
+    while missing:
+        best, gain = None, -1
+        for f, x, g, y in rng.sample(sorted(missing, key=str), min(tries, len(missing))):
+            case = {name: rng.choice(values) for name, values in factors.items()} | {f: x, g: y}
+            covers = {(f, case[f], g, case[g]) for f, g in itertools.combinations(names, 2)}
+            if len(covers & missing) > gain:
+                best, gain, covered = case, len(covers & missing), covers
+        missing -= covered
+        yield best
+
+
+CASES = list(pairwise(FACTORS))
+PARTS = 4  # of which each instruction set below runs one
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_pairwise(part):
+    """Shapes, data, types, filters, removals and thread counts: every pair of values occurs."""
+    before = _C.num_threads()
+    for number, case in enumerate(CASES[part::PARTS]):
+        d, m, k, metric = (case[name] for name in ("d", "m", "k", "metric"))
+        n = max(0, k - 1) if case["n"] == "k - 1" else k if case["n"] == "k" else int(case["n"])
+        if n * d * m > 20_000_000:  # the reference's own cost
             m = 3
-        x = rng.standard_normal((n, d)).astype(np.float16)
-        q = rng.standard_normal((m, d)).astype(np.float32)
-        index = Index(d, metric, scan=SCANS[i % 3])
-        if n:
-            index.add(x)
-        assert_topk(index, x, q, k)
+        rng = np.random.default_rng(number)
+        x = hard_rows(case["kind"], n, d, rng) if n else np.empty((0, d), np.float16)
+        ids = rng.permutation(3 * n + 1)[:n]
+        q = torch.as_tensor(np.clip(rng.standard_normal((m, d)), -1, 1) * case["scale"])
+        largest = torch.finfo(case["dtype"]).max
+        q = q.clamp(-largest, largest).to(case["dtype"])
+        try:
+            set_num_threads(case["threads"])
+            index = Index(d, metric, scan=case["scan"])
+            for part_of in np.array_split(np.arange(n), case["pieces"]):
+                index.add(x[part_of], ids[part_of])
+            gone = ids[rng.random(n) < case["removed"]]
+            assert index.remove(gone) == len(gone)
+            some = ids[rng.random(n) < 0.5]
+            rule, _, as_bits = case["filter"].partition(" ")
+            bits = np.packbits(np.isin(np.arange(3 * n + 1), some), bitorder="little")
+            given = {} if rule == "none" else {rule: bits if as_bits else some}
+            scores, found = index.search(q, k, **given)
+        finally:
+            set_num_threads(before)
+        stays = ~np.isin(ids, gone)
+        if given:
+            stays &= np.isin(ids, some) == (rule == "allow")
+        want_s, want_i = reference.topk(
+            q, torch.as_tensor(x[stays]), k, metric, torch.as_tensor(ids[stays])
+        )
+        assert torch.equal(found, want_i), case
+        assert torch.equal(scores, want_s), case
 
 
 @settings(deadline=None, max_examples=60)
@@ -152,6 +203,31 @@ def test_query_types(dtype):
     assert ops.topk(q, x.to(dtype), 6)[1].equal(want[1])
 
 
+def test_opcheck():
+    q, x, ids = torch.randn(3, 9), torch.randn(20, 9).half(), torch.arange(20).flip(0)
+    torch.library.opcheck(torch.ops.knnfast.topk.default, (q, x, 4, "l2", ids))
+    torch.library.opcheck(torch.ops.knnfast.topk.default, (q, x, 30))
+    for got, want in zip(ops.topk(q, x, 30, "cosine", ids), reference.topk(q, x, 30, "cosine", ids),
+                         strict=True):  # fmt: skip
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"q": torch.ones(3)}, ValueError, "q: shape"),
+        ({"x": torch.ones(4, 3)}, ValueError, "one width"),
+        ({"x": torch.ones(4, 2).int()}, TypeError, "x: dtype"),
+        ({"k": 0}, ValueError, "k: must be at least 1, got 0"),
+        ({"metric": "dot"}, ValueError, "metric: must be one of"),
+        ({"ids": torch.arange(3)}, ValueError, "ids: shape"),
+    ],
+)
+def test_op_rejects(change, error, match):
+    with pytest.raises(error, match=match):
+        ops.topk(**({"q": torch.ones(1, 2), "x": torch.ones(4, 2), "k": 1} | change))
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_instruction_sets(isa):
     """The suite's core under each set of kernels that this machine has."""
@@ -160,7 +236,11 @@ def test_instruction_sets(isa):
         pytest.skip(f"this machine has {_C.isa()} at best")
     if os.environ.get("KNNFAST_ISA"):
         pytest.skip("already under a chosen instruction set")
-    tests = ["test_matches_reference", "test_query_types"]
+    tests = [
+        "test_matches_reference",
+        "test_query_types",
+        f"test_pairwise[{names.index(isa) % PARTS}]",
+    ]
     subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k",
          " or ".join(tests)],

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from knnfast.ops._checks import LOGIT_TYPES, check_device, check_dtype, check_shape, library
 from knnfast.search import Index
+from knnfast.search.index import METRICS
 
 
 def topk(
@@ -17,18 +19,51 @@ def topk(
 
     Args:
         q: queries, [M, D], fp16 | bf16 | fp32.
-        x: rows, [N, D], fp16 | bf16 | fp32, taken as FP16.
+        x: rows, [N, D], fp16 | bf16 | fp32, on the device of q; taken as FP16.
         k: neighbours, k >= 1; more than N pads with id -1.
+        metric: "ip", "cosine" or "l2" (squared, smaller is nearer).
         ids: unique ids of the rows, [N] int64; None: row numbers.
 
     Returns:
         scores [M, k] fp32 and ids [M, k] int64, best first, ties by the lower id.
-    Raises: ValueError shape, range; TypeError dtype.
+    Raises: ValueError shape, range, device; TypeError dtype; RuntimeError where x lies on a CUDA
+        device and the extension was built without CUDA.
+    Differentiable: no.  Memory: one FP16 copy of x.
     """
-    if q.ndim != 2 or x.ndim != 2 or q.shape[1] != x.shape[1]:
-        raise ValueError(f"q and x must be [M, D] and [N, D], got {list(q.shape)}, {list(x.shape)}")
-    index = Index(x.shape[1], metric=metric, scan="fp16")
+    for name, given in (("q", q), ("x", x)):
+        check_dtype(name, given, LOGIT_TYPES)
+        check_shape(name, given, (None, None))
+    if q.shape[1] != x.shape[1]:
+        raise ValueError(f"q and x must have one width, got {q.shape[1]} and {x.shape[1]}")
+    check_device("x", x, q.device)
+    if ids is not None:
+        check_shape("ids", ids, (len(x),))
+    if k < 1:
+        raise ValueError(f"k: must be at least 1, got {k}")
+    if metric not in METRICS:
+        raise ValueError(f"metric: must be one of {METRICS}, got {metric!r}")
+    return torch.ops.knnfast.topk(q.detach(), x.detach(), k, metric, ids)
+
+
+library.define(
+    "topk(Tensor q, Tensor x, int k, str metric='ip', Tensor? ids=None) -> (Tensor, Tensor)"
+)
+
+
+def _topk(
+    q: Tensor, x: Tensor, k: int, metric: str = "ip", ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    index = Index(x.shape[1], metric, str(x.device), "fp16")
     if len(x):
         index.add(x, ids)
-    scores, found = index.search(q, k)
-    return torch.as_tensor(scores), torch.as_tensor(found)
+    return index.search(q, k)
+
+
+library.impl("topk", _topk, "CPU")
+library.impl("topk", _topk, "CUDA")
+
+
+@torch.library.register_fake("knnfast::topk", lib=library)
+def _(q, x, k, metric="ip", ids=None):
+    shape = q.shape[0], k
+    return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape, dtype=torch.int64)
