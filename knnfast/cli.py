@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -128,6 +129,88 @@ def generate(
         click.echo(f"{label}: " + ", ".join(f"{x.item.name} {x.score:.3f}" for x in row))
     for path in [*files, sheet]:
         click.echo(path)
+    click.echo(
+        f"seed {result.seed}; "
+        + ", ".join(f"{phase} {1e3 * s:.0f} ms" for phase, s in result.timings.items())
+    )
+
+
+@main.command()
+@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("text")
+@click.option("--mask", type=click.Path(path_type=Path), help="White where it may change.")
+@click.option("--strength", type=float, help="Share of the picture redrawn; 1 inside a mask.")
+@click.option("-n", "num_images", default=4, show_default=True, help="Candidates.")
+@click.option("--image-weight", default=0.3, show_default=True, help="Picture's share in search.")
+@click.option("--keep", default=0.2, show_default=True, help="Identity's weight in rank.")
+@click.option("--k", default=10, show_default=True, help="Neighbours to condition on.")
+@click.option("--steps", default=8, show_default=True, help="Denoising steps.")
+@click.option("--guidance", default=3.0, show_default=True, help="How much the text counts.")
+@click.option("--truncation", default=1.0, show_default=True, help="Keep this mass of the codes.")
+@click.option("--seed", type=int, help="0 ... 2^64-1; drawn when not given.")
+@click.option("--database", help="A database of the model by name, or a folder.")
+@click.option("--group", "groups", multiple=True, help="Search only this group (repeatable).")
+@click.option("--model", default="stickers-edit", show_default=True, help="A bundle or a folder.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--out", default="out", show_default=True, type=click.Path(path_type=Path))
+@click.option("--sheet", type=click.Path(path_type=Path), help="Before and after, PNG.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+def edit(
+    image: Path,
+    text: str,
+    mask: Path | None,
+    groups: tuple[str, ...],
+    model: str,
+    device: str,
+    out: Path,
+    sheet: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Change IMAGE as TEXT says ("with sunglasses"); the rest of it stays. No mask is needed.
+
+    Writes one PNG per candidate, best first, and a sheet with the picture before.
+    """
+    from knnfast.images import read_image
+    from knnfast.pipeline import KNNDiffusion
+    from knnfast.sheet import edit_sheet
+
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: {out} is a file; give a folder")
+    picture = read_image(image)
+    allowed = None if mask is None else read_image(mask)
+    pipe = KNNDiffusion.from_pretrained(model, device=device)
+    with _Bar("editing", hidden=as_json) as bar:
+        result = pipe.edit(
+            picture, text, mask=allowed, groups=list(groups) or None, callback=bar, **options
+        )
+    stem = f"{_slug(image.stem)}-{_slug(text)}-{result.seed}"
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / f"{stem}-{n}.png" for n in range(len(result.edits))]
+    for path, picture in zip(files, result.images, strict=True):
+        _save_png(picture, path)
+    sheet = sheet or out / f"{stem}-sheet.png"
+    sheet.parent.mkdir(parents=True, exist_ok=True)
+    _save_png(edit_sheet(result), sheet)
+    if as_json:
+        report = {
+            "files": [str(f) for f in files], "sheet": str(sheet), "seed": result.seed,
+            "text": text, "score_before": result.score,
+            "edits": [
+                {"score": e.score, "identity": e.identity, "changed": e.changed}
+                for e in result.edits
+            ],
+            "neighbours": [{"name": x.item.name, "score": x.score} for x in result.neighbours],
+            "seconds": result.timings,
+        }  # fmt: skip
+        click.echo(json.dumps(report, indent=1))
+        return
+    for path, each in zip(files, result.edits, strict=True):
+        click.echo(
+            f"{path}: score {result.score:.3f} -> {each.score:.3f}, identity {each.identity:.3f}, "
+            f"{100 * each.changed:.0f} % of the codes changed"
+        )
+    click.echo(sheet)
     click.echo(
         f"seed {result.seed}; "
         + ", ".join(f"{phase} {1e3 * s:.0f} ms" for phase, s in result.timings.items())
@@ -495,6 +578,15 @@ def _semantic(encoder: Any) -> int | None:
     filled = encoder.encode_text(["a picture"]).vectors[0].nonzero()[0]
     count = int(filled[-1]) + 1
     return None if count == encoder.dim else count
+
+
+def _save_png(image: Any, path: Path) -> None:
+    """Write a picture whole or not at all."""
+    from knnfast import _files
+
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    _files.write_atomic(path, buffer.getvalue())
 
 
 def _slug(text: str) -> str:

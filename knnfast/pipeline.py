@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,12 +14,13 @@ import torch
 from PIL import Image
 
 from knnfast import _files
-from knnfast._phases import phase
+from knnfast._calls import Clock, check_range, scaled
 from knnfast.database import Database, Item, Neighbour
 from knnfast.diffusion.backbone import Backbone
 from knnfast.diffusion.denoiser import Denoiser
 from knnfast.diffusion.tokenizer import VQTokenizer
 from knnfast.diffusion.unet import UNetDenoiser
+from knnfast.edit import edit
 from knnfast.encoders import Embeddings, Encoder, load_encoder
 from knnfast.mixture import Mixture
 from knnfast.query import Picture, Query, as_queries, embed
@@ -104,12 +103,16 @@ class KNNDiffusion:
         """
         root = find_model(name_or_path)
         manifest_path = root / "model.json"
-        manifest = _files.read_json(manifest_path, FORMAT)
+        manifest = _read_manifest(root)
+        base, shared = root, manifest
         try:
-            for name, sha256 in manifest["sha256"].items():
-                _files.check_sha256(root / name, sha256)
-            encoder_spec = str(manifest["encoder"])
-            database_names = [str(name) for name in manifest["databases"]]
+            if "base" in manifest:
+                base = root.parent / Path(manifest["base"]["folder"]).name
+                shared = _read_manifest(base)
+                for name, sha256 in manifest["base"]["sha256"].items():
+                    _files.check_sha256(base / name, sha256)
+            encoder_spec = str(shared["encoder"])
+            database_names = [str(name) for name in shared["databases"]]
             backbones = [str(name) for name in manifest.get("backbones", ["discrete"])]
             kind = BACKBONES.get(backbone or backbones[0])
         except (KeyError, TypeError, AttributeError, IndexError) as e:
@@ -118,13 +121,13 @@ class KNNDiffusion:
             raise ValueError(
                 f"backbone: {name_or_path} holds {', '.join(backbones)}, not {backbone!r}"
             )
-        local = root / encoder_spec
+        local = base / encoder_spec
         encoder = load_encoder(local if local.is_dir() else encoder_spec, device=device)
         return cls(
             encoder,
-            VQTokenizer.from_folder(root / "tokenizer", device=device),
+            VQTokenizer.from_folder(base / "tokenizer", device=device),
             kind.from_folder(root / kind.folder, device=device),
-            {name: Database.open(root / "databases" / name) for name in database_names},
+            {name: Database.open(base / "databases" / name) for name in database_names},
         )
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -240,23 +243,23 @@ class KNNDiffusion:
         db = self.find_database(database)
         allow = None if groups is None and where is None else db.ids_of(groups, where)
         size = len(db) if allow is None else len(allow)
-        _check_range("k", k, 1, size, "the size of the database")
-        _check_range("num_images", num_images, 1)
-        _check_range("batch_size", batch_size, 1)
+        check_range("k", k, 1, size, "the size of the database")
+        check_range("num_images", num_images, 1)
+        check_range("batch_size", batch_size, 1)
         if not (math.isfinite(guidance) and guidance >= 0):
             raise ValueError(f"guidance: must be a finite number of at least 0, got {guidance}")
         options = self._options(truncation, solver)
         if seed is None:
             seed = secrets.randbits(63)
-        _check_range("seed", seed, 0, 2**64 - 1)
+        check_range("seed", seed, 0, 2**64 - 1)
 
         timings: dict[str, float] = {}
-        clock = _Clock(timings, self.device)
+        clock = Clock(timings, self.device)
         with clock("encode"):
             query = embed(queries, self.encoder)
         with clock("search"):
             neighbours = db.search(query, k, allow=allow)
-            cond, mask = self._condition(db, query, neighbours, k, use_query, use_neighbours)
+            cond, mask = self.condition(db, query, neighbours, k, use_query, use_neighbours)
         owner = np.repeat(np.arange(len(query)), num_images)
         index = np.tile(np.arange(num_images), len(query))
         codes = []
@@ -272,7 +275,7 @@ class KNNDiffusion:
                         guidance=guidance,
                         seed=seed,
                         image_indices=torch.from_numpy(index[part]).to(self.device),
-                        callback=_scaled(callback, n, len(batches)),
+                        callback=scaled(callback, n, len(batches)),
                         **options,
                     )
                 )
@@ -283,6 +286,8 @@ class KNNDiffusion:
             arrays = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         labels = [q.label for q in queries]
         return Output([Image.fromarray(a) for a in arrays], neighbours, timings, seed, labels)
+
+    edit = edit
 
     def _options(self, truncation: float, solver: str | None) -> dict[str, Any]:
         """The arguments of `sample` that are the backbone's own."""
@@ -297,14 +302,14 @@ class KNNDiffusion:
             )
         return {} if solver is None else {"solver": solver}
 
-    def _condition(
+    def condition(
         self,
         db: Database | Mixture,
         query: Embeddings,
         neighbours: list[list[Neighbour]],
         k: int,
-        use_query: bool,
-        use_neighbours: bool,
+        use_query: bool = True,
+        use_neighbours: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The k+1 condition embeddings, [P, k+1, E], and which of them count, [P, k+1]."""
         cond = torch.zeros(len(query), k + 1, self.encoder.dim)
@@ -339,55 +344,42 @@ def backbones_of(name_or_path: str | Path) -> list[str]:
     return [str(name) for name in manifest.get("backbones", ["discrete"])]
 
 
+def _read_manifest(root: Path) -> dict[str, Any]:
+    """Read `model.json` and compare every file with its recorded SHA-256."""
+    path = root / "model.json"
+    manifest = _files.read_json(path, FORMAT)
+    try:
+        for name, sha256 in manifest["sha256"].items():
+            _files.check_sha256(root / name, sha256)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path}: incomplete or malformed ({e!r})") from None
+    return manifest
+
+
 def write_manifest(
     root: Path, encoder: str, databases: Sequence[str], backbones: Sequence[str] = ("discrete",)
 ) -> None:
     """Write `model.json`: what the folder holds, with the SHA-256 of every file."""
+    _write_manifest(
+        root, {"encoder": encoder, "databases": list(databases), "backbones": list(backbones)}
+    )
+
+
+def write_part_manifest(root: Path, base: Path) -> None:
+    """Write the `model.json` of a folder with a denoiser alone, all else in `base` beside it.
+
+    The base's encoder and tokenizer are recorded by their SHA-256: with others it is refused.
+    """
+    if base.parent.resolve() != root.parent.resolve():
+        raise ValueError(f"base: {base} does not lie beside {root}")
+    needed = sorted(p for part in ("encoder", "tokenizer") for p in (base / part).glob("*.safe*"))
+    sha256 = {p.relative_to(base).as_posix(): _files.sha256_file(p) for p in needed}
+    _write_manifest(root, {"base": {"folder": base.name, "sha256": sha256}})
+
+
+def _write_manifest(root: Path, about: dict[str, Any]) -> None:
     files = sorted(p for p in root.rglob("*") if p.is_file() and p != root / "model.json")
-    manifest = {
-        "format": FORMAT,
-        "version": 1,
-        "encoder": encoder,
-        "databases": list(databases),
-        "backbones": list(backbones),
-        "sha256": {p.relative_to(root).as_posix(): _files.sha256_file(p) for p in files},
-    }
-    _files.write_json(root / "model.json", manifest)
-
-
-def _check_range(
-    name: str, value: int, low: int, high: int | None = None, why_high: str = ""
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name}: expected a whole number, got {value!r}")
-    if value < low or (high is not None and value > high):
-        allowed = f"at least {low}" if high is None else f"{low} ... {high}"
-        allowed += f" ({why_high})" if why_high else ""
-        raise ValueError(f"{name}: must be {allowed}, got {value}")
-
-
-def _scaled(
-    callback: Callable[[int, int], None] | None, part: int, parts: int
-) -> Callable[[int, int], None] | None:
-    """A callback for one of several equal parts, told in terms of the whole."""
-    if callback is None:
-        return None
-    return lambda done, total: callback(part * total + done, parts * total)
-
-
-class _Clock:
-    """Measures phases, and names them to profilers."""
-
-    def __init__(self, timings: dict[str, float], device: torch.device) -> None:
-        self.timings = timings
-        self.device = device
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Writes the seconds of the block under a name."""
-        start = time.perf_counter()
-        with phase(name):
-            yield
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-        self.timings[name] = time.perf_counter() - start
+    sha256 = {p.relative_to(root).as_posix(): _files.sha256_file(p) for p in files}
+    _files.write_json(
+        root / "model.json", {"format": FORMAT, "version": 1, **about, "sha256": sha256}
+    )

@@ -1,14 +1,16 @@
-"""One picture that shows generated samples beside the neighbours they were conditioned on."""
+"""One picture of what was made: samples beside their neighbours, edits beside the original."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
     from knnfast.database import Database
+    from knnfast.edit import EditOutput
     from knnfast.mixture import Mixture
     from knnfast.pipeline import Output
 
@@ -53,6 +55,27 @@ def contact_sheet(
             sheet.paste(thumbnail.resize((SMALL, SMALL), Image.Resampling.LANCZOS), (x, y))
             draw.text((x, y + SMALL + 3), _clip(neighbour.item.name, column, small), "black", small)
             draw.text((x, y + SMALL + 15), f"{neighbour.score:.3f}", "gray", small)
+    return sheet
+
+
+def edit_sheet(output: EditOutput) -> Image.Image:
+    """Draw the picture before, the cells that were redrawn, and the candidates, best first."""
+    shown = [(output.original, f"before {output.score:.3f}")]
+    cells = Image.fromarray(np.where(output.region, 0, 255).astype(np.uint8)).convert("RGB")
+    shown.append((cells, "redrawn"))
+    shown += [(e.image, f"{e.score:.3f}, kept {e.identity:.2f}") for e in output.edits]
+    across = min(len(shown), 6)
+    width, height = CELL + GAP, CELL + GAP + 14
+    down = -(-len(shown) // across)
+    sheet = Image.new("RGB", (GAP + across * width, CAPTION + GAP + down * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, 4), output.label, "black", ImageFont.load_default(15))
+    small = ImageFont.load_default(10)
+    for n, (image, caption) in enumerate(shown):
+        x, y = GAP + n % across * width, CAPTION + GAP + n // across * height
+        smooth = Image.Resampling.NEAREST if n == 1 else Image.Resampling.LANCZOS
+        sheet.paste(image.resize((CELL, CELL), smooth), (x, y))
+        draw.text((x, y + CELL + 1), caption, "gray", small)
     return sheet
 
 

@@ -68,7 +68,7 @@ def test_wheel_is_whole(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert not [n for n in names if n.startswith(("tests/", "kernels/", "bench/"))]
     assert any(n.startswith("knnfast/_C.") for n in names)
-    assert wheel.stat().st_size < 48 << 20
+    assert wheel.stat().st_size < 64e6
 
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)

@@ -39,6 +39,7 @@ class DenoiserConfig:
         ranks: neighbours told apart by rank; later ones share the last rank.
         num_steps: T of the schedule it is trained with.
         schedule: name of that schedule.
+        source: whether the codes of a picture to edit are a second input.
     """
 
     num_codes: int = 512
@@ -58,6 +59,7 @@ class DenoiserConfig:
     ranks: int = 10
     num_steps: int = 100
     schedule: str = "mask"
+    source: bool = False
 
     def __post_init__(self) -> None:
         for name in ("heads", "cross_heads"):
@@ -97,6 +99,7 @@ class Condition(NamedTuple):
     bias: Tensor  # 0 or -inf for each condition token, all 0 where none is on, [B, 1, 1, k+1]
     present: Tensor  # where some condition token is on, [B, 1, 1] bool
     folded: Sequence[Folded | Unfolded | None]  # each layer's, for `ops.neighbour_attention`
+    source: tuple[Tensor, Tensor] | None = None  # a source's tokens [B, N, D], copies [B, L, W]
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -235,6 +238,11 @@ class Denoiser(Backbone):
     independently anyway). The condition embeddings get a learned mark (query, or the neighbour's
     rank), a small shared network reads each, and every layer attends to the result.
 
+    An editor (`config.source`) is also given a picture's codes. They enter twice: added to the
+    tokens, so that the layers see the picture; and at the output, where each place has a gate that
+    raises the logit of the source's own code, so that copying need not be learned code by code.
+    Both start at zero: a denoiser's weights become an editor's that ignores its source.
+
     Args:
         config: sizes.
     """
@@ -263,6 +271,9 @@ class Denoiser(Backbone):
         self.norm_out = nn.LayerNorm(d)
         self.patch_out = nn.Linear(d, p2 * cfg.code_width)
         self.head = nn.Linear(cfg.code_width, cfg.num_codes)
+        if cfg.source:
+            self.source_in = nn.Linear(p2 * narrow, d)
+            self.source_gate = nn.Linear(cfg.code_width, 1)
         self._init()
 
     def _init(self) -> None:
@@ -278,6 +289,9 @@ class Denoiser(Backbone):
         self.time_out.weight.data.mul_(0.1)
         self.cond_mlp_out.weight.data.mul_(0.5)
         self.head.weight.data.mul_(0.3)
+        if self.config.source:
+            for module in (self.source_in, self.source_gate):
+                nn.init.zeros_(module.weight)
 
     @property
     def schedule(self) -> Schedule:
@@ -306,12 +320,32 @@ class Denoiser(Backbone):
 
     def tokens(self, x_t: Tensor) -> Tensor:
         """Codes [B, L] to transformer tokens [B, L / patch^2, D]."""
-        (rows, cols), p = self.config.grid, self.config.patch
-        e = self.code_embedding(x_t).view(len(x_t), rows // p, p, cols // p, p, -1)
-        e = e.permute(0, 1, 3, 2, 4, 5).reshape(len(x_t), (rows // p) * (cols // p), -1)
-        return self.patch_in(e) + self.position
+        return self.patch_in(self._patches(x_t)) + self.position
 
-    def prepare(self, cond: Tensor, cond_mask: Tensor, fold: bool = False) -> Condition:
+    def _patches(self, codes: Tensor) -> Tensor:
+        """Embedded codes, those of a transformer token side by side: [B, L / patch^2, .]."""
+        (rows, cols), p = self.config.grid, self.config.patch
+        e = self.code_embedding(codes).view(len(codes), rows // p, p, cols // p, p, -1)
+        return e.permute(0, 1, 3, 2, 4, 5).reshape(len(codes), (rows // p) * (cols // p), -1)
+
+    def read_source(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """What the layers and the gate read of a picture to edit.
+
+        Args:
+            source: its codes, [B, L] int64; the mask K where nothing is known.
+
+        Returns:
+            Addends of the tokens [B, N, D]; and, for each code, the feature row that raises its
+            own logit by 1, [B, L, code_width], 0 where nothing is known.
+        """
+        rows = F.pad(self.head.weight, (0, 0, 0, 1))
+        rows = rows / rows.square().sum(1, keepdim=True).clamp_min(1e-6)
+        # Not rows[source]: on a CPU its backward pass adds in any order.
+        return self.source_in(self._patches(source)), F.embedding(source, rows)
+
+    def prepare(
+        self, cond: Tensor, cond_mask: Tensor, fold: bool = False, source: Tensor | None = None
+    ) -> Condition:
         """Read a condition, once for all steps of a sampling run.
 
         Args:
@@ -319,7 +353,14 @@ class Denoiser(Backbone):
             cond_mask: which of them are on, [B, k+1] bool.
             fold: fold them into each layer's weights (`ops.fold_neighbours`); it pays when the
                 result serves several steps.
+            source: codes of a picture to edit, [B, L] int64, K where unknown; an editor needs them.
+
+        Raises:
+            ValueError: a source for a denoiser that is no editor, or none for an editor.
         """
+        if (source is not None) != self.config.source:
+            kind = "an editor: it needs" if self.config.source else "no editor: it takes no"
+            raise ValueError(f"source: this denoiser is {kind} source")
         tokens = self.read_condition(cond)
         paintings = self.canvas(cond * math.sqrt(self.config.embed_dim))
         paintings = paintings.view(*cond.shape[:2], -1, self.config.canvas_width)
@@ -331,10 +372,16 @@ class Denoiser(Backbone):
             for i, layer in enumerate(self.layers):
                 assert isinstance(layer, Layer)  # for the type checker
                 folded[i] = layer.cross_attention.fold(tokens, cond_mask)
-        return Condition(tokens, paintings, bias[:, None, None], some[:, None, None], folded)
+        read = None if source is None else self.read_source(source)
+        return Condition(tokens, paintings, bias[:, None, None], some[:, None, None], folded, read)
 
     def features(
-        self, x_t: Tensor, t: Tensor, cond: Tensor | Condition, cond_mask: Tensor | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Tensor | Condition,
+        cond_mask: Tensor | None = None,
+        source: Tensor | None = None,
     ) -> Tensor:
         """Everything but the head: one row for each code, [B, L, code_width].
 
@@ -343,22 +390,28 @@ class Denoiser(Backbone):
             t: levels, [B] int64.
             cond: what `prepare` returned; or embeddings, [B, k+1, E], with their cond_mask.
             cond_mask: which of the embeddings are on, [B, k+1] bool.
+            source: as in `prepare`.
         """
         if not isinstance(cond, Condition):
             assert cond_mask is not None
-            cond = self.prepare(cond, cond_mask)
+            cond = self.prepare(cond, cond_mask, source=source)
         (rows, cols), p = self.config.grid, self.config.patch
         x = self.tokens(x_t)
+        if cond.source is not None:
+            x = x + cond.source[0]
         time = self.time_modulation(t).to(x.dtype)
         for layer, folded in zip(self.layers, cond.folded, strict=True):
             x = layer(x, time, cond, folded)
         y = self.patch_out(self.norm_out(x))
         y = y.view(len(x), rows // p, cols // p, p, p, -1).permute(0, 1, 3, 2, 4, 5)
-        return y.reshape(len(x), rows * cols, -1)
+        y = y.reshape(len(x), rows * cols, -1)
+        return y if cond.source is None else y + self.source_gate(y) * cond.source[1]
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor, cond_mask: Tensor) -> Tensor:
+    def forward(
+        self, x_t: Tensor, t: Tensor, cond: Tensor, cond_mask: Tensor, source: Tensor | None = None
+    ) -> Tensor:
         """Logits of the clean codes, [B, L, K]."""
-        return self.head(self.features(x_t, t, cond, cond_mask))
+        return self.head(self.features(x_t, t, cond, cond_mask, source))
 
     def sample(
         self,

@@ -187,7 +187,7 @@ class ConditionSampler:
         self.pairs, self.config, self.candidates = pairs, config, candidates
         self._indexes: dict[tuple[int, int], Index] = {}
 
-    def draw(self, count: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(self, count: int, g: torch.Generator) -> tuple[Tensor, ...]:
         """Draw images of one world whose neighbours come from one search.
 
         Args:
@@ -197,43 +197,56 @@ class ConditionSampler:
         Returns:
             codes [count, L] int64, cond [count, k+1, E] float32, mask [count, k+1] bool.
         """
-        cfg, pairs = self.config, self.pairs
-        worlds = len(pairs.codes)
+        world, drawn = self._pick(count, g)
+        targets = self.pairs.targets[drawn]
+        own = self.pairs.embeddings[world][targets].float()
+        cond, mask = self._condition(own, own, world, drawn, g)
+        return self.pairs.codes[world][targets].long(), cond, mask
 
-        def chance(p: float, n: int = count) -> Tensor:
-            return torch.rand(n, generator=g) < p
-
-        world = 0
-        if worlds > 1 and not chance(cfg.original, 1):
+    def _pick(self, count: int, g: torch.Generator) -> tuple[int, Tensor]:
+        """A world, and places of targets in `pairs.targets`, [count]."""
+        worlds, world = len(self.pairs.codes), 0
+        if worlds > 1 and not _chance(self.config.original, 1, g):
             world = int(torch.randint(1, worlds, (1,), generator=g))
-        drawn = torch.randint(len(pairs.targets), (count,), generator=g)
-        targets = pairs.targets[drawn]
-        rows = pairs.embeddings[world]
-        own = rows[targets].float()
-        query = self._query(own, world, chance(cfg.text_like), g)
+        return world, torch.randint(len(self.pairs.targets), (count,), generator=g)
+
+    def _condition(
+        self, about: Tensor, own: Tensor, world: int, drawn: Tensor, g: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Condition embeddings [count, k+1, E], and which of them are on.
+
+        Args:
+            about: embeddings that the queries are made of, [count, E].
+            own: the targets' embeddings, which tell their near-duplicates.
+            world: of the targets.
+            drawn: their places in `pairs.targets`.
+            g: source of every random choice.
+        """
+        cfg, pairs, count = self.config, self.pairs, len(drawn)
+        targets, rows = pairs.targets[drawn], pairs.embeddings[world]
+        query = self._query(about, world, _chance(cfg.text_like, count, g), g)
 
         ids = torch.full((count, cfg.k), -1)
         if cfg.shows_neighbours:
             allowed = None
-            if chance(cfg.subset, 1):
+            if _chance(cfg.subset, 1, g):
                 share = 0.02 + 0.48 * float(torch.rand(1, generator=g)) ** 2
                 keep = torch.rand(len(pairs.database), generator=g) < share
                 keep |= torch.isin(pairs.database, targets)
                 allowed = pairs.database[keep]
             found = self._found(query, drawn, world, allowed)
-            ids = self._neighbours(found, targets, own, rows, chance(cfg.exclude))
+            ids = self._neighbours(found, targets, own, rows, _chance(cfg.exclude, count, g))
 
         cond = torch.cat([query[:, None], rows[ids.clamp_min(0)].float()], 1)
-        shown = torch.where(
-            chance(cfg.vary_k), torch.randint(1, cfg.k + 1, (count,), generator=g), cfg.k
-        )
+        fewer = torch.randint(1, cfg.k + 1, (count,), generator=g)
+        shown = torch.where(_chance(cfg.vary_k, count, g), fewer, cfg.k)
         on = (ids >= 0) & (torch.arange(cfg.k)[None] < shown[:, None])
         what = torch.rand(count, generator=g)
         edges = np.cumsum([cfg.null, cfg.no_query, cfg.no_neighbours])
         use_query = (what >= edges[1]).unsqueeze(1)
         use_neighbours = ((what >= edges[0]) & ~((what >= edges[1]) & (what < edges[2])))[:, None]
         mask = torch.cat([use_query, on & use_neighbours], 1)
-        return pairs.codes[world][targets].long(), cond * mask[..., None], mask
+        return cond * mask[..., None], mask
 
     def _query(self, own: Tensor, world: int, text_like: Tensor, g: torch.Generator) -> Tensor:
         """The query embedding: the image's own, cut and disturbed to resemble a prompt's."""
@@ -295,3 +308,8 @@ class ConditionSampler:
             index.add(rows, ids=self.pairs.database)
             self._indexes[world, dim] = index
         return self._indexes[world, dim]
+
+
+def _chance(p: float, count: int, g: torch.Generator) -> Tensor:
+    """`count` draws that are true with probability p."""
+    return torch.rand(count, generator=g) < p

@@ -31,6 +31,7 @@ class Sampler:
         truncation: keep the most probable classes up to this mass; 1 keeps all.
         top_k: keep this many classes; 0 keeps all.
         temperature: divides the logits after guidance.
+        top: the level to begin at; None: T.
 
     Raises:
         ValueError: a bad list of steps, truncation or temperature, or another number of codes.
@@ -45,6 +46,7 @@ class Sampler:
         truncation: float = 1.0,
         top_k: int = 0,
         temperature: float = 1.0,
+        top: int | None = None,
     ) -> None:
         if not 0.0 < truncation <= 1.0:
             raise ValueError(f"truncation must be in (0, 1], got {truncation}")
@@ -56,7 +58,7 @@ class Sampler:
                 f"{denoiser.config.num_codes}"
             )
         self.denoiser, self.schedule, self.guided = denoiser, schedule, guidance != 1.0
-        self.levels = schedule.levels(steps if isinstance(steps, int) else list(steps))
+        self.levels = schedule.levels(steps if isinstance(steps, int) else list(steps), top)
         self.rule: dict[str, Any] = {
             "guidance": guidance,
             "temperature": temperature,
@@ -75,6 +77,8 @@ class Sampler:
         seed: int | Tensor = 0,
         image_indices: Tensor | None = None,
         callback: Callable[[int, int], None] | None = None,
+        source: Tensor | None = None,
+        start: Tensor | None = None,
     ) -> Tensor:
         """Draw codes.
 
@@ -86,25 +90,32 @@ class Sampler:
                 to the rounding of its matrix products).
             image_indices: [B] int64, the images' indices in the random numbers; default 0...B-1.
             callback: called with (steps done, steps) after each step.
+            source: codes of the pictures that an editor edits, [B, L] int64, K where unknown; an
+                editor without them knows nothing and draws from the condition alone.
+            start: codes to begin with, [B, L] int64, K where they are to be drawn, as many as the
+                first level has; by default they are drawn from the prior.
 
         Returns:
             Codes, [B, L] int64.
         """
         head, batch = self.denoiser.head, len(cond)
-        x = sample_prior(
-            self.schedule,
-            self.levels[0],
-            self.schedule.num_codes,
-            (batch, self.denoiser.config.length),
-            seed=seed,
-            image_indices=image_indices,
-            device=cond.device,
-        )
+        k, shape = self.schedule.num_codes, (batch, self.denoiser.config.length)
+        x = start
+        if x is None:
+            x = sample_prior(
+                self.schedule, self.levels[0], k, shape, seed=seed, image_indices=image_indices,
+                device=cond.device,
+            )  # fmt: skip
+        if source is None and self.denoiser.config.source:
+            source = torch.full(shape, k, device=cond.device)
         # On the CPU every image has the network to itself: a matrix product rounds by its shape,
         # and an image must not depend on its batch. A GPU needs the whole batch to be busy.
         size = 1 if cond.device.type == "cpu" else max(batch, 1)
         parts = [slice(i, i + size) for i in range(0, max(batch, 1), size)]
-        conditions = [self._prepare(cond[p].clone(), cond_mask[p]) for p in parts]
+        conditions = [
+            self._prepare(cond[p].clone(), cond_mask[p], None if source is None else source[p])
+            for p in parts
+        ]
         for done, (t, weights) in enumerate(zip(self.levels, self.weights, strict=False), start=1):
             with phase("sample.features"):
                 both = [self._features(x[p], t, c) for p, c in zip(parts, conditions, strict=True)]
@@ -125,13 +136,14 @@ class Sampler:
                 callback(done, len(self.weights))
         return x
 
-    def _prepare(self, cond: Tensor, mask: Tensor) -> Condition:
+    def _prepare(self, cond: Tensor, mask: Tensor, source: Tensor | None) -> Condition:
         if self.guided:
             cond = torch.cat([cond, torch.zeros_like(cond)])
             mask = torch.cat([mask, torch.zeros_like(mask)])
+            source = None if source is None else torch.cat([source, source])
         # The fused attention wants one type throughout, which autocast does not keep.
         fold = not torch.is_autocast_enabled(cond.device.type)
-        return self.denoiser.prepare(cond, mask, fold=fold)
+        return self.denoiser.prepare(cond, mask, fold=fold, source=source)
 
     def _features(self, x: Tensor, t: int, condition: Condition) -> Tensor:
         """What the head reads, [1 or 2, B, L, D]: with the condition, and without when guided."""
@@ -202,14 +214,19 @@ def sample(
     temperature: float = 1.0,
     image_indices: Tensor | None = None,
     callback: Callable[[int, int], None] | None = None,
+    source: Tensor | None = None,
+    start: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """Draw codes, [B, L] int64: one call of a `Sampler`, whose arguments these are.
+
+    `start` is codes and their level.
 
     Raises:
         ValueError: as `Sampler`; a seed outside [0, 2^64).
     """
-    sampler = Sampler(denoiser, schedule, steps, guidance, truncation, top_k, temperature)
-    return sampler(cond, cond_mask, signed(seed), image_indices, callback)
+    codes, top = start or (None, None)
+    sampler = Sampler(denoiser, schedule, steps, guidance, truncation, top_k, temperature, top)
+    return sampler(cond, cond_mask, signed(seed), image_indices, callback, source, codes)
 
 
 def signed(seed: int) -> int:

@@ -64,14 +64,19 @@ class Schedule:
         b = (self.B[t] - a * self.B[s]) / (1.0 - self.C[s])
         return float(a), float(max(b, 0.0)), float(c)
 
-    def levels(self, steps: int | list[int] | tuple[int, ...]) -> list[int]:
-        """Levels a sampler visits, from T down to 0.
+    def levels(self, steps: int | list[int] | tuple[int, ...], top: int | None = None) -> list[int]:
+        """Levels a sampler visits, from T, or a lower `top`, down to 0.
 
         Args:
-            steps: a number of steps (levels evenly spaced), or the levels themselves: strictly
-                falling from T; a missing final 0 is added.
+            steps: a number of steps (levels evenly spaced; fewer where top is less), or the levels
+                themselves: strictly falling from top; a missing final 0 is added.
+            top: the first level, in [1, T]; None: T.
         """
-        top = self.num_steps
+        if top is not None and not 1 <= top <= self.num_steps:
+            raise ValueError(f"top must be in [1, {self.num_steps}], got {top}")
+        if top is not None and isinstance(steps, int) and 1 <= steps <= self.num_steps:
+            steps = min(steps, top)
+        top = top or self.num_steps
         if isinstance(steps, int):
             if not 1 <= steps <= top:
                 raise ValueError(f"steps must be in [1, {top}], got {steps}")

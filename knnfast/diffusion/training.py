@@ -93,12 +93,18 @@ class CodesObjective(Objective):
         """Uniform numbers for `corrupt`."""
         return torch.rand(x0.shape, generator=g, dtype=torch.float64)
 
+    def corrupted(
+        self, x0: Tensor, t: Tensor, noise: Tensor, inputs: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """x_t, its levels, and what the network reads beside them."""
+        return corrupt(x0, t, self.schedule, noise), t, inputs
+
     def forward(
         self, x0: Tensor, t: Tensor, factor: Tensor, noise: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The loss; `inputs` are the condition embeddings and which of them are on."""
         steps = self.num_levels
-        x_t = corrupt(x0, t, self.schedule, noise)
+        x_t, t, inputs = self.corrupted(x0, t, noise, inputs)
         with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.bf16):
             features = self.features(x_t, t, *inputs)
             if self.schedule.B[1:].any():

@@ -1,0 +1,51 @@
+"""What the pipeline's calls share: checks of arguments, progress, a clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from knnfast._phases import phase
+
+
+def check_range(
+    name: str, value: int, low: int, high: int | None = None, why_high: str = ""
+) -> None:
+    """Refuse what is no whole number, or one out of its range."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name}: expected a whole number, got {value!r}")
+    if value < low or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"{low} ... {high}"
+        allowed += f" ({why_high})" if why_high else ""
+        raise ValueError(f"{name}: must be {allowed}, got {value}")
+
+
+def scaled(
+    callback: Callable[[int, int], None] | None, part: int, parts: int
+) -> Callable[[int, int], None] | None:
+    """A callback for one of several equal parts, told in terms of the whole."""
+    if callback is None:
+        return None
+    return lambda done, total: callback(part * total + done, parts * total)
+
+
+class Clock:
+    """Measures phases, and names them to profilers."""
+
+    def __init__(self, timings: dict[str, float], device: torch.device) -> None:
+        self.timings = timings
+        self.device = device
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Writes the seconds of the block under a name."""
+        start = time.perf_counter()
+        with phase(name):
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        self.timings[name] = time.perf_counter() - start
