@@ -73,15 +73,14 @@ def _page(results: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> str:
         lines += ["", f"Not measured yet: {', '.join(missing)}."]
     for result in results:
         lines += ["", f"## {result['name']}", "", f"{result['title']}. {result['source']}", ""]
-        lines.append("| setting | " + " | ".join(COLUMNS.values()) + " | s/image |")
-        lines.append("| --- |" + " --- |" * (len(COLUMNS) + 1))
+        lines.append("| setting | " + " | ".join(COLUMNS.values()) + " |")
+        lines.append("| --- |" + " --- |" * len(COLUMNS))
         for entry in result["settings"]:
             label = entry["setting"]["label"]
             if not entry["available"]:
                 lines.append(f"| {label} | not available: no such model was given |")
                 continue
             cells = [f"{entry['metrics'][key]:.3f}" for key in COLUMNS]
-            cells.append(f"{entry['seconds'] / result['prompts']:.2f}")
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
         if any(entry["available"] for entry in result["settings"]):
             lines += ["", f"![{result['title']}]({result['name']}.png)"]
