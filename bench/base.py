@@ -54,13 +54,15 @@ class IncomparableError(Exception):
 class Base:
     """The process of a built tree; goes from case to case with its caller.
 
-    Its methods raise IncomparableError with the base's own error.
+    Its methods raise IncomparableError with the base's own error. `clock` is "wall" or "cpu".
     """
 
-    def __init__(self, tree: Path, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, tree: Path, device: str = "cpu", threads: int | None = None, clock: str = "wall"
+    ) -> None:
         self.name = f"base {tree.name}"
         words = [sys.executable, str(Path(__file__).resolve()), "--device", device]
-        words += ["--threads", str(threads or os.cpu_count())]
+        words += ["--threads", str(threads or os.cpu_count()), "--clock", clock]
         self.process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tree,
             env=os.environ | {"PYTHONPATH": str(tree)},
@@ -108,7 +110,7 @@ class Remote:
         return self.base.ask(verb="turn", backend=self.backend, seconds=seconds)
 
 
-def serve(device: str, threads: int) -> None:
+def serve(device: str, threads: int, clock: str) -> None:
     """In the base's process: its package, this commit's cases and timing."""
     harness = ROOT / "knnfast" / "benchmark"
     spec = importlib.util.spec_from_file_location(
@@ -120,7 +122,7 @@ def serve(device: str, threads: int) -> None:
     from cases import cases
 
     from knnfast import _C
-    from knnfast.benchmark.timing import Local
+    from knnfast.benchmark.timing import CLOCKS, Local
 
     _C.set_num_threads(threads)
     torch.set_num_threads(threads)
@@ -136,7 +138,8 @@ def serve(device: str, threads: int) -> None:
             elif request["verb"] == "advance":
                 case = next(todo)
             else:
-                value = Local(case.ours[request["backend"]], case.cuda).turn(request["seconds"])
+                local = Local(case.ours[request["backend"]], case.cuda, CLOCKS[clock])
+                value = local.turn(request["seconds"])
             answer = {"value": value}
         except Exception as error:  # whatever it is, the caller hears it
             answer = {"error": f"{type(error).__name__}: {error}"}
@@ -147,5 +150,6 @@ def serve(device: str, threads: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", required=True)
+    parser.add_argument("--clock", required=True)
     parser.add_argument("--threads", type=int, required=True)
     serve(**vars(parser.parse_args()))

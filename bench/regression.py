@@ -2,9 +2,10 @@
 
 Machines differ and are noisy, so no time is compared with a stored time. The base is built beside
 this commit and runs in its own process; the two take turns (knnfast.benchmark.timing), and the
-figure is the median over the turns of ours / base. What a process happened to get (pages, layout)
-biases all of its turns, so above the threshold both sides are made anew and measured again: the
-gate gives the alarm when every one of ATTEMPTS measurements is above.
+figure is the median over the turns of ours / base, in CPU time with one thread: other work on the
+machine hardly changes it (and it does not see threads that wait for each other). What a process
+happened to get (pages, layout) biases all of its turns, so above the threshold both sides are made
+anew and measured again: the gate gives the alarm when every one of ATTEMPTS measurements is above.
 
     python bench/regression.py --runs 20 --json bench/results/NAME.json
 
@@ -17,24 +18,25 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from base import Base, build
 from cases import cases
 from run import tidy
 
-from knnfast import _files
+from knnfast import _C, _files
 from knnfast.benchmark.machine import machine
-from knnfast.benchmark.timing import Local, interleave, ratio
+from knnfast.benchmark.timing import CLOCKS, Local, interleave, ratio
 
 OPS = ("topk", "neighbour_attention", "transition_step", "sample_head", "transition_loss",
        "sample", "end_to_end")  # fmt: skip
 THRESHOLD = 1.10
 SLOWDOWN = 1.20
 ATTEMPTS = 3
+CLOCK = CLOCKS["cpu"]
 
 
 def slowed(call: Callable[[], Any], factor: float) -> Callable[[], Any]:
@@ -44,18 +46,26 @@ def slowed(call: Callable[[], Any], factor: float) -> Callable[[], Any]:
     """
 
     def call_and_wait() -> Any:
-        start = time.perf_counter()
+        start = CLOCK()
         result = call()
-        end = time.perf_counter() + (factor - 1) * (time.perf_counter() - start)
-        while time.perf_counter() < end:
+        now = CLOCK()
+        end = now + (factor - 1) * (now - start)
+        while CLOCK() < end:
             pass
         return result
 
     return call_and_wait
 
 
+def start(tree: Path) -> Base:
+    """A process of the base, counted as ours is."""
+    return Base(tree, threads=1, clock="cpu")
+
+
 def measure(op: str, base: Base, slow: bool = False) -> tuple[float, Callable[[], Any]]:
     """Ours over the base for the op's first case at the shape `ci`; and what was timed."""
+    _C.set_num_threads(1)
+    torch.set_num_threads(1)
     case = next(iter(cases(op, "ci")))
     base.open(op, "ci")
     base.advance()
@@ -65,7 +75,9 @@ def measure(op: str, base: Base, slow: bool = False) -> tuple[float, Callable[[]
         raise AssertionError(f"{op}: wrong before it is timed: {verdict}")
     if slow:
         call = slowed(call, SLOWDOWN)
-    timings = interleave({"ours": Local(call), "base": base.contender(name)}, seconds=0.03)
+    timings = interleave(
+        {"ours": Local(call, clock=CLOCK), "base": base.contender(name)}, seconds=0.03
+    )
     return ratio(timings["ours"], timings["base"]), call
 
 
@@ -108,9 +120,9 @@ def main() -> None:
         report |= {"unchanged": before["unchanged"], "slowed": before["slowed"]}
     for name, count in (("unchanged", args.runs), ("slowed", args.slowed)):
         while len(report[name]) < count:
-            with Base(tree) as base:
+            with start(tree) as base:
                 ratios = {
-                    op: gate(op, base, lambda: Base(tree), args.threshold, name == "slowed")[0]
+                    op: gate(op, base, lambda: start(tree), args.threshold, name == "slowed")[0]
                     for op in OPS
                 }
             report[name].append(tidy({op: values[-1] for op, values in ratios.items()}))

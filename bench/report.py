@@ -83,6 +83,7 @@ def where(result: dict[str, Any]) -> str:
         f"{place}, {about['cores']} cores, {memory}kernels {about['isa']}, "
         f"{about['threads']} threads; {about['date']}, commit {about['commit']}; "
         + ", ".join(names)
+        + (f".  \n{result['note'].rstrip('.')}" if "note" in result else "")
     )
 
 
@@ -146,7 +147,7 @@ def ops_section(result: dict[str, Any]) -> str:
         [
             f"## {', '.join(ops)}",
             f"`{result['command']}` (results/{result['file']}).  \n{where(result)}.  \n"
-            + ceilings(result) + (f" {result['note']}" if "note" in result else ""),
+            + ceilings(result),
             table(["case", "backend", "p50 ms", "p90", "p99", "of ceiling", "peak MiB", "checked",
                    "peers: p50 ms (over ours)"], rows),
         ]

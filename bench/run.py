@@ -18,7 +18,6 @@ import contextlib
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,15 @@ from shapes import SHAPES
 
 from knnfast import _C, _files
 from knnfast.benchmark.machine import ceilings, machine, share
-from knnfast.benchmark.timing import Local, Timing, best_threads, interleave, peak_mib, ratio
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+from knnfast.benchmark.timing import (
+    CLOCKS,
+    Local,
+    Timing,
+    best_threads,
+    interleave,
+    peak_mib,
+    ratio,
+)
 
 
 def tidy(value: Any) -> Any:

@@ -1,8 +1,8 @@
 """`pytest bench --base REF`: no op may be slower than at REF. See regression.py for the rule."""
 
 import pytest
-from base import Base, IncomparableError, build
-from regression import OPS, gate
+from base import IncomparableError, build
+from regression import OPS, gate, start
 
 
 @pytest.fixture(scope="session")
@@ -12,7 +12,7 @@ def tree(request):
 
 @pytest.fixture(scope="session")
 def base(tree):
-    with Base(tree) as process:
+    with start(tree) as process:
         yield process
 
 
@@ -22,7 +22,7 @@ def test_no_slower_than_the_base(op, base, tree, benchmark, request):
     threshold = option("--threshold")
     benchmark.group = op
     try:
-        ratios, call = gate(op, base, lambda: Base(tree), threshold, op in option("--slow-op"))
+        ratios, call = gate(op, base, lambda: start(tree), threshold, op in option("--slow-op"))
     except IncomparableError as why:
         pytest.skip(f"not comparable with {why}")
     benchmark.extra_info["ours_over_base"] = ratios
