@@ -482,7 +482,7 @@ def evaluate(
 @click.option("--device", default="cpu", show_default=True, help="cpu, or cuda.")
 @click.option("--threads", type=int, help="At most so many; the machine's by default.")
 @click.option("--peers", help="Only these, separated by commas; all that are installed by default.")
-@click.option("--seconds", default=100.0, show_default=True, help="About how long it may take.")
+@click.option("--seconds", default=80.0, show_default=True, help="About how long it may take.")
 @click.option(
     "--plot", default="knnfast-bench.png", show_default=True, help="PNG to write, or none."
 )
