@@ -37,7 +37,7 @@ CONDITION = EditConfig(
     original=0.4,
 )
 CONFIG = TrainConfig(
-    steps=250, batch=48, lr=1e-3, warmup=20, decay=0.5, ema=0.99, checkpoint_every=40, log_every=5,
+    steps=40, batch=48, lr=1e-3, warmup=20, decay=0.0, ema=0.99, checkpoint_every=40, log_every=5,
     bf16=False, condition=CONDITION,
 )  # fmt: skip
 
