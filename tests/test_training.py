@@ -289,7 +289,7 @@ def test_rejects(tmp_path: Path) -> None:
         train(tmp_path / "empty", tmp_path / "a", tokenizer(), Colours(), TINY, QUICK)
     with pytest.raises(ValueError, match="encoder: needed"):
         train(tmp_path / "empty", tmp_path / "a", tokenizer(), None, TINY, QUICK)
-    with pytest.raises(ValueError, match="do not have the denoiser's sizes"):
+    with pytest.raises(ValueError, match="the network's are"):
         denoiser_trainer(DenoiserConfig(), QUICK, pairs())
 
 

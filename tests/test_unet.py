@@ -1,25 +1,30 @@
 """The continuous backbone: its equations, sampling, files, and the pipeline with it."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from scipy import stats
 
 pytest.importorskip("diffusers")
 
 from knnfast import KNNDiffusion
 from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
+from knnfast.diffusion.pairs import ConditionConfig, Pairs
+from knnfast.diffusion.trainer import STATE_FILE, TrainConfig
 from knnfast.diffusion.unet import UNetConfig, UNetDenoiser, initial_noise
+from knnfast.diffusion.unet_training import VelocityObjective, begin, unet_trainer
 
 # CPU machines carry a torchvision whose image extension does not load (requirements/clip-cpu.txt).
 pytestmark = pytest.mark.filterwarnings("ignore:Failed to load image:UserWarning")
 
 TINY = UNetConfig(
     num_codes=11, grid=(4, 4), code_dim=3, embed_dim=12, widths=(8, 16), groups=4, heads=2,
-    cond_width=8, canvas_width=4, ranks=2, num_steps=50,
+    cond_width=8, ranks=2, num_steps=50,
 )  # fmt: skip
 
 
@@ -50,7 +55,7 @@ def test_begins_as_the_optimal_v_of_a_gaussian():
     t = torch.tensor([20])
     x_t = torch.randn(1, 3, 4, 4)
     alpha, sigma = float(net.alpha[20]), float(net.sigma[20])
-    m = net.prepare(cond, mask).paintings[:, 0, :3].double()
+    m = net.prepare(cond, mask).paintings[:, 0].double()
     s2 = float(net.log_spread.exp())
     # the joint normal of (x_0, x_t): regress each of eps and x_0 on x_t
     variance = alpha**2 * s2 + sigma**2
@@ -69,7 +74,7 @@ def test_the_mean_is_the_posterior_over_paintings():
     cond, mask = condition(2, 2)
     mask[1, 2] = False
     prepared = net.prepare(cond, mask)
-    guesses = prepared.paintings[:, :, :3]
+    guesses = prepared.paintings
     alpha, total = torch.tensor(0.9).view(1, 1, 1, 1), torch.full((2, 1, 1, 1), 0.3)
     painted = net._mix(0.9 * guesses[:, 1] + 0.01, alpha, total, prepared)
     torch.testing.assert_close(painted, prepared.paintings[:, 1], atol=1e-3, rtol=1e-3)
@@ -214,11 +219,109 @@ def test_files_of_another_architecture(tmp_path):
         ({"colour": 3}, "unknown U-Net settings"),
         ({"widths": [16]}, "at least two resolutions"),
         ({"widths": [10, 16]}, "multiples"),
-        ({"canvas_width": 2}, "below code_dim"),
     ]:
         config.write_text(json.dumps({**raw, **change}))
         with pytest.raises(ValueError, match=message):
             UNetDenoiser.from_folder(tmp_path / "unet")
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+QUICK = TrainConfig(
+    steps=4, batch=8, group=8, warmup=2, lr=3e-3, checkpoint_every=2, log_every=2, bf16=False,
+    condition=ConditionConfig(k=2),
+)  # fmt: skip
+
+
+def pairs(worlds=2, count=40):
+    """Pictures that their embeddings describe: codes by the signs of an embedding's numbers."""
+    g = torch.Generator().manual_seed(0)
+    rows = F.normalize(torch.randn(worlds, count, 12, generator=g), dim=-1)
+    bits = (rows[..., :3] > 0).long() @ torch.tensor([1, 2, 4])
+    codes = (bits[..., None] + torch.arange(16) // 8) % 11
+    return Pairs(codes.short(), rows.half(), torch.arange(30), torch.arange(5, 40))
+
+
+def test_loss_is_the_error_of_v():
+    net = made()
+    objective = VelocityObjective(net)
+    codes, t = torch.randint(11, (5, 16)), torch.tensor([1, 7, 20, 33, 50])
+    noise = objective.noise(codes, torch.Generator().manual_seed(1))
+    assert noise.shape == (5, 3, 4, 4)
+    cond, mask = condition(5)
+    factor = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])
+    loss, each = objective(codes, t, factor, noise, cond, mask)
+    signal = torch.cos((torch.arange(51) / 50 + 0.008) / 1.008 * torch.pi / 2) ** 2
+    alpha = (signal[t] / signal[0]).sqrt().view(-1, 1, 1, 1)  # Nichol and Dhariwal 2021, Eq. 17
+    alpha[-1] = net.alpha[-1]  # diffusers stops short of pure noise
+    sigma = (1 - alpha**2).sqrt()
+    x0 = net.vectors(codes)
+    v = net(alpha * x0 + sigma * noise, t - 1, cond, mask)
+    want = (v - (alpha * noise - sigma * x0)).square().flatten(1).mean(1)
+    torch.testing.assert_close(each, want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(loss, (factor * want).mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_begins_with_the_regression_of_pictures_on_embeddings():
+    net = made()
+    data = pairs()
+    begin(net, torch.randn(11, 3), data, ridge=1e-9)
+    rows = data.embeddings[:, data.targets].double().reshape(-1, 12) * 12**0.5
+    x = torch.cat([torch.ones(len(rows), 1), rows], 1)
+    y = net.vectors(data.codes[:, data.targets].long().reshape(-1, 16)).flatten(1).double()
+    best = torch.linalg.lstsq(x, y).solution
+    cond, mask = data.embeddings[0, :30, None].float(), torch.ones(30, 1, dtype=torch.bool)
+    got = net.prepare(cond, mask).paintings.flatten(1)
+    torch.testing.assert_close(got.double(), (x @ best)[:30], atol=1e-3, rtol=1e-3)
+    left = (y - x @ best).square().mean()
+    assert float(net.log_spread.exp()) == pytest.approx(float(left), rel=1e-3)
+
+
+def test_loss_falls():
+    config = TrainConfig(
+        steps=40, batch=16, group=16, warmup=5, lr=5e-3, bf16=False,
+        condition=ConditionConfig(k=2, null=0.0),
+    )  # fmt: skip
+    data = pairs()
+    few = Pairs(data.codes, data.embeddings, torch.arange(6, 9), data.database)
+    trainer = unet_trainer(TINY, config, few, torch.randn(11, 3))
+    losses = [float(trainer.advance()["loss"]) for _ in range(40)]
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+
+
+def test_resumes_bit_for_bit(tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    book = torch.randn(11, 3)
+    try:
+        whole, first, second = (unet_trainer(TINY, QUICK, pairs(), book) for _ in range(3))
+        for trainer, steps in ((whole, 4), (first, 2)):
+            for _ in range(steps):
+                trainer.advance()
+        first.save(tmp_path)
+        second.load(tmp_path)
+        for _ in range(2):
+            second.advance()
+    finally:
+        torch.set_num_threads(before)
+    states = []
+    for trainer in (whole, second):
+        trainer.save(tmp_path)
+        states.append(load_file(tmp_path / STATE_FILE))
+    a, b = states
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_another_architecture_does_not_resume(tmp_path):
+    trainer = unet_trainer(TINY, QUICK, pairs(), torch.randn(11, 3))
+    trainer.save(tmp_path)
+    wider = replace(TINY, widths=(16, 16))
+    with pytest.raises(ValueError, match=r"state.safetensors: was trained with widths = \[8, 16\]"):
+        unet_trainer(wider, QUICK, pairs(), torch.randn(11, 3)).load(tmp_path)
+    with pytest.raises(ValueError, match="compile"):
+        unet_trainer(TINY, replace(QUICK, compile=True), pairs(), torch.randn(11, 3))
 
 
 # ---- the pipeline -------------------------------------------------------------------------------

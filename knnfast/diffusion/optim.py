@@ -88,10 +88,12 @@ class Muon:
                 out[f"adam.{key}.{n}"] = value
         return out
 
+    @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` gave."""
         for n, buffer in self.buffers.items():
             buffer.copy_(state[f"muon.{n}"])
         for n, p in self.others:
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            self.adam.state[p] = {k: state[f"adam.{k}.{n}"].to(p.device, copy=True) for k in keys}
+            self.adam.state[p] = {"step": state[f"adam.step.{n}"].to(p.device, copy=True)}
+            for key in ("exp_avg", "exp_avg_sq"):  # the fused step reads memory in p's own order
+                self.adam.state[p][key] = torch.empty_like(p).copy_(state[f"adam.{key}.{n}"])

@@ -40,6 +40,19 @@ class Pairs:
     targets: Tensor
     database: Tensor
 
+    def check_sizes(self, length: int, embed_dim: int) -> None:
+        """Refuse a network that reads other numbers of codes or other embeddings.
+
+        Raises:
+            ValueError: names both.
+        """
+        found = self.codes.shape[-1], self.embeddings.shape[-1]
+        if found != (length, embed_dim):
+            raise ValueError(
+                f"pairs: codes and embeddings have sizes {found}, the network's are "
+                f"{(length, embed_dim)}"
+            )
+
     def restricted(self, targets: Tensor, database: Tensor, worlds: int | None = None) -> Pairs:
         """The same images with other targets, another database, and the first `worlds` worlds."""
         return Pairs(self.codes[:worlds], self.embeddings[:worlds], targets, database)

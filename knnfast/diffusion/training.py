@@ -13,15 +13,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from knnfast.diffusion.backbone import Backbone
 from knnfast.diffusion.cache import load_cache, save_cache
 from knnfast.diffusion.data import ImageEncoder, encode
 from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
 from knnfast.diffusion.distributed import Processes, processes
 from knnfast.diffusion.pairs import ConditionSampler, Pairs, nearest
-from knnfast.diffusion.sampler import sample
 from knnfast.diffusion.schedule import Schedule
 from knnfast.diffusion.tokenizer import VQTokenizer
 from knnfast.diffusion.trainer import Objective, TrainConfig, Trainer, fit
+from knnfast.diffusion.unet import UNetConfig
+from knnfast.diffusion.unet_training import unet_trainer
 from knnfast.ops import transition_loss
 
 if TYPE_CHECKING:
@@ -127,7 +129,7 @@ class CodesObjective(Objective):
 
 
 def draw_grid(
-    net: Denoiser, tokenizer: VQTokenizer, pairs: Pairs, config: TrainConfig, columns: int = 8,
+    net: Backbone, tokenizer: VQTokenizer, pairs: Pairs, config: TrainConfig, columns: int = 8,
     steps: int = 25,
 ) -> Image.Image:  # fmt: skip
     """Targets on top, below them two samples for each from text-like queries."""
@@ -139,13 +141,13 @@ def draw_grid(
     )  # fmt: skip
     columns = min(columns, config.batch)
     targets, cond, mask = ConditionSampler(pairs, shown).draw(columns, generator)
-    device = net.position.device
+    device = next(net.parameters()).device
     cond, mask = cond.to(device), mask.to(device)
     rows = [targets]
-    steps = min(steps, net.schedule.num_steps)
+    steps = min(steps, net.config.num_steps)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
         for seed in (0, 1):
-            rows.append(sample(net, net.schedule, cond, mask, steps, guidance=3.0, seed=seed))
+            rows.append(net.sample(cond, mask, steps, guidance=3.0, seed=seed))
     to = next(tokenizer.parameters()).device
     pixels = torch.stack([tokenizer.decode(codes.to(to)) for codes in rows])  # [R, B, 3, S, S]
     r, b, c, h, w = pixels.shape
@@ -173,10 +175,10 @@ def train(
     out: str | Path,
     tokenizer: VQTokenizer,
     encoder: ImageEncoder | None = None,
-    model: DenoiserConfig | None = None,
+    model: DenoiserConfig | UNetConfig | None = None,
     config: TrainConfig | None = None,
     worlds: int = 8,
-    start: Denoiser | None = None,
+    start: Backbone | None = None,
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -191,10 +193,12 @@ def train(
             `Pairs`.
         out: receives `pairs.safetensors` and with `config.candidates` `neighbours.safetensors`
             (made once), `state.safetensors` (everything needed to continue), `log.csv`,
-            `tensorboard/`, `grids/*.png`, `training.json`, and `denoiser/`: the averaged weights.
+            `tensorboard/`, `grids/*.png`, `training.json`, and `denoiser/` or `unet/`: the averaged
+            weights.
         tokenizer: turns images into codes.
         encoder: gives image embeddings; may be None when `data` is `Pairs`.
-        model: sizes; what the tokenizer and the embeddings fix is filled in.
+        model: sizes, and with their type the backbone; what the tokenizer and the embeddings fix
+            is filled in. None: the discrete backbone.
         config: how to train.
         worlds: versions of the collection: the first as it is, the others augmented.
         start: a denoiser to start from, in a fresh run.
@@ -228,7 +232,12 @@ def train(
         candidates = None
         if config.candidates and config.condition.shows_neighbours:
             candidates = look_up_neighbours(pairs, folder, config.candidates, these)
-        trainer = denoiser_trainer(model, config, pairs, these, candidates)
+        if isinstance(model, UNetConfig):
+            codebook = tokenizer.quantize.embedding.weight.cpu()
+            model = replace(model, code_dim=codebook.shape[1])
+            trainer = unet_trainer(model, config, pairs, codebook, these, candidates)
+        else:
+            trainer = denoiser_trainer(model, config, pairs, these, candidates)
         if start is not None:
             trainer.start_from(start)
         about = {
@@ -240,7 +249,7 @@ def train(
         def draw(trainer: Trainer) -> Image.Image:
             return draw_grid(trainer.averaged(), tokenizer, pairs, config)
 
-        return fit(trainer, folder, "denoiser", draw, about, progress)
+        return fit(trainer, folder, trainer.net.folder, draw, about, progress)
 
 
 def denoiser_trainer(
@@ -256,8 +265,7 @@ def denoiser_trainer(
         processes: the processes that share each batch.
         candidates: what `nearest` returned for these pairs; None searches at every step.
     """
-    if pairs.codes.shape[-1] != model.length or pairs.embeddings.shape[-1] != model.embed_dim:
-        raise ValueError("the pairs' codes or embeddings do not have the denoiser's sizes")
+    pairs.check_sizes(model.length, model.embed_dim)
     torch.manual_seed(config.seed)
     objective = CodesObjective(Denoiser(model), config.auxiliary, config.bf16, config.compile)
     sampler = ConditionSampler(pairs, config.condition, candidates)

@@ -30,7 +30,6 @@ class UNetConfig:
         groups: of the group norms.
         heads: of the attentions.
         cond_width: of a condition token.
-        canvas_width: numbers that an embedding paints at each place of the grid, at least C.
         ranks: neighbours told apart by rank; later ones share the last rank.
         num_steps: T of the noise schedule.
         beta_schedule: diffusers' name of that schedule.
@@ -45,14 +44,11 @@ class UNetConfig:
     groups: int = 16
     heads: int = 4
     cond_width: int = 256
-    canvas_width: int = 8
     ranks: int = 10
     num_steps: int = 1000
     beta_schedule: str = "squaredcos_cap_v2"
 
     def __post_init__(self) -> None:
-        if self.canvas_width < self.code_dim:
-            raise ValueError(f"canvas_width {self.canvas_width} is below code_dim {self.code_dim}")
         if len(self.widths) < 2:
             raise ValueError(f"widths: at least two resolutions, got {self.widths}")
         for width in self.widths:
@@ -82,7 +78,7 @@ class UNetCondition(NamedTuple):
     """What a condition becomes; constant over a sampling run (`UNetDenoiser.prepare`)."""
 
     tokens: Tensor  # [B, k+1, cond_width]
-    paintings: Tensor  # [B, k+1, canvas_width, h, w]
+    paintings: Tensor  # [B, k+1, C, h, w]
     mask: Tensor  # which are on, [B, k+1] bool
 
 
@@ -122,7 +118,7 @@ class UNetDenoiser(Backbone):
         attending = len(cfg.widths) - 1
         self.unet = diffusers.UNet2DConditionModel(
             sample_size=cfg.grid,
-            in_channels=cfg.code_dim + cfg.canvas_width,
+            in_channels=2 * cfg.code_dim,
             out_channels=cfg.code_dim,
             block_out_channels=cfg.widths,
             layers_per_block=cfg.blocks,
@@ -141,7 +137,7 @@ class UNetDenoiser(Backbone):
         self.cond_in = nn.Linear(cfg.embed_dim, cfg.cond_width)
         self.cond_mark = nn.Parameter(torch.randn(1 + cfg.ranks, cfg.cond_width) * 0.1)
         self.cond_norm = nn.LayerNorm(cfg.cond_width)
-        self.canvas = nn.Linear(cfg.embed_dim, cfg.canvas_width * cfg.length)
+        self.canvas = nn.Linear(cfg.embed_dim, cfg.code_dim * cfg.length)
         nn.init.normal_(self.canvas.weight, std=0.3 * cfg.embed_dim**-0.5)
         self.log_spread = nn.Parameter(torch.tensor(-0.7))  # log s^2
         self.log_trust = nn.Parameter(torch.tensor(4.0))  # log c, for squares averaged over numbers
@@ -200,7 +196,7 @@ class UNetDenoiser(Backbone):
         scaled = cond * math.sqrt(cfg.embed_dim)  # unit rows become rows of variance 1
         rank = torch.arange(cond.shape[1], device=cond.device).clamp_max(cfg.ranks)
         tokens = self.cond_norm(self.cond_in(scaled) + self.cond_mark[rank])
-        paintings = self.canvas(scaled).view(*cond.shape[:2], cfg.canvas_width, *cfg.grid)
+        paintings = self.canvas(scaled).view(*cond.shape[:2], cfg.code_dim, *cfg.grid)
         return UNetCondition(tokens, paintings, cond_mask)
 
     def forward(
@@ -224,18 +220,16 @@ class UNetDenoiser(Backbone):
         on = cond.mask.any(1).view(-1, 1, 1, 1)
         spread = torch.where(on, self.log_spread.exp(), 1.0)
         total = sigma.square() + alpha.square() * spread
-        painted = self._mix(x_t, alpha, total, cond)
-        m = painted[:, : self.config.code_dim]
+        m = self._mix(x_t, alpha, total, cond)
         guess = sigma * (alpha * (1 - spread) * x_t - m) / total
         left = self.unet(
-            torch.cat([x_t, painted], 1), t, cond.tokens, encoder_attention_mask=cond.mask
+            torch.cat([x_t, m], 1), t, cond.tokens, encoder_attention_mask=cond.mask
         ).sample
         return guess + left
 
     def _mix(self, x_t: Tensor, alpha: Tensor, total: Tensor, cond: UNetCondition) -> Tensor:
-        """The paintings, averaged by how likely each is x_t's picture: [B, canvas_width, h, w]."""
-        guesses = cond.paintings[:, :, : self.config.code_dim]
-        distance = (x_t[:, None] - alpha[:, None] * guesses).square().mean((2, 3, 4))
+        """The paintings, averaged by how likely each is x_t's picture: m, [B, C, h, w]."""
+        distance = (x_t[:, None] - alpha[:, None] * cond.paintings).square().mean((2, 3, 4))
         score = -self.log_trust.exp() * distance / total.view(-1, 1)
         some = cond.mask.any(1, keepdim=True)
         score = score.masked_fill(~cond.mask & some, -torch.inf)
