@@ -305,10 +305,16 @@ def database_merge(paths: tuple[Path, ...], out: Path) -> None:
 @click.option(
     "--from", "start", help="Begin with the denoiser of this model (stickers); it learns faster."
 )
+@click.option("--encoder", help="Another: a model bundle, a folder, or open_clip:MODEL/PRETRAINED.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="Another: a VQModel's folder.")
+@click.option(
+    "--backbone", type=click.Choice(["discrete", "continuous"]), default="discrete",
+    show_default=True,
+)  # fmt: skip
 @click.option("--steps", default=10_000, show_default=True, help="Optimiser steps.")
 @click.option("--batch", default=128, show_default=True, help="Images a step, over all processes.")
 @click.option("--accumulate", default=1, show_default=True, help="Passes for a step, each smaller.")
-@click.option("--lr", default=3e-3, show_default=True, help="Peak learning rate.")
+@click.option("--lr", type=float, help="Peak learning rate; 0.003 discrete, 0.001 continuous.")
 @click.option("--k", default=10, show_default=True, help="Neighbours to condition on, at most.")
 @click.option("--versions", default=8, show_default=True, help="Augmented versions of the images.")
 @click.option(
@@ -330,8 +336,9 @@ def database_merge(paths: tuple[Path, ...], out: Path) -> None:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def train(
-    data: Path, out: Path, model: str, start: str | None, versions: int, k: int, baseline: str,
-    noise: float, precision: str, device: str, as_json: bool, **options: Any,
+    data: Path, out: Path, model: str, encoder: str | None, tokenizer: Path | None, backbone: str,
+    start: str | None, lr: float | None, versions: int, k: int, baseline: str, noise: float,
+    precision: str, device: str, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train a denoiser on the pictures in DATA. No caption is read.
 
@@ -344,19 +351,22 @@ def train(
     """
     from knnfast.database import Database
     from knnfast.diffusion.data import build_database, shards
-    from knnfast.diffusion.denoiser import Denoiser
+    from knnfast.diffusion.denoiser import DenoiserConfig
     from knnfast.diffusion.distributed import has_bf16, processes
     from knnfast.diffusion.pairs import ConditionConfig
+    from knnfast.diffusion.tokenizer import VQTokenizer
     from knnfast.diffusion.trainer import TrainConfig
     from knnfast.diffusion.training import train as run
+    from knnfast.diffusion.unet import UNetConfig
     from knnfast.images import list_images
-    from knnfast.pipeline import KNNDiffusion
+    from knnfast.pipeline import BACKBONES, KNNDiffusion
 
     if versions < 1:
         raise ValueError(f"--versions: must be at least 1, got {versions}")
     config = TrainConfig(
         condition=ConditionConfig(k=k).baseline(baseline, noise),
-        bf16=precision == "bf16" or (precision == "auto" and has_bf16(device)), **options,
+        bf16=precision == "bf16" or (precision == "auto" and has_bf16(device)),
+        lr=lr or (3e-3 if backbone == "discrete" else 1e-3), **options,
     )  # fmt: skip
     if (out / "model").exists():
         raise ValueError(f"--out: {out / 'model'} exists already; that run is finished")
@@ -367,28 +377,30 @@ def train(
     if not saved and not shards(data):
         list_images(data)  # a wrong path is told before a model is loaded
     with processes(device) as these:
-        pipe = KNNDiffusion.from_pretrained(model, device=these.device)
+        # A tokenizer's folder is small beside an encoder's weights: a wrong path is told first.
+        codes = None if tokenizer is None else VQTokenizer.from_folder(tokenizer, these.device)
+        embed = None if encoder is None else _encoder(encoder, str(these.device))
+        if codes is None or embed is None:
+            pipe = KNNDiffusion.from_pretrained(model, device=these.device)
+            codes, embed = codes or pipe.tokenizer, embed or pipe.encoder
         if isinstance(source, Database):
-            source.check_encoder(pipe.encoder.card)
+            source.check_encoder(embed.card)
         begin = None
+        sizes: Any = DenoiserConfig() if backbone == "discrete" else UNetConfig()
         if start is not None:
-            found = KNNDiffusion.from_pretrained(start, backbone="discrete").denoiser
-            assert isinstance(found, Denoiser)  # for the type checker
-            begin = found
-        condition = replace(config.condition, semantic=_semantic(pipe.encoder))
+            begin = KNNDiffusion.from_pretrained(start, backbone=backbone).denoiser
+            sizes = begin.config
+        condition = replace(config.condition, semantic=_semantic(embed))
         record = run(
-            source, out, pipe.tokenizer, pipe.encoder, model=begin.config if begin else None,
-            config=replace(config, condition=condition), worlds=versions, start=begin,
-            device=device, progress=not as_json,
+            source, out, codes, embed, model=sizes, start=begin, worlds=versions, device=device,
+            config=replace(config, condition=condition), progress=not as_json,
         )  # fmt: skip
         if not these.main:
             return
-        db = source if isinstance(source, Database) else build_database(source, pipe.encoder)
-        trained = KNNDiffusion(
-            pipe.encoder, pipe.tokenizer,
-            Denoiser.from_folder(out / "denoiser", device=these.device), {"training": db},
-        )  # fmt: skip
-        trained.save_pretrained(out / "model")
+        db = source if isinstance(source, Database) else build_database(source, embed)
+        kind = BACKBONES[backbone]
+        denoiser = kind.from_folder(out / kind.folder, device=these.device)
+        KNNDiffusion(embed, codes, denoiser, {"training": db}).save_pretrained(out / "model")
     if as_json:
         click.echo(json.dumps(record, indent=1))
         return

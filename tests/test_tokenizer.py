@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from knnfast.diffusion.tokenizer import TokenizerConfig, VQTokenizer
 
@@ -25,6 +26,18 @@ WITH_ATTENTION = TokenizerConfig(
     sample_size=16,
     norm_num_groups=8,
 )
+# The published VQ-VAE of VQ-Diffusion, in small: attention in the stages of its coarsest grid.
+ITHQ = TokenizerConfig(
+    block_out_channels=(8, 8, 16),
+    layers_per_block=2,
+    latent_channels=8,
+    vq_embed_dim=8,
+    num_vq_embeddings=32,
+    sample_size=16,
+    norm_num_groups=4,
+    down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+    up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"),
+)
 
 
 def made(config: TokenizerConfig) -> VQTokenizer:
@@ -33,7 +46,7 @@ def made(config: TokenizerConfig) -> VQTokenizer:
     return model
 
 
-@pytest.mark.parametrize("config", [SMALL, WITH_ATTENTION], ids=["plain", "attention"])
+@pytest.mark.parametrize("config", [SMALL, WITH_ATTENTION, ITHQ], ids=["plain", "middle", "ithq"])
 def test_equals_diffusers(config: TokenizerConfig, tmp_path: Path) -> None:
     """Files written here load in diffusers and the reverse; latents, codes, pixels agree."""
     vq_model = pytest.importorskip("diffusers.models.autoencoders.vq_model")
@@ -53,6 +66,34 @@ def test_equals_diffusers(config: TokenizerConfig, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "theirs")
     again = VQTokenizer.from_folder(tmp_path / "theirs")
     assert torch.equal(again.decode(codes), ours.decode(codes))
+
+
+def test_published_files(tmp_path: Path) -> None:
+    """microsoft/vq-diffusion-ithq: keys of an early diffusers, a config that lacks newer ones."""
+    model = made(ITHQ)
+    model.save(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = {}
+    for name, value in model.state_dict().items():
+        for new, was in old.items():
+            name = name.replace(f".{new}.", f".{was}.")
+        state[name] = value
+    assert "encoder.down_blocks.2.attentions.1.proj_attn.bias" in state
+    save_file(state, weights)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"_class_name": "VQModel", "_diffusers_version": "0.7.0.dev0"}
+    for name in ("mid_block_add_attention", "norm_type"):
+        del config[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    images = torch.rand(2, 3, 16, 16)
+    again = VQTokenizer.from_folder(tmp_path)
+    assert torch.equal(again.latents(images), model.latents(images))
+    assert torch.equal(again.decode(again.encode(images)), model.decode(model.encode(images)))
+
+    weights.rename(tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="a pickle, which is not read"):
+        VQTokenizer.from_folder(tmp_path)
 
 
 def test_sizes_are_configuration() -> None:
@@ -88,9 +129,10 @@ def test_rejects(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     for bad, message in [
         ({**config, "norm_type": "spatial"}, "norm_type"),
-        ({**config, "down_block_types": ["AttnDownEncoderBlock2D"]}, "AttnDownEncoderBlock2D"),
+        ({**config, "down_block_types": ["SkipDownBlock2D"] * 3}, "SkipDownBlock2D"),
+        ({**config, "up_block_types": ["UpDecoderBlock2D"]}, "1 stages"),
         ([], "expected a JSON object"),
-        ({**config, "num_vq_embeddings": 31}, "quantize.embedding.weight is"),
+        ({**config, "num_vq_embeddings": 31}, "another architecture"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps(bad))
         with pytest.raises(ValueError, match=message):

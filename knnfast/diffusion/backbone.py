@@ -90,19 +90,30 @@ class Backbone(nn.Module, ABC):
         return model.to(device).eval().requires_grad_(False)
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(
+    model: nn.Module, path: Path, rename: Callable[[str], str] | None = None
+) -> None:
     """Load a network's tensors as FP32.
+
+    Args:
+        model: receives them.
+        path: a safetensors file.
+        rename: today's name of a tensor.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is damaged, or holds another architecture.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        pickled = path.with_suffix(".bin").is_file()
+        hint = "; the .bin beside it is a pickle, which is not read: save it as safetensors"
+        raise FileNotFoundError(f"{path}: no such file{hint if pickled else ''}")
     try:
         state = load_file(path)
     except SafetensorError as e:
         raise ValueError(f"{path}: {e}") from e
+    if rename is not None:
+        state = {rename(name): v for name, v in state.items()}
     check_fits(path, state, model.state_dict())
     model.load_state_dict({k: v.float() for k, v in state.items()})
 

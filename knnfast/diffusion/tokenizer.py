@@ -21,6 +21,11 @@ from knnfast.diffusion.backbone import load_weights
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+# What a stage may be on the way down and up, without and with attention after its blocks.
+DOWN = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
+UP = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+# Names of an attention's parts in diffusers before 0.15, as in VQ-Diffusion's published files.
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,21 @@ class TokenizerConfig:
     norm_num_groups: int = 32
     vq_embed_dim: int | None = None
     mid_block_add_attention: bool = True
+    down_block_types: tuple[str, ...] = ()
+    up_block_types: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("down_block_types", DOWN), ("up_block_types", UP)):
+            types = getattr(self, name) or (kinds[0],) * len(self.block_out_channels)
+            if other := sorted(set(types) - set(kinds)):
+                allowed = " and ".join(kinds)
+                raise ValueError(f"VQModel with {name} {other} is not supported (only {allowed})")
+            if len(types) != len(self.block_out_channels):
+                raise ValueError(
+                    f"{name}: {len(types)} stages, block_out_channels has "
+                    f"{len(self.block_out_channels)}"
+                )
+            object.__setattr__(self, name, types)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> TokenizerConfig:
@@ -45,29 +65,18 @@ class TokenizerConfig:
         for name, wanted in fixed.items():
             if raw.get(name, wanted) != wanted:
                 raise ValueError(f"VQModel with {name}={raw[name]!r} is not supported ({wanted!r})")
-        for name, kind in (
-            ("down_block_types", "DownEncoderBlock2D"),
-            ("up_block_types", "UpDecoderBlock2D"),
-        ):
-            other = sorted(set(raw.get(name, [])) - {kind})
-            if other:
-                raise ValueError(f"VQModel with {name} {other} is not supported (only {kind})")
         known = {f.name for f in fields(cls)}
         values = {k: v for k, v in raw.items() if k in known}
-        if "block_out_channels" in values:
-            values["block_out_channels"] = tuple(values["block_out_channels"])
-        return cls(**values)
+        listed = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+        return cls(**{**values, **listed})
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as diffusers writes it."""
-        n = len(self.block_out_channels)
         return {
             "_class_name": "VQModel",
             **asdict(self),
             "act_fn": "silu",
             "norm_type": "group",
-            "down_block_types": ["DownEncoderBlock2D"] * n,
-            "up_block_types": ["UpDecoderBlock2D"] * n,
         }
 
 
@@ -147,15 +156,17 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """Residual blocks of one resolution, then a change of resolution (`None`: none)."""
+    """Residual blocks of one resolution, each with attention if asked for; then a change of it."""
 
     def __init__(
-        self, c_in: int, c_out: int, layers: int, groups: int, down: bool, up: bool
+        self, c_in: int, c_out: int, layers: int, groups: int, down: bool, up: bool, attention: bool
     ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
             ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers)
         )
+        if attention:
+            self.attentions = nn.ModuleList(Attention(c_out, groups) for _ in range(layers))
         if down:
             self.downsamplers = nn.ModuleList([Downsample(c_out)])
         if up:
@@ -163,8 +174,10 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the blocks, then the change of resolution."""
-        for block in self.resnets:
+        for i, block in enumerate(self.resnets):
             x = block(x)
+            if hasattr(self, "attentions"):
+                x = self.attentions[i](x)
         for name in ("downsamplers", "upsamplers"):
             if hasattr(self, name):
                 x = getattr(self, name)[0](x)
@@ -203,6 +216,7 @@ class Encoder(nn.Module):
                 groups,
                 down=i + 1 < len(widths),
                 up=False,
+                attention=cfg.down_block_types[i] == DOWN[1],
             )
             for i, width in enumerate(widths)
         )
@@ -235,6 +249,7 @@ class Decoder(nn.Module):
                 groups,
                 down=False,
                 up=i + 1 < len(widths),
+                attention=cfg.up_block_types[i] == UP[1],
             )
             for i, width in enumerate(widths)
         )
@@ -360,6 +375,9 @@ class VQTokenizer(nn.Module):
     def from_folder(cls, path: str | Path, device: str | torch.device = "cpu") -> VQTokenizer:
         """Load a folder that `save` or diffusers' `VQModel.save_pretrained` wrote.
 
+        VQ-Diffusion's published VQ-VAE (the folder `vqvae` of microsoft/vq-diffusion-ithq) is one,
+        once its weights are safetensors; the names of its time are understood.
+
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged, or the model is of a kind this module does not compute.
@@ -370,5 +388,14 @@ class VQTokenizer(nn.Module):
             model = cls(TokenizerConfig.from_dict(raw))
         except (ValueError, TypeError) as e:
             raise ValueError(f"{file}: {e}") from e
-        load_weights(model, Path(path) / WEIGHTS_FILE)
+        load_weights(model, Path(path) / WEIGHTS_FILE, _new_name)
         return model.to(device).eval().requires_grad_(False)
+
+
+def _new_name(name: str) -> str:
+    """Today's name of a parameter in diffusers."""
+    module, _, rest = name.rpartition(".attentions.")
+    if not module:
+        return name
+    place, part, kind = rest.split(".", 2)
+    return f"{module}.attentions.{place}.{OLD_NAMES.get(part, part)}.{kind}"
