@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -84,6 +85,23 @@ def check_sha256(path: Path, expected: str) -> None:
         raise FileNotFoundError(f"{path}: no such file")
     if sha256_file(path) != expected:
         raise ValueError(f"{path}: damaged (its SHA-256 is not the recorded one)")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Lend a folder beside `path`, which is new or empty; in the end it takes its place.
+
+    On an error nothing of it is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    try:
+        yield part
+        os.chmod(part, 0o777 & ~_umask())
+        os.replace(part, path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 @contextmanager

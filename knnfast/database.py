@@ -266,14 +266,33 @@ class Database(Collection):
 
         New files carry a new generation's name; the manifest `database.json` is replaced last and
         old files are removed after it, so that a kill at any moment leaves the old or the new one.
+
+        Raises:
+            ValueError: something else is there. OSError: it could not be written (a full disk,
+                say); then nothing of it is left, and the old database is.
         """
         root = Path(path)
         if root.exists() and not root.is_dir():
             raise ValueError(f"{root}: is a file; a database is saved as a folder")
         if root.is_dir() and any(root.iterdir()) and not (root / "database.json").is_file():
             raise ValueError(f"{root}: is a folder with other content; give a new or empty one")
+        new = not root.exists()
         root.mkdir(parents=True, exist_ok=True)
         generation = uuid.uuid4().hex[:8]
+        try:
+            self._write(root, generation)
+        except BaseException:
+            for part in root.glob(f"*-{generation}*"):
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+            if new:
+                root.rmdir()
+            raise
+        for old in root.iterdir():
+            if generation not in old.name and old.name != "database.json":
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+    def _write(self, root: Path, generation: str) -> None:
+        """Write the files of one generation, the manifest last."""
         ids = self.ids
         items = [self._items[i] for i in ids.tolist()]
         files: dict[str, str] = {}
@@ -305,9 +324,6 @@ class Database(Collection):
         }
         self.index.save(root / f"index-{generation}")
         _files.write_json(root / "database.json", manifest)
-        for old in root.iterdir():
-            if generation not in old.name and old.name != "database.json":
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
 
     @classmethod
     def open(cls, path: str | Path) -> Database:

@@ -133,19 +133,21 @@ class KNNDiffusion:
     def save_pretrained(self, path: str | Path) -> None:
         """Write the whole pipeline into a new or empty folder that `from_pretrained` reads.
 
-        The manifest is written last: a folder without it is no model.
+        Raises:
+            ValueError: there is something already. OSError: it could not be written (a full disk,
+                say); then nothing of it is left.
         """
         root = Path(path)
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise ValueError(f"{root}: exists already; give a new or an empty folder")
-        root.mkdir(parents=True, exist_ok=True)
-        encoder = self.encoder.save(root / "encoder")
-        self.tokenizer.save(root / "tokenizer")
-        self.denoiser.save(root / self.denoiser.folder)
-        for name, database in self.databases.items():
-            database.save(root / "databases" / name)
-        backbones = [self.denoiser.backbone]
-        write_manifest(root, encoder or "encoder", list(self.databases), backbones)
+        with _files.new_folder(root) as part:
+            encoder = self.encoder.save(part / "encoder")
+            self.tokenizer.save(part / "tokenizer")
+            self.denoiser.save(part / self.denoiser.folder)
+            for name, database in self.databases.items():
+                database.save(part / "databases" / name)
+            backbones = [self.denoiser.backbone]
+            write_manifest(part, encoder or "encoder", list(self.databases), backbones)
 
     # ---- databases --------------------------------------------------------------------------
 

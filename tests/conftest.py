@@ -1,5 +1,6 @@
 """Shared by all tests: seeds, the GPU gate, and Triton's interpreter where there is no GPU."""
 
+import json
 import os
 import zlib
 
@@ -33,3 +34,34 @@ def seed(request):
     value = zlib.crc32(request.node.nodeid.encode())
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(scope="session")
+def open_clip_folder(tmp_path_factory):
+    """A tiny untrained open_clip model as a local folder, and the network."""
+    from safetensors.torch import save_file
+
+    from knnfast.encoders import openclip
+
+    try:
+        open_clip = openclip.import_open_clip()
+    except ImportError as error:
+        pytest.skip(str(error))
+
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {
+            "context_length": 16,
+            "vocab_size": 49408,
+            "width": 32,
+            "heads": 2,
+            "layers": 1,
+        },
+    }
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    network = open_clip.CLIP(**config)
+    save_file(network.state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    return folder, network.eval()

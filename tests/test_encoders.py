@@ -357,33 +357,6 @@ def test_nothing_heavy_is_imported(folder):
 # -- open_clip
 
 
-@pytest.fixture(scope="module")
-def open_clip_folder(tmp_path_factory):
-    try:
-        open_clip = openclip.import_open_clip()
-    except ImportError as error:
-        pytest.skip(str(error))
-    from safetensors.torch import save_file
-
-    config = {
-        "embed_dim": 32,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-        "text_cfg": {
-            "context_length": 16,
-            "vocab_size": 49408,
-            "width": 32,
-            "heads": 2,
-            "layers": 1,
-        },
-    }
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("clip")
-    network = open_clip.CLIP(**config)
-    save_file(network.state_dict(), folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-    return folder, network.eval()
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_open_clip_local_folder(open_clip_folder):
     folder, network = open_clip_folder

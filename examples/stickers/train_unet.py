@@ -21,7 +21,7 @@ from knnfast.diffusion.training import train
 from knnfast.diffusion.unet import UNetConfig, UNetDenoiser
 
 CONFIG = TrainConfig(
-    steps=900, batch=32, lr=1e-3, warmup=50, decay=0.4, ema=0.99, checkpoint_every=100,
+    steps=760, batch=32, lr=1e-3, warmup=50, decay=0.4, ema=0.99, checkpoint_every=100,
     log_every=10, bf16=False,
     # As in the discrete backbone's training.
     condition=ConditionConfig(
@@ -34,9 +34,11 @@ def export(run: Path, bundle: Path) -> None:
     """Write the last checkpoint's averaged weights as FP16, with what the run was."""
     UNetDenoiser.from_folder(run / "unet").save(bundle)
     record = json.loads((run / "training.json").read_text(encoding="utf-8"))
+    model, config = record.pop("model"), record.pop("config")
     with (run / "log.csv").open(encoding="utf-8", newline="") as f:
         rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
-    record["log"] = [row for row in rows if row["step"] % 50 == 0]
+    log = [row for row in rows if row["step"] % 50 == 0 and row["step"] <= record["steps"]]
+    record |= {"model": model, "config": config, "log": log}
     text = json.dumps(record, indent=1) + "\n"
     (bundle / "training.json").write_text(text, encoding="utf-8")
 

@@ -140,6 +140,7 @@ def draw_grid(
         vary_k=0.0, subset=0.0,
     )  # fmt: skip
     columns = min(columns, config.batch)
+    columns = min(columns, len(pairs.targets))
     targets, cond, mask = ConditionSampler(pairs, shown).draw(columns, generator)
     device = next(net.parameters()).device
     cond, mask = cond.to(device), mask.to(device)
