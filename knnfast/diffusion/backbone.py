@@ -90,9 +90,7 @@ class Backbone(nn.Module, ABC):
         return model.to(device).eval().requires_grad_(False)
 
 
-def load_weights(
-    model: nn.Module, path: Path, rename: Callable[[str], str] | None = None
-) -> None:
+def load_weights(model: nn.Module, path: Path, rename: Callable[[str], str] | None = None) -> None:
     """Load a network's tensors as FP32.
 
     Args:
