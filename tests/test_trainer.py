@@ -137,7 +137,7 @@ RUN = replace(QUICK, steps=40, checkpoint_every=7, log_every=1, importance=True)
 
 def test_resume_after_a_kill_is_bit_identical(tmp_path: Path, one_thread: None) -> None:
     """SIGKILL at a random step; the run that goes on ends with the bits of one never stopped."""
-    step = random.SystemRandom().randint(8, 35)
+    step = random.SystemRandom().randint(8, 30)
     child = python(KILLED.format(out=str(tmp_path / "killed")))
     log = tmp_path / "killed" / "log.csv"
     deadline = time.monotonic() + 120
