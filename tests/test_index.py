@@ -178,10 +178,14 @@ void* malloc(size_t n) {
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 def test_plan_allocates_nothing(tmp_path):
-    """No buffer of 512 bytes or more; pybind11 and Python make small objects for any call."""
+    """No buffer of 512 bytes or more; pybind11 and Python make small objects for any call.
+
+    On one thread: of several, each warms up only when it first gets work.
+    """
     code = (
         "import ctypes, sys, numpy as np\n"
-        "from knnfast.search import Index\n"
+        "from knnfast.search import Index, set_num_threads\n"
+        "set_num_threads(1)\n"
         "count = ctypes.CDLL(None).allocations\n"
         "rng = np.random.default_rng(0)\n"
         "for metric in ('ip', 'cosine', 'l2'):\n"
