@@ -83,6 +83,6 @@ $(VENV)/base: pyproject.toml setup.py CMakeLists.txt requirements/cpu.txt $(SOUR
 
 # And what its tests and linters need; torch's CPU builds come without triton.
 $(VENV)/ready: $(VENV)/base requirements/clip-cpu.txt
-	$(BIN)pip install -q $(PIP_FLAGS) -c requirements/cpu.txt -e ".[diffusion,bench,dev]" triton
+	$(BIN)pip install -q $(PIP_FLAGS) -c requirements/cpu.txt -e ".[diffusion,edit,bench,dev]" triton
 	$(BIN)pip install -q $(PIP_FLAGS) --no-deps -r requirements/clip-cpu.txt
 	touch $@
