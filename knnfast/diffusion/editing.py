@@ -56,7 +56,7 @@ def align(moving: np.ndarray, fixed: np.ndarray, iterations: int = 50) -> tuple[
         cv2.cvtColor(x, cv2.COLOR_RGB2GRAY).astype(np.float32) / 255 for x in (fixed, moving)
     )
     everywhere = np.full(grey.shape, 255, np.uint8)
-    warp = np.eye(2, 3, dtype=np.float32)
+    warp: np.ndarray = np.eye(2, 3, dtype=np.float32)
     stop = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, iterations, 1e-4)
     try:
         _, warp = cv2.findTransformECC(
