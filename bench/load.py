@@ -17,6 +17,7 @@ import argparse
 import heapq
 import json
 import os
+import shlex
 import sys
 import threading
 import time
@@ -197,7 +198,7 @@ def main() -> None:
     cores = os.cpu_count() or 1
     report: dict[str, Any] = {
         "kind": "load", "machine": machine(),
-        "command": " ".join(["python bench/load.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "bench/load.py", *sys.argv[1:]]),
         "shape": {"n": args.n, "d": args.d, "k": args.k, "clients": args.clients,
                   "deadline_ms": args.deadline_ms},
         "rows": [],

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -110,7 +111,8 @@ def main() -> None:
     tree = build("HEAD")
     report: dict[str, Any] = {
         "kind": "gate", "machine": machine(), "threshold": args.threshold, "slowdown": SLOWDOWN,
-        "attempts": ATTEMPTS, "command": " ".join(["python bench/regression.py", *sys.argv[1:]]),
+        "attempts": ATTEMPTS,
+        "command": shlex.join(["python", "bench/regression.py", *sys.argv[1:]]),
         "unchanged": [], "slowed": [],
     }  # fmt: skip
     if args.json and args.json.exists():  # go on where an earlier call stopped

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,7 +170,7 @@ def main() -> None:
     limits = ceilings(args.device)
     report = {
         "kind": "ops", "machine": machine(args.device), "ceilings": limits,
-        "command": " ".join(["python bench/run.py", *sys.argv[1:]]), "rows": [],
+        "command": shlex.join(["python", "bench/run.py", *sys.argv[1:]]), "rows": [],
     }  # fmt: skip
     print(json.dumps(limits), flush=True)
     with contextlib.ExitStack() as stack:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,21 @@ from knnfast._version import __version__
 # What bad input raises: one line on stderr, exit code 2. Anything else is a bug and shows itself.
 BAD_INPUT = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 BASELINES = ("knn", "lafite", "no_neighbours")  # of training; knnfast.diffusion.pairs has them
+
+
+def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Refuse a device that torch does not know or this machine does not have."""
+    import torch
+
+    try:
+        kind = torch.device(value).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"--device: must be cpu, cuda or cuda:N, got {value!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device: {value} was asked for, and torch finds no CUDA device here")
+    return value
 
 
 class _Group(click.Group):
@@ -58,7 +75,7 @@ def main(debug: bool) -> None:
 @click.option("--no-neighbours", is_flag=True, help="Condition on the query alone.")
 @click.option("--model", default="stickers", show_default=True, help="A bundle or a folder.")
 @click.option("--backbone", help="discrete or continuous; the model's first when not given.")
-@click.option("--device", default="cpu", show_default=True)
+@click.option("--device", default="cpu", show_default=True, callback=_device)
 @click.option("--out", default="out", show_default=True, type=click.Path(path_type=Path))
 @click.option("--sheet", type=click.Path(path_type=Path), help="Samples beside neighbours, PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
@@ -88,6 +105,7 @@ def generate(
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: {out} is a file; give a folder")
+    _check_sheet(sheet)
     pipe = KNNDiffusion.from_pretrained(model, device=device, backbone=backbone)
     if database is not None:
         pipe.database = database
@@ -104,15 +122,13 @@ def generate(
             **options,
         )
     out.mkdir(parents=True, exist_ok=True)
-    files = []
-    for n, image in enumerate(result.images):
-        label = result.labels[n // num_images]
-        path = out / f"{_slug(label)}-{result.seed}-{n % num_images}.png"
-        image.save(path)
-        files.append(path)
-    sheet = sheet or out / f"{_slug(result.labels[0])}-{result.seed}-sheet.png"
+    stems = [f"{name}-{result.seed}" for name in _distinct(map(_slug, result.labels))]
+    files = [out / f"{stem}-{n}.png" for stem in stems for n in range(num_images)]
+    for path, image in zip(files, result.images, strict=True):
+        _save_png(image, path)
+    sheet = sheet or out / f"{stems[0]}-sheet.png"
     sheet.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(result, pipe.database).save(sheet)
+    _save_png(contact_sheet(result, pipe.database), sheet)
     if as_json:
         neighbours = [
             [{"id": x.item.id, "name": x.item.name, "group": x.item.group,
@@ -151,7 +167,7 @@ def generate(
 @click.option("--database", help="A database of the model by name, or a folder.")
 @click.option("--group", "groups", multiple=True, help="Search only this group (repeatable).")
 @click.option("--model", default="stickers-edit", show_default=True, help="A bundle or a folder.")
-@click.option("--device", default="cpu", show_default=True)
+@click.option("--device", default="cpu", show_default=True, callback=_device)
 @click.option("--out", default="out", show_default=True, type=click.Path(path_type=Path))
 @click.option("--sheet", type=click.Path(path_type=Path), help="Before and after, PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
@@ -177,6 +193,7 @@ def edit(
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: {out} is a file; give a folder")
+    _check_sheet(sheet)
     picture = read_image(image)
     allowed = None if mask is None else read_image(mask)
     pipe = KNNDiffusion.from_pretrained(model, device=device)
@@ -231,7 +248,7 @@ def database() -> None:
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--batch-size", default=64, show_default=True)
-@click.option("--device", default="cpu", show_default=True)
+@click.option("--device", default="cpu", show_default=True, callback=_device)
 @click.option("--json", "as_json", is_flag=True)
 def database_build(
     folder: Path, encoder: str, out: Path, batch_size: int, device: str, as_json: bool
@@ -332,7 +349,7 @@ def database_merge(paths: tuple[Path, ...], out: Path) -> None:
     "--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True,
     help="Of matrix products; auto takes bf16 where the machine computes it.",
 )  # fmt: skip
-@click.option("--device", default="cpu", show_default=True)
+@click.option("--device", default="cpu", show_default=True, callback=_device)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def train(
@@ -366,7 +383,7 @@ def train(
     config = TrainConfig(
         condition=ConditionConfig(k=k).baseline(baseline, noise),
         bf16=precision == "bf16" or (precision == "auto" and has_bf16(device)),
-        lr=lr or (3e-3 if backbone == "discrete" else 1e-3), **options,
+        lr=lr if lr is not None else 3e-3 if backbone == "discrete" else 1e-3, **options,
     )  # fmt: skip
     if (out / "model").exists():
         raise ValueError(f"--out: {out / 'model'} exists already; that run is finished")
@@ -375,7 +392,9 @@ def train(
     saved = (data / "database.json").is_file()
     source = Database.open(data) if saved else data
     if not saved and not shards(data):
-        list_images(data)  # a wrong path is told before a model is loaded
+        found = len(list_images(data))  # a wrong path is told before a model is loaded
+        if found < 2:
+            raise ValueError(f"data: needs at least two readable images, found {found}")
     with processes(device) as these:
         # A tokenizer's folder is small beside an encoder's weights: a wrong path is told first.
         codes = None if tokenizer is None else VQTokenizer.from_folder(tokenizer, these.device)
@@ -416,7 +435,7 @@ def train(
 @click.option("--quick", is_flag=True, help="Fewer names in an ablation: minutes, wide intervals.")
 @click.option("--continuous", help="A model with the continuous backbone, if not MODEL.")
 @click.option(
-    "--out", default="docs/results", show_default=True, type=click.Path(path_type=Path),
+    "--out", default="out/results", show_default=True, type=click.Path(path_type=Path),
     help="Folder of the ablations' report: README.md, plots, JSON.",
 )  # fmt: skip
 @click.option("--prompts", type=int, help="Names to generate: 300, or 200 in an ablation.")
@@ -428,7 +447,7 @@ def train(
 @click.option("--truncation", default=1.0, show_default=True, help="Keep this mass of the codes.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--backbone", help="discrete or continuous; the model's first when not given.")
-@click.option("--device", default="cpu", show_default=True)
+@click.option("--device", default="cpu", show_default=True, callback=_device)
 @click.option("--json", "as_json", is_flag=True)
 @click.pass_context
 def evaluate(
@@ -599,6 +618,25 @@ def _save_png(image: Any, path: Path) -> None:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     _files.write_atomic(path, buffer.getvalue())
+
+
+def _check_sheet(sheet: Path | None) -> None:
+    """Refuse a sheet that cannot be written, before anything is computed."""
+    if sheet is None:
+        return
+    if sheet.suffix.lower() != ".png":
+        raise ValueError(f"--sheet: must end in .png, got {sheet}")
+    if sheet.is_dir():
+        raise ValueError(f"--sheet: {sheet} is a folder; give a file")
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """The same names, with -2, -3, ... behind those that were there before."""
+    found: list[str] = []
+    for name in names:
+        copies = (f"{name}-{n}" for n in itertools.count(2))
+        found.append(name if name not in found else next(x for x in copies if x not in found))
+    return found
 
 
 def _slug(text: str) -> str:

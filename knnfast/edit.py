@@ -156,7 +156,9 @@ def edit(
     db = self.find_database(database)
     allow = None if groups is None and where is None else db.ids_of(groups, where)
     size = len(db) if allow is None else len(allow)
-    check_range("k", k, 1, size, "the size of the database")
+    check_range(
+        "k", k, 1, size, "the size of the database" if allow is None else "what the filter leaves"
+    )
     picture = read_image(image) if isinstance(image, str | Path) else image
     if not isinstance(picture, Image.Image):
         raise TypeError(f"image: expected a picture or a file, got {type(image).__name__}")

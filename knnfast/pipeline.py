@@ -245,7 +245,13 @@ class KNNDiffusion:
         db = self.find_database(database)
         allow = None if groups is None and where is None else db.ids_of(groups, where)
         size = len(db) if allow is None else len(allow)
-        check_range("k", k, 1, size, "the size of the database")
+        check_range(
+            "k",
+            k,
+            1,
+            size,
+            "the size of the database" if allow is None else "what the filter leaves",
+        )
         check_range("num_images", num_images, 1)
         check_range("batch_size", batch_size, 1)
         if not (math.isfinite(guidance) and guidance >= 0):

@@ -33,6 +33,36 @@ def test_generate_writes_images_and_a_sheet(tmp_path):
         assert phase in result.output
 
 
+def test_prompts_with_one_slug_keep_their_pictures(tmp_path):
+    result = invoke("generate", "C++", "C", "c", "--steps", 1, "--seed", 4, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["c-2-4-0.png", "c-3-4-0.png", "c-4-0.png", "c-4-sheet.png"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--device", "foo", "--device: must be cpu, cuda or cuda:N, got 'foo'"),
+        ("--sheet", "sheet.xyz", "--sheet: must end in .png, got sheet.xyz"),
+    ],
+)
+def test_bad_options_are_told_before_anything_is_written(tmp_path, option, value, message):
+    out = tmp_path / "out"
+    result = invoke("generate", "pizza", "--out", out, option, value)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("option", "value"), [("--lr", 0), ("--lr", "nan"), ("--seed", -1)])
+def test_train_checks_its_settings_first(folder, tmp_path, option, value):
+    result = invoke("train", folder, "--out", tmp_path / "run", option, value)
+    assert result.exit_code == 2
+    assert f"{option[2:]} must be" in result.output
+    assert not (tmp_path / "run").exists()
+
+
 def test_generate_json(tmp_path):
     result = invoke("generate", "pizza", "--steps", 2, "--seed", 4, "--out", tmp_path, "--json")
     report = json.loads(result.stdout)

@@ -197,7 +197,7 @@ def test_call_takes_mixes_embeddings_and_filters(pipe):
     assert names(pipe(embedding=row.vectors[0], **quick)) == names(pipe("pizza", **quick))
     only = names(pipe("pizza", where=lambda item: item.name.startswith("hot "), **quick))
     assert all(name.startswith("hot ") for name in only)
-    with pytest.raises(ValueError, match="size of the database"):
+    with pytest.raises(ValueError, match="what the filter leaves"):
         pipe("pizza", where=lambda item: item.name == "pizza", **quick)
 
 

@@ -312,6 +312,7 @@ def _join(parts: Path, file: Path, recipe: dict[str, Any]) -> None:
     loaded = [load_file(p) for p in sorted(parts.glob("*.safetensors"))]
     count = sum(p["codes"].shape[1] for p in loaded)
     if count < 2:
+        shutil.rmtree(parts)  # nothing worth going on from
         raise ValueError(f"data: needs at least two readable images, found {count}")
     tensors = {name: torch.cat([p[name] for p in loaded], 1) for name in ("codes", "embeddings")}
     everything = torch.arange(count)

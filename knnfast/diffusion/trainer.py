@@ -90,6 +90,10 @@ class TrainConfig:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"lr must be a finite number above 0, got {self.lr}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
         if self.candidates and self.candidates < self.condition.k:
             raise ValueError(
                 f"candidates must be 0 or at least k = {self.condition.k}, got {self.candidates}"
