@@ -28,7 +28,7 @@ class Independent(torch.nn.Module):
         self.head.weight.data.copy_(torch.eye(K))
         self.head.bias.data.zero_()
 
-    def prepare(self, cond, mask, fold):
+    def prepare(self, cond, mask, fold, source=None):
         return cond
 
     def features(self, x_t, t, cond):
