@@ -113,6 +113,8 @@ class Database(Collection):
         Raises:
             FileNotFoundError: `folder` is no folder. ValueError: it holds no readable image.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
         root = Path(folder)
         paths = list_images(root)
         db = cls(encoder.card, thumbnail_size)

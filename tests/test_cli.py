@@ -87,6 +87,15 @@ def test_database_build_info_merge(folder, tmp_path):
     assert images.exit_code == 0, images.output
 
 
+def test_database_build_wants_a_batch(folder, tmp_path):
+    out = tmp_path / "db"
+    build = ("database", "build", folder, "--encoder", "stickers", "--out", out)
+    result = invoke(*build, "--batch-size", 0)
+    assert result.exit_code == 2
+    assert "batch_size: must be at least 1, got 0" in result.output
+    assert not out.exists()
+
+
 def test_train_on_a_folder_then_generate(folder, tmp_path):
     (folder / "broken.png").unlink()
     out = tmp_path / "run"
