@@ -368,7 +368,7 @@ def summary(found: list[dict[str, Any]]) -> str:
     if lines:
         parts.append(table(["op", "shape", "kernels", "p50 ms", "peers' time over ours"], lines))
     parts.append(
-        "All rows, the service under load and the regression gate: "
+        "All rows, and the service under load: "
         "[docs/performance.md](docs/performance.md). " + gpu_note(found)
     )
     return "\n\n".join(parts)

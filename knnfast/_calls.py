@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from knnfast._phases import phase
+
+if TYPE_CHECKING:
+    from knnfast.database import Database, Item
+    from knnfast.mixture import Mixture
 
 
 def check_range(
@@ -49,3 +54,18 @@ class Clock:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         self.timings[name] = time.perf_counter() - start
+
+
+def allowed_ids(
+    db: Database | Mixture,
+    k: int,
+    groups: Sequence[str] | None,
+    where: Callable[[Item], bool] | None,
+) -> np.ndarray | None:
+    """The ids that a filter leaves, [n] int64, or None without one; at least k of them."""
+    if groups is None and where is None:
+        check_range("k", k, 1, len(db), "the size of the database")
+        return None
+    ids = db.ids_of(groups, where)
+    check_range("k", k, 1, len(ids), "what the filter leaves")
+    return ids

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from knnfast._calls import Clock, check_range
+from knnfast._calls import Clock, allowed_ids, check_range
 from knnfast.database import Database, Item, Neighbour
 from knnfast.diffusion.denoiser import Denoiser
 from knnfast.encoders import Embeddings, pixels
@@ -154,11 +154,7 @@ def edit(
     seed = secrets.randbits(63) if seed is None else seed
     check_range("seed", seed, 0, 2**64 - 1)
     db = self.find_database(database)
-    allow = None if groups is None and where is None else db.ids_of(groups, where)
-    size = len(db) if allow is None else len(allow)
-    check_range(
-        "k", k, 1, size, "the size of the database" if allow is None else "what the filter leaves"
-    )
+    allow = allowed_ids(db, k, groups, where)
     picture = read_image(image) if isinstance(image, str | Path) else image
     if not isinstance(picture, Image.Image):
         raise TypeError(f"image: expected a picture or a file, got {type(image).__name__}")

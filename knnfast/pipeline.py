@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from knnfast import _files
-from knnfast._calls import Clock, check_range, scaled
+from knnfast._calls import Clock, allowed_ids, check_range, scaled
 from knnfast.database import Database, Item, Neighbour
 from knnfast.diffusion.backbone import Backbone
 from knnfast.diffusion.denoiser import Denoiser
@@ -243,15 +243,7 @@ class KNNDiffusion:
         """
         queries = as_queries(prompt, image, image_weight, embedding, self.encoder)
         db = self.find_database(database)
-        allow = None if groups is None and where is None else db.ids_of(groups, where)
-        size = len(db) if allow is None else len(allow)
-        check_range(
-            "k",
-            k,
-            1,
-            size,
-            "the size of the database" if allow is None else "what the filter leaves",
-        )
+        allow = allowed_ids(db, k, groups, where)
         check_range("num_images", num_images, 1)
         check_range("batch_size", batch_size, 1)
         if not (math.isfinite(guidance) and guidance >= 0):
