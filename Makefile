@@ -24,7 +24,7 @@ demo: $(BASE)  ## eight prompts with the embedded sticker model -> out/demo.png
 	  "crying face" "guitar" -n 4 --seed 0 --out out/demo --sheet out/demo.png
 
 test: $(READY)  ## everything that needs no GPU
-	$(BIN)pytest -q
+	OMP_WAIT_POLICY=passive $(BIN)pytest -q -n auto --maxprocesses 4 --dist loadfile --benchmark-disable
 	TRITON_INTERPRET=0 $(BIN)pytest -q -m compile tests/test_compile.py
 
 gpu: $(READY)  ## what a machine with a GPU can do, into out/gpu; TRAIN=1 trains the stickers, too

@@ -443,6 +443,7 @@ void for_groups(const SearchTask& task, size_t k, const double* radius, Stats& s
     });
     return;
   }
+  const Turn turn(!small && threads > 1);
   for (int64_t first = 0; first < task.m; first += kGroup)
     run(first, kGroup, small ? 1 : threads, stats);
 }

@@ -102,10 +102,50 @@ int hardware_threads() {
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
+// A lock that is handed on in the order of arrival.
+class Line {
+ public:
+  void enter() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (!busy_) {
+      busy_ = true;
+      return;
+    }
+    Waiter self;
+    (last_ ? last_->next : first_) = &self;
+    last_ = &self;
+    self.wake.wait(lock, [&] { return self.called; });
+  }
+
+  void leave() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    Waiter* next = first_;
+    if (!next) {
+      busy_ = false;
+      return;
+    }
+    first_ = next->next;
+    if (!first_) last_ = nullptr;
+    next->called = true;
+    next->wake.notify_one();  // its frame lives until it has the mutex
+  }
+
+ private:
+  struct Waiter {
+    std::condition_variable wake;
+    Waiter* next = nullptr;
+    bool called = false;
+  };
+  std::mutex mutex_;
+  Waiter *first_ = nullptr, *last_ = nullptr;
+  bool busy_ = false;
+};
+
 struct Owner {
   std::mutex mutex;  // held by the caller that is using the pool
   Pool* pool = nullptr;
   int workers = -1;
+  Line line;
 };
 
 // Never destroyed: a search may still run while the process ends.
@@ -133,6 +173,14 @@ int num_threads() {
 void set_num_threads(int n) {
   if (n < 1) throw std::invalid_argument("n must be at least 1, got " + std::to_string(n));
   g_threads.store(n, std::memory_order_relaxed);
+}
+
+Turn::Turn(bool wait) : line_(wait ? &owner().line : nullptr) {
+  if (line_) static_cast<Line*>(line_)->enter();
+}
+
+Turn::~Turn() {
+  if (line_) static_cast<Line*>(line_)->leave();
 }
 
 void parallel_for(int64_t tasks, TaskRef work, int threads) {

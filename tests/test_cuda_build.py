@@ -31,8 +31,8 @@ def compile_kernels(source, target, folder):
     """{kernel name: {registers, stack, spills}} as ptxas reports them."""
     done = subprocess.run(
         ["nvcc", "-std=c++17", "-O3", f"-gencode=arch=compute_{target},code=sm_{target}",
-         "-Xptxas", "-v", "-Werror", "all-warnings", "-c", str(CSRC / source),
-         "-o", str(folder / f"{source}.{target}.o")],
+         "-Xptxas", "-v", "-Werror", "all-warnings", "-cubin", str(CSRC / source),
+         "-o", str(folder / f"{source}.{target}.cubin")],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
