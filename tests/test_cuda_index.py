@@ -1,7 +1,8 @@
 """`Index(device="cuda")` gives the bits of `knnfast.reference.topk`.
 
 Tests without the gpu mark use host arrays only: they run wherever the extension sees a device,
-which tests/test_cuda_emu.py arranges with an emulated one. The others need a GPU and torch on it.
+which tests/test_cuda_emu_index.py arranges with an emulated one. The others need a GPU and torch
+on it.
 """
 
 import itertools
