@@ -70,6 +70,7 @@ TRANSITION_LOSS: dict[str, dict[str, Any]] = {
 }
 
 SAMPLE: dict[str, dict[str, Any]] = {
+    "stickers-1": {"bundle": "stickers", "B": 1, "steps": 25},
     "stickers": {"bundle": "stickers", "B": 4, "steps": 25},
     # The published model's grid and codebook, random weights.
     "sampling-1024": {"K": 4096, "grid": (32, 32), "patch": 2, "depth": 6, "B": 1, "steps": 100},

@@ -7,15 +7,14 @@
 
 namespace knnfast {
 
-void Collector::start(const SegmentView* segments, const Kernels* kernels, Metric metric, int dim,
-                      Query* query, size_t k) {
+void Collector::start(const SegmentView* segments, const CanonicalKeys& keys, Query* query,
+                      size_t k) {
   segments_ = segments;
-  kernels_ = kernels;
-  metric_ = metric;
-  dim_ = dim;
+  keys_ = keys;
   query_ = query;
   k_ = k;
   range_ = false;
+  worst_ = -std::numeric_limits<double>::infinity();
   capacity_ = std::max<size_t>(512, 16 * k);
   tau_ = kNoThreshold;
   pending_.clear();
@@ -29,35 +28,33 @@ void Collector::start(const SegmentView* segments, const Kernels* kernels, Metri
   opened = rescored = 0;
 }
 
-void Collector::start_range(const SegmentView* segments, const Kernels* kernels, Metric metric,
-                            int dim, Query* query, double radius_key) {
-  start(segments, kernels, metric, dim, query, 0);
+void Collector::start_range(const SegmentView* segments, const CanonicalKeys& keys, Query* query,
+                            double radius_key) {
+  start(segments, keys, query, 0);
   range_ = true;
   radius_key_ = radius_key;
   capacity_ = 256;
   tau_ = round_down(radius_key * query->key_scale);
 }
 
-void Collector::offer(double key, int64_t id) {
-  if (!(key == key)) return;  // only a damaged file holds rows that score NaN
-  const Found found{key, id};
-  if (range_) {
-    if (key > radius_key_) best_.push_back(found);
-  } else if (best_.size() < k_) {
-    best_.push_back(found);
-    std::push_heap(best_.begin(), best_.end(), better);
-  } else if (better(found, best_.front())) {
+void Collector::keep(const Found& found) {
+  if (best_.size() == k_) {
+    if (!better(found, best_.front())) return;
     std::pop_heap(best_.begin(), best_.end(), better);
     best_.back() = found;
-    std::push_heap(best_.begin(), best_.end(), better);
+  } else {
+    best_.push_back(found);
   }
+  std::push_heap(best_.begin(), best_.end(), better);
+  if (best_.size() == k_) worst_ = best_.front().key;
 }
 
 void Collector::rescore(uint32_t segment, uint32_t row) {
   const SegmentView& s = segments_[segment];
-  const uint16_t* x = s.segment->rows.as<uint16_t>() + static_cast<size_t>(row) * dim_;
-  ++rescored;
-  offer(canonical_key(*kernels_, metric_, *query_, x, dim_), s.id(row));
+  const uint16_t* x = s.segment->rows.as<uint16_t>() + static_cast<size_t>(row) * keys_.dim;
+  double key;
+  keys_(x, keys_.norm(x), query_, 0, 1, &key);
+  offer(key, s.id(row));
 }
 
 void Collector::floor(float lower) {
@@ -100,8 +97,9 @@ void Collector::rescore_first(size_t count) {
   constexpr size_t kAhead = 3;
   auto fetch = [&](const Candidate& c) {
     const char* x = reinterpret_cast<const char*>(
-        segments_[c.segment].segment->rows.as<uint16_t>() + static_cast<size_t>(c.row) * dim_);
-    for (int line = 0; line < std::min(dim_ * 2, 4096); line += 64) __builtin_prefetch(x + line);
+        segments_[c.segment].segment->rows.as<uint16_t>() + static_cast<size_t>(c.row) * keys_.dim);
+    for (int line = 0; line < std::min(keys_.dim * 2, 4096); line += 64)
+      __builtin_prefetch(x + line);
   };
   for (size_t i = 0; i < std::min(kAhead, count); ++i) fetch(pending_[i]);
   for (size_t i = 0; i < count; ++i) {
@@ -130,7 +128,7 @@ void Collector::take(Collector& other) {
   if (range_)
     best_.insert(best_.end(), other.best_.begin(), other.best_.end());
   else
-    for (const Found& f : other.best_) offer(f.key, f.id);
+    for (const Found& f : other.best_) keep(f);
   for (const float lower : other.floors_) floor(lower);
   raise();
   drop_below();

@@ -23,15 +23,29 @@ struct Query {
   std::atomic<float> tau{kNoThreshold};  // the best certified threshold of any thread
 };
 
-// Larger is better: the score, or minus the squared distance.
-inline double canonical_key(const Kernels& k, Metric metric, const Query& query, const uint16_t* x,
-                            int dim) {
-  if (metric == Metric::l2) return -k.l2(x, query.q, dim);
-  const double dot = k.dot(x, query.q, dim);
-  if (metric == Metric::ip) return dot;
-  const double norm = std::sqrt(k.norm2(x, dim));
-  return norm > 0 && query.norm > 0 ? dot / (norm * query.norm) : 0.0;
-}
+// The canonical key: larger is better, the score, or minus the squared distance.
+struct CanonicalKeys {
+  const Kernels* kernels = nullptr;
+  Metric metric = Metric::ip;
+  int dim = 0;
+
+  // What it takes from a row alone.
+  double norm(const uint16_t* x) const {
+    return metric == Metric::cosine ? std::sqrt(kernels->norm2(x, dim)) : 0.0;
+  }
+
+  // keys[i] of a row and `nq` queries, the elements of each `stride` after the last one's.
+  void operator()(const uint16_t* x, double norm, const Query* queries, size_t stride, int nq,
+                  double* keys) const {
+    const bool l2 = metric == Metric::l2;
+    (l2 ? kernels->l2 : kernels->dot)(x, queries->q, stride, nq, dim, keys);
+    for (int i = 0; i < nq; ++i) {
+      if (l2) keys[i] = -keys[i];
+      if (metric != Metric::cosine) continue;
+      keys[i] = norm > 0 && queries[i].norm > 0 ? keys[i] / (norm * queries[i].norm) : 0.0;
+    }
+  }
+};
 
 struct Found {
   double key;
@@ -53,10 +67,9 @@ struct Candidate {
 // threshold instead.
 class Collector {
  public:
-  void start(const SegmentView* segments, const Kernels* kernels, Metric metric, int dim,
-             Query* query, size_t k);
-  void start_range(const SegmentView* segments, const Kernels* kernels, Metric metric, int dim,
-                   Query* query, double radius_key);
+  void start(const SegmentView* segments, const CanonicalKeys& keys, Query* query, size_t k);
+  void start_range(const SegmentView* segments, const CanonicalKeys& keys, Query* query,
+                   double radius_key);
 
   float tau() const { return tau_; }
   void add(float lower, float upper, uint32_t segment, uint32_t row) {
@@ -64,8 +77,15 @@ class Collector {
     floor(lower);
     if (pending_.size() >= capacity_) shrink();
   }
-  void offer(double key, int64_t id);            // a canonical score
-  void rescore(uint32_t segment, uint32_t row);  // at once
+  // A canonical key. Only a damaged file holds rows that score NaN: they are left out.
+  void offer(double key, int64_t id) {
+    ++rescored;
+    if (range_) {
+      if (key > radius_key_) best_.push_back({key, id});
+    } else if (key >= worst_) {
+      keep({key, id});
+    }
+  }
   void refresh() { tau_ = std::max(tau_, query_->tau.load(std::memory_order_relaxed)); }
   void raise();                 // tau to the k-th best of what is certain so far
   void take(Collector& other);  // moves everything found by another thread here
@@ -76,20 +96,21 @@ class Collector {
   int64_t opened = 0, rescored = 0;
 
  private:
+  void keep(const Found& found);
   void floor(float lower);  // one more row scores at least this
   void raise_to(float tau);
   void shrink();
+  void rescore(uint32_t segment, uint32_t row);
   void rescore_first(size_t count);  // of pending_, and forget them
   void drop_below();
 
   const SegmentView* segments_ = nullptr;
-  const Kernels* kernels_ = nullptr;
+  CanonicalKeys keys_;
   Query* query_ = nullptr;
-  Metric metric_ = Metric::ip;
-  int dim_ = 0;
   size_t k_ = 0, capacity_ = 0;
   bool range_ = false;
   double radius_key_ = 0;
+  double worst_ = 0;  // of best_, as soon as there are k
   float tau_ = kNoThreshold;
   std::vector<Candidate> pending_;
   std::vector<float> floors_;  // the k best lower bounds, a heap with the worst on top

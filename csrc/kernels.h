@@ -48,9 +48,10 @@ struct Kernels {
                     Sink*);
   void (*scan_fp16)(const ScanRows&, uint32_t begin, uint32_t end, ScanQuery*, int nq, bool l2,
                     bool cosine, Sink*);
-  // Canonical sums over d elements: 32 FP64 lanes, combined by the tree 16, 8, 4, 2, 1.
-  double (*dot)(const uint16_t* x, const double* q, int dim);
-  double (*l2)(const uint16_t* x, const double* q, int dim);
+  // Canonical sums over d elements: 32 FP64 lanes, combined by the tree 16, 8, 4, 2, 1. Those of
+  // one row with `nq` queries, each `stride` after the last and zero-filled.
+  void (*dot)(const uint16_t* x, const double* q, size_t stride, int nq, int dim, double* sums);
+  void (*l2)(const uint16_t* x, const double* q, size_t stride, int nq, int dim, double* sums);
   double (*norm2)(const uint16_t* x, int dim);
   // Conversions. to_half returns false if a value is NaN or beyond ±65504 after rounding.
   bool (*to_half)(const float* x, uint16_t* out, int64_t n);

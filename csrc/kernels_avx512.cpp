@@ -3,6 +3,7 @@
 #include "kernels_avx512.h"
 
 namespace knnfast {
-extern const Kernels kAvx512 = {"avx512", scan_int8<false>, scan_fp16,         dot, l2, norm2,
-                                to_half,  to_float,         quantize_row_plain};
+extern const Kernels kAvx512 = {"avx512",         scan_int8<false>, scan_fp16,
+                                canonical<false>, canonical<true>,  norm2,
+                                to_half,          to_float,         quantize_row_plain};
 }  // namespace knnfast

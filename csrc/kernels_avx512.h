@@ -227,41 +227,65 @@ inline double combine(__m512d a, __m512d b, __m512d c, __m512d d) {
   return _mm_cvtsd_f64(_mm_add_sd(g, _mm_unpackhi_pd(g, g)));
 }
 
-// Calls step(lane group, x as 8 doubles, j) over the row; elements past dim are zero.
-template <class Step>
-inline void for_lanes(const uint16_t* x, int dim, Step step) {
-  for (int j = 0; j < dim; j += 16) {
-    const __mmask16 m = dim - j >= 16 ? 0xffff : static_cast<__mmask16>((1 << (dim - j)) - 1);
-    const __m512 f = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, x + j));
-    step(_mm512_cvtps_pd(_mm512_castps512_ps256(f)), j);
-    step(_mm512_cvtps_pd(_mm512_extractf32x8_ps(f, 1)), j + 8);
+// v[p] = elements 8p to 8p+7 of the 32 at x as doubles, zeros from `left` on.
+inline void load_lanes(const uint16_t* x, int left, __m512d* v) {
+  const uint32_t mask = left >= 32 ? ~0u : (1u << left) - 1;
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; ++h) {
+    const __mmask16 m = static_cast<__mmask16>(mask >> 16 * h);
+    const __m512 f = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, x + 16 * h));
+    v[2 * h] = _mm512_cvtps_pd(_mm512_castps512_ps256(f));
+    v[2 * h + 1] = _mm512_cvtps_pd(_mm512_extractf32x8_ps(f, 1));
   }
 }
 
-double dot(const uint16_t* x, const double* q, int dim) {
-  __m512d acc[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(),
-                    _mm512_setzero_pd()};
-  for_lanes(x, dim, [&](__m512d v, int j) {  // exact products: fused or not, the same bits
-    acc[j / 8 % 4] = _mm512_fmadd_pd(v, _mm512_loadu_pd(q + j), acc[j / 8 % 4]);
-  });
-  return combine(acc[0], acc[1], acc[2], acc[3]);
+// Canonical sums of a row with NQ queries: the row is converted once for all of them. Lanes 8p to
+// 8p+7 lie in acc[q][p]. There is no branch inside, so that the sums stay in registers: elements
+// past dim are zero, of the row and of the queries.
+template <int NQ, bool L2>
+inline void canonical_tile(const uint16_t* x, const double* q, size_t stride, int dim,
+                           double* sums) {
+  __m512d acc[NQ][4];
+#pragma GCC unroll 4
+  for (int i = 0; i < NQ; ++i)
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) acc[i][p] = _mm512_setzero_pd();
+  for (int left = dim; left > 0; left -= 32, x += 32, q += 32) {
+    __m512d v[4];
+    load_lanes(x, left, v);
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p)
+#pragma GCC unroll 4
+      for (int i = 0; i < NQ; ++i) {
+        const __m512d w = _mm512_loadu_pd(q + i * stride + 8 * p);
+        if (L2) {  // never fused
+          const __m512d t = _mm512_sub_pd(w, v[p]);
+          acc[i][p] = _mm512_add_pd(acc[i][p], _mm512_mul_pd(t, t));
+        } else {  // exact products: fused or not, the same bits
+          acc[i][p] = _mm512_fmadd_pd(v[p], w, acc[i][p]);
+        }
+      }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < NQ; ++i) sums[i] = combine(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
 }
 
-double l2(const uint16_t* x, const double* q, int dim) {
-  __m512d acc[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(),
-                    _mm512_setzero_pd()};
-  for_lanes(x, dim, [&](__m512d v, int j) {  // never fused
-    const __m512d t = _mm512_sub_pd(_mm512_loadu_pd(q + j), v);
-    acc[j / 8 % 4] = _mm512_add_pd(acc[j / 8 % 4], _mm512_mul_pd(t, t));
-  });
-  return combine(acc[0], acc[1], acc[2], acc[3]);
+template <bool L2>
+void canonical(const uint16_t* x, const double* q, size_t stride, int nq, int dim, double* sums) {
+  for (; nq >= 4; nq -= 4, q += 4 * stride, sums += 4)
+    canonical_tile<4, L2>(x, q, stride, dim, sums);
+  for (; nq > 0; --nq, q += stride, ++sums) canonical_tile<1, L2>(x, q, stride, dim, sums);
 }
 
 double norm2(const uint16_t* x, int dim) {
   __m512d acc[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(),
                     _mm512_setzero_pd()};
-  for_lanes(x, dim,
-            [&](__m512d v, int j) { acc[j / 8 % 4] = _mm512_fmadd_pd(v, v, acc[j / 8 % 4]); });
+  for (int left = dim; left > 0; left -= 32, x += 32) {
+    __m512d v[4];
+    load_lanes(x, left, v);
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) acc[p] = _mm512_fmadd_pd(v[p], v[p], acc[p]);
+  }
   return combine(acc[0], acc[1], acc[2], acc[3]);
 }
 

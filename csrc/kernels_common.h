@@ -45,6 +45,12 @@ inline uint16_t float_to_half(float f) {
   return sign | static_cast<uint16_t>((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
 }
 
+// Canonical sums of a row with queries one by one.
+template <double (*Sum)(const uint16_t*, const double*, int)>
+void one_by_one(const uint16_t* x, const double* q, size_t stride, int nq, int dim, double* sums) {
+  for (int i = 0; i < nq; ++i) sums[i] = Sum(x, q + i * stride, dim);
+}
+
 // y - a·c is computed in float (each step correctly rounded), the sums in double; what rounding may
 // have hidden is added to the residual: 2^-22·‖y‖ for the two steps and for y itself, and a crumb
 // for squares that underflow.
@@ -52,7 +58,10 @@ inline void quantize_row_plain(const float* y, int dim, uint8_t* codes, float* s
                                float* residual, float* norm) {
   float top = 0;
 #pragma omp simd reduction(max : top)
-  for (int j = 0; j < dim; ++j) top = fmaxf(top, fabsf(y[j]));
+  for (int j = 0; j < dim; ++j) {
+    const float size = fabsf(y[j]);
+    top = size > top ? size : top;  // fmaxf would be called, element by element
+  }
   const bool tiny = !(top > 1e-30f);
   const float a = tiny ? 0 : top / 127, inverse = tiny ? 0 : 127 / top;
   double rr = 0, yy = 0;

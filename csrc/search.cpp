@@ -135,7 +135,8 @@ class GroupSearch {
         dim_(task.dim),
         pad_(padded(task.dim)),
         s_(scratch()),
-        kernels_(kernels()) {
+        kernels_(kernels()),
+        keys_{&kernels_, task.metric, static_cast<int>(task.dim)} {
     prepare(task.queries + first * dim_);
   }
 
@@ -260,10 +261,9 @@ class GroupSearch {
       Query* query = &s_.queries[static_cast<size_t>(q)];
       const SegmentView* segments = task_.snapshot->data();
       if (radius)
-        c.start_range(segments, &kernels_, task_.metric, static_cast<int>(dim_), query,
-                      task_.metric == Metric::l2 ? -*radius : *radius);
+        c.start_range(segments, keys_, query, task_.metric == Metric::l2 ? -*radius : *radius);
       else
-        c.start(segments, &kernels_, task_.metric, static_cast<int>(dim_), query, k);
+        c.start(segments, keys_, query, k);
     }
   }
 
@@ -400,11 +400,29 @@ class GroupSearch {
     }
   }
 
+  // A block of rows meets a few queries at a time: both lie in the nearest cache by then.
   void canonical_rows(Worker& w, uint32_t segment, uint32_t begin, uint32_t end) {
+    constexpr int64_t kQueries = 4;
+    const SegmentView& view = (*task_.snapshot)[segment];
+    const uint16_t* rows = view.segment->rows.as<uint16_t>();
     const uint16_t* mask = live(segment);
-    for (uint32_t row = begin; row < end; ++row) {
-      if (mask && !(mask[row / kBlockRows] >> (row % kBlockRows) & 1)) continue;
-      for (int64_t q = 0; q < n_; ++q) w.collectors[static_cast<size_t>(q)].rescore(segment, row);
+    for (uint32_t first = begin; first < end; first += kBlockRows) {
+      const int count = static_cast<int>(std::min<uint32_t>(kBlockRows, end - first));
+      double norms[kBlockRows], keys[kQueries];
+      for (int r = 0; r < count; ++r)
+        norms[r] = keys_.norm(rows + static_cast<size_t>(first + r) * dim_);
+      for (int64_t q = 0; q < n_; q += kQueries) {
+        const int64_t queries = std::min(kQueries, n_ - q);
+        for (int r = 0; r < count; ++r) {
+          const uint32_t row = first + static_cast<uint32_t>(r);
+          if (mask && !(mask[row / kBlockRows] >> (row % kBlockRows) & 1)) continue;
+          keys_(rows + static_cast<size_t>(row) * dim_, norms[r],
+                &s_.queries[static_cast<size_t>(q)], pad_, static_cast<int>(queries), keys);
+          const int64_t id = view.id(row);
+          for (int64_t i = 0; i < queries; ++i)
+            w.collectors[static_cast<size_t>(q + i)].offer(keys[i], id);
+        }
+      }
     }
     for (int64_t q = 0; q < n_; ++q) w.collectors[static_cast<size_t>(q)].raise();
   }
@@ -414,6 +432,7 @@ class GroupSearch {
   const size_t pad_;
   Scratch& s_;
   const Kernels& kernels_;
+  const CanonicalKeys keys_;
   int64_t k_ = 0;
   int threads_ = 1;
 };
