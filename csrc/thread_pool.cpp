@@ -2,6 +2,9 @@
 #include "thread_pool.h"
 
 #include <pthread.h>
+#ifdef __linux__
+#include <sched.h>
+#endif
 #include <unistd.h>
 
 #include <algorithm>
@@ -17,6 +20,32 @@
 
 namespace knnfast {
 namespace {
+
+int this_cpu() {
+#ifdef __linux__
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Linux likes to wake a thread on the core of the one that wakes it, and lets both share that core
+// for milliseconds while another is idle: so a worker that finds itself on its caller's goes away.
+void leave_cpu(int cpu) {
+#ifdef __linux__
+  if (cpu < 0 || sched_getcpu() != cpu) return;
+  const pthread_t self = pthread_self();
+  cpu_set_t allowed;
+  if (pthread_getaffinity_np(self, sizeof allowed, &allowed) != 0) return;
+  cpu_set_t others = allowed;
+  CPU_CLR(cpu, &others);
+  if (CPU_COUNT(&others) == 0) return;
+  pthread_setaffinity_np(self, sizeof others, &others);
+  pthread_setaffinity_np(self, sizeof allowed, &allowed);
+#else
+  (void)cpu;
+#endif
+}
 
 class Pool {
  public:
@@ -40,6 +69,7 @@ class Pool {
       tasks_ = tasks;
       next_.store(0);
       error_ = nullptr;
+      cpu_ = this_cpu();
       ++round_;
     }
     wake_.notify_all();
@@ -67,14 +97,17 @@ class Pool {
     uint64_t seen = 0;
     for (;;) {
       const TaskRef* work;
+      int cpu;
       {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return stop_ || (work_ && round_ != seen); });
         if (stop_) return;
         seen = round_;
         work = work_;
+        cpu = cpu_;
         ++active_;
       }
+      leave_cpu(cpu);
       drain(*work, thread);
       std::lock_guard<std::mutex> lock(mutex_);
       if (--active_ == 0) done_.notify_one();
@@ -89,6 +122,7 @@ class Pool {
   std::atomic<int64_t> next_{0};
   uint64_t round_ = 0;
   std::exception_ptr error_;
+  int cpu_ = -1;    // the caller's
   int active_ = 0;  // workers inside the present round
   bool stop_ = false;
 };
