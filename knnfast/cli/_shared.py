@@ -1,0 +1,56 @@
+"""What several commands share."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+
+def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Refuse a device that torch does not know or this machine does not have."""
+    import torch
+
+    try:
+        kind = torch.device(value).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"--device: must be cpu, cuda or cuda:N, got {value!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device: {value} was asked for, and torch finds no CUDA device here")
+    return value
+
+
+device_option = click.option("--device", default="cpu", show_default=True, callback=_device)
+
+
+class Bar:
+    """A progress bar fed by `callback(done, total)`."""
+
+    def __init__(self, label: str, hidden: bool) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            desc=label, unit="step", leave=False, disable=hidden or not sys.stderr.isatty()
+        )
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+
+def find_encoder(spec: str, device: str) -> Any:
+    """An encoder by its own spec, or the one of a model bundle."""
+    from knnfast.encoders import load_encoder
+    from knnfast.pipeline import BUNDLES
+
+    bundled = BUNDLES / spec / "encoder"
+    return load_encoder(bundled if bundled.is_dir() else spec, device=device)
