@@ -46,6 +46,9 @@ class Collection:
     def __iter__(self) -> Iterator[Item]:
         raise NotImplementedError
 
+    def __len__(self) -> int:
+        raise NotImplementedError
+
     @property
     def groups(self) -> dict[str, int]:
         """Each group and how many images it holds, by name."""
@@ -70,6 +73,10 @@ class Collection:
             if (wanted is None or item.group in wanted) and (where is None or where(item))
         ]
         return np.array(ids, np.int64)
+
+    def most(self, k: int, allow: np.ndarray | None = None) -> int:
+        """The largest number of neighbours, up to k, that a search among `allow` can give."""
+        return min(k, len(self) if allow is None else len(allow))
 
 
 class Database(Collection):
