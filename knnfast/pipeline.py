@@ -15,6 +15,7 @@ from PIL import Image
 
 from knnfast import _files
 from knnfast._calls import Clock, check_range, choose_neighbours, scaled
+from knnfast._device import check_torch_device
 from knnfast.database import Database, Item, Neighbour
 from knnfast.diffusion.backbone import Backbone
 from knnfast.diffusion.denoiser import Denoiser
@@ -94,13 +95,15 @@ class KNNDiffusion:
 
         Args:
             name_or_path: which model.
-            device: where its networks run.
+            device: where its networks run: cpu, cuda or cuda:N.
             backbone: "discrete" or "continuous", of those it holds; None: its first.
 
         Raises:
             FileNotFoundError: no such bundle, or a file of it is missing.
-            ValueError: a damaged or foreign file; the message names it.
+            ValueError: a damaged or foreign file, which the message names; a device that is not
+                there.
         """
+        check_torch_device("device", device)
         root = find_model(name_or_path)
         manifest_path = root / "model.json"
         manifest = _read_manifest(root)

@@ -44,6 +44,7 @@ def test_prompts_with_one_slug_keep_their_pictures(tmp_path):
     ("option", "value", "message"),
     [
         ("--device", "foo", "--device: must be cpu, cuda or cuda:N, got 'foo'"),
+        ("--device", "cuda:99", "CUDA devices here, got 'cuda:99'"),
         ("--sheet", "sheet.xyz", "--sheet: must end in .png, got sheet.xyz"),
     ],
 )

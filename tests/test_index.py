@@ -61,7 +61,9 @@ def test_ids(filled):
         (lambda i, x: Index(0), ValueError, "dim"),
         (lambda i, x: Index(3, "dot"), ValueError, "metric"),
         (lambda i, x: Index(3, scan="int4"), ValueError, "scan"),
-        (lambda i, x: Index(3, device="tpu"), ValueError, "device"),
+        (lambda i, x: Index(3, device="tpu"), ValueError, "device: must be cpu, cuda or cuda:N"),
+        (lambda i, x: i.to("cuda:x"), ValueError, "device: must be cpu, .* got 'cuda:x'"),
+        (lambda i, x: i.to("cpu:1"), ValueError, "device: must be cpu, .* got 'cpu:1'"),
     ],
 )
 def test_rejects(filled, call, error, match):
@@ -73,6 +75,21 @@ def test_rejects(filled, call, error, match):
     after = index.search(x, 5)
     np.testing.assert_array_equal(before[1], after[1])
     assert index.add(x[:1]) == [100]
+
+
+@pytest.mark.skipif(
+    _C.has_cuda and _C.cuda_device_count() > 0, reason="there is a CUDA device here"
+)
+def test_rejects_cuda_where_there_is_none(filled, tmp_path):
+    index, _ = filled
+    index.save(tmp_path)
+    for call in (
+        lambda: index.to("cuda"),
+        lambda: Index(3, device="cuda"),
+        lambda: Index.open(tmp_path, device="cuda"),
+    ):
+        with pytest.raises(ValueError, match=r"device: must be cpu, .* got 'cuda'"):
+            call()
 
 
 def test_layouts(filled):

@@ -9,17 +9,10 @@ import click
 
 
 def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """Refuse a device that torch does not know or this machine does not have."""
-    import torch
+    """Refuse a device that this machine does not have, before anything else is done."""
+    from knnfast._device import check_torch_device
 
-    try:
-        kind = torch.device(value).type
-    except RuntimeError:
-        kind = ""
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"--device: must be cpu, cuda or cuda:N, got {value!r}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device: {value} was asked for, and torch finds no CUDA device here")
+    check_torch_device("--device", value)
     return value
 
 

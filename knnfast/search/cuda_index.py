@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from knnfast import _C
+from knnfast._device import is_cuda
 from knnfast.search import interop
 from knnfast.search.index import METRICS, SCANS, Index
 
@@ -19,17 +20,20 @@ _PIECE = 1 << 18  # rows moved at a time between devices
 def device_number(device: Any) -> int:
     """`cuda` or `cuda:N` as a device number.
 
-    Raises: RuntimeError where this build or this machine has no such device.
+    Raises: ValueError where this build or this machine has no CUDA device; RuntimeError where it
+        has fewer than N + 1.
     """
     if not getattr(_C, "has_cuda", False):
-        raise RuntimeError(f"device {str(device)!r}: this build has no CUDA (KNNFAST_CUDA=ON)")
-    number = str(device).partition(":")[2]
-    if number and not number.isdigit():
-        raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {str(device)!r}')
+        raise ValueError(
+            f"device: must be cpu, this build has no CUDA (KNNFAST_CUDA=ON), got {str(device)!r}"
+        )
     found = _C.cuda_device_count()
-    if int(number or 0) >= found:
+    if not found:
+        raise ValueError(f"device: must be cpu, there is no CUDA device here, got {str(device)!r}")
+    number = int(str(device).partition(":")[2] or 0)
+    if number >= found:
         raise RuntimeError(f"device {str(device)!r}: {found} CUDA devices found")
-    return int(number or 0)
+    return number
 
 
 class _Rows(NamedTuple):
@@ -176,7 +180,7 @@ class CudaIndex(Index):
 
     def to(self, device: str) -> Index:
         """Itself, or a copy on another device with the same ids."""
-        if str(device) == "cpu" or device_number(device) != self._number:
+        if not is_cuda("device", device) or device_number(device) != self._number:
             return copy_index(self, device)
         return self
 

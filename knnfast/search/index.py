@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from knnfast import _C
+from knnfast._device import is_cuda
 from knnfast.search import interop
 
 METRICS = ("ip", "cosine", "l2")
@@ -31,7 +32,7 @@ class Index:
     Args:
         dim: elements of a row, 1 to 65536.
         metric: "ip", "cosine" or "l2".
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or "cuda:N".
         scan: "fp16", "int8", or "auto", which leaves int8 where it does not pay.
     Any number of threads may search while one writes; a search sees one snapshot.
     Example: >>> ix = Index(2); _ = ix.add(np.eye(2, dtype=np.float32))
@@ -42,7 +43,7 @@ class Index:
         cls, dim: int = 1, metric: str = "ip", device: str = "cpu", scan: str = "auto"
     ) -> Index:
         """An index on a CUDA device is a `CudaIndex`."""
-        if cls is Index and _is_cuda(device):
+        if cls is Index and is_cuda("device", device):
             from knnfast.search.cuda_index import CudaIndex
 
             cls = CudaIndex
@@ -205,8 +206,11 @@ class Index:
         return Plan(self, batch, k)
 
     def to(self, device: str) -> Index:
-        """Itself on the CPU, or a copy on a CUDA device with the same ids."""
-        if not _is_cuda(device):
+        """Itself on the CPU, or a copy on a CUDA device with the same ids.
+
+        Raises: ValueError no name of a device, a build without CUDA, or no CUDA device here.
+        """
+        if not is_cuda("device", device):
             return self
         from knnfast.search.cuda_index import copy_index
 
@@ -222,7 +226,7 @@ class Index:
 
         Raises: FileNotFoundError and other OSErrors; DamagedFile (a ValueError) naming the path.
         """
-        on_cuda = _is_cuda(device)
+        on_cuda = is_cuda("device", device)
         path = os.fspath(path)
         if not os.path.isfile(os.path.join(path, "manifest.json")):
             raise FileNotFoundError(f"{path} holds no index (no manifest.json)")
@@ -274,14 +278,6 @@ class Plan:
                 f"queries must have shape [{batch}, {self._index.dim}], got {list(array.shape)}"
             )
         return self._index._core.search(array, k, bf16, None, None, (self.scores, self.ids))
-
-
-def _is_cuda(device: Any) -> bool:
-    if str(device) == "cpu":
-        return False
-    if str(device).partition(":")[0] != "cuda":
-        raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {device!r}')
-    return True
 
 
 def _out(given: Any, shape: tuple[int, ...], dtype: type) -> np.ndarray:
