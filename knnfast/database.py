@@ -270,6 +270,15 @@ class Database(Collection):
 
     # ---- files ------------------------------------------------------------------------------
 
+    @staticmethod
+    def check_place(path: str | Path) -> None:
+        """Refuse a path where something else than a database is."""
+        root = Path(path)
+        if root.exists() and not root.is_dir():
+            raise ValueError(f"{root}: is a file; a database is saved as a folder")
+        if root.is_dir() and any(root.iterdir()) and not (root / "database.json").is_file():
+            raise ValueError(f"{root}: is a folder with other content; give a new or empty one")
+
     def save(self, path: str | Path) -> None:
         """Write the database into folder `path`, atomically.
 
@@ -281,10 +290,7 @@ class Database(Collection):
                 say); then nothing of it is left, and the old database is.
         """
         root = Path(path)
-        if root.exists() and not root.is_dir():
-            raise ValueError(f"{root}: is a file; a database is saved as a folder")
-        if root.is_dir() and any(root.iterdir()) and not (root / "database.json").is_file():
-            raise ValueError(f"{root}: is a folder with other content; give a new or empty one")
+        self.check_place(root)
         new = not root.exists()
         root.mkdir(parents=True, exist_ok=True)
         generation = uuid.uuid4().hex[:8]

@@ -202,8 +202,13 @@ def evaluate(
     Returns:
         A JSON-able dictionary; `report` prints it.
     """
-    if prompts < 4 or other_prompts < 2 or other_samples < 1:
-        raise ValueError("at least 4 prompts, 2 of the other database and 1 sample of each")
+    from knnfast._calls import check_range
+
+    check_range("prompts", prompts, 4)
+    check_range("other_prompts", other_prompts, 2)
+    check_range("other_samples", other_samples, 1)
+    check_range("k", k, 1)
+    check_range("steps", steps, 1)
     start = time.perf_counter()
     panel = Panel(pipe, judge, training, other)
     real, views, judge = panel.real, panel.views, panel.judge

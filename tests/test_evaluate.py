@@ -335,7 +335,7 @@ def test_evaluate_rejects():
         evaluate(pipe, pipe.encoder)
     with pytest.raises(ValueError, match="no database 'plants'"):
         evaluate(pipe, Knowing(230, 2), other="plants")
-    with pytest.raises(ValueError, match="at least 4 prompts"):
+    with pytest.raises(ValueError, match="prompts: must be at least 4, got 2"):
         evaluate(pipe, Knowing(230, 2), prompts=2)
     pipe.databases["animals"] = pipe.databases["stickers"]
     with pytest.raises(ValueError, match="two stickers are called 'thing 0'"):

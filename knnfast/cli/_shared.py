@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,6 +19,19 @@ def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
 
 
 device_option = click.option("--device", default="cpu", show_default=True, callback=_device)
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Refuse a folder that can be neither made nor written into, before anything is computed."""
+    whole = folder.absolute()
+    try:
+        place = next(p for p in (whole, *whole.parents) if p.exists())
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except NotADirectoryError:
+        raise ValueError(f"{option}: {folder} cannot be a folder: {place} is a file") from None
+    except OSError as e:
+        raise ValueError(f"{option}: {folder} cannot be written ({e.strerror})") from None
 
 
 class Bar:

@@ -20,7 +20,7 @@ import click
 @click.option("--peers", help="Only these, separated by commas; all that are installed by default.")
 @click.option("--seconds", default=80.0, show_default=True, help="About how long it may take.")
 @click.option(
-    "--plot", default="knnfast-bench.png", show_default=True, help="PNG to write, or none."
+    "--plot", default="knnfast-bench.png", show_default=True, help="Picture to write, or none."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
 def bench(batch: str, peers: str | None, plot: str, as_json: bool, **options: Any) -> None:
@@ -29,10 +29,10 @@ def bench(batch: str, peers: str | None, plot: str, as_json: bool, **options: An
     Answers are judged against FP64 before they are timed; contenders take turns.
     """
     from knnfast.benchmark.faiss_reference import faiss_reference
-    from knnfast.benchmark.plot import require_matplotlib
+    from knnfast.benchmark.plot import check_suffix
 
     if plot != "none":
-        require_matplotlib()
+        check_suffix("--plot", plot)
         if not Path(plot).absolute().parent.is_dir():
             raise ValueError(f"--plot: {Path(plot).parent} is no folder")
     try:

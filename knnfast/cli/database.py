@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from knnfast.cli._shared import device_option, find_encoder
+from knnfast.cli._shared import check_folder, device_option, find_encoder
 
 
 @click.group()
@@ -34,7 +34,10 @@ def database_build(
     from knnfast.database import Database
     from knnfast.images import list_images
 
-    list_images(folder)  # a wrong path is told before an encoder is loaded
+    # Wrong paths are told before an encoder is loaded.
+    list_images(folder)
+    check_folder("--out", out)
+    Database.check_place(out)
     skipped: list[dict[str, str]] = []
 
     def on_skip(path: Path, reason: str) -> None:
@@ -84,7 +87,16 @@ def database_info(path: Path, as_json: bool) -> None:
 def database_merge(paths: tuple[Path, ...], out: Path) -> None:
     """Merge databases made by one encoder."""
     from knnfast.database import Database
+    from knnfast.diffusion.data import identity
 
-    merged = Database.merge([Database.open(p) for p in paths])
+    check_folder("--out", out)
+    Database.check_place(out)
+    databases: dict[str, tuple[Path, Database]] = {}
+    for path in paths:
+        database = Database.open(path)
+        first, _ = databases.setdefault(identity(database), (path, database))
+        if first is not path:
+            raise ValueError(f"paths: {path} holds the same images as {first}; give each once")
+    merged = Database.merge([database for _, database in databases.values()])
     merged.save(out)
     click.echo(f"{out}: {len(merged):,} images")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from knnfast.cli._shared import Bar, device_option
+from knnfast.cli._shared import Bar, check_folder, device_option
 
 
 @click.command()
@@ -67,6 +67,7 @@ def evaluate(
     if unknown := set(names) - set(ablations.ABLATIONS):
         allowed = ", ".join(ablations.ABLATIONS)
         raise ValueError(f"--ablation: must be one of {allowed} or all, got {unknown.pop()!r}")
+    check_folder("--out", out)
     if prompts is None:
         prompts = ablations.QUICK_PROMPTS if quick else ablations.PROMPTS
     pipe = KNNDiffusion.from_pretrained(model, device=device, backbone="discrete")

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from knnfast.cli._shared import Bar, device_option
+from knnfast.cli._shared import Bar, check_folder, device_option
 
 
 @click.command()
@@ -60,9 +60,11 @@ def generate(
     from knnfast.pipeline import KNNDiffusion
     from knnfast.sheet import contact_sheet
 
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out: {out} is a file; give a folder")
+    check_folder("--out", out)
     _check_sheet(sheet)
+    for file in images:
+        if Path(file).is_dir():
+            raise ValueError(f"--image: must be a file, {file} is a folder")
     pipe = KNNDiffusion.from_pretrained(model, device=device, backbone=backbone)
     if database is not None:
         pipe.database = database
@@ -141,8 +143,7 @@ def edit(
     from knnfast.pipeline import KNNDiffusion
     from knnfast.sheet import edit_sheet
 
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out: {out} is a file; give a folder")
+    check_folder("--out", out)
     _check_sheet(sheet)
     picture = read_image(image)
     allowed = None if mask is None else read_image(mask)
@@ -198,6 +199,7 @@ def _check_sheet(sheet: Path | None) -> None:
         raise ValueError(f"--sheet: must end in .png, got {sheet}")
     if sheet.is_dir():
         raise ValueError(f"--sheet: {sheet} is a folder; give a file")
+    check_folder("--sheet", sheet.parent)
 
 
 def _save_pngs(paths: Sequence[Path], images: Sequence[Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from knnfast.cli._shared import device_option, find_encoder
+from knnfast.cli._shared import check_folder, device_option, find_encoder
 
 BASELINES = ("knn", "lafite", "no_neighbours")  # knnfast.diffusion.pairs has them
 
@@ -90,6 +90,7 @@ def train(
         raise ValueError(f"--out: {out / 'model'} exists already; that run is finished")
     if out.resolve().is_relative_to(data.resolve()):
         raise ValueError(f"--out: {out} lies inside DATA; its pictures would be trained on")
+    check_folder("--out", out)
     saved = (data / "database.json").is_file()
     source = Database.open(data) if saved else data
     if not saved and not shards(data):
