@@ -160,6 +160,14 @@ def test_train_on_a_folder_then_generate(folder, tmp_path):
         "generate", "red", "--k", 2, "--steps", 2, "--model", out / "model", "--out", tmp_path / "o"
     )
     assert images.exit_code == 0, images.output
+    for options, message in (
+        ([], "database 'training': 3 images, fewer than 10; names are the prompts"),
+        (["--other-prompts", 3], "--other-prompts: needs a second database"),
+        (["--ablation", "k"], "'k = 5' searches 5 neighbours in 100% of database 'training'"),
+    ):
+        evaluated = invoke("evaluate", out / "model", *options)
+        assert evaluated.exit_code == 2
+        assert message in evaluated.stderr
 
 
 def test_info():
@@ -200,12 +208,14 @@ def test_an_image_that_is_a_folder(folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", ["k", "steps", "prompts"])
-def test_evaluate_checks_its_settings_first(option, monkeypatch):
+@pytest.mark.parametrize(
+    ("option", "allowed"), [("k", "1 ... 136"), ("steps", "at least 1"), ("prompts", "at least 4")]
+)
+def test_evaluate_checks_its_settings_first(option, allowed, monkeypatch):
     monkeypatch.setattr("knnfast.evaluate.Panel", None)  # is not reached
     result = invoke("evaluate", "stickers", f"--{option}", 0)
     assert result.exit_code == 2
-    assert f"{option}: must be at least " in result.stderr
+    assert f"{option}: must be {allowed}" in result.stderr
 
 
 def test_an_image_that_is_none(tmp_path):

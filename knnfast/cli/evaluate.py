@@ -26,7 +26,7 @@ from knnfast.cli._shared import Bar, check_folder, device_option
 @click.option("--prompts", type=int, help="Names to generate: 300, or 200 in an ablation.")
 @click.option("--other-prompts", default=40, show_default=True, help="Names of the unseen kind.")
 @click.option("--other-samples", default=2, show_default=True, help="Images of each of these.")
-@click.option("--k", default=10, show_default=True, help="Neighbours to condition on.")
+@click.option("--k", type=int, help="Neighbours; 10, or as many as there are, when not given.")
 @click.option("--steps", default=25, show_default=True, help="Denoising steps.")
 @click.option("--guidance", default=3.0, show_default=True, help="Guidance weight; 1 is none.")
 @click.option("--truncation", default=1.0, show_default=True, help="Keep this mass of the codes.")
@@ -42,6 +42,8 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Measure what MODEL (a bundle or a folder) generates, beside real and wrong pictures.
 
+    The names of its database are the prompts; a second one holds what the model has never seen.
+
     With --ablation: neighbours, condition, k, index, steps, guidance, truncation, backbone or all.
     """
     from knnfast import ablations
@@ -53,6 +55,12 @@ def evaluate(
             if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
                 raise ValueError(f"--{name}: goes with --ablation")
         pipe = KNNDiffusion.from_pretrained(model, device=device, backbone=backbone)
+        for name in ("other_prompts", "other_samples"):
+            given = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+            if given and len(pipe.databases) < 2:
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: needs a second database, {model} holds one"
+                )
         with Bar("evaluating", hidden=as_json) as bar:
             result = measures.evaluate(
                 pipe, judge, prompts=300 if prompts is None else prompts, seed=seed, progress=bar,
