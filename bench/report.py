@@ -314,10 +314,15 @@ def performance(found: list[dict[str, Any]]) -> str:
         "Every answer was checked before it was timed; contenders took turns in one run; peers had "
         "the better of one thread and all. Times are milliseconds; `x` is their time over ours, "
         "the median over the turns and so not always the quotient of the printed times "
-        "(above 1 ours is faster, **bold** where we lose). `of ceiling` is the time that the plain "
-        "algorithm's bytes and operations need at the machine's measured rates, over the time: "
-        "above 100 % where an op does without some of them. Machines differ: run the commands on "
+        "(above 1 ours is faster, **bold** where we lose). Machines differ: run the commands on "
         "yours. " + gpu_note(found),
+        "`of ceiling` is the time that the plain algorithm's bytes and operations need at the "
+        "machine's measured rates, whichever is longer, over the time taken. For a search they are "
+        "the FP16 rows, read from memory once, and 2 · rows · d · batch operations at the rate of "
+        "an FP32 (GPU: FP16) matmul. It can exceed 100 %: the int8 scan reads half of these bytes, "
+        "which makes up to 200 %, and multiplies int8; rows that fit into the caches do not come "
+        "from memory; and where other work ran beside the measurement of the rates, they came out "
+        "lower than what the machine gives at quieter moments.",
         "## Targets",
         goals(found),
         "## Rows we lose",

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from knnfast.database import Database, Item
     from knnfast.mixture import Mixture
 
+DEFAULT_K = 10  # neighbours of a query
+
 
 def check_range(
     name: str, value: int, low: int, high: int | None = None, why_high: str = ""
@@ -56,16 +58,24 @@ class Clock:
         self.timings[name] = time.perf_counter() - start
 
 
-def allowed_ids(
+def choose_neighbours(
     db: Database | Mixture,
-    k: int,
+    k: int | None,
     groups: Sequence[str] | None,
     where: Callable[[Item], bool] | None,
-) -> np.ndarray | None:
-    """The ids that a filter leaves, [n] int64, or None without one; at least k of them."""
-    if groups is None and where is None:
-        check_range("k", k, 1, len(db), "the size of the database")
-        return None
-    ids = db.ids_of(groups, where)
-    check_range("k", k, 1, len(ids), "what the filter leaves")
-    return ids
+) -> tuple[int, np.ndarray | None]:
+    """How many neighbours to search, and the ids that a filter leaves, [n] int64; None: all.
+
+    k None: DEFAULT_K, or as many as there are.
+    """
+    ids = None if groups is None and where is None else db.ids_of(groups, where)
+    if ids is None:
+        size, what, empty = len(db), "the size of the database", "database: holds no image"
+    else:
+        size, what, empty = len(ids), "what the filter leaves", "groups, where: leave no image"
+    if size == 0:
+        raise ValueError(empty)
+    if k is None:
+        k = max(1, db.most(DEFAULT_K, ids))  # a mix that cannot share out even 1 says why itself
+    check_range("k", k, 1, size, what)
+    return k, ids

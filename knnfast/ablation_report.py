@@ -80,7 +80,8 @@ def _page(results: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> str:
             if not entry["available"]:
                 lines.append(f"| {label} | not available: no such model was given |")
                 continue
-            cells = [f"{entry['metrics'][key]:.3f}" for key in COLUMNS]
+            found = entry["metrics"]  # no CMMD where nothing was held out
+            cells = [f"{found[key]:.3f}" if key in found else "" for key in COLUMNS]
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
         if any(entry["available"] for entry in result["settings"]):
             lines += ["", f"![{result['title']}]({result['name']}.png)"]

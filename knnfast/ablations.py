@@ -19,7 +19,7 @@ import numpy as np
 
 from knnfast import _files
 from knnfast.ablation_report import FORMAT, write_report
-from knnfast.evaluate import Panel, weights_hash
+from knnfast.evaluate import Panel, databases_of, weights_hash
 from knnfast.metrics import bootstrap_interval
 
 if TYPE_CHECKING:
@@ -271,8 +271,8 @@ def run(
     seed: int = 0,
     judge: Encoder | str | Path | None = None,
     continuous: KNNDiffusion | None = None,
-    training: str = "stickers",
-    other: str = "animals",
+    training: str | None = None,
+    other: str | None = None,
     batch: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -282,12 +282,14 @@ def run(
         names: of ABLATIONS.
         pipe: the model.
         out: folder of the report; made when missing.
-        prompts: names generated in each setting, half of them held out of the training.
+        prompts: names generated in each setting, half of them held out of the training where any
+            are.
         seed: of the choice of names and of all samples.
         judge: see `Panel`.
         continuous: a model with the continuous backbone; None: its settings are not available.
-        training: name of the database whose images the generator was trained on.
-        other: name of the database it has never seen; its names are among the wrong answers.
+        training: name of the database whose images the generator was trained on; None: its first.
+        other: name of the database it has never seen, whose names are among the wrong answers;
+            None: its second, where it has one.
         batch: names generated at once.
         progress: called with (images done, images in all).
 
@@ -295,13 +297,21 @@ def run(
         What was written, one dictionary for each ablation.
 
     Raises:
-        ValueError: an unknown name, or fewer than four prompts.
+        ValueError: an unknown name, fewer than four prompts, or fewer images than a setting needs.
     """
     for name in names:
         if name not in ABLATIONS:
             raise ValueError(f"ablation must be one of {', '.join(ABLATIONS)}, got {name!r}")
     if prompts < 4:
         raise ValueError(f"prompts: must be at least 4, got {prompts}")
+    training, other = databases_of(pipe, training, other)
+    images = len(pipe.databases[training])
+    for setting in (s for name in names for s in ABLATIONS[name].settings):
+        if round(setting.share * images) < setting.k:
+            raise ValueError(
+                f"ablation: {setting.label!r} searches {setting.k} neighbours in "
+                f"{setting.share:.0%} of database {training!r}, which holds {images} images"
+            )
     out.mkdir(parents=True, exist_ok=True)
     panel = Panel(pipe, judge, training, other)
     rows = np.concatenate(panel.choose(prompts, np.random.default_rng(seed)))
@@ -373,7 +383,8 @@ def _summary(
                 f"{who} {metric}": float(values[who][metric].mean()) for who, metric in METRICS
             }
             for who in ("judge", "encoder"):
-                entry["metrics"][f"{who} cmmd_to_held_out"] = values[who]["cmmd_to_held_out"]
+                if "cmmd_to_held_out" in values[who]:
+                    entry["metrics"][f"{who} cmmd_to_held_out"] = values[who]["cmmd_to_held_out"]
             entry["interval"] = list(bootstrap_interval(values["judge"]["score"]))
         settings.append(entry)
     claims = []

@@ -46,6 +46,9 @@ class Collection:
     def __iter__(self) -> Iterator[Item]:
         raise NotImplementedError
 
+    def __len__(self) -> int:
+        raise NotImplementedError
+
     @property
     def groups(self) -> dict[str, int]:
         """Each group and how many images it holds, by name."""
@@ -70,6 +73,10 @@ class Collection:
             if (wanted is None or item.group in wanted) and (where is None or where(item))
         ]
         return np.array(ids, np.int64)
+
+    def most(self, k: int, allow: np.ndarray | None = None) -> int:
+        """The largest number of neighbours, up to k, that a search among `allow` can give."""
+        return min(k, len(self) if allow is None else len(allow))
 
 
 class Database(Collection):
@@ -263,6 +270,15 @@ class Database(Collection):
 
     # ---- files ------------------------------------------------------------------------------
 
+    @staticmethod
+    def check_place(path: str | Path) -> None:
+        """Refuse a path where something else than a database is."""
+        root = Path(path)
+        if root.exists() and not root.is_dir():
+            raise ValueError(f"{root}: is a file; a database is saved as a folder")
+        if root.is_dir() and any(root.iterdir()) and not (root / "database.json").is_file():
+            raise ValueError(f"{root}: is a folder with other content; give a new or empty one")
+
     def save(self, path: str | Path) -> None:
         """Write the database into folder `path`, atomically.
 
@@ -274,10 +290,7 @@ class Database(Collection):
                 say); then nothing of it is left, and the old database is.
         """
         root = Path(path)
-        if root.exists() and not root.is_dir():
-            raise ValueError(f"{root}: is a file; a database is saved as a folder")
-        if root.is_dir() and any(root.iterdir()) and not (root / "database.json").is_file():
-            raise ValueError(f"{root}: is a folder with other content; give a new or empty one")
+        self.check_place(root)
         new = not root.exists()
         root.mkdir(parents=True, exist_ok=True)
         generation = uuid.uuid4().hex[:8]

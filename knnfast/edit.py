@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from knnfast._calls import Clock, allowed_ids, check_range
+from knnfast._calls import Clock, check_range, choose_neighbours
 from knnfast.database import Database, Item, Neighbour
 from knnfast.diffusion.denoiser import Denoiser
 from knnfast.encoders import Embeddings, pixels
@@ -96,7 +96,7 @@ def edit(
     num_images: int = 4,
     image_weight: float = 0.3,
     keep: float = 0.2,
-    k: int = 10,
+    k: int | None = None,
     steps: int = 8,
     guidance: float = 3.0,
     truncation: float = 1.0,
@@ -119,7 +119,7 @@ def edit(
         image_weight: share of the picture in the query that neighbours are searched with, in
             [0, 1]; the text has the rest.
         keep: weight of identity beside the text's score when candidates are ranked, >= 0.
-        k: neighbours to condition on.
+        k: neighbours to condition on; None: 10, or as many as there are.
         steps: denoising steps, 1 ... T; fewer where the strength leaves fewer levels.
         guidance: how much the text counts, >= 0; 1 is the model's plain prediction.
         truncation: keep the most probable classes up to this mass, in (0, 1].
@@ -154,7 +154,7 @@ def edit(
     seed = secrets.randbits(63) if seed is None else seed
     check_range("seed", seed, 0, 2**64 - 1)
     db = self.find_database(database)
-    allow = allowed_ids(db, k, groups, where)
+    k, allow = choose_neighbours(db, k, groups, where)
     picture = read_image(image) if isinstance(image, str | Path) else image
     if not isinstance(picture, Image.Image):
         raise TypeError(f"image: expected a picture or a file, got {type(image).__name__}")
@@ -172,7 +172,8 @@ def edit(
         rows = embed([text, mix((original, 1.0)), both], self.encoder).vectors
         asked, searched = (Embeddings(row[None], self.encoder.card) for row in (rows[0], rows[2]))
     with clock("search"):
-        neighbours = others(db, db.search(searched, k + SPARE, allow=allow)[0], rows[1])[:k]
+        wide = max(k, db.most(k + SPARE, allow))
+        neighbours = others(db, db.search(searched, wide, allow=allow)[0], rows[1])[:k]
         cond, on = self.condition(db, asked, [neighbours], k)
     with clock("locate"):
         count = max(1, round(strength * int(cells.sum())))

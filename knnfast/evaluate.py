@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ MODES = {  # name: (use_query, use_neighbours)
     "neighbours_only": (False, True),
 }
 DEFAULT_MODE = "neighbours_and_query"
+RANKS = (1, 10)  # of R-precision
 
 
 def held_out(name: str, share: float = 0.1) -> bool:
@@ -59,26 +61,47 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-class _Real:
-    """The stickers of all databases: names, pictures, which are held out, which are animals."""
+def databases_of(
+    pipe: KNNDiffusion, training: str | None = None, other: str | None = None
+) -> tuple[str, str | None]:
+    """Names of the database that a model was trained on, and of one it has never seen.
 
-    def __init__(self, databases: Mapping[str, Database], training: str, other: str):
-        for name in (training, other):
-            if name not in databases:
-                raise ValueError(f"no database {name!r} in this model: {sorted(databases)}")
-        self.names: list[str] = []
-        self.images: list[Image.Image] = []
-        known: list[int] = []
-        for which in (training, other):
-            for item in databases[which]:
-                if item.name in self.names:
-                    raise ValueError(f"two stickers are called {item.name!r}")
-                self.names.append(item.name)
-                self.images.append(databases[which].thumbnail(item.id).convert("RGB"))
-                known.append(which == training)
+    By default the first and the second that it holds; a model of `knnfast train` holds one.
+
+    Raises:
+        ValueError: it does not hold them.
+    """
+    names = list(pipe.databases)
+    training = names[0] if training is None else training
+    if other is None:
+        other = next((name for name in names if name != training), None)
+    for name in (training, other):
+        if name is not None and name not in names:
+            raise ValueError(f"no database {name!r} in this model: {sorted(names)}")
+    return training, other
+
+
+class _Real:
+    """The pictures of all databases, their names, and which of them the generator has seen."""
+
+    def __init__(self, databases: Mapping[str, Database], training: str, other: str | None):
+        rows = [(which, item) for which in (training, other) if which for item in databases[which]]
+        self.names = [item.name for _, item in rows]
+        twice = [name for name, count in Counter(self.names).items() if count > 1]
+        for problem, found in (
+            ("an image without a name", not all(name.strip() for name in self.names)),
+            (f"two images called {twice[0]!r}" if twice else "", twice),
+            (f"{len(rows)} images, fewer than {max(RANKS)}", len(rows) < max(RANKS)),
+        ):
+            if found:
+                where = " and ".join(repr(which) for which in (training, other) if which)
+                raise ValueError(f"database {where}: {problem}; names are the prompts")
+        self.images = [databases[which].thumbnail(item.id).convert("RGB") for which, item in rows]
         self.row = {name: i for i, name in enumerate(self.names)}
-        self.training = np.array(known, bool)
-        self.held_out = np.array([held_out(name) for name in self.names]) & self.training
+        self.training = np.array([which == training for which, _ in rows], bool)
+        # Recipes with an unseen database hold names out; `knnfast train` takes all it is given.
+        apart = [other is not None and held_out(name) for name in self.names]
+        self.held_out = np.array(apart) & self.training
 
 
 class _View:
@@ -86,7 +109,10 @@ class _View:
 
     def __init__(self, encoder: Encoder, real: _Real):
         self.encoder = encoder
-        self.texts = encoder.encode_text(real.names).vectors
+        try:
+            self.texts = encoder.encode_text(real.names).vectors
+        except ValueError as e:
+            raise ValueError(f"encoder {encoder.card.name!r}: {e}; names are the prompts") from None
         self.real = encoder.encode_images(real.images).vectors
 
 
@@ -94,19 +120,20 @@ class Panel:
     """What generated images are measured against: all real stickers, as two encoders see them.
 
     Args:
-        pipe: a model with the two databases.
+        pipe: a model.
         judge: an encoder that did not condition it, or a folder of one; by default the judge of
             the embedded bundle.
         training: name of the database whose images the generator was trained on.
-        other: name of the database it has never seen.
+        other: name of the database it has never seen; None: there is none, and no picture of the
+            other was held out of the training.
     """
 
     def __init__(
         self,
         pipe: KNNDiffusion,
-        judge: Encoder | str | Path | None = None,
-        training: str = "stickers",
-        other: str = "animals",
+        judge: Encoder | str | Path | None,
+        training: str,
+        other: str | None,
     ):
         from knnfast.encoders import load_encoder
 
@@ -135,18 +162,19 @@ class Panel:
 
         Returns:
             For `encoder` and `judge`: `r_precision@1`, `r_precision@10`, `score` and
-            `nearest_distance` of each image [N] float64, and `cmmd_to_held_out` of all of them; for
-            `pixels`: `nearest_pixel_distance` of each image.
+            `nearest_distance` of each image [N] float64, and `cmmd_to_held_out` of all of them
+            where there are held-out ones; for `pixels`: `nearest_pixel_distance` of each image.
         """
         out: dict[str, dict[str, Any]] = {}
         for label, view in self.views.items():
             seen = view.encoder.encode_images(images).vectors
             values: dict[str, Any] = {
-                f"r_precision@{k}": r_precision(seen, view.texts, rows, k) for k in (1, 10)
+                f"r_precision@{k}": r_precision(seen, view.texts, rows, k) for k in RANKS
             }
             own = np.asarray(seen, np.float64) * np.asarray(view.texts[rows], np.float64)
             values["score"] = own.sum(1)
-            values["cmmd_to_held_out"] = cmmd(seen, view.real[self.held_out])
+            if len(self.held_out):
+                values["cmmd_to_held_out"] = cmmd(seen, view.real[self.held_out])
             values["nearest_distance"] = nearest_distance(seen, view.real[self.searched])
             out[label] = values
         near = pixel_distance(_pixels(images, self.size), self._pixels[self.searched])
@@ -162,36 +190,37 @@ def evaluate(
     judge: Encoder | str | Path | None = None,
     *,
     prompts: int = 300,
-    k: int = 10,
+    k: int | None = None,
     steps: int = 25,
     guidance: float = 3.0,
     truncation: float = 1.0,
     seed: int = 0,
-    training: str = "stickers",
-    other: str = "animals",
+    training: str | None = None,
+    other: str | None = None,
     other_prompts: int = 40,
     other_samples: int = 2,
     batch: int = 25,
     inception: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a model bundle that holds a database it was trained on and one it has never seen.
+    """Evaluate a model on the names of the database it was trained on, and of one it has not seen.
 
-    Prompts are names: half of stickers that the generator was trained on, half of held-out ones
+    Prompts are names: half of pictures that the generator was trained on, half of held-out ones
     (fewer where there are not enough). Each mode of MODES generates one image a prompt. Then
-    `other_prompts` names of the other database are generated with each of the two databases.
+    `other_prompts` names of the other database are generated with each of the two databases. For a
+    model with one database there are neither held-out pictures nor this last part.
 
     Args:
         pipe: the model.
         judge: see `Panel`.
         prompts: how many names, training and held-out together.
-        k: neighbours of a prompt.
+        k: neighbours of a prompt; None: 10, or as many as there are.
         steps: denoising steps.
         guidance: classifier-free guidance weight.
         truncation: probability mass of the codes that is kept.
         seed: of the choice of prompts and of all samples.
-        training: name of the database whose images the generator was trained on.
-        other: name of the database it has never seen.
+        training: name of the database whose images the generator was trained on; None: its first.
+        other: name of the database it has never seen; None: its second, where it has one.
         other_prompts: how many names of the other database.
         other_samples: images for each of these, and for each database.
         batch: prompts generated at once.
@@ -201,9 +230,21 @@ def evaluate(
 
     Returns:
         A JSON-able dictionary; `report` prints it.
+
+    Raises:
+        ValueError: a setting out of its range, or names that cannot be prompts: one is empty,
+            there twice, or unreadable to an encoder.
     """
-    if prompts < 4 or other_prompts < 2 or other_samples < 1:
-        raise ValueError("at least 4 prompts, 2 of the other database and 1 sample of each")
+    from knnfast._calls import DEFAULT_K, check_range
+
+    check_range("prompts", prompts, 4)
+    check_range("other_prompts", other_prompts, 2)
+    check_range("other_samples", other_samples, 1)
+    check_range("steps", steps, 1)
+    training, other = databases_of(pipe, training, other)
+    size = min(len(pipe.databases[name]) for name in (training, other) if name is not None)
+    k = min(DEFAULT_K, size) if k is None else k
+    check_range("k", k, 1, size, "the size of the smallest database")
     start = time.perf_counter()
     panel = Panel(pipe, judge, training, other)
     real, views, judge = panel.real, panel.views, panel.judge
@@ -250,9 +291,11 @@ def evaluate(
                 values[metric] = float(found.mean())
                 values[f"{metric}_interval"] = list(bootstrap_interval(found))
                 values[f"{metric}_training"] = float(found[~is_unseen].mean())
-                values[f"{metric}_held_out"] = float(found[is_unseen].mean())
+                if len(unseen):
+                    values[f"{metric}_held_out"] = float(found[is_unseen].mean())
             values["score"] = float(per_image["score"].mean())
-            values["cmmd_to_held_out"] = per_image["cmmd_to_held_out"]
+            if len(panel.held_out):
+                values["cmmd_to_held_out"] = per_image["cmmd_to_held_out"]
             values["nearest_distance"] = float(per_image["nearest_distance"].mean())
             out[label] = values
         pixels = measured["pixels"]["nearest_pixel_distance"]
@@ -275,30 +318,34 @@ def evaluate(
         bounds["real"][label]["score_shuffled"] = mean_score(
             view.real[chosen], view.texts[shuffled]
         )
-        bounds["real"][label]["cmmd_training_to_held_out"] = cmmd(
-            view.real[seen], view.real[panel.held_out]
-        )
+        if len(panel.held_out):
+            bounds["real"][label]["cmmd_training_to_held_out"] = cmmd(
+                view.real[seen], view.real[panel.held_out]
+            )
 
-    judged = views["judge"]
-    shares: dict[str, np.ndarray] = {}
-    for database in (other, training):
-        rows = judge.encode_images(generate(foreign, other_samples, database, DEFAULT_MODE)).vectors
-        nearest_rows = (rows @ judged.real.T).argmax(1)
-        shares[database] = (~real.training[nearest_rows]).reshape(-1, other_samples).mean(1)
-    difference = shares[other] - shares[training]
-    out_of_distribution = {
-        "prompts": len(foreign),
-        "samples": other_samples,
-        "share_by_database": {
-            name: {"mean": float(values.mean()), "interval": list(bootstrap_interval(values))}
-            for name, values in shares.items()
-        },
-        "difference": {
-            "mean": float(difference.mean()),
-            "interval": list(bootstrap_interval(difference)),
-        },
-        "note": "the generator has seen none of them; encoder, judge and tokenizer have",
-    }
+    unseen_kind: dict[str, Any] = {}
+    if other is not None:
+        shares: dict[str, np.ndarray] = {}
+        for database in (other, training):
+            rows = judge.encode_images(
+                generate(foreign, other_samples, database, DEFAULT_MODE)
+            ).vectors
+            nearest_rows = (rows @ views["judge"].real.T).argmax(1)
+            shares[database] = (~real.training[nearest_rows]).reshape(-1, other_samples).mean(1)
+        difference = shares[other] - shares[training]
+        unseen_kind["out_of_distribution"] = {
+            "prompts": len(foreign),
+            "samples": other_samples,
+            "share_by_database": {
+                name: {"mean": float(values.mean()), "interval": list(bootstrap_interval(values))}
+                for name, values in shares.items()
+            },
+            "difference": {
+                "mean": float(difference.mean()),
+                "interval": list(bootstrap_interval(difference)),
+            },
+            "note": "the generator has seen none of them; encoder, judge and tokenizer have",
+        }
     return {
         "settings": {
             "prompts_training": len(seen),
@@ -316,7 +363,7 @@ def evaluate(
         "chance": {"r_precision@1": 1 / len(real.names), "r_precision@10": 10 / len(real.names)},
         "generated": generated,
         "bounds": bounds,
-        "out_of_distribution": out_of_distribution,
+        **unseen_kind,
         "fid": _fids(images, panel, inception),
         "seconds": time.perf_counter() - start,
     }
@@ -378,20 +425,22 @@ def report(result: Mapping[str, Any]) -> str:
     for label in ("judge", "encoder"):
         lines.append(f"{'by the ' + label:24}" + "".join(f"{c:>15}" for c in columns))
         for name, values in {**result["generated"], **result["bounds"]}.items():
-            row = [values[label][key] for key in keys] + [values["nearest_pixel_distance"]]
-            lines.append(f"  {name:22}" + "".join(f"{v:15.3f}" for v in row))
+            row = [values[label].get(key) for key in keys] + [values["nearest_pixel_distance"]]
+            cells = ("" if v is None else f"{v:.3f}" for v in row)
+            lines.append(f"  {name:22}" + "".join(f"{cell:>15}" for cell in cells))
         wrong = result["bounds"]["real"][label]["score_shuffled"]
         lines.append(f"  {'real, shuffled names':22}{'':60}{wrong:15.3f}")
     lines.append(f"chance: R@10 {result['chance']['r_precision@10']:.4f}")
-    shares = result["out_of_distribution"]
-    for name, value in [
-        *((f"with database {n!r}", v) for n, v in shares["share_by_database"].items()),
-        ("difference", shares["difference"]),
-    ]:
-        low, high = value["interval"]
-        lines.append(
-            f"unseen kind, {name}: {value['mean']:.3f} (95 % interval {low:.3f} to {high:.3f})"
-        )
+    if "out_of_distribution" in result:
+        shares = result["out_of_distribution"]
+        for name, value in [
+            *((f"with database {n!r}", v) for n, v in shares["share_by_database"].items()),
+            ("difference", shares["difference"]),
+        ]:
+            low, high = value["interval"]
+            lines.append(
+                f"unseen kind, {name}: {value['mean']:.3f} (95 % interval {low:.3f} to {high:.3f})"
+            )
     fids = result.get("fid", {})  # not in results of before it was measured
     if "not_available" in fids:
         lines.append(f"not available: {fids['not_available']}")

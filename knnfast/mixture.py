@@ -76,6 +76,14 @@ class Mixture(Collection):
             counts[i] += 1
         return counts
 
+    def most(self, k: int, allow: np.ndarray | None = None) -> int:
+        """The largest number of neighbours, up to k, of which every database has its share."""
+        sizes = [self._size(which, allow) for which in range(len(self.parts))]
+        for n in range(k, 0, -1):
+            if all(c <= size for c, size in zip(self.counts(n), sizes, strict=True)):
+                return n
+        return 0
+
     def search(
         self, queries: Embeddings, k: int, *, allow: np.ndarray | None = None
     ) -> list[list[Neighbour]]:
@@ -88,9 +96,8 @@ class Mixture(Collection):
         for which, ((db, _), count) in enumerate(zip(self.parts, self.counts(k), strict=True)):
             if not count:
                 continue
-            own = None if allow is None else allow[allow % len(self.parts) == which]
-            own = None if own is None else own // len(self.parts)
-            size = len(db) if own is None else len(own)
+            own = self._own_ids(which, allow)
+            size = self._size(which, allow)
             if count > size:
                 raise ValueError(f"k: {count} neighbours are asked of {db!r}, {size} are allowed")
             for row, neighbours in enumerate(db.search(queries, count, allow=own)):
@@ -101,6 +108,16 @@ class Mixture(Collection):
         """Stored embeddings of these rows, [n, dim] float32."""
         rows = [self._locate(i) for i in ids]
         return np.concatenate([self.parts[which][0].vectors([row]) for which, row in rows])
+
+    def _own_ids(self, which: int, allow: np.ndarray | None) -> np.ndarray | None:
+        """The rows of one database among `allow`; None: all."""
+        if allow is None:
+            return None
+        return allow[allow % len(self.parts) == which] // len(self.parts)
+
+    def _size(self, which: int, allow: np.ndarray | None) -> int:
+        own = self._own_ids(which, allow)
+        return len(self.parts[which][0]) if own is None else len(own)
 
     def _own(self, which: int, item: Item) -> Item:
         return replace(item, id=item.id * len(self.parts) + which)

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from knnfast import _files
-from knnfast._calls import Clock, allowed_ids, check_range, scaled
+from knnfast._calls import Clock, check_range, choose_neighbours, scaled
+from knnfast._device import check_torch_device
 from knnfast.database import Database, Item, Neighbour
 from knnfast.diffusion.backbone import Backbone
 from knnfast.diffusion.denoiser import Denoiser
@@ -94,13 +95,15 @@ class KNNDiffusion:
 
         Args:
             name_or_path: which model.
-            device: where its networks run.
+            device: where its networks run: cpu, cuda or cuda:N.
             backbone: "discrete" or "continuous", of those it holds; None: its first.
 
         Raises:
             FileNotFoundError: no such bundle, or a file of it is missing.
-            ValueError: a damaged or foreign file; the message names it.
+            ValueError: a damaged or foreign file, which the message names; a device that is not
+                there.
         """
+        check_torch_device("device", device)
         root = find_model(name_or_path)
         manifest_path = root / "model.json"
         manifest = _read_manifest(root)
@@ -196,7 +199,7 @@ class KNNDiffusion:
         image: Picture | Sequence[Picture] | None = None,
         image_weight: float = 0.5,
         embedding: np.ndarray | Embeddings | None = None,
-        k: int = 10,
+        k: int | None = None,
         steps: int | Sequence[int] = 25,
         guidance: float = 3.0,
         truncation: float = 1.0,
@@ -218,7 +221,8 @@ class KNNDiffusion:
             image: one picture (PIL or a file) or several; beside a prompt, one for each.
             image_weight: share of the image in a query of both, in [0, 1].
             embedding: queries as vectors of this pipeline's encoder, [E] or [P, E].
-            k: neighbours to condition on, 1 <= k <= size of the database.
+            k: neighbours to condition on, 1 <= k <= size of the database; None: 10, or as many as
+                there are.
             steps: number of denoising steps (1 ... T), or descending times from T (discrete).
             guidance: classifier-free guidance weight; 1 means none.
             truncation: keep the most probable classes up to this mass, in (0, 1]; 1 keeps all
@@ -243,7 +247,7 @@ class KNNDiffusion:
         """
         queries = as_queries(prompt, image, image_weight, embedding, self.encoder)
         db = self.find_database(database)
-        allow = allowed_ids(db, k, groups, where)
+        k, allow = choose_neighbours(db, k, groups, where)
         check_range("num_images", num_images, 1)
         check_range("batch_size", batch_size, 1)
         if not (math.isfinite(guidance) and guidance >= 0):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
-from test_evaluate import Knowing, Pipe, picture
+from test_evaluate import Knowing, Pipe, Shelf, picture
 from test_training import TINY
 
 from knnfast.ablation_report import write_report
@@ -112,6 +112,19 @@ def test_shared_settings_are_generated_once_and_the_report_names_everything(tmp_
     before = page
     write_report(tmp_path, list(ABLATIONS))
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == before
+
+
+def test_a_model_with_one_database(tmp_path):
+    pipe = Rule(lambda o: o["use_neighbours"])
+    pipe.databases = {"training": Shelf(range(200), pipe.encoder)}
+    (result,) = run(["neighbours"], pipe, tmp_path, prompts=20, judge=Knowing(230, 2))
+    assert found(result) == {"neighbours help": "agrees"}
+    assert (result["held_out"], result["names"]) == (0, 200)
+    assert "cmmd" not in json.dumps(result["settings"])
+    assert "| query only | " in (tmp_path / "README.md").read_text(encoding="utf-8")
+    pipe.databases = {"training": Shelf(range(19), pipe.encoder)}
+    with pytest.raises(ValueError, match="'training', which holds 19 images"):
+        run(["k"], pipe, tmp_path, prompts=20, judge=Knowing(230, 2))
 
 
 def test_every_claim_is_about_its_settings():

@@ -136,7 +136,7 @@ def test_bench_command_writes_table_and_plot(tmp_path, quickly):
 
 def test_faiss_reference_takes_own_rows_and_skips_what_does_not_fit(quickly):
     rows, queries = make_rows(1_000, 16, queries=2)
-    report = faiss_reference(batch=(2,), k=3, rows=rows, queries=queries, metric="l2", seconds=0)
+    report = faiss_reference(batch=(2,), k=3, rows=rows, queries=queries, metric="l2", seconds=1e-9)
     assert [row["name"] for row in report.rows] == ["knnfast"] * 3
     assert all(row["exact"] for row in report.rows)
     assert "faiss-flat" in report.skipped
@@ -159,12 +159,34 @@ def test_threads_are_as_they_were_afterwards(quickly):
         ({"metric": "cosine"}, "metric must be ip or l2, got 'cosine'"),
         ({"peers": ["annoy"]}, "peers must be of"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
+        *(
+            ({"seconds": s}, f"seconds must be a finite number above 0, got {s}")
+            for s in (0, -1.0, float("nan"), float("inf"))
+        ),
         ({"rows": np.zeros((3, 4)), "queries": np.zeros((1, 5))}, "queries must have shape"),
     ],
 )
 def test_faiss_reference_rejects(arguments, message):
     with pytest.raises(ValueError, match=message):
         faiss_reference(**{"n": 50, "d": 4, "batch": (1,), "k": 3, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--seconds", "nan", "seconds must be a finite number above 0, got nan"),
+        ("--seconds", "0", "seconds must be a finite number above 0, got 0.0"),
+        ("--plot", "x.foo", "--plot: must end in one of "),
+        ("--plot", "x", "--plot: must end in one of "),
+    ],
+)
+def test_bench_command_checks_before_it_measures(option, value, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("knnfast.benchmark.faiss_reference._measure", None)  # is not reached
+    result = CliRunner().invoke(main, ["bench", "--n", "50", option, value])
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("missing", ["faiss", "matplotlib.figure"])

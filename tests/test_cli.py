@@ -1,6 +1,8 @@
 """The command line: what it writes, and one clear line with exit code 2 for bad input."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -44,6 +46,7 @@ def test_prompts_with_one_slug_keep_their_pictures(tmp_path):
     ("option", "value", "message"),
     [
         ("--device", "foo", "--device: must be cpu, cuda or cuda:N, got 'foo'"),
+        ("--device", "cuda:99", "CUDA devices here, got 'cuda:99'"),
         ("--sheet", "sheet.xyz", "--sheet: must end in .png, got sheet.xyz"),
     ],
 )
@@ -79,12 +82,60 @@ def test_database_build_info_merge(folder, tmp_path):
     assert "3 images, 1 damaged" in result.output
     info = json.loads(invoke("database", "info", out, "--json").stdout)
     assert info["images"] == 3
-    merged = invoke("database", "merge", out, out, "--out", tmp_path / "both")
-    assert "6 images" in merged.output
+    (folder / "blue-2.png").unlink()
+    less = tmp_path / "less"
+    assert (
+        invoke("database", "build", folder, "--encoder", "stickers", "--out", less).exit_code == 0
+    )
+    merged = invoke("database", "merge", out, less, "--out", tmp_path / "both")
+    assert "5 images" in merged.output
+    shutil.copytree(out, tmp_path / "copy")
+    for again in (out, out / ".." / "db", tmp_path / "copy"):
+        twice = invoke("database", "merge", out, less, again, "--out", tmp_path / "twice")
+        assert twice.exit_code == 2
+        assert f"paths: {again} holds the same images as {out}" in twice.stderr
+        assert not (tmp_path / "twice").exists()
     images = invoke(
         "generate", "red", "--k", 2, "--steps", 2, "--database", out, "--out", tmp_path / "o"
     )
     assert images.exit_code == 0, images.output
+
+
+@pytest.mark.parametrize(
+    ("command", "work"),
+    [
+        (["generate", "pizza"], "knnfast.pipeline.find_model"),
+        (["edit", "{folder}/red-0.png", "blue"], "knnfast.pipeline.find_model"),
+        (
+            ["database", "build", "{folder}", "--encoder", "stickers"],
+            "knnfast.encoders.load_encoder",
+        ),
+        (["database", "merge", "{folder}"], "knnfast.database.Database.open"),
+        (["train", "{folder}"], "knnfast.pipeline.find_model"),
+        (["evaluate", "stickers", "--ablation", "k"], "knnfast.pipeline.find_model"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_told_first(
+    command, work, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(work, None)  # is not reached
+    file = tmp_path / "file"
+    file.write_text("here")
+    places = [file, file / "below" / "it"]
+    if Path("/proc").is_dir():  # where nobody may write, root neither
+        places.append(Path("/proc/knnfast"))
+    for out in places:
+        result = invoke(*(part.format(folder=folder) for part in command), "--out", out)
+        assert result.exit_code == 2, result.output
+        assert f"error: --out: {out} cannot be" in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+def test_database_build_tells_a_foreign_folder_first(folder, monkeypatch):
+    monkeypatch.setattr("knnfast.encoders.load_encoder", None)
+    result = invoke("database", "build", folder, "--encoder", "stickers", "--out", folder)
+    assert result.exit_code == 2
+    assert "is a folder with other content" in result.stderr
 
 
 def test_database_build_wants_a_batch(folder, tmp_path):
@@ -109,6 +160,14 @@ def test_train_on_a_folder_then_generate(folder, tmp_path):
         "generate", "red", "--k", 2, "--steps", 2, "--model", out / "model", "--out", tmp_path / "o"
     )
     assert images.exit_code == 0, images.output
+    for options, message in (
+        ([], "database 'training': 3 images, fewer than 10; names are the prompts"),
+        (["--other-prompts", 3], "--other-prompts: needs a second database"),
+        (["--ablation", "k"], "'k = 5' searches 5 neighbours in 100% of database 'training'"),
+    ):
+        evaluated = invoke("evaluate", out / "model", *options)
+        assert evaluated.exit_code == 2
+        assert message in evaluated.stderr
 
 
 def test_info():
@@ -140,6 +199,23 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, tmp_path, monkeypatch)
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_that_is_a_folder(folder, tmp_path):
+    result = invoke("generate", "--image", folder, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert f"--image: must be a file, {folder} is a folder" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "allowed"), [("k", "1 ... 136"), ("steps", "at least 1"), ("prompts", "at least 4")]
+)
+def test_evaluate_checks_its_settings_first(option, allowed, monkeypatch):
+    monkeypatch.setattr("knnfast.evaluate.Panel", None)  # is not reached
+    result = invoke("evaluate", "stickers", f"--{option}", 0)
+    assert result.exit_code == 2
+    assert f"{option}: must be {allowed}" in result.stderr
 
 
 def test_an_image_that_is_none(tmp_path):

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from knnfast.cli import main
+from knnfast.database import Database
 from knnfast.edit import cells_of, choose
 from knnfast.edit_metrics import changed_region, psnr_outside
 from knnfast.images import read_image
@@ -155,6 +156,22 @@ def test_the_editor_stands_on_its_base(pipe, tmp_path):
 def test_rejects(pipe, face, arguments, message):
     with pytest.raises((ValueError, TypeError, OSError), match=message):
         pipe.edit(**{"image": face, "prompt": "a hat", **QUICK, **arguments})
+
+
+def test_without_k_there_are_ten_or_as_many_as_there_are(pipe, face):
+    few = {"where": lambda item: item.name in ("sunglasses", "glasses", "goggles")}
+    out = pipe.edit(face, "sunglasses", **few, **QUICK)
+    assert {n.item.name for n in out.neighbours} == {"sunglasses", "glasses", "goggles"}
+    with pytest.raises(ValueError, match=r"k: must be 1 ... 3 \(what the filter leaves\), got 4"):
+        pipe.edit(face, "sunglasses", k=4, **few, **QUICK)
+
+
+def test_an_edit_spares_what_a_small_part_of_a_mix_has(pipe, face):
+    """The neighbours searched beyond k, for the picture itself, are no demand."""
+    one = Database(pipe.encoder.card)
+    one.add(pipe.encoder.encode_images([face]), [face], names=["own"])
+    out = pipe.edit(face, "sunglasses", database={pipe.database: 0.9, one: 0.1}, **QUICK)
+    assert len(out.neighbours) == 10
 
 
 def test_command(face, tmp_path):

@@ -196,6 +196,9 @@ class Shelf:
     def __iter__(self):
         return iter(self.items)
 
+    def __len__(self):
+        return len(self.items)
+
     def thumbnail(self, number):
         return picture(self.numbers[number])
 
@@ -308,6 +311,70 @@ def test_prompts_are_fixed_and_split():
     assert seeded.calls != pipe.calls
 
 
+def test_a_model_with_one_database():
+    """As `knnfast train` makes it: no picture is held out, and there is none of another kind."""
+    pipe = Pipe(lambda number, database, neighbours: number if neighbours else number + 1)
+    pipe.databases = {"training": Shelf(range(100), pipe.encoder)}
+    seen = []
+    result = evaluate(pipe, Knowing(230, 2), prompts=12, progress=lambda *at: seen.append(at))
+    assert seen[-1] == (3 * 12,) * 2
+    assert {o["database"] for _, o in pipe.calls} == {"training"}
+    assert result["settings"]["prompts_training"] == 12
+    assert result["settings"]["prompts_held_out"] == 0
+    assert result["settings"]["names"] == 100
+    for mode, right in (("neighbours_and_query", 1), ("query_only", 0)):
+        assert result["generated"][mode]["judge"]["r_precision@1"] == right
+    assert "out_of_distribution" not in result
+    assert "held_out" not in json.dumps({k: result[k] for k in ("generated", "bounds")})
+    assert json.loads(json.dumps(result)) == result
+    assert "unseen kind" not in report(result)
+
+
+def test_without_k_a_small_database_gives_what_it_has():
+    pipe = Pipe(lambda number, database, neighbours: number)
+    pipe.databases["animals"] = Shelf(range(200, 207), pipe.encoder)
+    options = {"prompts": 4, "other_prompts": 2, "other_samples": 1}
+    assert evaluate(pipe, Knowing(230, 2), **options)["settings"]["k"] == 7
+    assert {o["k"] for _, o in pipe.calls} == {7}
+    with pytest.raises(ValueError, match=r"k: must be 1 ... 7 .*, got 8"):
+        evaluate(pipe, Knowing(230, 2), k=8, **options)
+
+
+THINGS = [f"thing {n}" for n in range(11)]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([f"thing {n}" for n in range(9)], "database 'training': 9 images, fewer than 10"),
+        ([*(f"thing {n}" for n in range(11)), " "], "'training': an image without a name"),
+        (
+            [*(f"thing {n}" for n in range(11)), "thing 3"],
+            "'training': two images called 'thing 3'",
+        ),
+        (
+            [*(f"thing {n}" for n in range(11)), "IMG"],
+            "encoder 'knowing 1': no word in 'IMG'; names are the prompts",
+        ),
+    ],
+)
+def test_names_that_cannot_be_prompts(names, message, monkeypatch):
+    def encode_text(self, texts):
+        if "IMG" in texts:
+            raise ValueError("no word in 'IMG'")
+        return Embeddings(self.rows[: len(texts)], self.card)
+
+    monkeypatch.setattr(Knowing, "encode_text", encode_text)
+    pipe = Pipe(None)
+    shelf = Shelf(range(len(names)), pipe.encoder)
+    for item, name in zip(shelf.items, names, strict=True):
+        item.name = name
+    pipe.databases = {"training": shelf}
+    with pytest.raises(ValueError, match=message):
+        evaluate(pipe, Knowing(230, 2), prompts=4)
+    assert pipe.calls == []
+
+
 def test_result_is_json_and_prints():
     seen = []
     result, _ = run(
@@ -335,8 +402,8 @@ def test_evaluate_rejects():
         evaluate(pipe, pipe.encoder)
     with pytest.raises(ValueError, match="no database 'plants'"):
         evaluate(pipe, Knowing(230, 2), other="plants")
-    with pytest.raises(ValueError, match="at least 4 prompts"):
+    with pytest.raises(ValueError, match="prompts: must be at least 4, got 2"):
         evaluate(pipe, Knowing(230, 2), prompts=2)
     pipe.databases["animals"] = pipe.databases["stickers"]
-    with pytest.raises(ValueError, match="two stickers are called 'thing 0'"):
+    with pytest.raises(ValueError, match="'animals': two images called 'thing 0'"):
         evaluate(pipe, Knowing(230, 2))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from knnfast import _C
-from knnfast.search import Index
+from knnfast.search import Index, set_num_threads
 
 
 @pytest.fixture
@@ -61,18 +61,56 @@ def test_ids(filled):
         (lambda i, x: Index(0), ValueError, "dim"),
         (lambda i, x: Index(3, "dot"), ValueError, "metric"),
         (lambda i, x: Index(3, scan="int4"), ValueError, "scan"),
-        (lambda i, x: Index(3, device="tpu"), ValueError, "device"),
+        (lambda i, x: Index("a"), TypeError, "dim must be a whole number, got 'a'"),
+        (lambda i, x: Index(2.0), TypeError, "dim must be a whole number, got 2.0"),
+        (lambda i, x: Index(10**30), ValueError, "dim: 10+ is no int64"),
+        (lambda i, x: i.search(x, 2.5), TypeError, "k must be a whole number, got 2.5"),
+        (lambda i, x: i.search(x, True), TypeError, "k must be a whole number, got True"),
+        (lambda i, x: i.search(x.astype("e"), "5"), TypeError, "k must be a whole number, got '5'"),
+        (lambda i, x: i.search(x, 2, out=5), TypeError, "out must be a pair .*, got int"),
+        (lambda i, x: i.search(x, 2, allow="a"), TypeError, "allow must hold integers"),
+        (lambda i, x: i.range_search(x, "1"), TypeError, "radius must be a number, got '1'"),
+        (lambda i, x: i.range_search(x, None), TypeError, "radius must be a number, got None"),
+        (lambda i, x: i.range_search("x", 1), TypeError, "queries must be an array"),
+        (lambda i, x: i.plan("a", 1), TypeError, "batch must be a whole number, got 'a'"),
+        (lambda i, x: i.plan(1, 2.5), TypeError, "k must be a whole number, got 2.5"),
+        (lambda i, x: i.remove("a"), TypeError, "ids must hold integers"),
+        (lambda i, x: i.vectors(None), TypeError, "ids must hold integers"),
+        (lambda i, x: i.add(x[:1], ["a"]), TypeError, "ids must hold integers"),
+        (lambda i, x: i.add([1.0] * 24), TypeError, "vectors must be an array .* got list"),
+        (lambda i, x: i.save(5), TypeError, "path must be a str or an os.PathLike, got int"),
+        (lambda i, x: Index.open(None), TypeError, "path must be a str .* got NoneType"),
+        (lambda i, x: set_num_threads("a"), TypeError, "n must be a whole number, got 'a'"),
+        (lambda i, x: Index(3, device="tpu"), ValueError, "device: must be cpu, cuda or cuda:N"),
+        (lambda i, x: i.to("cuda:x"), ValueError, "device: must be cpu, .* got 'cuda:x'"),
+        (lambda i, x: i.to("cpu:1"), ValueError, "device: must be cpu, .* got 'cpu:1'"),
     ],
 )
 def test_rejects(filled, call, error, match):
     index, x = filled
     before = index.search(x, 5)
-    with pytest.raises(error, match=match):
+    with pytest.raises(error, match=match) as raised:
         call(index, x)
+    assert "\n" not in str(raised.value)
     assert len(index) == 100
     after = index.search(x, 5)
     np.testing.assert_array_equal(before[1], after[1])
     assert index.add(x[:1]) == [100]
+
+
+@pytest.mark.skipif(
+    _C.has_cuda and _C.cuda_device_count() > 0, reason="there is a CUDA device here"
+)
+def test_rejects_cuda_where_there_is_none(filled, tmp_path):
+    index, _ = filled
+    index.save(tmp_path)
+    for call in (
+        lambda: index.to("cuda"),
+        lambda: Index(3, device="cuda"),
+        lambda: Index.open(tmp_path, device="cuda"),
+    ):
+        with pytest.raises(ValueError, match=r"device: must be cpu, .* got 'cuda'"):
+            call()
 
 
 def test_layouts(filled):

@@ -57,6 +57,8 @@ def test_faiss_round_trip():
         np.testing.assert_array_equal(back.search(x[:20], 5)[1], theirs.search(x[:20], 5)[1])
     with pytest.raises(TypeError, match="HNSW"):
         Index.from_faiss(faiss.IndexHNSWFlat(16))
+    with pytest.raises(TypeError, match=r"index must be a faiss\.Index, got int"):
+        Index.from_faiss(3)
 
 
 def test_faiss_names(tmp_path):

@@ -32,6 +32,27 @@ def test_import_loads_nothing_heavy(tmp_path):
     assert not loaded & {"torch", "triton", "diffusers", "open_clip", "transformers", "PIL"}
 
 
+def test_help_loads_nothing_heavy(tmp_path):
+    """By every way to start it: the console script's function and `python -m knnfast`."""
+    code = (
+        "import sys, json, runpy\n"
+        "sys.argv = ['knnfast', {arguments}'--help']\n"
+        "sys.stdout, out = sys.stderr, sys.stdout\n"
+        "try:\n"
+        "    {start}\n"
+        "except SystemExit as e:\n"
+        "    assert e.code == 0\n"
+        "print(json.dumps(sorted(sys.modules)), file=out)"
+    )
+    for arguments in ("", "'generate', ", "'database', 'build', "):
+        for start in (
+            "import knnfast.cli; knnfast.cli.main()",
+            "runpy.run_module('knnfast', run_name='__main__')",
+        ):
+            loaded = set(run(code.format(arguments=arguments, start=start), tmp_path))
+            assert not loaded & {"torch", "numpy", "PIL", "tqdm"}
+
+
 def test_search_imports_without_torch(tmp_path):
     code = (
         "import sys, json; sys.modules['torch'] = None\n"

@@ -133,6 +133,18 @@ def test_rejects_another_encoders_database(pipe, tmp_path):
         pipe.database = Database(Other.card)
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("tpu", "device: must be cpu, cuda or cuda:N, got 'tpu'"),
+        ("cuda:99", "device: must be cpu.*, torch finds . CUDA devices here, got 'cuda:99'"),
+    ],
+)
+def test_rejects_devices(device, message):
+    with pytest.raises(ValueError, match=message):
+        KNNDiffusion.from_pretrained("stickers", device=device)
+
+
 def test_every_damaged_file_is_named(tmp_path):
     whole = find_model("stickers")
     for path in sorted(p for p in whole.rglob("*") if p.is_file() and p.name != "README.md"):

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from knnfast import Database, KNNDiffusion
+from knnfast._calls import choose_neighbours
 from knnfast.encoders import Embeddings, EncoderCard
 from knnfast.mixture import Mixture
 from knnfast.query import Query, as_queries, between, embed, mix
@@ -199,6 +200,34 @@ def test_call_takes_mixes_embeddings_and_filters(pipe):
     assert all(name.startswith("hot ") for name in only)
     with pytest.raises(ValueError, match="what the filter leaves"):
         pipe("pizza", where=lambda item: item.name == "pizza", **quick)
+
+
+def test_without_k_there_are_ten_or_as_many_as_there_are(pipe):
+    def few(item):
+        return item.name in ("pizza", "hot dog", "rocket")
+
+    quick = {"steps": 1, "seed": 0}
+    assert len(names(pipe("pizza", **quick))) == 10
+    assert set(names(pipe("pizza", where=few, **quick))) == {"pizza", "hot dog", "rocket"}
+    with pytest.raises(ValueError, match=r"k: must be 1 ... 3 \(what the filter leaves\), got 4"):
+        pipe("pizza", where=few, k=4, **quick)
+    with pytest.raises(ValueError, match="groups, where: leave no image"):
+        pipe("pizza", where=lambda item: False, **quick)
+    with pytest.raises(ValueError, match="database: holds no image"):
+        pipe("pizza", database=Database(pipe.encoder.card), **quick)
+
+
+def test_without_k_a_mix_gives_as_many_as_its_parts_have():
+    large, small = toy_database("large", np.eye(3)[[0] * 20]), toy_database("small", np.eye(3))
+    both = Mixture({large: 1.0, small: 1.0})
+    assert choose_neighbours(both, None, None, None)[0] == 7  # 4 and 3
+    k, ids = choose_neighbours(both, None, None, lambda item: item.name != "small0")
+    assert (k, len(both.search(Toy().encode_text(["x"]), k, allow=ids)[0])) == (5, 5)
+    with pytest.raises(ValueError, match="4 neighbours are asked of Database"):
+        both.search(Toy().encode_text(["x"]), 8)
+    k, ids = choose_neighbours(both, None, ["small"], None)
+    with pytest.raises(ValueError, match="1 neighbours are asked of Database"):
+        both.search(Toy().encode_text(["x"]), k, allow=ids)
 
 
 def test_call_mixes_databases(pipe, tmp_path):

@@ -125,8 +125,10 @@ def test_a_database_of_one_image(photos, tmp_path):
     db = tmp_path / "db"
     assert invoke("database", "build", photos, "--encoder", "stickers", "--out", db).exit_code == 0
     one = ("generate", "a circle", "--database", db, "--steps", 2, "--out", tmp_path / "out")
-    assert "k: must be 1 ... 1 (the size of the database), got 10" in failed(*one)
-    assert invoke(*one, "--k", 1).exit_code == 0
+    assert "k: must be 1 ... 1 (the size of the database), got 10" in failed(*one, "--k", 10)
+    result = invoke(*one, "--json")
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout)["neighbours"][0]) == 1
     assert "two readable images" in failed("train", db, "--out", tmp_path / "run")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ def faiss_reference(
         peers: names (see `CPU_PEERS`, `GPU_PEERS`); all when None.
         rows: your own, [n, d] fp16 or fp32; random directions when None.
         queries: your own, [at least max(batch), d] fp32; required with rows.
-        seconds: about how long it may take; what does not fit is skipped and listed.
+        seconds: about how long it may take, > 0; what does not fit is skipped and listed.
         progress: called with a line of text before each step.
     Returns: FaissReport with `table()`, `save_plot(path)`, `save_json(path)`, `rows`.
     Raises: ValueError range or shape; ImportError without FAISS (extra `faiss`).
@@ -145,7 +146,7 @@ def faiss_reference(
     say = progress or (lambda _: None)
     if rows is not None:
         n, d = _checked(rows, queries, max(batch, default=0))
-    _check(n, d, batch, k, metric, device, threads)
+    _check(n, d, batch, k, metric, device, threads, seconds)
     known = CPU_PEERS if device == "cpu" else GPU_PEERS
     for name in peers or ():
         if name not in known:
@@ -283,7 +284,14 @@ def _checked(rows: Any, queries: Any, batch: int) -> tuple[int, int]:
 
 
 def _check(
-    n: int, d: int, batch: Sequence[int], k: int, metric: str, device: str, threads: int | None
+    n: int,
+    d: int,
+    batch: Sequence[int],
+    k: int,
+    metric: str,
+    device: str,
+    threads: int | None,
+    seconds: float,
 ) -> None:
     if not batch or min(batch) < 1:
         raise ValueError(f"batch must hold numbers of at least 1, got {list(batch)}")
@@ -295,4 +303,6 @@ def _check(
         raise ValueError(f"metric must be ip or l2, got {metric!r}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"seconds must be a finite number above 0, got {seconds}")
     Index(1, device=device)  # raises for a device that there is not

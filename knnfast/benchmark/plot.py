@@ -22,6 +22,17 @@ def require_matplotlib() -> Any:
     return Figure
 
 
+def check_suffix(name: str, path: str | Path) -> None:
+    """Refuse a path whose ending matplotlib cannot write; `name` is the argument's.
+
+    Raises:
+        ValueError: another ending, or none. ImportError: matplotlib is missing.
+    """
+    known = require_matplotlib()().canvas.get_supported_filetypes()
+    if Path(path).suffix.lower().removeprefix(".") not in known:
+        raise ValueError(f"{name}: must end in one of {', '.join(sorted(known))}, got {path}")
+
+
 def floor_ms(n: Any, d: int, batch: Any, limits: dict[str, float], width: int = 2) -> Any:
     """Milliseconds of reading the rows once, or of the products, whichever is longer.
 

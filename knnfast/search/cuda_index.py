@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from knnfast import _C
+from knnfast._device import is_cuda
 from knnfast.search import interop
 from knnfast.search.index import METRICS, SCANS, Index
 
@@ -19,17 +20,20 @@ _PIECE = 1 << 18  # rows moved at a time between devices
 def device_number(device: Any) -> int:
     """`cuda` or `cuda:N` as a device number.
 
-    Raises: RuntimeError where this build or this machine has no such device.
+    Raises: ValueError where this build or this machine has no CUDA device; RuntimeError where it
+        has fewer than N + 1.
     """
     if not getattr(_C, "has_cuda", False):
-        raise RuntimeError(f"device {str(device)!r}: this build has no CUDA (KNNFAST_CUDA=ON)")
-    number = str(device).partition(":")[2]
-    if number and not number.isdigit():
-        raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {str(device)!r}')
+        raise ValueError(
+            f"device: must be cpu, this build has no CUDA (KNNFAST_CUDA=ON), got {str(device)!r}"
+        )
     found = _C.cuda_device_count()
-    if int(number or 0) >= found:
+    if not found:
+        raise ValueError(f"device: must be cpu, there is no CUDA device here, got {str(device)!r}")
+    number = int(str(device).partition(":")[2] or 0)
+    if number >= found:
         raise RuntimeError(f"device {str(device)!r}: {found} CUDA devices found")
-    return int(number or 0)
+    return number
 
 
 class _Rows(NamedTuple):
@@ -61,6 +65,7 @@ class CudaIndex(Index):
             raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
         if scan not in SCANS:
             raise ValueError(f"scan must be one of {SCANS}, got {scan!r}")
+        dim = interop.as_int(dim, "dim")
         self._number = device_number(device)
         self._metric, self._scan = metric, scan
         self._core = _C.CudaIndex(dim, METRICS.index(metric), int(scan != "fp16"), self._number)
@@ -101,6 +106,9 @@ class CudaIndex(Index):
         self, queries: Any, k: int, allow: Any = None, deny: Any = None, out: Any = None
     ) -> tuple[Any, Any]:
         """Find the k best rows of every query; see `Index.search`."""
+        k = interop.as_int(k, "k")
+        if out is not None:
+            interop.check_pair(out, "out")
         if not 1 <= k <= _C.cuda_max_k:
             raise ValueError(f"k must be 1 to {_C.cuda_max_k} on a CUDA device, got {k}")
         q = self._rows(queries, "queries")
@@ -141,12 +149,13 @@ class CudaIndex(Index):
         self, queries: Any, radius: float, allow: Any = None, deny: Any = None
     ) -> tuple[Any, Any, Any]:
         """Find all rows better than `radius`; see `Index.range_search`. Waits for the device."""
+        radius = interop.as_float(radius, "radius")
         if np.isnan(radius):
             raise ValueError("radius is NaN")
         q = self._rows(queries, "queries")
         filters = interop.as_filter(allow, "allow"), interop.as_filter(deny, "deny")
         found = self._core.range_search(
-            q.address, q.dtype, q.stride, q.n, float(radius), *filters, q.stream, q.on_device
+            q.address, q.dtype, q.stride, q.n, radius, *filters, q.stream, q.on_device
         )
         if not q.on_device:
             return q.back(found[0]), q.back(found[1]), q.back(found[2])
@@ -176,7 +185,7 @@ class CudaIndex(Index):
 
     def to(self, device: str) -> Index:
         """Itself, or a copy on another device with the same ids."""
-        if str(device) == "cpu" or device_number(device) != self._number:
+        if not is_cuda("device", device) or device_number(device) != self._number:
             return copy_index(self, device)
         return self
 
@@ -232,6 +241,7 @@ class CudaPlan:
     """
 
     def __init__(self, index: CudaIndex, batch: int, k: int) -> None:
+        batch, k = interop.as_int(batch, "batch"), interop.as_int(k, "k")
         if batch < 1 or not 1 <= k <= _C.cuda_max_k:
             raise ValueError(
                 f"batch must be at least 1 and k 1 to {_C.cuda_max_k}, got {batch} and {k}"

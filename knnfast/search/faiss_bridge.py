@@ -23,6 +23,8 @@ def from_faiss(given: Any) -> Any:
     from knnfast.search.index import Index
 
     faiss = _faiss()
+    if not isinstance(given, faiss.Index):
+        raise TypeError(f"index must be a faiss.Index, got {type(given).__name__}")
     index = faiss.downcast_index(given)
     ids = None
     if isinstance(index, faiss.IndexIDMap):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from knnfast import _C
+from knnfast._device import is_cuda
 from knnfast.search import interop
 
 METRICS = ("ip", "cosine", "l2")
@@ -18,7 +19,7 @@ DamagedFile = _C.DamagedFile
 
 def set_num_threads(n: int) -> None:
     """Use at most n threads (n >= 1) for one search or add; the default is the machine's."""
-    _C.set_num_threads(n)
+    _C.set_num_threads(interop.as_int(n, "n"))
 
 
 class Index:
@@ -31,7 +32,7 @@ class Index:
     Args:
         dim: elements of a row, 1 to 65536.
         metric: "ip", "cosine" or "l2".
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or "cuda:N".
         scan: "fp16", "int8", or "auto", which leaves int8 where it does not pay.
     Any number of threads may search while one writes; a search sees one snapshot.
     Example: >>> ix = Index(2); _ = ix.add(np.eye(2, dtype=np.float32))
@@ -42,7 +43,7 @@ class Index:
         cls, dim: int = 1, metric: str = "ip", device: str = "cpu", scan: str = "auto"
     ) -> Index:
         """An index on a CUDA device is a `CudaIndex`."""
-        if cls is Index and _is_cuda(device):
+        if cls is Index and is_cuda("device", device):
             from knnfast.search.cuda_index import CudaIndex
 
             cls = CudaIndex
@@ -55,6 +56,7 @@ class Index:
             raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
         if scan not in SCANS:
             raise ValueError(f"scan must be one of {SCANS}, got {scan!r}")
+        dim = interop.as_int(dim, "dim")
         self._core: Any = _C.Index(dim, METRICS.index(metric), SCANS.index(scan))
 
     @classmethod
@@ -136,8 +138,10 @@ class Index:
             out: (scores float32, ids int64) of the result's shape to fill and return.
         Returns: scores [M, k] float32 and ids [M, k] int64, best first ([k] for one query), in the
             framework and on the device of the queries.
-        Raises: ValueError shape, k, NaN or infinity; TypeError dtype.
+        Raises: ValueError shape, k, NaN or infinity; TypeError dtype, or k no whole number.
         """
+        if type(k) is not int:
+            k = interop.as_int(k, "k")
         if type(queries) is np.ndarray and queries.dtype == np.float32 and out is None:
             if allow is None and deny is None:
                 return self._core.search(queries, k, False, None, None, None)
@@ -145,6 +149,7 @@ class Index:
         else:
             array, bf16, back = interop.as_rows(queries, "queries")
         if out is not None:
+            interop.check_pair(out, "out")
             shape = (*array.shape[:-1], k)
             host = tuple(
                 _out(o, shape, t) for o, t in zip(out, (np.float32, np.int64), strict=True)
@@ -164,6 +169,7 @@ class Index:
     def _search_exact(self, queries: Any, k: int, allow: Any, deny: Any) -> tuple[Any, Any]:
         """`search` for a torch tensor [M, dim], with the FP64 scores that decide the order."""
         array, bf16, back = interop.as_rows(queries, "queries")
+        k = interop.as_int(k, "k")
         exact = np.empty((len(array), k), np.float64)
         filters = interop.as_filter(allow, "allow"), interop.as_filter(deny, "deny")
         ids = self._core.search(array, k, bf16, *filters, None, exact)[1]
@@ -179,7 +185,8 @@ class Index:
         """
         array, bf16, back = interop.as_rows(queries, "queries")
         filters = interop.as_filter(allow, "allow"), interop.as_filter(deny, "deny")
-        found = self._core.range_search(array, float(radius), bf16, *filters)
+        radius = interop.as_float(radius, "radius")
+        found = self._core.range_search(array, radius, bf16, *filters)
         return back(found[0]), back(found[1]), back(found[2])
 
     def vectors(self, ids: Any, out: Any = None) -> np.ndarray:
@@ -205,8 +212,11 @@ class Index:
         return Plan(self, batch, k)
 
     def to(self, device: str) -> Index:
-        """Itself on the CPU, or a copy on a CUDA device with the same ids."""
-        if not _is_cuda(device):
+        """Itself on the CPU, or a copy on a CUDA device with the same ids.
+
+        Raises: ValueError no name of a device, a build without CUDA, or no CUDA device here.
+        """
+        if not is_cuda("device", device):
             return self
         from knnfast.search.cuda_index import copy_index
 
@@ -214,7 +224,7 @@ class Index:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a folder, atomically: a kill leaves the old index there or the new one."""
-        self._core.save(os.fspath(path))
+        self._core.save(interop.as_path(path, "path"))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], device: str = "cpu", mmap: bool = True) -> Index:
@@ -222,8 +232,8 @@ class Index:
 
         Raises: FileNotFoundError and other OSErrors; DamagedFile (a ValueError) naming the path.
         """
-        on_cuda = _is_cuda(device)
-        path = os.fspath(path)
+        on_cuda = is_cuda("device", device)
+        path = interop.as_path(path, "path")
         if not os.path.isfile(os.path.join(path, "manifest.json")):
             raise FileNotFoundError(f"{path} holds no index (no manifest.json)")
         index = Index._wrap(_C.Index.open(path, mmap))
@@ -259,6 +269,7 @@ class Plan:
     """
 
     def __init__(self, index: Index, batch: int, k: int) -> None:
+        batch, k = interop.as_int(batch, "batch"), interop.as_int(k, "k")
         if batch < 1 or k < 1:
             raise ValueError(f"batch and k must be at least 1, got {batch} and {k}")
         self._index = index
@@ -274,14 +285,6 @@ class Plan:
                 f"queries must have shape [{batch}, {self._index.dim}], got {list(array.shape)}"
             )
         return self._index._core.search(array, k, bf16, None, None, (self.scores, self.ids))
-
-
-def _is_cuda(device: Any) -> bool:
-    if str(device) == "cpu":
-        return False
-    if str(device).partition(":")[0] != "cuda":
-        raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {device!r}')
-    return True
 
 
 def _out(given: Any, shape: tuple[int, ...], dtype: type) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -110,3 +112,39 @@ def as_filter(given: Any, name: str) -> np.ndarray | None:
             raise ValueError(f"{name} as a bitset must be flat, got shape {list(array.shape)}")
         return np.ascontiguousarray(array)
     return as_ids(given, name)
+
+
+def as_int(given: Any, name: str) -> int:
+    """A whole number that fits into int64; anything else is a TypeError or a ValueError."""
+    try:
+        if isinstance(given, bool):
+            raise TypeError
+        value = operator.index(given)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {given!r}") from None
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: {value} is no int64")
+    return value
+
+
+def as_float(given: Any, name: str) -> float:
+    """A number; anything else is a TypeError."""
+    try:
+        if isinstance(given, bool | str):
+            raise TypeError
+        return float(given)
+    except (TypeError, OverflowError):
+        raise TypeError(f"{name} must be a number, got {given!r}") from None
+
+
+def as_path(given: Any, name: str) -> str:
+    """A path as text; anything else is a TypeError."""
+    if not isinstance(given, str | os.PathLike):
+        raise TypeError(f"{name} must be a str or an os.PathLike, got {type(given).__name__}")
+    return os.fspath(given)
+
+
+def check_pair(given: Any, name: str) -> None:
+    """Refuse what is no pair of scores and ids, with a TypeError."""
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise TypeError(f"{name} must be a pair (scores, ids), got {type(given).__name__}")

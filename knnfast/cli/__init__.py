@@ -1,0 +1,41 @@
+"""The `knnfast` command."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from knnfast._version import __version__
+from knnfast.cli import bench, database, evaluate, generate, info, train
+
+# What bad input raises: one line on stderr, exit code 2. Anything else is a bug and shows itself.
+BAD_INPUT = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
+
+
+class _Group(click.Group):
+    """Turns errors of bad input into one clear line; `--debug` keeps the traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BAD_INPUT as e:
+            if ctx.params.get("debug"):
+                raise
+
+            click.echo("error: " + " ".join(str(e).split()), err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Exact retrieval, and images generated from what it finds."""
+
+
+for _command in (
+    generate.generate, generate.edit, database.database, train.train, evaluate.evaluate,
+    bench.bench, info.info,
+):  # fmt: skip
+    main.add_command(_command)

@@ -1,0 +1,64 @@
+"""What several commands share."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Refuse a device that this machine does not have, before anything else is done."""
+    from knnfast._device import check_torch_device
+
+    check_torch_device("--device", value)
+    return value
+
+
+device_option = click.option("--device", default="cpu", show_default=True, callback=_device)
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Refuse a folder that can be neither made nor written into, before anything is computed."""
+    whole = folder.absolute()
+    try:
+        place = next(p for p in (whole, *whole.parents) if p.exists())
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except NotADirectoryError:
+        raise ValueError(f"{option}: {folder} cannot be a folder: {place} is a file") from None
+    except OSError as e:
+        raise ValueError(f"{option}: {folder} cannot be written ({e.strerror})") from None
+
+
+class Bar:
+    """A progress bar fed by `callback(done, total)`."""
+
+    def __init__(self, label: str, hidden: bool) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            desc=label, unit="step", leave=False, disable=hidden or not sys.stderr.isatty()
+        )
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+
+def find_encoder(spec: str, device: str) -> Any:
+    """An encoder by its own spec, or the one of a model bundle."""
+    from knnfast.encoders import load_encoder
+    from knnfast.pipeline import BUNDLES
+
+    bundled = BUNDLES / spec / "encoder"
+    return load_encoder(bundled if bundled.is_dir() else spec, device=device)
