@@ -8,7 +8,8 @@ does, the clients serve as its threads, and a query's latency counts from its ar
 left out when the server is late). Servers: `Index.search` (searches take turns and share all cores:
 one server), the same and FAISS with one thread a search (a server per core), and `knnfast.Batcher`.
 Beside each open-loop row stands what an M/D/c queue predicts: c servers, first come first served,
-every service as long as the median measured with c clients.
+every service as long as the median measured with c clients. `stolen_share` is the part of the
+cores' time that the host of a virtual machine gave to others meanwhile: no queue knows of it.
 """
 
 from __future__ import annotations
@@ -105,6 +106,16 @@ def open_loop(
     return latencies
 
 
+def cores() -> int:
+    return os.cpu_count() or 1
+
+
+def stolen() -> float:
+    """Seconds that other guests of the host took from this virtual machine's cores so far."""
+    counts = Path("/proc/stat").read_text().split(maxsplit=9) if sys.platform == "linux" else []
+    return int(counts[8]) / os.sysconf("SC_CLK_TCK") if counts else 0.0
+
+
 def poisson(rate: float, seconds: float, seed: int) -> np.ndarray:
     """Arrival times of a Poisson process."""
     rng = np.random.default_rng(seed)
@@ -165,7 +176,9 @@ def measure(
             yield row | {"skipped": f"saturates at {saturation:.0f} queries/s"}
             continue
         seconds = max(args.seconds, args.least / rate)
+        taken, start = stolen(), time.perf_counter()
         row |= percentiles(open_loop(search, queries, args.clients, poisson(rate, seconds, 2)))
+        row["stolen_share"] = (stolen() - taken) / (time.perf_counter() - start) / cores()
         if servers is not None:
             row["queue"] = predicted(rate, rows[servers]["p50_ms"] / 1e3, servers)
             row["p99_over_queue"] = row["p99_ms"] / row["queue"]["p99_ms"]
@@ -195,7 +208,6 @@ def main() -> None:
     flat = faiss.IndexFlatIP(args.d)
     flat.add(vectors.astype(np.float32))
     faiss.omp_set_num_threads(1)
-    cores = os.cpu_count() or 1
     report: dict[str, Any] = {
         "kind": "load", "machine": machine(),
         "command": shlex.join(["python", "bench/load.py", *sys.argv[1:]]),
@@ -226,8 +238,8 @@ def main() -> None:
     rows = record("Index.search", ours, queries, args, [], 1)
     rates = [row["offered_qps"] for row in rows if row["loop"] == "open"]
     with one_thread_a_search():
-        record("Index.search, a thread each", ours, queries, args, rates, cores)
-        record("faiss-flat", theirs, queries, args, rates, cores)
+        record("Index.search, a thread each", ours, queries, args, rates, cores())
+        record("faiss-flat", theirs, queries, args, rates, cores())
     saturation = next(
         row["qps"] for row in rows if row["loop"] == "closed" and row["clients"] == args.clients
     )
