@@ -49,7 +49,8 @@ sanitize: $(READY)  ## the search engine under ASan + UBSan, its threads under T
 	  and not nvtx and not (pairwise and not 0)"
 	KNNFAST_CUDA=OFF KNNFAST_SANITIZE=thread \
 	  $(BIN)python setup.py -q build_ext --inplace --build-temp build/tsan
-	KNNFAST_STRESS_SECONDS=60 LD_PRELOAD="$$(g++ -print-file-name=libtsan.so)" \
+	TSAN_OPTIONS=suppressions=$(CURDIR)/tests/tsan.supp KNNFAST_STRESS_SECONDS=60 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libtsan.so)" \
 	  $(BIN)pytest -q tests/test_index.py -k snapshots
 	$(BIN)python setup.py -q build_ext --inplace
 	KNNFAST_KILLS=50 $(BIN)pytest -q tests/test_shards.py -k kill

@@ -30,6 +30,7 @@ DOCS = ROOT / "docs"
 SMALL_PRINT = {name for shapes in SHAPES.values() for name in shapes
                if name == "ci" or name.startswith(("fold-", "small-", "service-1m-"))}  # fmt: skip
 START, END = "<!-- results -->", "<!-- end of results -->"
+CPU_TIME = ", CPU time of one thread"  # what run.py --clock cpu says of a case
 KINDS = ("faiss_reference", "ops", "claims", "load", "gate")
 
 # What is aimed at, and where it is judged: None where no result of that kind can exist yet.
@@ -343,7 +344,7 @@ def performance(found: list[dict[str, Any]]) -> str:
 
 
 def summary(found: list[dict[str, Any]]) -> str:
-    """The part of README between the markers."""
+    """The part of README between the markers: what a clock on the wall showed."""
     parts = []
     for result in (r for r in found if r["kind"] == "faiss_reference"):
         shape = result["shape"]
@@ -369,7 +370,8 @@ def summary(found: list[dict[str, Any]]) -> str:
         for row in result["rows"]:
             rivals = {n: p["ratio"] for n, p in row["peers"].items()
                       if "ratio" in p and not n.startswith(("knnfast ", "base "))}  # fmt: skip
-            if rivals and row["shape"] not in SMALL_PRINT:
+            shown = row["shape"] not in SMALL_PRINT and not row["case"].endswith(CPU_TIME)
+            if rivals and shown:
                 against = ", ".join(f"{times(v)} {n}" for n, v in rivals.items())
                 case = f"{row['shape']}: {row['case']}"
                 kernels = result["machine"]["isa"]
