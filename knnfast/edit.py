@@ -93,7 +93,7 @@ def edit(
     *,
     mask: np.ndarray | Image.Image | None = None,
     strength: float | None = None,
-    num_images: int = 4,
+    num_images: int = 8,
     image_weight: float = 0.3,
     keep: float = 0.2,
     k: int | None = None,
@@ -114,7 +114,7 @@ def edit(
         mask: where it may change: bool [H, W] of the picture's own size, or an image of that size
             (grey from 128 on). None: the model finds the place.
         strength: share of the picture's codes that are redrawn, of those inside the mask where
-            there is one, in (0, 1]; default 0.4, and 1 with a mask.
+            there is one, in (0, 1]; default 0.35, and 1 with a mask.
         num_images: candidates, >= 1.
         image_weight: share of the picture in the query that neighbours are searched with, in
             [0, 1]; the text has the rest.
@@ -142,7 +142,7 @@ def edit(
     if isinstance(prompt, str) and not prompt.strip():
         raise ValueError(f"prompt: must hold at least one word, got {prompt!r}")
     if strength is None:
-        strength = 0.4 if mask is None else 1.0
+        strength = 0.35 if mask is None else 1.0
     for name, value in (("strength", strength), ("image_weight", image_weight)):
         if not 0 <= value <= 1 or (name == "strength" and value == 0):
             low = "(0, 1]" if name == "strength" else "[0, 1]"

@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={}, help="of pipe.edit, as JSON")
     args = parser.parse_args()
     start = time.perf_counter()
-    options = {"k": 10, "steps": 8, "guidance": 3.0, "num_images": 4, **args.options}  # defaults
+    options = {"k": 10, "steps": 8, "guidance": 3.0, "num_images": 8, **args.options}  # defaults
     pipe = KNNDiffusion.from_pretrained(args.model)
     pairs = make_pairs(pipe, args.pairs, SEED + args.seen, not args.seen)
     numbered = [(n, name, text) for n, (name, text) in enumerate(pairs)]
