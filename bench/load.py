@@ -31,7 +31,7 @@ import numpy as np
 from run import tidy
 
 from knnfast import _C, Batcher, Index, _files
-from knnfast.benchmark.machine import machine
+from knnfast.benchmark.machine import machine, stolen_seconds
 from knnfast.benchmark.topk import Truth, faiss_module, make_rows
 
 Search = Callable[[np.ndarray], Any]  # one query [d] -> ids [k]
@@ -110,12 +110,6 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def stolen() -> float:
-    """Seconds that other guests of the host took from this virtual machine's cores so far."""
-    counts = Path("/proc/stat").read_text().split(maxsplit=9) if sys.platform == "linux" else []
-    return int(counts[8]) / os.sysconf("SC_CLK_TCK") if counts else 0.0
-
-
 def poisson(rate: float, seconds: float, seed: int) -> np.ndarray:
     """Arrival times of a Poisson process."""
     rng = np.random.default_rng(seed)
@@ -176,9 +170,9 @@ def measure(
             yield row | {"skipped": f"saturates at {saturation:.0f} queries/s"}
             continue
         seconds = max(args.seconds, args.least / rate)
-        taken, start = stolen(), time.perf_counter()
+        taken, start = stolen_seconds(), time.perf_counter()
         row |= percentiles(open_loop(search, queries, args.clients, poisson(rate, seconds, 2)))
-        row["stolen_share"] = (stolen() - taken) / (time.perf_counter() - start) / cores()
+        row["stolen_share"] = (stolen_seconds() - taken) / (time.perf_counter() - start) / cores()
         if servers is not None:
             row["queue"] = predicted(rate, rows[servers]["p50_ms"] / 1e3, servers)
             row["p99_over_queue"] = row["p99_ms"] / row["queue"]["p99_ms"]

@@ -66,7 +66,8 @@ def make_pairs(pipe: KNNDiffusion, count: int, seed: int, unseen: bool) -> list[
 
 def _words(name: str) -> list[str]:
     plain = name.lower().replace(":", " ").replace(",", " ").replace("\u201c", " ")
-    return [w for w in plain.replace("\u201d", " ").split() if w not in SMALL_WORDS]
+    words = plain.replace("\u201d", " ").split()
+    return [w for w in words if w not in SMALL_WORDS and any(c.isalnum() for c in w)]
 
 
 def inpaint(

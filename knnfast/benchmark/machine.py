@@ -50,6 +50,14 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     return about | {"versions": versions, "commit": commit(), "date": time.strftime("%Y-%m-%d")}
 
 
+def stolen_seconds() -> float:
+    """Core seconds that the host of this virtual machine gave to others so far; 0 elsewhere."""
+    file = Path("/proc/stat")
+    if not file.is_file():
+        return 0.0
+    return int(file.read_text().split(maxsplit=9)[8]) / os.sysconf("SC_CLK_TCK")
+
+
 def commit() -> str | None:
     """Commit of the checkout that the package lies in, `-dirty` when changed; None in a wheel."""
     root = Path(__file__).resolve().parents[2]
