@@ -78,7 +78,9 @@ int64_t store_rows(const Segment& segment, int64_t dim, int64_t at, const void* 
       bool ok = true;
       if (dtype == DType::f16) {
         std::memcpy(x, static_cast<const uint16_t*>(from) + source, static_cast<size_t>(dim) * 2);
-        for (int64_t j = 0; j < dim; ++j) ok &= (x[j] & 0x7c00) != 0x7c00;
+        unsigned beyond = 0;  // bit 15 of the sum: an exponent of ones, infinity or NaN
+        for (int64_t j = 0; j < dim; ++j) beyond |= (x[j] & 0x7c00u) + 0x400u;
+        ok = !(beyond & 0x8000u);
       } else if (dtype == DType::f32) {
         ok = k.to_half(static_cast<const float*>(from) + source, x, dim);
       } else {
