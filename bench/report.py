@@ -157,7 +157,7 @@ def ops_section(result: dict[str, Any]) -> str:
 
 def claims_section(result: dict[str, Any]) -> str:
     rows = [
-        [part, claim["claim"], f"{claim['value']:.3g}", claim["limit"],
+        [part, claim["claim"], f"{claim['value']:.4g}", claim["limit"],
          "yes" if claim["holds"] else "**no**"]
         for part, body in result["parts"].items() for claim in body["claims"]
     ]  # fmt: skip
@@ -359,7 +359,7 @@ def summary(found: list[dict[str, Any]]) -> str:
         place = about.get("gpu", about["cpu"])
         parts += [
             f"p50 in milliseconds (and over ours), {shape['n']:,} x {shape['d']}, k {shape['k']}, "
-            f"answers checked, every peer at its better thread count; {place}, "
+            f"answers checked, FAISS at its better thread count; {place}, "
             f"{about['threads']} threads, {about['isa']}, {about['date']}. On your machine: "
             "`knnfast bench`.",
             table(["batch", *names],
@@ -367,17 +367,16 @@ def summary(found: list[dict[str, Any]]) -> str:
         ]  # fmt: skip
     lines = []
     for result in (r for r in found if r["kind"] == "ops"):
-        for row in result["rows"]:
+        for row in (row for row in result["rows"] if row["op"] != "topk"):  # has its own table
             rivals = {n: p["ratio"] for n, p in row["peers"].items()
                       if "ratio" in p and not n.startswith(("knnfast ", "base "))}  # fmt: skip
             shown = row["shape"] not in SMALL_PRINT and not row["case"].endswith(CPU_TIME)
             if rivals and shown:
                 against = ", ".join(f"{times(v)} {n}" for n, v in rivals.items())
                 case = f"{row['shape']}: {row['case']}"
-                kernels = result["machine"]["isa"]
-                lines.append([row["op"], case, kernels, ms(row["p50_ms"]), against])
+                lines.append([row["op"], case, ms(row["p50_ms"]), against])
     if lines:
-        parts.append(table(["op", "shape", "kernels", "p50 ms", "peers' time over ours"], lines))
+        parts.append(table(["op", "shape", "p50 ms", "peers' time over ours"], lines))
     parts.append(
         "All rows, and the service under load: "
         "[docs/performance.md](docs/performance.md). " + gpu_note(found)

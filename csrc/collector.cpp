@@ -14,8 +14,9 @@ void Collector::start(const SegmentView* segments, const CanonicalKeys& keys, Qu
   query_ = query;
   k_ = k;
   range_ = false;
-  worst_ = -std::numeric_limits<double>::infinity();
+  worst_ = {-std::numeric_limits<double>::infinity(), INT64_MAX};
   capacity_ = std::max<size_t>(512, 16 * k);
+  wide_.resize(keys.stride);
   tau_ = kNoThreshold;
   pending_.clear();
   floors_.clear();
@@ -39,21 +40,21 @@ void Collector::start_range(const SegmentView* segments, const CanonicalKeys& ke
 
 void Collector::keep(const Found& found) {
   if (best_.size() == k_) {
-    if (!better(found, best_.front())) return;
     std::pop_heap(best_.begin(), best_.end(), better);
     best_.back() = found;
   } else {
     best_.push_back(found);
   }
   std::push_heap(best_.begin(), best_.end(), better);
-  if (best_.size() == k_) worst_ = best_.front().key;
+  if (best_.size() == k_) worst_ = best_.front();
 }
 
 void Collector::rescore(uint32_t segment, uint32_t row) {
   const SegmentView& s = segments_[segment];
   const uint16_t* x = s.segment->rows.as<uint16_t>() + static_cast<size_t>(row) * keys_.dim;
   double key;
-  keys_(x, keys_.norm(x), query_, 0, 1, &key);
+  keys_.kernels->widen(x, keys_.dim, wide_.data());
+  keys_(wide_.data(), 1, query_, 1, &key);
   offer(key, s.id(row));
 }
 
@@ -128,7 +129,8 @@ void Collector::take(Collector& other) {
   if (range_)
     best_.insert(best_.end(), other.best_.begin(), other.best_.end());
   else
-    for (const Found& f : other.best_) keep(f);
+    for (const Found& f : other.best_)
+      if (better(f, worst_)) keep(f);
   for (const float lower : other.floors_) floor(lower);
   raise();
   drop_below();

@@ -28,21 +28,20 @@ struct CanonicalKeys {
   const Kernels* kernels = nullptr;
   Metric metric = Metric::ip;
   int dim = 0;
+  size_t stride = 0;  // of rows and queries as doubles
 
-  // What it takes from a row alone.
-  double norm(const uint16_t* x) const {
-    return metric == Metric::cosine ? std::sqrt(kernels->norm2(x, dim)) : 0.0;
-  }
-
-  // keys[i] of a row and `nq` queries, the elements of each `stride` after the last one's.
-  void operator()(const uint16_t* x, double norm, const Query* queries, size_t stride, int nq,
-                  double* keys) const {
+  // keys[r * nq + i] of row r and query i, both as doubles.
+  void operator()(const double* rows, int nx, const Query* queries, int nq, double* keys) const {
     const bool l2 = metric == Metric::l2;
-    (l2 ? kernels->l2 : kernels->dot)(x, queries->q, stride, nq, dim, keys);
-    for (int i = 0; i < nq; ++i) {
-      if (l2) keys[i] = -keys[i];
-      if (metric != Metric::cosine) continue;
-      keys[i] = norm > 0 && queries[i].norm > 0 ? keys[i] / (norm * queries[i].norm) : 0.0;
+    (l2 ? kernels->l2 : kernels->dot)(rows, nx, queries->q, nq, stride, dim, keys);
+    if (metric == Metric::ip) return;
+    for (int r = 0; r < nx; ++r, rows += stride, keys += nq) {
+      double norm2 = 0;
+      if (!l2) kernels->dot(rows, 1, rows, 1, stride, dim, &norm2);
+      for (int i = 0; i < nq; ++i) {
+        const double norms = std::sqrt(norm2) * queries[i].norm;
+        keys[i] = l2 ? -keys[i] : norms > 0 ? keys[i] / norms : 0.0;
+      }
     }
   }
 };
@@ -82,7 +81,7 @@ class Collector {
     ++rescored;
     if (range_) {
       if (key > radius_key_) best_.push_back({key, id});
-    } else if (key >= worst_) {
+    } else if (better({key, id}, worst_)) {
       keep({key, id});
     }
   }
@@ -110,11 +109,12 @@ class Collector {
   size_t k_ = 0, capacity_ = 0;
   bool range_ = false;
   double radius_key_ = 0;
-  double worst_ = 0;  // of best_, as soon as there are k
+  Found worst_{};  // of best_, as soon as there are k
   float tau_ = kNoThreshold;
   std::vector<Candidate> pending_;
-  std::vector<float> floors_;  // the k best lower bounds, a heap with the worst on top
-  std::vector<Found> best_;    // a heap with the worst on top (range: a list)
+  AlignedVector<double> wide_;  // a row as doubles
+  std::vector<float> floors_;   // the k best lower bounds, a heap with the worst on top
+  std::vector<Found> best_;     // a heap with the worst on top (range: a list)
 };
 
 // The largest float <= x.

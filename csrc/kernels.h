@@ -48,11 +48,14 @@ struct Kernels {
                     Sink*);
   void (*scan_fp16)(const ScanRows&, uint32_t begin, uint32_t end, ScanQuery*, int nq, bool l2,
                     bool cosine, Sink*);
-  // Canonical sums over d elements: 32 FP64 lanes, combined by the tree 16, 8, 4, 2, 1. Those of
-  // one row with `nq` queries, each `stride` after the last and zero-filled.
-  void (*dot)(const uint16_t* x, const double* q, size_t stride, int nq, int dim, double* sums);
-  void (*l2)(const uint16_t* x, const double* q, size_t stride, int nq, int dim, double* sums);
-  double (*norm2)(const uint16_t* x, int dim);
+  // Canonical sums over d elements: 32 FP64 lanes, combined by the tree 16, 8, 4, 2, 1.
+  // sums[r·nq + i] is that of row r and query i; each begins at a cache line, `stride` after the
+  // last one, and is zero-filled to a multiple of 32.
+  void (*dot)(const double* x, int nx, const double* q, int nq, size_t stride, int dim,
+              double* sums);
+  void (*l2)(const double* x, int nx, const double* q, int nq, size_t stride, int dim,
+             double* sums);
+  void (*widen)(const uint16_t* x, int dim, double* out);  // one row for them
   // Conversions. to_half returns false if a value is NaN or beyond ±65504 after rounding.
   bool (*to_half)(const float* x, uint16_t* out, int64_t n);
   void (*to_float)(const uint16_t* x, float* out, int64_t n);

@@ -154,35 +154,35 @@ inline double combine(__m256d* acc) {
 }
 
 template <class Step>
-inline double canonical(const uint16_t* x, int dim, Step step) {
+inline double canonical(int dim, Step step) {
   __m256d acc[8];
   for (__m256d& a : acc) a = _mm256_setzero_pd();
-  for (int j0 = 0; j0 < dim; j0 += 32)
-    for (int i = 0; i < 4; ++i) {
-      const int j = j0 + 8 * i;
-      if (j >= dim) break;
-      const __m256 f = load8(x, j, dim);
-      acc[2 * i] = step(acc[2 * i], _mm256_cvtps_pd(_mm256_castps256_ps128(f)), j);
-      acc[2 * i + 1] = step(acc[2 * i + 1], _mm256_cvtps_pd(_mm256_extractf128_ps(f, 1)), j + 4);
-    }
+  for (int j = 0; j < dim; j += 32)
+    for (int i = 0; i < 8; ++i) acc[i] = step(acc[i], j + 4 * i);
   return combine(acc);
 }
 
-double dot(const uint16_t* x, const double* q, int dim) {
-  return canonical(x, dim, [&](__m256d a, __m256d v, int j) {  // exact products
-    return _mm256_fmadd_pd(v, _mm256_loadu_pd(q + j), a);
+double dot(const double* x, const double* q, int dim) {
+  return canonical(dim, [&](__m256d a, int j) {  // exact products: fused or not, the same bits
+    return _mm256_fmadd_pd(_mm256_loadu_pd(x + j), _mm256_loadu_pd(q + j), a);
   });
 }
 
-double l2(const uint16_t* x, const double* q, int dim) {
-  return canonical(x, dim, [&](__m256d a, __m256d v, int j) {  // never fused
-    const __m256d t = _mm256_sub_pd(_mm256_loadu_pd(q + j), v);
+double l2(const double* x, const double* q, int dim) {
+  return canonical(dim, [&](__m256d a, int j) {  // never fused
+    const __m256d t = _mm256_sub_pd(_mm256_loadu_pd(q + j), _mm256_loadu_pd(x + j));
     return _mm256_add_pd(a, _mm256_mul_pd(t, t));
   });
 }
 
-double norm2(const uint16_t* x, int dim) {
-  return canonical(x, dim, [](__m256d a, __m256d v, int) { return _mm256_fmadd_pd(v, v, a); });
+void widen(const uint16_t* x, int dim, double* out) {
+  int j = 0;
+  for (; j < dim; j += 8) {
+    const __m256 f = load8(x, j, dim);
+    _mm256_storeu_pd(out + j, _mm256_cvtps_pd(_mm256_castps256_ps128(f)));
+    _mm256_storeu_pd(out + j + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(f, 1)));
+  }
+  for (; j % 32; j += 4) _mm256_storeu_pd(out + j, _mm256_setzero_pd());
 }
 
 bool to_half(const float* x, uint16_t* out, int64_t n) {
@@ -213,6 +213,6 @@ void to_float(const uint16_t* x, float* out, int64_t n) {
 }  // namespace
 
 extern const Kernels kAvx2 = {"avx2", scan_int8, scan_fp16, one_by_one<dot>,   one_by_one<l2>,
-                              norm2,  to_half,   to_float,  quantize_row_plain};
+                              widen,  to_half,   to_float,  quantize_row_plain};
 
 }  // namespace knnfast

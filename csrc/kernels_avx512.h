@@ -219,74 +219,91 @@ void scan_fp16(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* qu
   }
 }
 
-// Lanes 0-7, 8-15, 16-23, 24-31.
-inline double combine(__m512d a, __m512d b, __m512d c, __m512d d) {
-  const __m512d e = _mm512_add_pd(_mm512_add_pd(a, c), _mm512_add_pd(b, d));
+inline double sum8(__m512d e) {
   const __m256d f = _mm256_add_pd(_mm512_castpd512_pd256(e), _mm512_extractf64x4_pd(e, 1));
   const __m128d g = _mm_add_pd(_mm256_castpd256_pd128(f), _mm256_extractf128_pd(f, 1));
   return _mm_cvtsd_f64(_mm_add_sd(g, _mm_unpackhi_pd(g, g)));
 }
 
-// v[p] = elements 8p to 8p+7 of the 32 at x as doubles, zeros from `left` on.
-inline void load_lanes(const uint16_t* x, int left, __m512d* v) {
-  const uint32_t mask = left >= 32 ? ~0u : (1u << left) - 1;
+// Canonical sums of NX rows with NQ queries: half[r][i] = lanes 8h to 8h+7 plus lanes 8h+16 to
+// 8h+23, what the tree adds first. Half of the lanes at a time, 4 x 3 pairs fit the registers, and
+// 7 loads feed 12 multiplications; two units multiply as fast as two loads a cycle come.
+template <int NX, int NQ, bool L2>
+inline void canonical_half(const double* x, const double* q, size_t stride, int dim,
+                           __m512d (*half)[NQ]) {
+  __m512d acc[NX][NQ][2];
+#pragma GCC unroll 4
+  for (int r = 0; r < NX; ++r)
+#pragma GCC unroll 3
+    for (int i = 0; i < NQ; ++i) acc[r][i][0] = acc[r][i][1] = _mm512_setzero_pd();
+  for (int j = 0; j < dim; j += 32)
 #pragma GCC unroll 2
-  for (int h = 0; h < 2; ++h) {
-    const __mmask16 m = static_cast<__mmask16>(mask >> 16 * h);
-    const __m512 f = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, x + 16 * h));
-    v[2 * h] = _mm512_cvtps_pd(_mm512_castps512_ps256(f));
-    v[2 * h + 1] = _mm512_cvtps_pd(_mm512_extractf32x8_ps(f, 1));
-  }
-}
-
-// Canonical sums of a row with NQ queries: the row is converted once for all of them. Lanes 8p to
-// 8p+7 lie in acc[q][p]. There is no branch inside, so that the sums stay in registers: elements
-// past dim are zero, of the row and of the queries.
-template <int NQ, bool L2>
-inline void canonical_tile(const uint16_t* x, const double* q, size_t stride, int dim,
-                           double* sums) {
-  __m512d acc[NQ][4];
+    for (int p = 0; p < 2; ++p) {
+      __m512d v[NX];
 #pragma GCC unroll 4
-  for (int i = 0; i < NQ; ++i)
-#pragma GCC unroll 4
-    for (int p = 0; p < 4; ++p) acc[i][p] = _mm512_setzero_pd();
-  for (int left = dim; left > 0; left -= 32, x += 32, q += 32) {
-    __m512d v[4];
-    load_lanes(x, left, v);
-#pragma GCC unroll 4
-    for (int p = 0; p < 4; ++p)
-#pragma GCC unroll 4
+      for (int r = 0; r < NX; ++r) v[r] = _mm512_load_pd(x + r * stride + j + 16 * p);
+#pragma GCC unroll 3
       for (int i = 0; i < NQ; ++i) {
-        const __m512d w = _mm512_loadu_pd(q + i * stride + 8 * p);
-        if (L2) {  // never fused
-          const __m512d t = _mm512_sub_pd(w, v[p]);
-          acc[i][p] = _mm512_add_pd(acc[i][p], _mm512_mul_pd(t, t));
-        } else {  // exact products: fused or not, the same bits
-          acc[i][p] = _mm512_fmadd_pd(v[p], w, acc[i][p]);
+        const __m512d w = _mm512_load_pd(q + i * stride + j + 16 * p);
+#pragma GCC unroll 4
+        for (int r = 0; r < NX; ++r) {
+          __m512d& a = acc[r][i][p];
+          if (L2) {  // never fused
+            const __m512d t = _mm512_sub_pd(w, v[r]);
+            a = _mm512_add_pd(a, _mm512_mul_pd(t, t));
+          } else {  // exact products: fused or not, the same bits
+            a = _mm512_fmadd_pd(v[r], w, a);
+          }
         }
       }
-  }
+    }
 #pragma GCC unroll 4
-  for (int i = 0; i < NQ; ++i) sums[i] = combine(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
+  for (int r = 0; r < NX; ++r)
+#pragma GCC unroll 3
+    for (int i = 0; i < NQ; ++i) half[r][i] = _mm512_add_pd(acc[r][i][0], acc[r][i][1]);
+}
+
+template <int NX, int NQ, bool L2>
+inline void canonical_tile(const double* x, const double* q, size_t stride, int dim, double* sums,
+                           int nq) {
+  __m512d low[NX][NQ], high[NX][NQ];
+  canonical_half<NX, NQ, L2>(x, q, stride, dim, low);
+  canonical_half<NX, NQ, L2>(x + 8, q + 8, stride, dim, high);
+  for (int r = 0; r < NX; ++r)
+    for (int i = 0; i < NQ; ++i) sums[r * nq + i] = sum8(_mm512_add_pd(low[r][i], high[r][i]));
+}
+
+// NQ queries with all rows.
+template <int NQ, bool L2>
+inline void canonical_rows(const double* x, int nx, const double* q, int nq, size_t stride, int dim,
+                           double* sums) {
+  int r = 0;
+  for (; r + 4 <= nx; r += 4)
+    canonical_tile<4, NQ, L2>(x + r * stride, q, stride, dim, sums + r * nq, nq);
+  for (; r < nx; ++r) canonical_tile<1, NQ, L2>(x + r * stride, q, stride, dim, sums + r * nq, nq);
 }
 
 template <bool L2>
-void canonical(const uint16_t* x, const double* q, size_t stride, int nq, int dim, double* sums) {
-  for (; nq >= 4; nq -= 4, q += 4 * stride, sums += 4)
-    canonical_tile<4, L2>(x, q, stride, dim, sums);
-  for (; nq > 0; --nq, q += stride, ++sums) canonical_tile<1, L2>(x, q, stride, dim, sums);
+void canonical(const double* x, int nx, const double* q, int nq, size_t stride, int dim,
+               double* sums) {
+  int i = 0;
+  for (; i + 3 <= nq; i += 3)
+    canonical_rows<3, L2>(x, nx, q + i * stride, nq, stride, dim, sums + i);
+  for (; i < nq; ++i) canonical_rows<1, L2>(x, nx, q + i * stride, nq, stride, dim, sums + i);
 }
 
-double norm2(const uint16_t* x, int dim) {
-  __m512d acc[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(),
-                    _mm512_setzero_pd()};
-  for (int left = dim; left > 0; left -= 32, x += 32) {
-    __m512d v[4];
-    load_lanes(x, left, v);
-#pragma GCC unroll 4
-    for (int p = 0; p < 4; ++p) acc[p] = _mm512_fmadd_pd(v[p], v[p], acc[p]);
-  }
-  return combine(acc[0], acc[1], acc[2], acc[3]);
+void widen(const uint16_t* x, int dim, double* out) {
+  for (int j = 0; j < dim; j += 32)
+#pragma GCC unroll 2
+    for (int h = j; h < j + 32; h += 16) {
+      const int left = dim - h;
+      const __mmask16 m = left >= 16 ? 0xffff
+                          : left > 0 ? static_cast<__mmask16>((1 << left) - 1)
+                                     : 0;
+      const __m512 f = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, x + h));
+      _mm512_storeu_pd(out + h, _mm512_cvtps_pd(_mm512_castps512_ps256(f)));
+      _mm512_storeu_pd(out + h + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(f, 1)));
+    }
 }
 
 bool to_half(const float* x, uint16_t* out, int64_t n) {

@@ -45,10 +45,12 @@ inline uint16_t float_to_half(float f) {
   return sign | static_cast<uint16_t>((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
 }
 
-// Canonical sums of a row with queries one by one.
-template <double (*Sum)(const uint16_t*, const double*, int)>
-void one_by_one(const uint16_t* x, const double* q, size_t stride, int nq, int dim, double* sums) {
-  for (int i = 0; i < nq; ++i) sums[i] = Sum(x, q + i * stride, dim);
+// Canonical sums pair by pair.
+template <double (*Sum)(const double*, const double*, int)>
+void one_by_one(const double* x, int nx, const double* q, int nq, size_t stride, int dim,
+                double* sums) {
+  for (int r = 0; r < nx; ++r)
+    for (int i = 0; i < nq; ++i) *sums++ = Sum(x + r * stride, q + i * stride, dim);
 }
 
 // y - a·c is computed in float (each step correctly rounded), the sums in double; what rounding may

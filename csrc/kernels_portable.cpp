@@ -80,34 +80,28 @@ void scan_fp16(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* qu
   }
 }
 
-double combine(double* lanes) {
+template <class Term>
+double canonical(int dim, Term term) {
+  double lanes[32] = {};
+  for (int j = 0; j < dim; j += 32)
+    for (int l = 0; l < 32; ++l) lanes[l] += term(j + l);
   for (int stride = 16; stride > 0; stride /= 2)
     for (int l = 0; l < stride; ++l) lanes[l] += lanes[l + stride];
   return lanes[0];
 }
 
-double dot(const uint16_t* x, const double* q, int dim) {
-  double lanes[32] = {};
-  for (int j = 0; j < dim; ++j) lanes[j % 32] += static_cast<double>(half_to_float(x[j])) * q[j];
-  return combine(lanes);
+double dot(const double* x, const double* q, int dim) {
+  return canonical(dim, [&](int j) { return x[j] * q[j]; });
 }
 
-double l2(const uint16_t* x, const double* q, int dim) {
-  double lanes[32] = {};
-  for (int j = 0; j < dim; ++j) {
-    const double t = q[j] - static_cast<double>(half_to_float(x[j]));
-    lanes[j % 32] += t * t;
-  }
-  return combine(lanes);
+double l2(const double* x, const double* q, int dim) {
+  return canonical(dim, [&](int j) { return (q[j] - x[j]) * (q[j] - x[j]); });
 }
 
-double norm2(const uint16_t* x, int dim) {
-  double lanes[32] = {};
-  for (int j = 0; j < dim; ++j) {
-    const double v = half_to_float(x[j]);
-    lanes[j % 32] += v * v;
-  }
-  return combine(lanes);
+void widen(const uint16_t* x, int dim, double* out) {
+  int j = 0;
+  for (; j < dim; ++j) out[j] = half_to_float(x[j]);
+  for (; j % 32; ++j) out[j] = 0;
 }
 
 bool to_half(const float* x, uint16_t* out, int64_t n) {
@@ -126,7 +120,7 @@ void to_float(const uint16_t* x, float* out, int64_t n) {
 }  // namespace
 
 extern const Kernels kPortable = {"portable",      scan_int8,      scan_fp16,
-                                  one_by_one<dot>, one_by_one<l2>, norm2,
+                                  one_by_one<dot>, one_by_one<l2>, widen,
                                   to_half,         to_float,       quantize_row_plain};
 
 }  // namespace knnfast

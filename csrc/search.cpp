@@ -28,7 +28,7 @@ struct Chunk {
 
 // A group of queries against one segment, as the kernels take them.
 struct Panel {
-  std::vector<int8_t> codes;  // l2 only: the codes depend on the segment's mean
+  AlignedVector<int8_t> codes;  // l2 only: the codes depend on the segment's mean
   std::vector<ScanQuery> int8, fp16;
 };
 
@@ -74,6 +74,7 @@ double canonical_norm2(const double* q, int64_t dim) {
 
 struct Worker : Sink {
   Panel panel;
+  AlignedVector<double> wide;          // rows as doubles
   std::vector<double> centred;         // l2: a query less the segment's mean
   int64_t segment = -1;                // the panel's
   const ScanQuery* queries = nullptr;  // of the scan that runs, and what their errors multiply
@@ -87,9 +88,9 @@ struct Worker : Sink {
 };
 
 struct Scratch {
-  std::vector<double> q, v;   // [group, padded]: as given, as scanned
-  std::vector<float> values;  // v as float
-  std::vector<int8_t> codes;  // of v (ip, cosine)
+  AlignedVector<double> q, v;   // [group, padded]: as given, as scanned
+  AlignedVector<float> values;  // v as float
+  AlignedVector<int8_t> codes;  // of v (ip, cosine)
   std::vector<QueryCodes> quantized;
   std::unique_ptr<Query[]> queries;
   int64_t capacity = 0;
@@ -136,7 +137,7 @@ class GroupSearch {
         pad_(padded(task.dim)),
         s_(scratch()),
         kernels_(kernels()),
-        keys_{&kernels_, task.metric, static_cast<int>(task.dim)} {
+        keys_{&kernels_, task.metric, static_cast<int>(task.dim), pad_} {
     prepare(task.queries + first * dim_);
   }
 
@@ -400,28 +401,34 @@ class GroupSearch {
     }
   }
 
-  // A block of rows meets a few queries at a time: both lie in the nearest cache by then.
+  // A few rows, as doubles, lie in the nearest cache while they meet all queries. Of a run of equal
+  // rows (where nothing came, all zeros) the first one is summed for all.
   void canonical_rows(Worker& w, uint32_t segment, uint32_t begin, uint32_t end) {
-    constexpr int64_t kQueries = 4;
+    constexpr int kRuns = 8;
     const SegmentView& view = (*task_.snapshot)[segment];
-    const uint16_t* rows = view.segment->rows.as<uint16_t>();
+    const size_t bytes = static_cast<size_t>(dim_) * 2;
+    const char* rows = view.segment->rows.as<char>();
     const uint16_t* mask = live(segment);
-    for (uint32_t first = begin; first < end; first += kBlockRows) {
-      const int count = static_cast<int>(std::min<uint32_t>(kBlockRows, end - first));
-      double norms[kBlockRows], keys[kQueries];
-      for (int r = 0; r < count; ++r)
-        norms[r] = keys_.norm(rows + static_cast<size_t>(first + r) * dim_);
-      for (int64_t q = 0; q < n_; q += kQueries) {
-        const int64_t queries = std::min(kQueries, n_ - q);
-        for (int r = 0; r < count; ++r) {
-          const uint32_t row = first + static_cast<uint32_t>(r);
-          if (mask && !(mask[row / kBlockRows] >> (row % kBlockRows) & 1)) continue;
-          keys_(rows + static_cast<size_t>(row) * dim_, norms[r],
-                &s_.queries[static_cast<size_t>(q)], pad_, static_cast<int>(queries), keys);
-          const int64_t id = view.id(row);
-          for (int64_t i = 0; i < queries; ++i)
-            w.collectors[static_cast<size_t>(q + i)].offer(keys[i], id);
-        }
+    w.wide.resize(kRuns * pad_);
+    uint32_t run[kRuns + 1];
+    double keys[kRuns * kGroup];
+    for (uint32_t row = begin; row < end;) {
+      int count = 0;
+      while (count < kRuns && row < end) {
+        const char* x = rows + row * bytes;
+        kernels_.widen(reinterpret_cast<const uint16_t*>(x), static_cast<int>(dim_),
+                       w.wide.data() + static_cast<size_t>(count) * pad_);
+        run[count++] = row++;
+        while (row < end && std::memcmp(x, rows + row * bytes, bytes) == 0) ++row;
+      }
+      run[count] = row;
+      keys_(w.wide.data(), count, s_.queries.get(), static_cast<int>(n_), keys);
+      for (int64_t q = 0; q < n_; ++q) {
+        Collector& c = w.collectors[static_cast<size_t>(q)];
+        for (int r = 0; r < count; ++r)
+          for (uint32_t i = run[r]; i < run[r + 1]; ++i)
+            if (!mask || (mask[i / kBlockRows] >> (i % kBlockRows) & 1))
+              c.offer(keys[r * n_ + q], view.id(i));
       }
     }
     for (int64_t q = 0; q < n_; ++q) w.collectors[static_cast<size_t>(q)].raise();

@@ -61,8 +61,8 @@ def contact_sheet(
 def edit_sheet(output: EditOutput) -> Image.Image:
     """Draw the picture before, the cells that were redrawn, and the candidates, best first."""
     shown = [(output.original, f"before {output.score:.3f}")]
-    cells = Image.fromarray(np.where(output.region, 0, 255).astype(np.uint8)).convert("RGB")
-    shown.append((cells, "redrawn"))
+    cells = Image.fromarray(np.where(output.region, 255, 0).astype(np.uint8)).convert("RGB")
+    shown.append((cells, "white: redrawn"))
     shown += [(e.image, f"{e.score:.3f}, kept {e.identity:.2f}") for e in output.edits]
     across = min(len(shown), 6)
     width, height = CELL + GAP, CELL + GAP + 14

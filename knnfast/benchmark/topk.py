@@ -11,7 +11,7 @@ import numpy as np
 
 from knnfast import _C
 
-KINDS = ("isotropic", "clustered", "mean", "ties")
+KINDS = ("isotropic", "clustered", "mean", "ties", "orthogonal")
 
 
 def make_rows(
@@ -20,7 +20,8 @@ def make_rows(
     """Rows [n, d] fp16 and queries [queries, d] fp32 of the same kind.
 
     isotropic: directions without structure; clustered: 1,000 centres with noise of half their
-    size; mean: isotropic plus one vector three times as long; ties: one row n times.
+    size; mean: isotropic plus one vector three times as long; ties: one row n times; orthogonal:
+    every row differs, and every score is 0.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
@@ -28,12 +29,15 @@ def make_rows(
     centres = rng.standard_normal((1000, d), dtype=np.float32)
     mean = rng.standard_normal(d, dtype=np.float32)
 
-    def draw(m: int) -> np.ndarray:
+    def draw(m: int, query: bool = False) -> np.ndarray:
         x = rng.standard_normal((m, d), dtype=np.float32)
         if kind == "ties":
             return np.repeat(centres[:1] / np.linalg.norm(centres[0]), m, 0)
         if kind == "clustered":
             x = centres[rng.integers(0, 1000, m)] + 0.5 * x
+        if kind == "orthogonal":
+            x[:, : d // 2] *= not query
+            x[:, d // 2 :] *= query
         x /= np.linalg.norm(x, axis=1, keepdims=True)
         return x + 3 * mean / np.linalg.norm(mean) if kind == "mean" else x
 
@@ -42,7 +46,7 @@ def make_rows(
         rows[first : first + 16384] = draw(min(16384, n - first))
     if kind == "mean":
         return rows, rng.standard_normal((queries, d), dtype=np.float32)
-    return rows, draw(queries)
+    return rows, draw(queries, query=True)
 
 
 class Truth:

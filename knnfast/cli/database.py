@@ -26,7 +26,7 @@ def database() -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--batch-size", default=64, show_default=True)
 @device_option
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def database_build(
     folder: Path, encoder: str, out: Path, batch_size: int, device: str, as_json: bool
 ) -> None:
@@ -58,7 +58,7 @@ def database_build(
 
 @database.command("info")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def database_info(path: Path, as_json: bool) -> None:
     """Describe a saved database."""
     from knnfast.database import Database

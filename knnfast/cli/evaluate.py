@@ -33,7 +33,7 @@ from knnfast.cli._shared import Bar, check_folder, device_option
 @click.option("--seed", default=0, show_default=True)
 @click.option("--backbone", help="discrete or continuous; the model's first when not given.")
 @device_option
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
 def evaluate(
     ctx: click.Context, model: str, judge: str | None, ablation: str | None, quick: bool,

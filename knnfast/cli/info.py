@@ -11,7 +11,7 @@ from knnfast._version import __version__
 
 @click.command()
 @click.option("--model", default="stickers", show_default=True, help="A bundle or a folder.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def info(model: str, as_json: bool) -> None:
     """Say what is installed and what a model holds."""
     import torch

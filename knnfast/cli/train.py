@@ -52,7 +52,7 @@ BASELINES = ("knn", "lafite", "no_neighbours")  # knnfast.diffusion.pairs has th
 )  # fmt: skip
 @device_option
 @click.option("--seed", default=0, show_default=True)
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def train(
     data: Path, out: Path, model: str, encoder: str | None, tokenizer: Path | None, backbone: str,
     start: str | None, lr: float | None, versions: int, k: int, baseline: str, noise: float,
