@@ -226,26 +226,30 @@ inline double sum8(__m512d e) {
 }
 
 // Canonical sums of NX rows with NQ queries: half[r][i] = lanes 8h to 8h+7 plus lanes 8h+16 to
-// 8h+23, what the tree adds first. Half of the lanes at a time, 4 x 3 pairs fit the registers, and
-// 7 loads feed 12 multiplications; two units multiply as fast as two loads a cycle come.
+// 8h+23, what the tree adds first. Half of the lanes at a time, 3 x 4 pairs fit the registers, and
+// 7 loads feed 12 multiplications, of which there are two a cycle, as of the loads.
 template <int NX, int NQ, bool L2>
 inline void canonical_half(const double* x, const double* q, size_t stride, int dim,
                            __m512d (*half)[NQ]) {
   __m512d acc[NX][NQ][2];
-#pragma GCC unroll 4
-  for (int r = 0; r < NX; ++r)
 #pragma GCC unroll 3
+  for (int r = 0; r < NX; ++r)
+#pragma GCC unroll 4
     for (int i = 0; i < NQ; ++i) acc[r][i][0] = acc[r][i][1] = _mm512_setzero_pd();
   for (int j = 0; j < dim; j += 32)
 #pragma GCC unroll 2
     for (int p = 0; p < 2; ++p) {
       __m512d v[NX];
-#pragma GCC unroll 4
-      for (int r = 0; r < NX; ++r) v[r] = _mm512_load_pd(x + r * stride + j + 16 * p);
 #pragma GCC unroll 3
-      for (int i = 0; i < NQ; ++i) {
-        const __m512d w = _mm512_load_pd(q + i * stride + j + 16 * p);
+      for (int r = 0; r < NX; ++r) {
+        v[r] = _mm512_load_pd(x + r * stride + j + 16 * p);
+        __asm__("" : "+v"(v[r]));  // into a register: GCC would load it anew for every use
+      }
 #pragma GCC unroll 4
+      for (int i = 0; i < NQ; ++i) {
+        __m512d w = _mm512_load_pd(q + i * stride + j + 16 * p);
+        __asm__("" : "+v"(w));
+#pragma GCC unroll 3
         for (int r = 0; r < NX; ++r) {
           __m512d& a = acc[r][i][p];
           if (L2) {  // never fused
@@ -257,9 +261,9 @@ inline void canonical_half(const double* x, const double* q, size_t stride, int 
         }
       }
     }
-#pragma GCC unroll 4
-  for (int r = 0; r < NX; ++r)
 #pragma GCC unroll 3
+  for (int r = 0; r < NX; ++r)
+#pragma GCC unroll 4
     for (int i = 0; i < NQ; ++i) half[r][i] = _mm512_add_pd(acc[r][i][0], acc[r][i][1]);
 }
 
@@ -278,8 +282,8 @@ template <int NQ, bool L2>
 inline void canonical_rows(const double* x, int nx, const double* q, int nq, size_t stride, int dim,
                            double* sums) {
   int r = 0;
-  for (; r + 4 <= nx; r += 4)
-    canonical_tile<4, NQ, L2>(x + r * stride, q, stride, dim, sums + r * nq, nq);
+  for (; r + 3 <= nx; r += 3)
+    canonical_tile<3, NQ, L2>(x + r * stride, q, stride, dim, sums + r * nq, nq);
   for (; r < nx; ++r) canonical_tile<1, NQ, L2>(x + r * stride, q, stride, dim, sums + r * nq, nq);
 }
 
@@ -287,8 +291,8 @@ template <bool L2>
 void canonical(const double* x, int nx, const double* q, int nq, size_t stride, int dim,
                double* sums) {
   int i = 0;
-  for (; i + 3 <= nq; i += 3)
-    canonical_rows<3, L2>(x, nx, q + i * stride, nq, stride, dim, sums + i);
+  for (; i + 4 <= nq; i += 4)
+    canonical_rows<4, L2>(x, nx, q + i * stride, nq, stride, dim, sums + i);
   for (; i < nq; ++i) canonical_rows<1, L2>(x, nx, q + i * stride, nq, stride, dim, sums + i);
 }
 

@@ -404,7 +404,7 @@ class GroupSearch {
   // A few rows, as doubles, lie in the nearest cache while they meet all queries. Of a run of equal
   // rows (where nothing came, all zeros) the first one is summed for all.
   void canonical_rows(Worker& w, uint32_t segment, uint32_t begin, uint32_t end) {
-    constexpr int kRuns = 8;
+    constexpr int kRuns = 6;
     const SegmentView& view = (*task_.snapshot)[segment];
     const size_t bytes = static_cast<size_t>(dim_) * 2;
     const char* rows = view.segment->rows.as<char>();
