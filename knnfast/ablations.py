@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from knnfast.encoders import Encoder
     from knnfast.pipeline import KNNDiffusion
 
-PROMPTS, QUICK_PROMPTS = 200, 16
+PROMPTS, QUICK_PROMPTS = 100, 16
 # What is averaged over the images: (encoder, metric).
 METRICS = (
     ("judge", "score"),

@@ -23,7 +23,7 @@ from knnfast.cli._shared import Bar, check_folder, device_option
     "--out", default="out/results", show_default=True, type=click.Path(path_type=Path),
     help="Folder of the ablations' report: README.md, plots, JSON.",
 )  # fmt: skip
-@click.option("--prompts", type=int, help="Names to generate: 300, or 200 in an ablation.")
+@click.option("--prompts", type=int, help="Names to generate: 300, or 100 in an ablation.")
 @click.option("--other-prompts", default=40, show_default=True, help="Names of the unseen kind.")
 @click.option("--other-samples", default=2, show_default=True, help="Images of each of these.")
 @click.option("--k", type=int, help="Neighbours; 10, or as many as there are, when not given.")
