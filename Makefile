@@ -20,7 +20,7 @@ SOURCES := $(wildcard csrc/* include/knnfast/*)
 .PHONY: demo test gpu regressions report profile sanitize lint format stickers clean
 
 demo: $(BASE)  ## eight prompts with the embedded sticker model -> out/demo.png
-	$(BIN)knnfast generate "a red heart" "pizza" "ice cream" "sunflower" "rocket" "birthday party" \
+	$(BIN)knnfast generate "a red heart" "pizza" "ice cream" "sunflower" "sailboat" "birthday party" \
 	  "crying face" "guitar" -n 4 --seed 0 --out out/demo --sheet out/demo.png
 
 test: $(READY)  ## everything that needs no GPU
