@@ -39,7 +39,8 @@ def fid(
     """
     path = Path(inception or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS)
     if features is None and not path.is_file():
-        raise FileNotFoundError(f"FID: no Inception weights at {path} (see --inception)")
+        place = path if inception else f"{WEIGHTS} in torch's hub folder"  # reports are published
+        raise FileNotFoundError(f"FID: no Inception weights at {place} (see --inception)")
     for package in (
         ("torchmetrics",) if features is not None else ("torchmetrics", "torch_fidelity")
     ):
