@@ -63,6 +63,8 @@ stickers: $(READY)  ## the whole bundle from the font; needs what examples/stick
 	$(BIN)python examples/stickers/seal.py
 	$(BIN)knnfast evaluate stickers --json > out/evaluation.json
 	cp out/evaluation.json knnfast/bundles/stickers/evaluation.json
+	$(BIN)knnfast evaluate stickers --backbone continuous --prompts 100 --json > out/continuous.json
+	cp out/continuous.json knnfast/bundles/stickers/evaluation-continuous.json
 	$(BIN)python examples/stickers/seal.py
 
 lint: $(READY)
