@@ -84,6 +84,7 @@ struct Worker : Sink {
   int64_t opened = 0;  // in this chunk, by queries that had a threshold
   int64_t seen = 0;    // blocks
   int level = kInt8, hold = 0, patience = 8;
+  bool trusted = true;  // the level
   Stats stats;
 };
 
@@ -254,6 +255,7 @@ class GroupSearch {
     w.level = task_.scan == Scan::fp16 ? kFp16 : kInt8;
     w.hold = 0;
     w.patience = 8;
+    w.trusted = true;
     w.seen = 0;
     w.stats = Stats();
     if (w.collectors.size() < static_cast<size_t>(n_)) w.collectors.resize(static_cast<size_t>(n_));
@@ -344,26 +346,38 @@ class GroupSearch {
     return view.live ? view.live->data() : nullptr;
   }
 
+  // A scan that has failed before is tried on a few blocks first.
   void scan_chunk(Worker& w, const Chunk& chunk) {
-    const SegmentView& view = (*task_.snapshot)[chunk.segment];
+    constexpr uint32_t kTrial = 4;
     if (w.segment != chunk.segment) fill_panel(w, chunk.segment);
     w.chunk_segment = chunk.segment;
+    if (w.hold > 0 && --w.hold == 0) {
+      w.level = kInt8;
+      w.trusted = false;
+    }
+    for (uint32_t begin = chunk.begin, end; begin < chunk.end; begin = end) {
+      end = w.trusted ? chunk.end : std::min(chunk.end, begin + kTrial);
+      scan_blocks(w, begin, end);
+    }
+  }
+
+  void scan_blocks(Worker& w, uint32_t begin, uint32_t end) {
+    const SegmentView& view = (*task_.snapshot)[w.chunk_segment];
     w.opened = 0;
-    const int64_t pairs = static_cast<int64_t>(chunk.end - chunk.begin) * kBlockRows * n_;
+    const int64_t pairs = static_cast<int64_t>(end - begin) * kBlockRows * n_;
     w.stats.rows_scanned += pairs;
     const int lowest = task_.scan == Scan::fp16 || !view.codes ? kFp16 : kInt8;
-    if (w.hold > 0 && --w.hold == 0) w.level = lowest;
     const int level = task_.scan == Scan::automatic ? std::max(w.level, lowest) : lowest;
     ScanRows rows{};
     rows.rows = view.segment->rows.as<uint16_t>();
     rows.row_norm = view.segment->row_norm.as<float>();
-    rows.live = live(chunk.segment);
+    rows.live = live(w.chunk_segment);
     rows.dim = static_cast<int>(dim_);
     rows.groups = code_groups(dim_);
     const bool l2 = task_.metric == Metric::l2;
     if (level == kCanonical) {
       ++w.stats.chunks_canonical;
-      canonical_rows(w, chunk.segment, chunk.begin * kBlockRows, chunk.end * kBlockRows);
+      canonical_rows(w, w.chunk_segment, begin * kBlockRows, end * kBlockRows);
       return;
     }
     std::vector<ScanQuery>& queries = level == kInt8 ? w.panel.int8 : w.panel.fp16;
@@ -380,22 +394,23 @@ class GroupSearch {
       rows.norm = view.codes->norm.as<float>();
       w.errors = rows.residual;
       w.norms = rows.norm;
-      kernels_.scan_int8(rows, chunk.begin, chunk.end, queries.data(), static_cast<int>(n_), l2,
-                         &w);
+      kernels_.scan_int8(rows, begin, end, queries.data(), static_cast<int>(n_), l2, &w);
     } else {
       ++w.stats.chunks_fp16;
       w.errors = task_.metric == Metric::cosine ? nullptr : rows.row_norm;
       w.norms = rows.row_norm;
-      kernels_.scan_fp16(rows, chunk.begin, chunk.end, queries.data(), static_cast<int>(n_), l2,
+      kernels_.scan_fp16(rows, begin, end, queries.data(), static_cast<int>(n_), l2,
                          task_.metric == Metric::cosine, &w);
     }
     // A scan that opens most of what it reads does not pay: take the next finer one for a while.
     // Only the first rows cannot be judged: most of them are among the k best so far.
-    w.seen += chunk.end - chunk.begin;
-    if (w.seen * kBlockRows < kWarmUp * k_) return;
+    w.seen += end - begin;
+    if (task_.scan != Scan::automatic || w.seen * kBlockRows < kWarmUp * k_) return;
     const double share = static_cast<double>(w.opened) / static_cast<double>(pairs);
-    if (share > (level == kFp16 ? 0.5 : n_ < 4 ? 0.2 : 0.08)) {
+    w.trusted = share <= (level == kFp16 ? 0.5 : n_ < 4 ? 0.2 : 0.08);
+    if (!w.trusted) {
       w.level = level + 1;
+      w.trusted = w.level == kCanonical;
       w.hold = w.patience;
       w.patience = std::min(w.patience * 2, 256);
     }
