@@ -48,8 +48,9 @@ def results() -> list[dict[str, Any]]:
         result = _files.read_json(path)
         if result and all("claims" in part for part in result.values() if isinstance(part, dict)):
             parts = {n: part for n, part in result.items() if isinstance(part, dict)}
-            result = {"kind": "claims", "machine": next(iter(parts.values()))["machine"],
-                      "parts": parts}  # fmt: skip
+            about = [part["machine"] for part in parts.values()]
+            commits = ", ".join(dict.fromkeys(m["commit"] for m in about))  # each part has its own
+            result = {"kind": "claims", "machine": about[0] | {"commit": commits}, "parts": parts}
         if result.get("kind") not in KINDS:
             raise ValueError(f"{path}: kind must be one of {KINDS}, got {result.get('kind')!r}")
         found.append(result | {"file": path.name})
@@ -157,7 +158,7 @@ def ops_section(result: dict[str, Any]) -> str:
 
 def claims_section(result: dict[str, Any]) -> str:
     rows = [
-        [part, claim["claim"], f"{claim['value']:.4g}", claim["limit"],
+        [part, body["machine"]["commit"], claim["claim"], f"{claim['value']:.4g}", claim["limit"],
          "yes" if claim["holds"] else "**no**"]
         for part, body in result["parts"].items() for claim in body["claims"]
     ]  # fmt: skip
@@ -167,7 +168,7 @@ def claims_section(result: dict[str, Any]) -> str:
             "## Promises of the search engine",
             ", ".join(f"`{c}`" for c in commands)
             + f" (results/{result['file']}).  \n{where(result)}.",
-            table(["part", "promise", "measured", "limit", "holds"], rows),
+            table(["part", "commit", "promise", "measured", "limit", "holds"], rows),
         ]
     )
 
