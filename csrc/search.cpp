@@ -81,10 +81,10 @@ struct Worker : Sink {
   const float *errors = nullptr, *norms = nullptr;
   std::vector<Collector> collectors;
   uint32_t chunk_segment = 0;
-  int64_t opened = 0;  // in this chunk, by queries that had a threshold
+  int64_t opened = 0;  // in these blocks, by queries that had a threshold
   int64_t seen = 0;    // blocks
   int level = kInt8, hold = 0, patience = 8;
-  bool trusted = true;  // the level
+  bool trusted = true;  // the level has paid since it was taken
   Stats stats;
 };
 
@@ -424,12 +424,19 @@ class GroupSearch {
     const size_t bytes = static_cast<size_t>(dim_) * 2;
     const char* rows = view.segment->rows.as<char>();
     const uint16_t* mask = live(segment);
+    const auto alive = [mask](uint32_t row) {
+      return !mask || (mask[row / kBlockRows] >> (row % kBlockRows) & 1);
+    };
     w.wide.resize(kRuns * pad_);
     uint32_t run[kRuns + 1];
     double keys[kRuns * kGroup];
     for (uint32_t row = begin; row < end;) {
       int count = 0;
       while (count < kRuns && row < end) {
+        if (!alive(row)) {
+          ++row;
+          continue;
+        }
         const char* x = rows + row * bytes;
         kernels_.widen(reinterpret_cast<const uint16_t*>(x), static_cast<int>(dim_),
                        w.wide.data() + static_cast<size_t>(count) * pad_);
@@ -442,8 +449,7 @@ class GroupSearch {
         Collector& c = w.collectors[static_cast<size_t>(q)];
         for (int r = 0; r < count; ++r)
           for (uint32_t i = run[r]; i < run[r + 1]; ++i)
-            if (!mask || (mask[i / kBlockRows] >> (i % kBlockRows) & 1))
-              c.offer(keys[r * n_ + q], view.id(i));
+            if (alive(i)) c.offer(keys[r * n_ + q], view.id(i));
       }
     }
     for (int64_t q = 0; q < n_; ++q) w.collectors[static_cast<size_t>(q)].raise();
