@@ -21,31 +21,34 @@
 namespace knnfast {
 namespace {
 
-int this_cpu() {
+// Linux likes to wake a thread on the core of the one that wakes it, and lets it stand there behind
+// its caller for milliseconds while another core is idle. So workers are kept off the core that the
+// caller is on: on two cores a search that follows a pause of 10 ms takes a quarter less.
+class Steering {
 #ifdef __linux__
-  return sched_getcpu();
-#else
-  return -1;
-#endif
-}
+ public:
+  Steering() { known_ = pthread_getaffinity_np(pthread_self(), sizeof allowed_, &allowed_) == 0; }
 
-// Linux likes to wake a thread on the core of the one that wakes it, and lets both share that core
-// for milliseconds while another is idle: so a worker that finds itself on its caller's goes away.
-void leave_cpu(int cpu) {
-#ifdef __linux__
-  if (cpu < 0 || sched_getcpu() != cpu) return;
-  const pthread_t self = pthread_self();
-  cpu_set_t allowed;
-  if (pthread_getaffinity_np(self, sizeof allowed, &allowed) != 0) return;
-  cpu_set_t others = allowed;
-  CPU_CLR(cpu, &others);
-  if (CPU_COUNT(&others) == 0) return;
-  pthread_setaffinity_np(self, sizeof others, &others);
-  pthread_setaffinity_np(self, sizeof allowed, &allowed);
+  void keep_off_this_core(std::vector<std::thread>& workers) {
+    const int core = sched_getcpu();
+    if (!known_ || core < 0 || core >= CPU_SETSIZE || core == avoided_) return;
+    avoided_ = core;
+    cpu_set_t others = allowed_;
+    CPU_CLR(core, &others);
+    if (CPU_COUNT(&others) == 0) others = allowed_;
+    for (std::thread& t : workers)
+      pthread_setaffinity_np(t.native_handle(), sizeof others, &others);
+  }
+
+ private:
+  cpu_set_t allowed_;  // of the thread that made the workers
+  bool known_ = false;
+  int avoided_ = -1;
 #else
-  (void)cpu;
+ public:
+  void keep_off_this_core(std::vector<std::thread>&) {}
 #endif
-}
+};
 
 class Pool {
  public:
@@ -69,9 +72,9 @@ class Pool {
       tasks_ = tasks;
       next_.store(0);
       error_ = nullptr;
-      cpu_ = this_cpu();
       ++round_;
     }
+    steering_.keep_off_this_core(threads_);
     wake_.notify_all();
     drain(work, 0);
     std::unique_lock<std::mutex> lock(mutex_);
@@ -97,17 +100,14 @@ class Pool {
     uint64_t seen = 0;
     for (;;) {
       const TaskRef* work;
-      int cpu;
       {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return stop_ || (work_ && round_ != seen); });
         if (stop_) return;
         seen = round_;
         work = work_;
-        cpu = cpu_;
         ++active_;
       }
-      leave_cpu(cpu);
       drain(*work, thread);
       std::lock_guard<std::mutex> lock(mutex_);
       if (--active_ == 0) done_.notify_one();
@@ -115,6 +115,7 @@ class Pool {
   }
 
   std::vector<std::thread> threads_;
+  Steering steering_;
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   const TaskRef* work_ = nullptr;
@@ -122,7 +123,6 @@ class Pool {
   std::atomic<int64_t> next_{0};
   uint64_t round_ = 0;
   std::exception_ptr error_;
-  int cpu_ = -1;    // the caller's
   int active_ = 0;  // workers inside the present round
   bool stop_ = false;
 };
@@ -149,6 +149,9 @@ class Line {
     (last_ ? last_->next : first_) = &self;
     last_ = &self;
     self.wake.wait(lock, [&] { return self.called; });
+    lock.unlock();
+    // Whoever called has an answer to carry away, often on this very core: that goes first.
+    std::this_thread::yield();
   }
 
   void leave() {

@@ -316,6 +316,39 @@ def test_snapshots(seed):
     assert not failures, failures[:3]
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_workers_keep_off_the_callers_core():
+    """A worker woken on its caller's core would stand behind it until the scheduler looks again."""
+    code = (
+        "import os, threading\n"
+        "import numpy as np\n"
+        "from knnfast import Index, set_num_threads\n"
+        "cores = os.sched_getaffinity(0)\n"
+        "set_num_threads(len(cores))\n"
+        "index = Index(64)\n"
+        "rows = np.random.default_rng(0).standard_normal((100_000, 64), dtype=np.float32)\n"
+        "before = set(os.listdir('/proc/self/task'))\n"
+        "index.add(rows)\n"
+        "index.search(rows[0], 10)\n"
+        "workers = sorted(set(os.listdir('/proc/self/task')) - before)\n"
+        "assert len(workers) == len(cores) - 1, workers\n"
+        "def search_on(core):\n"
+        "    os.sched_setaffinity(0, {core})\n"
+        "    index.search(rows[0], 10)\n"
+        "    for worker in workers:\n"
+        "        assert os.sched_getaffinity(int(worker)) == cores - {core}, (worker, core)\n"
+        "    done.append(core)\n"
+        "done = []\n"
+        "for core in sorted(cores):\n"
+        "    caller = threading.Thread(target=search_on, args=(core,))\n"
+        "    caller.start()\n"
+        "    caller.join()\n"
+        "assert done == sorted(cores)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_fork():
     """A child makes its own threads."""
     code = (
