@@ -9,6 +9,7 @@
 #include <cstring>
 #include <system_error>
 
+#include "denoiser.h"
 #include "knnfast/index.h"
 #include "ops_cpu.h"
 #include "thread_pool.h"
@@ -306,6 +307,38 @@ void bind_ops(py::module_& m) {
                                at<double>(kl));
       },
       release());
+  using addresses = std::vector<uintptr_t>;
+  const auto floats = [](const addresses& from) {
+    std::vector<const float*> to;
+    for (uintptr_t address : from) to.push_back(at<float>(address));
+    return to;
+  };
+  py::class_<PackedDenoiser>(m, "PackedDenoiser")
+      .def(py::init([floats](const std::vector<int>& n, bool source,
+                             const std::vector<bool>& canvas, const addresses& weights) {
+        return new PackedDenoiser({n.at(0), n.at(1), n.at(2), n.at(3), n.at(4), n.at(5), n.at(6),
+                                   n.at(7), n.at(8), n.at(9), n.at(10), n.at(11), n.at(12), source},
+                                  canvas, floats(weights));
+      }))
+      .def(
+          "features",
+          [](const PackedDenoiser& self, uintptr_t codes,
+             const std::vector<PackedCondition*>& conditions, bool guided, uintptr_t modulation,
+             uintptr_t out) {
+            return self.features(at<int64_t>(codes), conditions, guided, at<float>(modulation),
+                                 at<float>(out));
+          },
+          release());
+  py::class_<PackedCondition>(m, "PackedCondition")
+      .def(py::init([floats](const PackedDenoiser& denoiser, int embeddings, uintptr_t mask,
+                             const addresses& A, const addresses& a, const addresses& C,
+                             const addresses& bias, const addresses& keys, uintptr_t paintings,
+                             uintptr_t canvas_bias, uintptr_t tokens, uintptr_t copies) {
+        return new PackedCondition(
+            denoiser, {embeddings, at<bool>(mask), floats(A), floats(a), floats(C), floats(bias),
+                       floats(keys), at<float>(paintings), at<float>(canvas_bias),
+                       at<float>(tokens), at<float>(copies)});
+      }));
   m.def(
       "neighbour_attention",
       [](int64_t B, int64_t L, int D, int N, int H, int dtype, double eps, bool norm, bool residual,

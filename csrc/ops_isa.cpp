@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compiled once per instruction set, with KNNFAST_ISA naming it: the table of row kernels.
 #include "attention_rows.h"
+#include "denoiser_rows.h"
 #include "head_rows.h"
 #include "loss_rows.h"
 #include "step_rows.h"
@@ -39,6 +40,10 @@ const OpsKernels kTable = {KF_STRING(KNNFAST_ISA),
                            kHeadPanel,
                            head_scratch,
                            head_panel,
+                           dense_size,
+                           pack_dense,
+                           denoiser_scratch,
+                           denoise,
                            widen,
                            noise};
 

@@ -6,6 +6,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "denoiser.h"
+
 namespace knnfast {
 
 enum OpDType { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
@@ -72,6 +74,13 @@ struct OpsKernels {
   size_t (*head_scratch)(const HeadShape&);
   void (*head_panel)(const HeadShape&, const float* f, int64_t rows, const void* weight,
                      const void* bias, int first, void* scratch, float* out);
+  // The denoiser: linear layers packed once, then one sequence a call. Sizes are in floats, scratch
+  // in bytes; `scratch` of denoise is block_scratch's for the condition's shape.
+  size_t (*dense_size)(int in, int out);
+  void (*pack_dense)(const float* w, int in, int out, float* to);
+  size_t (*denoiser_scratch)(const DenoiserNet&);
+  void (*denoise)(const DenoiserNet&, const DenoiserCondition&, const int64_t* codes,
+                  const float* modulation, float* features, float* own, float* scratch);
   void (*widen)(const void* row, int dtype, float* out, int64_t n);
   void (*noise)(const uint32_t* words, int64_t n, float* gumbel);  // the map alone, to be checked
 };

@@ -160,12 +160,12 @@ class CrossAttention(nn.Module):
         h = _attend(self.to_q(x), self.to_k(cond), self.to_v(cond), self.heads, bias)
         return self.to_out(h) * present.to(x.dtype)
 
-    def fold(self, cond: Tensor, cond_mask: Tensor) -> Folded | Unfolded:
+    def fold(self, cond: Tensor, cond_mask: Tensor, fold: bool | None = None) -> Folded | Unfolded:
         """Fold condition tokens into the weights: the same attention, prepared once a run."""
         q, k, v, out = self.to_q, self.to_k, self.to_v, self.to_out
         return fold_neighbours(
             cond, q.weight, k.weight, v.weight, out.weight, q.bias, v.bias, out.bias,
-            heads=self.heads, mask=cond_mask,
+            heads=self.heads, mask=cond_mask, fold=fold,
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from knnfast._phases import phase
+from knnfast.diffusion.packed import PackedDenoiser
 from knnfast.diffusion.schedule import Schedule
 from knnfast.ops import sample_head, sample_prior, transition_weights
 
@@ -108,18 +109,10 @@ class Sampler:
             )  # fmt: skip
         if source is None and self.denoiser.config.source:
             source = torch.full(shape, k, device=cond.device)
-        # On the CPU every image has the network to itself: a matrix product rounds by its shape,
-        # and an image must not depend on its batch. A GPU needs the whole batch to be busy.
-        size = 1 if cond.device.type == "cpu" else max(batch, 1)
-        parts = [slice(i, i + size) for i in range(0, max(batch, 1), size)]
-        conditions = [
-            self._prepare(cond[p].clone(), cond_mask[p], None if source is None else source[p])
-            for p in parts
-        ]
+        network = self._network(cond, cond_mask, source)
         for done, (t, weights) in enumerate(zip(self.levels, self.weights, strict=False), start=1):
             with phase("sample.features"):
-                both = [self._features(x[p], t, c) for p, c in zip(parts, conditions, strict=True)]
-                rows = torch.cat(both, 1)
+                rows = network(x, t)
             with phase("sample.head"):
                 x = sample_head(
                     rows[0],
@@ -135,6 +128,28 @@ class Sampler:
             if callback is not None:
                 callback(done, len(self.weights))
         return x
+
+    def _network(
+        self, cond: Tensor, mask: Tensor, source: Tensor | None
+    ) -> Callable[[Tensor, int], Tensor]:
+        """(codes [B, L], t) -> what the head reads, [1 or 2, B, L, D], the null's last.
+
+        On the CPU every image has the network to itself: a matrix product rounds by its shape, and
+        an image must not depend on its batch. A GPU needs the whole batch to be busy.
+        """
+        size = 1 if cond.device.type == "cpu" else max(len(cond), 1)
+        parts = [slice(i, i + size) for i in range(0, max(len(cond), 1), size)]
+        sources = [None if source is None else source[p] for p in parts]
+        each = list(zip((cond[p].clone() for p in parts), (mask[p] for p in parts), sources,
+                        strict=True))  # fmt: skip
+        if PackedDenoiser.serves(self.denoiser, cond):
+            packed = PackedDenoiser(self.denoiser, self.levels)
+            images = [packed.prepare(*one) for one in each if len(one[0])]
+            return lambda x, t: packed.features(x, t, images, self.guided)
+        conditions = [self._prepare(*one) for one in each]
+        return lambda x, t: torch.cat(
+            [self._features(x[p], t, c) for p, c in zip(parts, conditions, strict=True)], 1
+        )
 
     def _prepare(self, cond: Tensor, mask: Tensor, source: Tensor | None) -> Condition:
         if self.guided:
