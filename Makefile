@@ -5,6 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP_FLAGS ?=
 BASE_REF ?= HEAD~1
+THRESHOLD ?= 1.10
 TRAIN ?=
 ifeq ($(VENV),0)
   BIN :=
@@ -31,7 +32,7 @@ gpu: $(READY)  ## what a machine with a GPU can do, into out/gpu; TRAIN=1 trains
 	$(BIN)python3 bench/gpu.py $(if $(TRAIN),--train)
 
 regressions: $(READY)  ## no op slower than at BASE, both measured in one run
-	PYTHONPATH=. $(BIN)pytest -q bench --base $(BASE_REF)
+	PYTHONPATH=. $(BIN)pytest -q bench --base $(BASE_REF) --threshold $(THRESHOLD)
 
 report: $(READY)  ## README's and docs/performance.md's tables and plots, from bench/results
 	$(BIN)python3 bench/report.py

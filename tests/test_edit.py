@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -164,6 +165,21 @@ def test_without_k_there_are_ten_or_as_many_as_there_are(pipe, face):
     assert {n.item.name for n in out.neighbours} == {"sunglasses", "glasses", "goggles"}
     with pytest.raises(ValueError, match=r"k: must be 1 ... 3 \(what the filter leaves\), got 4"):
         pipe.edit(face, "sunglasses", k=4, **few, **QUICK)
+
+
+@pytest.mark.parametrize(("before", "told"), [(-1.0, False), (1.0, True)])
+def test_the_command_says_when_nothing_moved_towards_the_text(
+    tmp_path, face, monkeypatch, before, told
+):
+    edit = KNNDiffusion.edit
+    monkeypatch.setattr(
+        KNNDiffusion, "edit", lambda *a, **options: replace(edit(*a, **options), score=before)
+    )
+    face.save(tmp_path / "face.png")
+    quick = ["-n", "2", "--steps", "2", "--seed", "1", "--out", str(tmp_path)]
+    done = CliRunner().invoke(main, ["edit", str(tmp_path / "face.png"), "with a hat", *quick])
+    assert done.exit_code == 0, done.output
+    assert ("No candidate moved towards the text" in done.stderr) == told
 
 
 def test_an_edit_spares_what_a_small_part_of_a_mix_has(pipe, face):

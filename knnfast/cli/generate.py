@@ -175,6 +175,12 @@ def edit(
             f"{100 * each.changed:.0f} % of the codes changed"
         )
     click.echo(sheet)
+    if max(each.score for each in result.edits) <= result.score:
+        click.echo(
+            "No candidate moved towards the text: try another --seed, a higher --strength or more "
+            "candidates (-n).",
+            err=True,
+        )
     _echo_times(result)
 
 
