@@ -39,16 +39,20 @@ struct Layout {
   }
 };
 
-// src [rows, cols] -> panels of kPanel vectors, each [rows, its width]; zeros fill the last
-// columns.
+// src [rows, cols], its elements `down` and `across` apart -> panels of kPanel vectors, each [rows,
+// its width]; zeros fill the last columns.
 template <class S>
-static void pack_panels(const S* src, int rows, int cols, S* dst) {
+static void pack_panels(const S* src, size_t down, size_t across, int rows, int cols, S* dst) {
   const int wide = kPanel * kLanes<S>, all = round_up<S>(cols);
   for (int c = 0; c < all; c += wide) {
     const int width = all - c < wide ? all - c : wide;
     const int real = cols - c < width ? cols - c : width;
     for (int r = 0; r < rows; ++r, dst += width) {
-      memcpy(dst, src + size_t(r) * cols + c, size_t(real) * sizeof(S));
+      const S* from = src + size_t(r) * down + size_t(c) * across;
+      if (across == 1)
+        memcpy(dst, from, size_t(real) * sizeof(S));
+      else
+        for (int j = 0; j < real; ++j) dst[j] = from[size_t(j) * across];
       for (int j = real; j < width; ++j) dst[j] = 0;
     }
   }
@@ -101,8 +105,9 @@ static void product(const S* a, int lda, const S* panels, int depth, S* out, int
 
 template <class S>
 static size_t packed_bytes(const AttentionShape& s) {
-  // the packed image, and room to widen A or C before it is cut into panels
-  return (Layout<S>(s).end + size_t(s.D) * size_t(s.H) * size_t(s.N)) * sizeof(S);
+  // the packed image, and room to widen A or C of 16 bits before it is cut into panels
+  const bool narrow = s.dtype == kFloat16 || s.dtype == kBFloat16;
+  return (Layout<S>(s).end + (narrow ? size_t(s.D) * size_t(s.H) * size_t(s.N) : 0)) * sizeof(S);
 }
 static size_t packed_size(const AttentionShape& s) {
   return s.dtype == kFloat64 ? packed_bytes<double>(s) : packed_bytes<float>(s);
@@ -130,8 +135,8 @@ static void pack_of(const AttentionShape& s, const void* A, const void* a, const
     to_float(w, s.dtype, to + at.end, int64_t(s.D) * at.HN);
     return static_cast<const S*>(to + at.end);
   };
-  pack_panels(widened(A), s.D, at.HN, to + at.A);
-  pack_panels(widened(C), at.HN, s.D, to + at.C);
+  pack_panels(widened(A), size_t(at.HN), 1, s.D, at.HN, to + at.A);
+  pack_panels(widened(C), size_t(s.D), 1, at.HN, s.D, to + at.C);
   to_float(a, s.dtype, to + at.a, at.HN);
   to_float(bias, s.dtype, to + at.bias, s.D);
   if (scale) to_float(scale, s.dtype, to + at.scale, s.D);
@@ -197,8 +202,8 @@ static void softmax(S* s, int N, int H, S* top, S* total) {
 }
 
 template <class S>
-static void attend_of(const AttentionShape& s, const S* packed, const void* x_, void* y_, int rows,
-                      S* scratch) {
+static void attend_of(const AttentionShape& s, const S* packed, const S* scale, const S* shift,
+                      const void* x_, void* y_, int rows, S* scratch) {
   const Layout<S> at(s);
   const size_t width = s.dtype == kFloat64 ? 8 : s.dtype == kFloat32 ? 4 : 2;
   const char* x = static_cast<const char*>(x_);
@@ -214,8 +219,7 @@ static void attend_of(const AttentionShape& s, const S* packed, const void* x_, 
   if (on) {
     for (int r = 0; r < kRows; ++r) {
       if (r < rows)
-        normalise(s, raw + size_t(r) * at.Dp, packed + at.scale, packed + at.shift,
-                  z + size_t(r) * at.Dp);
+        normalise(s, raw + size_t(r) * at.Dp, scale, shift, z + size_t(r) * at.Dp);
       else
         memset(z + size_t(r) * at.Dp, 0, size_t(at.Dp) * sizeof(S));
     }
@@ -237,14 +241,20 @@ static void attend_of(const AttentionShape& s, const S* packed, const void* x_, 
     from_float(o, y + size_t(r) * size_t(s.row_y) * width, s.dtype, s.D);
   }
 }
+template <class S>
+static void attend_packed(const AttentionShape& s, const void* packed_, const void* x, void* y,
+                          int rows, void* scratch) {
+  const Layout<S> at(s);
+  const S* packed = static_cast<const S*>(packed_);
+  attend_of<S>(s, packed, packed + at.scale, packed + at.shift, x, y, rows,
+               static_cast<S*>(scratch));
+}
 static void attend(const AttentionShape& s, const void* packed, const void* x, void* y, int rows,
                    void* scratch) {
   if (s.dtype == kFloat64)
-    attend_of<double>(s, static_cast<const double*>(packed), x, y, rows,
-                      static_cast<double*>(scratch));
+    attend_packed<double>(s, packed, x, y, rows, scratch);
   else
-    attend_of<float>(s, static_cast<const float*>(packed), x, y, rows,
-                     static_cast<float*>(scratch));
+    attend_packed<float>(s, packed, x, y, rows, scratch);
 }
 
 }  // namespace KNNFAST_ISA

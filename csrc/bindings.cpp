@@ -316,15 +316,17 @@ void bind_ops(py::module_& m) {
   py::class_<PackedDenoiser>(m, "PackedDenoiser")
       .def(py::init([floats](const std::vector<int>& n, bool source,
                              const std::vector<bool>& canvas, const addresses& weights) {
-        return new PackedDenoiser({n.at(0), n.at(1), n.at(2), n.at(3), n.at(4), n.at(5), n.at(6),
-                                   n.at(7), n.at(8), n.at(9), n.at(10), n.at(11), n.at(12), source},
-                                  canvas, floats(weights));
-      }))
+             return new PackedDenoiser(
+                 {n.at(0), n.at(1), n.at(2), n.at(3), n.at(4), n.at(5), n.at(6), n.at(7), n.at(8),
+                  n.at(9), n.at(10), n.at(11), n.at(12), source},
+                 canvas, floats(weights));
+           }),
+           release())
       .def(
           "features",
           [](const PackedDenoiser& self, uintptr_t codes,
-             const std::vector<PackedCondition*>& conditions, bool guided, uintptr_t modulation,
-             uintptr_t out) {
+             const std::vector<const PackedCondition*>& conditions, bool guided,
+             uintptr_t modulation, uintptr_t out) {
             return self.features(at<int64_t>(codes), conditions, guided, at<float>(modulation),
                                  at<float>(out));
           },
@@ -334,11 +336,12 @@ void bind_ops(py::module_& m) {
                              const addresses& A, const addresses& a, const addresses& C,
                              const addresses& bias, const addresses& keys, uintptr_t paintings,
                              uintptr_t canvas_bias, uintptr_t tokens, uintptr_t copies) {
-        return new PackedCondition(
-            denoiser, {embeddings, at<bool>(mask), floats(A), floats(a), floats(C), floats(bias),
-                       floats(keys), at<float>(paintings), at<float>(canvas_bias),
-                       at<float>(tokens), at<float>(copies)});
-      }));
+             return new PackedCondition(
+                 denoiser, {embeddings, at<bool>(mask), floats(A), floats(a), floats(C),
+                            floats(bias), floats(keys), at<float>(paintings),
+                            at<float>(canvas_bias), at<float>(tokens), at<float>(copies)});
+           }),
+           release());
   m.def(
       "neighbour_attention",
       [](int64_t B, int64_t L, int D, int N, int H, int dtype, double eps, bool norm, bool residual,

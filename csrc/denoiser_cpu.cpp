@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "denoiser.h"
+#include "knnfast/index.h"
 #include "ops_cpu.h"
 #include "thread_pool.h"
 
@@ -26,10 +27,6 @@ const float* copy(Store& own, const float* from, size_t n) {
   return to;
 }
 
-AttentionShape cross_shape(const DenoiserNet& net, int embeddings) {
-  return {net.D, embeddings, net.cross_heads, kFloat32, net.D, net.D, 1e-5, true, true};
-}
-
 }  // namespace
 
 PackedDenoiser::PackedDenoiser(const DenoiserSizes& sizes, const std::vector<bool>& canvas,
@@ -37,12 +34,16 @@ PackedDenoiser::PackedDenoiser(const DenoiserSizes& sizes, const std::vector<boo
   const OpsKernels& k = ops_kernels();
   static_cast<DenoiserSizes&>(net_) = sizes;
   auto weight = weights.begin();
-  auto next = [&](size_t n) { return copy(own_, *weight++, n); };
+  auto take = [&] {
+    if (weight == weights.end()) throw std::logic_error("PackedDenoiser: too few weights");
+    return *weight++;
+  };
+  auto next = [&](size_t n) { return copy(own_, take(), n); };
   auto dense = [&](int in, int out) {
     float* panels = room(own_, k.dense_size(in, out));
-    k.pack_dense(*weight++, in, out, panels);
+    k.pack_dense(take(), in, out, panels);
     float* bias = room(own_, k.dense_size(1, out));
-    std::memcpy(bias, *weight++, size_t(out) * sizeof(float));
+    std::memcpy(bias, take(), size_t(out) * sizeof(float));
     return Dense{in, out, panels, bias};
   };
   const int D = sizes.D, pixels = sizes.patch * sizes.patch;
@@ -69,7 +70,7 @@ PackedDenoiser::PackedDenoiser(const DenoiserSizes& sizes, const std::vector<boo
     }
     layers_.push_back(layer);
   }
-  if (weight != weights.end()) throw std::logic_error("PackedDenoiser: weights are left");
+  if (weight != weights.end()) throw std::logic_error("PackedDenoiser: too many weights");
   float* ones = room(own_, size_t(D));
   std::fill(ones, ones + D, 1.0f);
   net_.ones = ones;
@@ -86,42 +87,48 @@ PackedCondition::PackedCondition(const PackedDenoiser& denoiser, const Tensors& 
   view_ = null_;
   view_.on = std::any_of(t.mask, t.mask + n, [](bool on) { return on; });
   if (!view_.on) return;
-  const AttentionShape shape = cross_shape(net, t.embeddings);
+  const AttentionShape shape = {net.D, t.embeddings, net.cross_heads, kFloat32, 0, 0, 1e-5,
+                                true,  true};
   for (size_t l = 0; l < size_t(net.depth); ++l) {
-    packed_.push_back(room(own_, k.packed_size(shape) / sizeof(float) + 1));
-    k.pack(shape, t.A[l], t.a[l], t.C[l], t.bias[l], t.mask, nullptr, nullptr, packed_.back());
+    float* packed = room(own_, k.packed_size(shape) / sizeof(float));
+    k.pack(shape, t.A[l], t.a[l], t.C[l], t.bias[l], t.mask, nullptr, nullptr, packed);
+    packed_.push_back(packed);
     keys_.push_back(copy(own_, t.canvas_keys[l], n * size_t(kCanvasKey * net.canvas_heads)));
   }
-  view_.embeddings = t.embeddings;
+  view_.attention = shape;
   view_.packed = packed_.data();
   view_.canvas_keys = keys_.data();
   view_.paintings = copy(own_, t.paintings, n * size_t(net.N) * size_t(net.canvas_width));
   view_.bias = copy(own_, t.canvas_bias, n);
 }
 
-bool PackedDenoiser::features(const int64_t* codes, const std::vector<PackedCondition*>& conditions,
-                              bool guided, const float* modulation, float* out) const {
+bool PackedDenoiser::features(const int64_t* codes,
+                              const std::vector<const PackedCondition*>& conditions, bool guided,
+                              const float* modulation, float* out) const {
   const OpsKernels& k = ops_kernels();
   const int64_t B = int64_t(conditions.size()), L = int64_t(net_.N) * net_.patch * net_.patch;
   for (int64_t i = 0; i < B * L; ++i)
     if (codes[i] < 0 || codes[i] > net_.codes) return false;
   size_t attention = 0;
   for (const PackedCondition* c : conditions)
-    if (c->view_.on)
-      attention = std::max(attention, k.block_scratch(cross_shape(net_, c->view_.embeddings)));
+    if (c->view_.on) attention = std::max(attention, k.block_scratch(c->view_.attention));
   const size_t own = k.denoiser_scratch(net_) / sizeof(float);
-  const size_t need = own + attention / sizeof(float) + 32;
-  // Sequences without a condition are cheaper: they come last.
-  parallel_for(guided ? 2 * B : B, [&](int, int64_t task) {
-    static thread_local std::vector<float> store;  // kept: fresh pages cost time in every step
-    if (store.size() < need) store.resize(need);
-    const uintptr_t at = reinterpret_cast<uintptr_t>(store.data());
-    float* scratch = reinterpret_cast<float*>((at + 63) & ~uintptr_t(63));
-    const int64_t b = task % B;
-    const PackedCondition& c = *conditions[size_t(b)];
-    k.denoise(net_, task < B ? c.view_ : c.null_, codes + b * L, modulation,
-              out + task * L * net_.W, scratch, scratch + own);
-  });
+  const size_t need = own + attention / sizeof(float) + 16;
+  // One sequence a thread at a time: a search that waits for its turn waits for no more than that.
+  const int64_t sequences = guided ? 2 * B : B, threads = num_threads();
+  for (int64_t first = 0; first < sequences; first += threads) {
+    const Turn turn(threads > 1);
+    parallel_for(std::min(threads, sequences - first), [&](int, int64_t task) {
+      static thread_local std::vector<float> store;  // kept: fresh pages cost time in every step
+      if (store.size() < need) store.resize(need);
+      const uintptr_t at = reinterpret_cast<uintptr_t>(store.data());
+      float* scratch = reinterpret_cast<float*>((at + 63) & ~uintptr_t(63));
+      const int64_t i = first + task, b = i % B;
+      const PackedCondition& c = *conditions[size_t(b)];
+      k.denoise(net_, i < B ? c.view_ : c.null_, codes + b * L, modulation, out + i * L * net_.W,
+                scratch, scratch + own);
+    });
+  }
   return true;
 }
 

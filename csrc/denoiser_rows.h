@@ -48,7 +48,7 @@ static void dense_to(const Dense& w, const float* a, int lda, int rows, float* y
         vf v = load(part + i * width + j) + load(w.bias + c + j);
         if (into == Into::kAdd) v += load(to + j);
         if (into == Into::kSquaredRelu) {
-          v = max<float>(v, vf{});
+          v = max<float>(vf{}, v);  // in this order NaN stays
           v = v * v;
         }
         store(to + j, v);
@@ -61,13 +61,7 @@ static size_t dense_size(int in, int out) { return size_t(in) * size_t(round_up<
 
 // w [out, in] -> panels of w^T.
 static void pack_dense(const float* w, int in, int out, float* to) {
-  const int wide = kPanel * kLanes<float>, all = round_up<float>(out);
-  for (int c = 0; c < all; c += wide) {
-    const int width = all - c < wide ? all - c : wide;
-    for (int k = 0; k < in; ++k)
-      for (int j = 0; j < width; ++j)
-        *to++ = c + j < out ? w[size_t(c + j) * size_t(in) + size_t(k)] : 0.0f;
-  }
+  pack_panels(w, 1, size_t(in), in, out, to);
 }
 
 // e^(s - max) of n numbers, the rest of the vector 0; returns 1 / sum.
@@ -116,11 +110,12 @@ static size_t denoiser_scratch(const DenoiserNet& n) {
   return (DenoiserScratch(n).end + 16) * sizeof(float);
 }
 
-static AttentionShape normed(int D) { return {D, 1, 1, kFloat32, 0, 0, 1e-5, true, true}; }
-
 static void normalise_rows(const DenoiserNet& n, const DenoiserScratch& at, const float* scale,
                            const float* shift, float* s) {
-  const AttentionShape shape = normed(n.D);
+  AttentionShape shape{};
+  shape.D = n.D;
+  shape.eps = 1e-5;
+  shape.norm = true;
   for (int r = 0; r < n.N; ++r)
     normalise(shape, s + at.x + size_t(r) * size_t(at.Dp), scale, shift,
               s + at.z + size_t(r) * size_t(at.Dp));
@@ -129,24 +124,12 @@ static void normalise_rows(const DenoiserNet& n, const DenoiserScratch& at, cons
 // x += W_o softmax(q k^T / sqrt(d_h)) v, each head apart; q | k | v lie in `big`.
 static void self_attend(const DenoiserNet& n, const DenoiserLayer& layer, const DenoiserScratch& at,
                         float* s) {
-  const int d_h = n.D / n.heads, ld = at.wide, panel = kPanel * kLanes<float>;
+  const int d_h = n.D / n.heads, ld = at.wide;
   for (int head = 0; head < n.heads; ++head) {
     const float* q = s + at.big + size_t(head) * size_t(d_h);
     const float *k = q + n.D, *v = k + n.D;
-    float* to = s + at.keys;
-    for (int c = 0; c < at.Nw; c += panel) {
-      const int width = at.Nw - c < panel ? at.Nw - c : panel;
-      for (int i = 0; i < d_h; ++i)
-        for (int j = 0; j < width; ++j)
-          *to++ = c + j < n.N ? k[size_t(c + j) * size_t(ld) + size_t(i)] : 0.0f;
-    }
-    to = s + at.values;
-    for (int c = 0; c < at.Ww; c += panel) {
-      const int width = at.Ww - c < panel ? at.Ww - c : panel;
-      for (int i = 0; i < n.N; ++i)
-        for (int j = 0; j < width; ++j)
-          *to++ = c + j < d_h ? v[size_t(i) * size_t(ld) + size_t(c + j)] : 0.0f;
-    }
+    pack_panels(k, 1, size_t(ld), d_h, n.N, s + at.keys);
+    pack_panels(v, size_t(ld), 1, n.N, d_h, s + at.values);
     const float scale = float(1 / ::sqrt(double(d_h)));
     for (int r = 0; r < n.N; r += kRows) {
       float total[kRows] = {};
@@ -177,15 +160,15 @@ static void canvas_attend(const DenoiserNet& n, const DenoiserLayer& layer, cons
     const float* q = s + at.big + size_t(t) * size_t(at.wide);
     float* h = s + at.h + size_t(t) * size_t(ldh);
     for (int head = 0; head < heads; ++head, q += kCanvasKey, h += each) {
-      for (int j = 0; j < c.embeddings; ++j) {
+      for (int j = 0; j < c.attention.N; ++j) {
         const float* key = keys + (size_t(j) * size_t(heads) + size_t(head)) * kCanvasKey;
         float dot = 0;
         for (int i = 0; i < kCanvasKey; ++i) dot += q[i] * key[i];
         score[j] = dot * 0.25f + c.bias[j];
       }
-      const float by = softmax_row(score, c.embeddings, 1.0f);
+      const float by = softmax_row(score, c.attention.N, 1.0f);
       for (int i = 0; i < each; ++i) h[i] = 0;
-      for (int j = 0; j < c.embeddings; ++j) {
+      for (int j = 0; j < c.attention.N; ++j) {
         const float* paint = c.paintings +
                              (size_t(j) * size_t(n.N) + size_t(t)) * size_t(n.canvas_width) +
                              size_t(head) * size_t(each);
@@ -198,19 +181,15 @@ static void canvas_attend(const DenoiserNet& n, const DenoiserLayer& layer, cons
 }
 
 // x += the neighbour attention that is packed for this layer.
-static void cross_attend(const DenoiserNet& n, const DenoiserCondition& c, float* packed,
-                         const float* scale, const float* shift, const DenoiserScratch& at,
+static void cross_attend(const DenoiserCondition& c, const float* packed, const float* scale,
+                         const float* shift, const DenoiserNet& n, const DenoiserScratch& at,
                          float* s, float* scratch) {
-  AttentionShape shape = normed(n.D);
-  shape.N = c.embeddings;
-  shape.H = n.cross_heads;
+  AttentionShape shape = c.attention;
   shape.row_x = shape.row_y = at.Dp;
-  const Layout<float> where(shape);
-  memcpy(packed + where.scale, scale, size_t(n.D) * sizeof(float));
-  memcpy(packed + where.shift, shift, size_t(n.D) * sizeof(float));
   for (int r = 0; r < n.N; r += kRows) {
     float* x = s + at.x + size_t(r) * size_t(at.Dp);
-    attend_of<float>(shape, packed, x, x, n.N - r < kRows ? n.N - r : kRows, scratch);
+    const int rows = n.N - r < kRows ? n.N - r : kRows;
+    attend_of<float>(shape, packed, scale, shift, x, x, rows, scratch);
   }
 }
 
@@ -243,7 +222,7 @@ static void denoise(const DenoiserNet& n, const DenoiserCondition& c, const int6
     normalise_rows(n, at, m + n.D, m, s);
     dense_to<Into::kSet>(layer.qkv, s + at.z, at.Dp, n.N, s + at.big, at.wide);
     self_attend(n, layer, at, s);
-    if (c.on) cross_attend(n, c, c.packed[l], m + 3 * n.D, m + 2 * n.D, at, s, scratch);
+    if (c.on) cross_attend(c, c.packed[l], m + 3 * n.D, m + 2 * n.D, n, at, s, scratch);
     normalise_rows(n, at, m + 5 * n.D, m + 4 * n.D, s);
     dense_to<Into::kSquaredRelu>(layer.mlp_in, s + at.z, at.Dp, n.N, s + at.big, at.wide);
     dense_to<Into::kAdd>(layer.mlp_out, s + at.big, at.wide, n.N, s + at.x, at.Dp);

@@ -6,8 +6,6 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "denoiser.h"
-
 namespace knnfast {
 
 enum OpDType { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
@@ -46,6 +44,48 @@ struct AttentionShape {
 
 struct HeadShape {
   int D, K, dtype;  // of the features, weights and bias
+};
+
+constexpr int kCanvasKey = 16;  // numbers in a canvas head's query and key
+
+// A linear layer: w^T [in, out] in panels, and its bias; zeros fill the last vector.
+struct Dense {
+  int in = 0, out = 0;
+  const float *panels = nullptr, *bias = nullptr;
+};
+
+struct DenoiserLayer {
+  Dense qkv, out, mlp_in, mlp_out;
+  bool canvas = false;
+  Dense canvas_q, canvas_out;
+};
+
+struct DenoiserSizes {
+  int N, D, depth, heads, mlp;  // tokens, width, layers, heads of self-attention, hidden width
+  int cross_heads;              // of the neighbour attention
+  int codes, narrow;            // K, and the width of a code's embedding
+  int patch, columns;           // side of a patch, columns of the grid of codes
+  int W;                        // of a row of features
+  int canvas_width, canvas_heads;
+  bool source;
+};
+
+struct DenoiserNet : DenoiserSizes {
+  const float *code_embedding, *position, *norm_weight, *norm_bias;
+  const float *gate_weight, *gate_bias;  // of an editor
+  const float *ones, *zeros;             // [D]
+  Dense patch_in, patch_out;
+  const DenoiserLayer* layers;
+};
+
+// One image's condition; where it is not `on` there is none, and only the source is read.
+struct DenoiserCondition {
+  bool on = false;
+  AttentionShape attention{};                 // of the neighbour attention; N embeddings
+  const float* const* packed = nullptr;       // [depth], what OpsKernels::pack made
+  const float* const* canvas_keys = nullptr;  // [depth], null without a canvas, else [N, heads, 16]
+  const float *paintings = nullptr, *bias = nullptr;
+  const float *source_tokens = nullptr, *source_copies = nullptr;
 };
 
 struct OpsKernels {

@@ -22,37 +22,45 @@ namespace knnfast {
 namespace {
 
 // Linux likes to wake a thread on the core of the one that wakes it, and lets it stand there behind
-// its caller for milliseconds while another core is idle. So workers are kept off the core that the
-// caller is on: on two cores a search that follows a pause of 10 ms takes a quarter less.
+// its caller for milliseconds while another core is idle. So for its waking a worker is kept off
+// the core that the caller is on: on two cores a search that follows a pause of 10 ms takes a
+// quarter less. Awake, it may run wherever it might before.
 class Steering {
 #ifdef __linux__
  public:
-  Steering() { known_ = pthread_getaffinity_np(pthread_self(), sizeof allowed_, &allowed_) == 0; }
-
-  void keep_off_this_core(std::vector<std::thread>& workers) {
+  void keep_off_this_core(std::thread& worker) {
     const int core = sched_getcpu();
-    if (!known_ || core < 0 || core >= CPU_SETSIZE || core == avoided_) return;
-    avoided_ = core;
-    cpu_set_t others = allowed_;
-    CPU_CLR(core, &others);
-    if (CPU_COUNT(&others) == 0) others = allowed_;
-    for (std::thread& t : workers)
-      pthread_setaffinity_np(t.native_handle(), sizeof others, &others);
+    if (core < 0 || core >= CPU_SETSIZE) return;
+    awake(worker.native_handle());  // it slept through its last call
+    if (pthread_getaffinity_np(worker.native_handle(), sizeof allowed_, &allowed_) != 0) return;
+    others_ = allowed_;
+    CPU_CLR(core, &others_);
+    if (!CPU_ISSET(core, &allowed_) || CPU_COUNT(&others_) == 0) return;
+    narrowed_ = pthread_setaffinity_np(worker.native_handle(), sizeof others_, &others_) == 0;
+  }
+
+  // Gives back what was taken, unless somebody has set another mask since.
+  void awake(pthread_t worker) {
+    cpu_set_t now;
+    if (narrowed_ && pthread_getaffinity_np(worker, sizeof now, &now) == 0 &&
+        CPU_EQUAL(&now, &others_))
+      pthread_setaffinity_np(worker, sizeof allowed_, &allowed_);
+    narrowed_ = false;
   }
 
  private:
-  cpu_set_t allowed_;  // of the thread that made the workers
-  bool known_ = false;
-  int avoided_ = -1;
+  cpu_set_t allowed_{}, others_{};
+  bool narrowed_ = false;
 #else
  public:
-  void keep_off_this_core(std::vector<std::thread>&) {}
+  void keep_off_this_core(std::thread&) {}
+  void awake(pthread_t) {}
 #endif
 };
 
 class Pool {
  public:
-  explicit Pool(int workers) {
+  explicit Pool(int workers) : steering_(size_t(workers)) {
     for (int i = 0; i < workers; ++i) threads_.emplace_back([this, i] { serve(i + 1); });
   }
 
@@ -73,8 +81,10 @@ class Pool {
       next_.store(0);
       error_ = nullptr;
       ++round_;
+      // Among many cores an idle one is found, and steering every worker would take long.
+      for (size_t i = 0; i < threads_.size() && threads_.size() <= kSteered; ++i)
+        steering_[i].keep_off_this_core(threads_[i]);
     }
-    steering_.keep_off_this_core(threads_);
     wake_.notify_all();
     drain(work, 0);
     std::unique_lock<std::mutex> lock(mutex_);
@@ -104,6 +114,7 @@ class Pool {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return stop_ || (work_ && round_ != seen); });
         if (stop_) return;
+        steering_[size_t(thread - 1)].awake(pthread_self());
         seen = round_;
         work = work_;
         ++active_;
@@ -114,8 +125,9 @@ class Pool {
     }
   }
 
+  static constexpr size_t kSteered = 8;
   std::vector<std::thread> threads_;
-  Steering steering_;
+  std::vector<Steering> steering_;  // each worker's, under the mutex
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   const TaskRef* work_ = nullptr;
@@ -150,7 +162,8 @@ class Line {
     last_ = &self;
     self.wake.wait(lock, [&] { return self.called; });
     lock.unlock();
-    // Whoever called has an answer to carry away, often on this very core: that goes first.
+    // The turn is ours. Whoever called has an answer to carry away, often on this very core: that
+    // goes first.
     std::this_thread::yield();
   }
 

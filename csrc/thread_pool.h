@@ -23,9 +23,9 @@ class TaskRef {
   void (*call_)(void*, int, int64_t);
 };
 
-// While it lives, no other search that waits for its turn runs: they queue, first come, first
-// served. Long searches that share all cores one after another end sooner, and in a narrower range
-// of times, than the same searches side by side on a core each.
+// While it lives, nothing else that waits for its turn runs (searches, steps of sampling): they
+// queue, first come, first served. Long work that shares all cores one after another ends sooner,
+// and in a narrower range of times, than the same work side by side on a core each.
 class Turn {
  public:
   explicit Turn(bool wait);

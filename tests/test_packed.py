@@ -92,9 +92,11 @@ def test_bits_do_not_depend_on_batch_or_threads(name):
     before = _C.num_threads(), torch.get_num_threads()
     try:
         _C.set_num_threads(1)
+        torch.set_num_threads(1)
         want = features(denoiser, cond, mask, codes, source)
         for threads in (2, 3):
             _C.set_num_threads(threads)
+            torch.set_num_threads(threads)
             assert torch.equal(features(denoiser, cond, mask, codes, source), want)
         for i in range(5):
             one = slice(i, i + 1)
@@ -152,25 +154,74 @@ def test_the_sampler_draws_the_same_codes_without_it(name, monkeypatch):
     assert (codes != plain).float().mean() <= 2e-3  # a near tie may fall the other way
 
 
+class Halved(Denoiser):
+    def features(self, *args, **options):
+        return super().features(*args, **options) / 2
+
+
+class Named(Denoiser):
+    name = "the same network"
+
+
 def test_where_it_serves():
-    denoiser = made(TINY)
     cond = condition(TINY, 1)[0]
-    assert PackedDenoiser.serves(denoiser, cond)
-    assert not PackedDenoiser.serves(denoiser, cond.double())
-    assert not PackedDenoiser.serves(denoiser.double(), cond.double())
+    assert PackedDenoiser.serves(made(TINY), cond)
+    assert PackedDenoiser.serves(Named(TINY), cond)
+    assert not PackedDenoiser.serves(made(TINY), cond.double())
+    assert not PackedDenoiser.serves(made(TINY).double(), cond.double())
     assert not PackedDenoiser.serves(torch.nn.Linear(1, 1), cond)
+    assert not PackedDenoiser.serves(Halved(TINY), cond)
+    partly, hooked, wrapped = made(TINY), made(TINY), made(TINY)
+    partly.patch_in.bfloat16()
+    hooked.layers[0].mlp_in.register_forward_hook(lambda *_: None)
+    wrapped.layers[1].mlp_out = torch.nn.Sequential(wrapped.layers[1].mlp_out)
+    for other in (partly, hooked, wrapped):
+        assert not PackedDenoiser.serves(other, cond)
     with torch.autocast("cpu", torch.bfloat16):
         assert not PackedDenoiser.serves(made(TINY), cond)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(dtype):
+    denoiser = made(TINY)
+    inputs = condition(TINY, 2)
+    want = features(denoiser, *inputs)
+    try:
+        torch.set_default_dtype(dtype)
+        got = features(denoiser, *inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, want)
+
+
+def test_nan_is_not_hidden():
+    denoiser = made(TINY)
+    cond, mask, _, _ = condition(TINY, 2)
+    denoiser.layers[0].mlp_in.bias[3] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        sample(denoiser, denoiser.schedule, cond, mask, steps=3)
+
+
 def test_rejects():
     denoiser = made(TINY)
-    cond, mask, codes, _ = condition(TINY, 1)
+    cond, mask, codes, _ = condition(TINY, 2)
     packed = PackedDenoiser(denoiser, LEVELS)
-    images = [packed.prepare(cond, mask, None)]
+    images = [packed.prepare(cond[:1], mask[:1], None)] * 2
     for bad in (-1, TINY.num_codes + 1):
         with pytest.raises(ValueError, match=r"codes must be in \[0, 11\]"):
             packed.features(torch.full_like(codes, bad), 7, images, True)
+    with pytest.raises(TypeError, match="x: dtype must be one of int64"):
+        packed.features(codes.int(), 7, images, True)
+    for shape in ((1, TINY.length), (2, TINY.length - 1), (3, TINY.length)):
+        start = torch.zeros(shape, dtype=torch.int64)
+        with pytest.raises(ValueError, match=r"x: shape must be \[2, 16\]"):
+            packed.features(start, 7, images, True)
+        with pytest.raises(ValueError, match=r"start: shape must be \[2, 16\]"):
+            Sampler(denoiser, denoiser.schedule, 3)(cond, mask, start=start)
+    with pytest.raises(ValueError, match=r"cond: shape must be \[1, \*, 12\]"):
+        packed.prepare(cond, mask, None)
+    with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
+        replace(TINY, depth=0, canvas_layers=())
 
 
 def test_no_image():

@@ -62,6 +62,9 @@ class DenoiserConfig:
     source: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("width", "depth", "mlp_width", "canvas_width", "canvas_heads", "code_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("heads", "cross_heads"):
             if self.width % getattr(self, name):
                 raise ValueError(f"width {self.width} is not a multiple of {name}")

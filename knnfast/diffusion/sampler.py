@@ -13,6 +13,7 @@ from knnfast._phases import phase
 from knnfast.diffusion.packed import PackedDenoiser
 from knnfast.diffusion.schedule import Schedule
 from knnfast.ops import sample_head, sample_prior, transition_weights
+from knnfast.ops._checks import check_dtype, check_shape
 
 if TYPE_CHECKING:
     from knnfast.diffusion.denoiser import Condition, Denoiser
@@ -98,9 +99,16 @@ class Sampler:
 
         Returns:
             Codes, [B, L] int64.
+
+        Raises:
+            ValueError: a start or source of another shape. TypeError: not int64.
         """
         head, batch = self.denoiser.head, len(cond)
         k, shape = self.schedule.num_codes, (batch, self.denoiser.config.length)
+        for name, codes in (("start", start), ("source", source)):
+            if codes is not None:
+                check_dtype(name, codes, (torch.int64,))
+                check_shape(name, codes, shape)
         x = start
         if x is None:
             x = sample_prior(
@@ -132,7 +140,7 @@ class Sampler:
     def _network(
         self, cond: Tensor, mask: Tensor, source: Tensor | None
     ) -> Callable[[Tensor, int], Tensor]:
-        """(codes [B, L], t) -> what the head reads, [1 or 2, B, L, D], the null's last.
+        """(codes [B, L], t) -> what the head reads, [1 or 2, B, L, W], the null's last.
 
         On the CPU every image has the network to itself: a matrix product rounds by its shape, and
         an image must not depend on its batch. A GPU needs the whole batch to be busy.
@@ -161,7 +169,7 @@ class Sampler:
         return self.denoiser.prepare(cond, mask, fold=fold, source=source)
 
     def _features(self, x: Tensor, t: int, condition: Condition) -> Tensor:
-        """What the head reads, [1 or 2, B, L, D]: with the condition, and without when guided."""
+        """What the head reads, [1 or 2, B, L, W]: with the condition, and without when guided."""
         codes = torch.cat([x, x]) if self.guided else x
         level = torch.full((len(codes),), t, dtype=torch.int64, device=x.device)
         rows = self.denoiser.features(codes, level, condition)
