@@ -8,7 +8,9 @@ does, the clients serve as its threads, and a query's latency counts from its ar
 left out when the server is late). Servers: `Index.search` (searches take turns and share all cores:
 one server), the same and FAISS with one thread a search (a server per core), and `knnfast.Batcher`.
 Beside each open-loop row stands what an M/D/c queue predicts: c servers, first come first served,
-every service as long as the median measured with c clients. `stolen_share` is the part of the
+every service as long as the median measured with c clients back to back (`queue`), and as the
+median after pauses like those between the arrivals (`paced_queue`): then the rows have left the
+caches that they hardly fit into, and cores have gone to sleep. `stolen_share` is the part of the
 cores' time that the host of a virtual machine gave to others meanwhile: no queue knows of it.
 """
 
@@ -127,6 +129,18 @@ def queue(arrivals: np.ndarray, service: float, servers: int) -> np.ndarray:
     return latencies
 
 
+def paced(search: Search, queries: np.ndarray, rate: float, count: int = 300) -> float:
+    """Median seconds of a search by one client that pauses before each as arrivals do."""
+    rng = np.random.default_rng(3)
+    taken = []
+    for i, pause in enumerate(rng.exponential(1 / rate, count)):
+        time.sleep(pause)
+        begin = time.perf_counter()
+        search(queries[i % len(queries)])
+        taken.append(time.perf_counter() - begin)
+    return float(np.median(taken))
+
+
 def predicted(rate: float, service: float, servers: int) -> dict[str, Any]:
     """Percentiles of the queue over 200,000 arrivals."""
     arrivals = poisson(rate, 200_000 / rate, seed=1)
@@ -176,6 +190,8 @@ def measure(
         if servers is not None:
             row["queue"] = predicted(rate, rows[servers]["p50_ms"] / 1e3, servers)
             row["p99_over_queue"] = row["p99_ms"] / row["queue"]["p99_ms"]
+            row["paced_queue"] = predicted(rate, paced(search, queries, rate), servers)
+            row["p99_over_paced_queue"] = row["p99_ms"] / row["paced_queue"]["p99_ms"]
         yield row
 
 
