@@ -202,7 +202,7 @@ def load_section(result: dict[str, Any], picture: str) -> str:
                    "with the service after pauses"], rows),
             "`stolen`: the part of the cores' time that this virtual machine's host gave to others "
             "meanwhile; no queue knows of it. The service time of the prediction is measured back "
-            "to back; after pauses like those between arrivals a search takes longer (last column).",
+            "to back; after pauses like those between arrivals a search takes longer.",
             f"![p99 against offered load]({picture})",
         ]
     )  # fmt: skip
