@@ -123,7 +123,8 @@ def edit(
         steps: denoising steps, 1 ... T; fewer where the strength leaves fewer levels.
         guidance: how much the text counts, >= 0; 1 is the model's plain prediction.
         truncation: keep the most probable classes up to this mass, in (0, 1].
-        seed: 0 ... 2^64 - 1; same seed, same edits on one machine; None draws one.
+        seed: 0 ... 2^64 - 1; same seed, same edits on one machine with one number of
+            threads; None draws one.
         database: what is searched, as in a call.
         groups: search only these groups.
         where: search only the items for which this is true.

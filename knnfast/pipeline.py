@@ -229,7 +229,8 @@ class KNNDiffusion:
                 (discrete).
             solver: "dpm" or "ddim" (continuous); None: "dpm".
             num_images: samples per query, >= 1.
-            seed: 0 ... 2^64 - 1, same seed, same images on one machine; None draws one.
+            seed: 0 ... 2^64 - 1, same seed, same images on one machine with one
+                number of threads; None draws one.
             database: which one to search: a name, a folder or a `Database`; a mix as {database:
                 weight}, each giving its share of the k neighbours; None: the default.
             groups: search only these groups of the database.

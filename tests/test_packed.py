@@ -171,11 +171,12 @@ def test_where_it_serves():
     assert not PackedDenoiser.serves(made(TINY).double(), cond.double())
     assert not PackedDenoiser.serves(torch.nn.Linear(1, 1), cond)
     assert not PackedDenoiser.serves(Halved(TINY), cond)
-    partly, hooked, wrapped = made(TINY), made(TINY), made(TINY)
+    partly, hooked, wrapped, patched = made(TINY), made(TINY), made(TINY), made(TINY)
+    patched.features = lambda *args: torch.zeros(1)
     partly.patch_in.bfloat16()
     hooked.layers[0].mlp_in.register_forward_hook(lambda *_: None)
     wrapped.layers[1].mlp_out = torch.nn.Sequential(wrapped.layers[1].mlp_out)
-    for other in (partly, hooked, wrapped):
+    for other in (partly, hooked, wrapped, patched):
         assert not PackedDenoiser.serves(other, cond)
     with torch.autocast("cpu", torch.bfloat16):
         assert not PackedDenoiser.serves(made(TINY), cond)

@@ -23,7 +23,7 @@ class Independent(torch.nn.Module):
     def __init__(self, p: torch.Tensor, schedule: Schedule) -> None:
         super().__init__()
         self.p, self.schedule = p, schedule
-        self.config = DenoiserConfig(num_codes=K, grid=(40, 40), code_width=K)
+        self.config = DenoiserConfig(num_codes=K, grid=(40, 40), code_width=K, embed_dim=3)
         self.head = torch.nn.Linear(K, K)
         self.head.weight.data.copy_(torch.eye(K))
         self.head.bias.data.zero_()
@@ -195,3 +195,29 @@ def test_rejects(tiny: Denoiser) -> None:
         sample(tiny, tiny.schedule, cond, mask, temperature=0.0)
     with pytest.raises(ValueError, match="num_codes"):
         sample(tiny, Schedule("mask", 10, 12), cond, mask)
+    with pytest.raises(ValueError, match="guidance must be finite, got nan"):
+        sample(tiny, tiny.schedule, cond, mask, guidance=float("nan"), steps=3)
+    with pytest.raises(TypeError, match="cond: dtype must be one of float32"):
+        sample(tiny, tiny.schedule, cond.double(), mask, steps=3)
+    with pytest.raises(TypeError, match="cond_mask: dtype must be one of bool"):
+        sample(tiny, tiny.schedule, cond, mask.float(), steps=3)
+    with pytest.raises(ValueError, match=r"cond: shape must be \[\*, \*, 12\], got \[2, 4, 7\]"):
+        sample(tiny, tiny.schedule, cond[..., :7], mask, steps=3)
+    for wrong in (mask[:1], torch.cat([mask, mask])):
+        with pytest.raises(ValueError, match=r"cond_mask: shape must be \[2, 4\]"):
+            sample(tiny, tiny.schedule, cond, wrong, steps=3)
+    with pytest.raises(ValueError, match=r"image_indices: shape must be \[2\]"):
+        sample(tiny, tiny.schedule, cond, mask, image_indices=torch.arange(3), steps=3)
+    for code in (-1, 12):
+        start = torch.full((2, 16), code)
+        with pytest.raises(ValueError, match=r"start: codes must be in \[0, 11\]"):
+            sample(tiny, tiny.schedule, cond, mask, steps=3, start=(start, 10))
+
+
+def test_other_types(tiny: Denoiser) -> None:
+    cond, mask = condition(3)
+    with pytest.raises(TypeError, match="denoiser: dtype must be one of float32, float16, bfloat"):
+        sample(copy.deepcopy(tiny).double(), tiny.schedule, cond.double(), mask, steps=3)
+    codes = sample(tiny.bfloat16(), tiny.schedule, cond.bfloat16(), mask, steps=3)
+    assert codes.shape == (3, 16)
+    assert 0 <= codes.min() <= codes.max() < 11

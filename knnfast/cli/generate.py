@@ -175,7 +175,7 @@ def edit(
             f"{100 * each.changed:.0f} % of the codes changed"
         )
     click.echo(sheet)
-    if max(each.score for each in result.edits) <= result.score:
+    if max(each.score for each in result.edits) <= result.score + 1e-6:  # rounding of a score
         click.echo(
             "No candidate moved towards the text: try another --seed, a higher --strength or more "
             "candidates (-n).",

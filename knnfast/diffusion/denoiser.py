@@ -308,7 +308,7 @@ class Denoiser(Backbone):
         steps = torch.arange(half, device=t.device, dtype=torch.float32)
         angle = t.float()[:, None] * torch.exp(steps * (-math.log(1e4) / half))[None]
         wave = torch.cat([angle.cos(), angle.sin()], dim=1)
-        h = self.time_out(F.silu(self.time_in(wave)))
+        h = self.time_out(F.silu(self.time_in(wave.to(self.time_in.weight.dtype))))
         return h.view(len(t), 6, self.config.width)
 
     def read_condition(self, cond: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class PackedDenoiser:
         )  # fmt: skip
         return (
             all(
-                getattr(type(denoiser), name) is getattr(plain, name)
+                getattr(type(denoiser), name) is getattr(plain, name) and name not in vars(denoiser)
                 for name in ("forward", "features", "tokens", "_patches", "time_modulation")
             )
             and all(type(m) in known for m in denoiser.modules())

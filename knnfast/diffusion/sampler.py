@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from knnfast._phases import phase
 from knnfast.diffusion.packed import PackedDenoiser
 from knnfast.diffusion.schedule import Schedule
 from knnfast.ops import sample_head, sample_prior, transition_weights
-from knnfast.ops._checks import check_dtype, check_shape
+from knnfast.ops._checks import LOGIT_TYPES, check_dtype, check_shape
 
 if TYPE_CHECKING:
     from knnfast.diffusion.denoiser import Condition, Denoiser
@@ -36,7 +37,8 @@ class Sampler:
         top: the level to begin at; None: T.
 
     Raises:
-        ValueError: a bad list of steps, truncation or temperature, or another number of codes.
+        ValueError: a bad list of steps, guidance, truncation or temperature, or another number of
+            codes. TypeError: weights of a type that the ops do not take.
     """
 
     def __init__(
@@ -52,6 +54,8 @@ class Sampler:
     ) -> None:
         if not 0.0 < truncation <= 1.0:
             raise ValueError(f"truncation must be in (0, 1], got {truncation}")
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance must be finite, got {guidance}")
         if not temperature > 0.0:
             raise ValueError(f"temperature must be > 0, got {temperature}")
         if schedule.num_codes != denoiser.config.num_codes:
@@ -59,6 +63,7 @@ class Sampler:
                 f"the schedule's num_codes {schedule.num_codes} is not the denoiser's "
                 f"{denoiser.config.num_codes}"
             )
+        check_dtype("denoiser", denoiser.head.weight, LOGIT_TYPES)
         self.denoiser, self.schedule, self.guided = denoiser, schedule, guidance != 1.0
         self.levels = schedule.levels(steps if isinstance(steps, int) else list(steps), top)
         self.rule: dict[str, Any] = {
@@ -101,14 +106,24 @@ class Sampler:
             Codes, [B, L] int64.
 
         Raises:
-            ValueError: a start or source of another shape. TypeError: not int64.
+            ValueError: the shape of a tensor, or a code outside [0, K]. TypeError: its type.
         """
         head, batch = self.denoiser.head, len(cond)
         k, shape = self.schedule.num_codes, (batch, self.denoiser.config.length)
+        check_shape("cond", cond, (None, None, self.denoiser.config.embed_dim))
+        check_dtype("cond", cond, (head.weight.dtype,))
+        check_dtype("cond_mask", cond_mask, (torch.bool,))
+        check_shape("cond_mask", cond_mask, cond.shape[:2])
+        if image_indices is not None:
+            check_shape("image_indices", image_indices, (batch,))
         for name, codes in (("start", start), ("source", source)):
-            if codes is not None:
-                check_dtype(name, codes, (torch.int64,))
-                check_shape(name, codes, shape)
+            if codes is None:
+                continue
+            check_dtype(name, codes, (torch.int64,))
+            check_shape(name, codes, shape)
+            on_host = codes.device.type == "cpu"  # elsewhere looking would synchronise
+            if on_host and codes.numel() and not 0 <= codes.min() <= codes.max() <= k:
+                raise ValueError(f"{name}: codes must be in [0, {k}], the mask is {k}")
         x = start
         if x is None:
             x = sample_prior(
