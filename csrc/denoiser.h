@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The denoiser packed for the CPU: its weights once, a condition once an image, then a whole
-// batch's features a step, a thread for each sequence. What bindings.cpp calls, and the plain
-// structures that the kernel of denoiser_rows.h reads.
+// batch's features a step, a thread for each sequence. The kernel is in denoiser_rows.h.
 #pragma once
 
 #include <cstdint>

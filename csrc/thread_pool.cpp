@@ -23,8 +23,7 @@ namespace {
 
 // Linux likes to wake a thread on the core of the one that wakes it, and lets it stand there behind
 // its caller for milliseconds while another core is idle. So for its waking a worker is kept off
-// the core that the caller is on: on two cores a search that follows a pause of 10 ms takes a
-// quarter less. Awake, it may run wherever it might before.
+// the core that the caller is on. Awake, it may run wherever it might before.
 class Steering {
 #ifdef __linux__
  public:
