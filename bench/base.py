@@ -51,10 +51,15 @@ class IncomparableError(Exception):
     """The base cannot run the case: it lacks the op, or takes it in another form."""
 
 
+# What tells that. Anything else (a crash, no memory) is a failure.
+FOREIGN = (ImportError, AttributeError, LookupError, TypeError, ValueError, NotImplementedError)
+
+
 class Base:
     """The process of a built tree; goes from case to case with its caller.
 
-    Its methods raise IncomparableError with the base's own error. `clock` is "wall" or "cpu".
+    Its methods raise IncomparableError where the base has no such op, and RuntimeError when it
+    fails, with its own error. `clock` is "wall" or "cpu".
     """
 
     def __init__(
@@ -84,7 +89,8 @@ class Base:
             raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()}")
         answer = json.loads(line)
         if "error" in answer:
-            raise IncomparableError(f"{self.name}: {answer['error']}")
+            kind = IncomparableError if answer["foreign"] else RuntimeError
+            raise kind(f"{self.name}: {answer['error']}")
         return answer["value"]
 
     def open(self, op: str, shape: str) -> None:
@@ -142,7 +148,8 @@ def serve(device: str, threads: int, clock: str) -> None:
                 value = local.turn(request["seconds"])
             answer = {"value": value}
         except Exception as error:  # whatever it is, the caller hears it
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            text = f"{type(error).__name__}: {error}"
+            answer = {"error": text, "foreign": isinstance(error, FOREIGN)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

@@ -36,7 +36,7 @@ class Case:
         dtype: of the op's main input.
         ours: calls by backend; the first is the one that is compared with the peers.
         judge: compares a result with the reference and returns `error` or `exact` and what else
-            there is to say; `ok` says whether ours may be like that.
+            there is to say; `ok` says whether it is the reference's, as ours has to be.
         peers: given their names (None: all) yields (name, Rival), or (name, why there is none).
         bytes, flops: what any implementation has to move and to compute in one call.
         per: steps in one call; all times are given for one step.

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shapes import SHAPES
+
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
-OPS = ("topk", "neighbour_attention", "fold_neighbours", "transition_step", "sample_head",
-       "transition_loss", "sample", "end_to_end")  # fmt: skip
 LOG_LIMIT = 256 << 10  # bytes kept of a stage's output: its end
 
 
@@ -119,11 +119,12 @@ def stages(train: bool, scale: float) -> list[Stage]:
         Stage("tests", pytest("-m", "gpu"), 900, (no_gpu,)),
         Stage("tests-index", pytest("tests/test_cuda_index.py", "tests/test_cuda_build.py"), 600,
               (no_gpu,)),
-        Stage("sanitizer", ["sh", "tests/cuda_sanitize.sh"], 900, (no_gpu, no_sanitizer)),
+        Stage("sanitizer", ["sh", "tests/cuda_sanitize.sh"], 900, (no_gpu, no_sanitizer),
+              {"PYTHON": PYTHON}),
         *(
             Stage(f"bench-{op}", [PYTHON, "bench/run.py", "--op", op, "--device", "cuda",
                                   "--json", f"{{out}}/{op}.json"], 600, (no_gpu,))
-            for op in OPS
+            for op in SHAPES
         ),
         Stage("bench-faiss-reference",
               [PYTHON, "-c", "from knnfast.cli import main; main()", "bench", "--device", "cuda",

@@ -3,9 +3,11 @@
 Machines differ and are noisy, so no time is compared with a stored time. The base is built beside
 this commit and runs in its own process; the two take turns (knnfast.benchmark.timing), and the
 figure is the median over the turns of ours / base, in CPU time with one thread: other work on the
-machine hardly changes it (and it does not see threads that wait for each other). What a process
-happened to get (pages, layout) biases all of its turns, so above the threshold both sides are made
-anew and measured again: the gate gives the alarm when every one of ATTEMPTS measurements is above.
+machine hardly changes it (and it does not see threads that wait for each other). Both stay on one
+core, for a core whose neighbour works is slower. What a process happened to get (pages, layout)
+biases all of its turns, so unless the first measurement is well below the threshold both sides are
+made anew and measured again, until most of at most MEASUREMENTS are on one side of it: their median
+is above, and that is the alarm, or it is not.
 
     python bench/regression.py --runs 20 --json bench/results/NAME.json
 
@@ -17,7 +19,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +40,7 @@ OPS = ("topk", "neighbour_attention", "transition_step", "sample_head", "transit
        "sample", "end_to_end")  # fmt: skip
 THRESHOLD = 1.10
 SLOWDOWN = 1.20
-ATTEMPTS = 3
+MEASUREMENTS = 7
 CLOCK = CLOCKS["cpu"]
 
 
@@ -59,7 +63,9 @@ def slowed(call: Callable[[], Any], factor: float) -> Callable[[], Any]:
 
 
 def start(tree: Path) -> Base:
-    """A process of the base, counted as ours is."""
+    """A process of the base, counted as ours is; both stay on one core from now on."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     return Base(tree, threads=1, clock="cpu")
 
 
@@ -76,23 +82,35 @@ def measure(op: str, base: Base, slow: bool = False) -> tuple[float, Callable[[]
         raise AssertionError(f"{op}: wrong before it is timed: {verdict}")
     if slow:
         call = slowed(call, SLOWDOWN)
-    timings = interleave(
-        {"ours": Local(call, clock=CLOCK), "base": base.contender(name)}, seconds=0.03
-    )
+    contenders = {"ours": Local(call, clock=CLOCK), "base": base.contender(name)}
+    timings = interleave(contenders, seconds=0.02, turns=35, least=9, budget=4.0)
     return ratio(timings["ours"], timings["base"]), call
+
+
+def undecided(ratios: list[float], threshold: float) -> bool:
+    """Whether another measurement could change the answer, and there is reason to take it."""
+    if len(ratios) == 1 and ratios[0] <= 1 + (threshold - 1) / 4:
+        return False
+    above = sum(value > threshold for value in ratios)
+    return max(above, len(ratios) - above) <= MEASUREMENTS // 2
+
+
+def slower(ratios: list[float], threshold: float) -> bool:
+    """The alarm: most measurements are above the threshold."""
+    return statistics.median(ratios) > threshold
 
 
 def gate(
     op: str, base: Base, fresh: Callable[[], Base], threshold: float, slow: bool = False
 ) -> tuple[list[float], Callable[[], Any]]:
-    """Ratios of all the measurements that were needed: an alarm when the last is above, too.
+    """Ratios of all the measurements that were needed: an alarm when `slower` says so.
 
     Args:
         fresh: makes a new process of the base for each further measurement.
     """
     value, call = measure(op, base, slow)
     ratios = [value]
-    while ratios[-1] > threshold and len(ratios) < ATTEMPTS:
+    while undecided(ratios, threshold):
         with fresh() as other:
             value, call = measure(op, other, slow)
         ratios.append(value)
@@ -111,7 +129,7 @@ def main() -> None:
     tree = build("HEAD")
     report: dict[str, Any] = {
         "kind": "gate", "machine": machine(), "threshold": args.threshold, "slowdown": SLOWDOWN,
-        "attempts": ATTEMPTS,
+        "measurements": MEASUREMENTS,
         "command": shlex.join(["python", "bench/regression.py", *sys.argv[1:]]),
         "unchanged": [], "slowed": [],
     }  # fmt: skip
@@ -127,7 +145,7 @@ def main() -> None:
                     op: gate(op, base, lambda: start(tree), args.threshold, name == "slowed")[0]
                     for op in OPS
                 }
-            report[name].append(tidy({op: values[-1] for op, values in ratios.items()}))
+            report[name].append({op: tidy(values) for op, values in ratios.items()})
             print(name, json.dumps(tidy(ratios)), flush=True)
             if args.json:
                 _files.write_json(args.json, report)

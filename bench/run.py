@@ -6,8 +6,9 @@
 Order: the machine's ceilings (copy, read, matmul); then for each case: check against the
 reference, warm up, take turns with the peers, count the memory, free. A row holds op, shape, case,
 dtype, backend, p50/p90/p99, GB/s or TFLOP/s and its share of the measured ceiling, peak memory,
-exactness or error, and each peer with its time, its verdict and its ratio (above 1: ours is
-faster). Peers that can choose their number of threads get the better one. Rows we lose stay.
+exactness or error, and each peer with its time, its verdict, and its ratio to ours in the turns
+that the two took (above 1: ours is faster; `ours_p50_ms` is our time in them). Search peers get the
+better number of threads. Rows we lose stay.
 `--base REF` builds that commit beside this one and measures it in the same turns.
 """
 
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from base import Base, build
-from case import Case
+from case import Case, Rival
 from cases import OPS, cases
 from shapes import SHAPES
 
@@ -47,12 +48,31 @@ def tidy(value: Any) -> Any:
         return float(f"{value:.6g}")
     if isinstance(value, dict):
         return {name: tidy(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [tidy(v) for v in value]
     return value
 
 
 def scaled(timing: Timing, per: int) -> Timing:
     """Times of one step where a call makes `per` of them."""
     return Timing(timing.calls / per, timing.turns / per)
+
+
+def beside(case: Case, ours: Local, rival: Rival, args: argparse.Namespace) -> dict[str, Any]:
+    """A peer's part of the row: its times and verdict, and ours in the turns that the two took."""
+    verdict = case.judge((rival.result or rival.call)())
+    verdict |= {} if verdict.pop("ok") else {"answers": "differ"}
+    threads = best_threads(rival.set_threads, rival.call, args.threads)
+    local = Local(rival.call, case.cuda, ours.clock)
+    pair = interleave({"ours": ours, "theirs": local}, args.seconds, args.turns)
+    mine, theirs = scaled(pair["ours"], case.per), scaled(pair["theirs"], rival.per or case.per)
+    return (
+        theirs.row()
+        | {"ratio": ratio(theirs, mine), "ours_p50_ms": mine.percentile(50)}
+        | ({} if threads is None else {"threads": threads})
+        | {"peak_mib": peak_mib(rival.call, case.cuda)}
+        | verdict
+    )
 
 
 def measure(
@@ -69,14 +89,14 @@ def measure(
         verdicts[name] = case.judge(case.ours[name]())
         if not verdicts[name].pop("ok"):
             raise SystemExit(f"{case.op} {case.shape} {case.label} {name}: {verdicts[name]}")
-    turn = {"seconds": args.seconds, "turns": args.turns}
     clock = CLOCKS[args.clock]
     said = ", CPU time of one thread" if args.clock == "cpu" else ""
     contenders: dict[str, Any] = {name: Local(case.ours[name], case.cuda, clock) for name in names}
     if base is not None:
         contenders[base.name] = base.contender(names[0])
     timings = {
-        name: scaled(timing, case.per) for name, timing in interleave(contenders, **turn).items()
+        name: scaled(timing, case.per)
+        for name, timing in interleave(contenders, args.seconds, args.turns).items()
     }
     main = names[0]
     peers: dict[str, Any] = {}
@@ -89,24 +109,10 @@ def measure(
             if isinstance(rival, str):
                 peers[name] = {"skipped": rival}
                 continue
-            verdict = case.judge((rival.result or rival.call)())
-            verdict.pop("ok")
-            threads = best_threads(rival.set_threads, rival.call, args.threads)
-            pair = interleave(
-                {
-                    "ours": Local(case.ours[main], case.cuda, clock),
-                    "theirs": Local(rival.call, case.cuda, clock),
-                },
-                **turn,
-            )
-            theirs = scaled(pair["theirs"], rival.per or case.per)
-            peers[name] = (
-                theirs.row()
-                | {"ratio": ratio(theirs, scaled(pair["ours"], case.per))}
-                | ({} if threads is None else {"threads": threads})
-                | {"peak_mib": peak_mib(rival.call, case.cuda)}
-                | verdict
-            )
+            try:
+                peers[name] = beside(case, Local(case.ours[main], case.cuda, clock), rival, args)
+            except Exception as error:  # a peer that fails is a row of the table, not our end
+                peers[name] = {"skipped": f"{type(error).__name__}: {error}"}
             del rival  # before the next one is built: only one is in memory
     for name in names:
         timing = timings[name]

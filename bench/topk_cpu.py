@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from knnfast import _C
+from knnfast import _C, _files
 from knnfast.benchmark.machine import machine, stolen_seconds
 from knnfast.benchmark.topk import make_rows
 from knnfast.search import Index
@@ -365,11 +365,11 @@ def main() -> None:
     folder = Path(__file__).parent / "results"
     path = args.json or folder / f"topk-cpu-{about['isa']}-{about['date']}.json"
     path.parent.mkdir(exist_ok=True)
-    saved = json.loads(path.read_text()) if path.exists() else {}
+    saved = _files.read_json(path) if path.exists() else {}
     for name in args.part or list(PARTS):
         command = f"python bench/topk_cpu.py --part {name}"
         saved[name] = {"machine": about, "command": command} | PARTS[name]()
-        path.write_text(json.dumps(saved, indent=1) + "\n")
+        _files.write_json(path, saved)
     failed = [c["claim"] for part in saved.values() for c in part["claims"] if not c["holds"]]
     print(f"{path}: {len(failed)} claims fail", *failed, sep="\n  ")
 

@@ -50,4 +50,7 @@ def test_rows_we_lose_stay_and_stand_out(report):
               "command": "g", "rows": [row]}  # fmt: skip
     page = report.performance([result])
     assert page.count("**0.50x**") == 2
+    assert report.rival("other", {"p50_ms": 9.0, "ratio": 30.0, "ours_p50_ms": 0.3}, 1.0) == (
+        "other 9 (30.0x; ours took 0.3 then)"
+    )
     assert "Nothing on this page has run on a GPU" in page

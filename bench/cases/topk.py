@@ -67,6 +67,8 @@ def _case(
 
     def facts() -> dict[str, Any]:
         after = indexes["auto"].stats
+        if not after:  # a device counts nothing
+            return {}
         searched = max(1, after["queries"] - before["queries"])
         rescored = after["rows_rescored"] - before["rows_rescored"]
         return {"rescored_per_query": round(rescored / searched, 1)}

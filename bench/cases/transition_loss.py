@@ -55,7 +55,7 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
     end = 5e-4, T
 
     def log_space() -> Rival:
-        peer = LogSpace(schedule, K)
+        peer = LogSpace(schedule, K, device)
         return Rival(both(lambda: peer.loss(leaf, x_0, x_t, t, *end)))
 
     def closed(form: Callable[..., torch.Tensor]) -> Rival:
@@ -82,7 +82,7 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
 class LogSpace:
     """Posterior and loss in VQ-Diffusion's own formulation: one-hot, log space, [B, K + 1, L]."""
 
-    def __init__(self, schedule, K):
+    def __init__(self, schedule, K, device):
         self.K = K
         A, B, C = (torch.from_numpy(v.copy()) for v in (schedule.A, schedule.B, schedule.C))
         a, c = A[1:] / A[:-1], 1 - (1 - C[1:]) / (1 - C[:-1])
@@ -90,7 +90,7 @@ class LogSpace:
         pad = torch.zeros(1, dtype=torch.float64)
 
         def log(v):
-            return v.clamp_min(1e-30).log().float()
+            return v.clamp_min(1e-30).log().float().to(device)
 
         self.cumulative = [log(v) for v in (A, B, C)]
         self.one = [log(torch.cat([pad, v])) for v in (a, b, c)]
@@ -112,7 +112,8 @@ class LogSpace:
         q_t = torch.where(masked, self.cumulative[2][t][:, None, None], q_t)
         q_1 = self.forward(log_xt, t, self.one, self.not_c)[:, :-1]
         q_1 = torch.cat([torch.where(masked, self.one[2][t][:, None, None], q_1), zero], 1)
-        q_1 = torch.where(masked & (torch.arange(self.K + 1) == self.K)[None, :, None], 0.0, q_1)
+        is_mask = torch.arange(self.K + 1, device=x_t.device)[:, None] == self.K
+        q_1 = torch.where(masked & is_mask, 0.0, q_1)
         q = torch.cat([log_x0[:, :-1] - q_t, zero], 1)
         total = q.logsumexp(1, keepdim=True)
         back = self.forward(q - total, t - 1, self.cumulative, self.not_C)

@@ -23,7 +23,7 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
 
     def judge(tokens: Any) -> dict[str, Any]:
         if tokens is None:  # another stream of random numbers: tests compare its distribution
-            return {"ok": True}
+            return {"ok": False}
         wrong = 0
         for i in run.checked():
             x, w = steps[i]
