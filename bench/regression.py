@@ -5,9 +5,9 @@ this commit and runs in its own process; the two take turns (knnfast.benchmark.t
 figure is the median over the turns of ours / base, in CPU time with one thread: other work on the
 machine hardly changes it (and it does not see threads that wait for each other). Both stay on one
 core, for a core whose neighbour works is slower. What a process happened to get (pages, layout)
-biases all of its turns, so unless the first measurement is well below the threshold both sides are
-made anew and measured again, until most of at most MEASUREMENTS are on one side of it: their median
-is above, and that is the alarm, or it is not.
+biases all of its turns, so where the first measurement is more than half of the way from 1 to the
+threshold both sides are made anew and measured again, until most of MEASUREMENTS are on one side of
+the threshold: the alarm is a median above it.
 
     python bench/regression.py --runs 20 --json bench/results/NAME.json
 
@@ -89,7 +89,7 @@ def measure(op: str, base: Base, slow: bool = False) -> tuple[float, Callable[[]
 
 def undecided(ratios: list[float], threshold: float) -> bool:
     """Whether another measurement could change the answer, and there is reason to take it."""
-    if len(ratios) == 1 and ratios[0] <= 1 + (threshold - 1) / 4:
+    if len(ratios) == 1 and ratios[0] <= 1 + (threshold - 1) / 2:
         return False
     above = sum(value > threshold for value in ratios)
     return max(above, len(ratios) - above) <= MEASUREMENTS // 2
