@@ -44,6 +44,22 @@ def test_open_loop_counts_from_the_arrival():
     assert 0.18 < latencies.max() < 2
 
 
+def test_open_row_is_the_round_with_the_least_stolen_time(monkeypatch):
+    import argparse
+
+    import load
+
+    stolen = iter([0.0, 0.5, 1.0, 1.1, 2.0, 2.9])  # before and after each of three rounds
+    monkeypatch.setattr(load, "stolen_seconds", lambda: next(stolen))
+    args = argparse.Namespace(clients=2, seconds=0.1, least=10, rounds=3, loads=[0.5])
+    rows = list(load.measure("it", lambda q: time.sleep(0.001), np.zeros((1, 1)), args, [], 1))
+    assert [row["loop"] for row in rows] == ["closed", "closed", "open"]
+    row = rows[-1]
+    shares = [each["stolen_share"] for each in row["rounds"]]
+    assert row["stolen_share"] == shares[1] == min(shares)
+    assert row["p99_over_queue"] == row["rounds"][1]["p99_over_queue"] > 0
+
+
 def test_slowed_takes_as_much_longer_as_it_says():
     from regression import CLOCK, slowed
 
