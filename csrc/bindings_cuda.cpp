@@ -7,6 +7,7 @@
 #include <pybind11/numpy.h>
 
 #include "cuda_index.h"
+#include "knnfast/index.h"
 
 namespace py = pybind11;
 
@@ -40,6 +41,23 @@ HostIds host_ids(const py::object& given) {
 
 Int64s to_array(const std::vector<int64_t>& v) {
   return Int64s(static_cast<py::ssize_t>(v.size()), v.data());
+}
+
+void append(knnfast::Index& to, const uint16_t* rows, int64_t n, const int64_t* ids) {
+  to.add(rows, knnfast::DType::f16, n, ids);
+}
+void append(CudaIndex& to, const uint16_t* rows, int64_t n, const int64_t* ids) {
+  to.add(rows, kF16, n, to.dim(), ids, false, nullptr);
+}
+
+// Into an empty index. Ids that count up from 0 stay automatic, without a list of them.
+template <class From, class To>
+void copy_rows(const From& from, To& to) {
+  int64_t next = 0;  // the automatic id; -1 once ids differ
+  to.skip_ids(from.each_piece([&](const int64_t* ids, const uint16_t* rows, int64_t n) {
+    for (int64_t i = 0; i < n && next >= 0; ++i) next = ids[i] == next ? next + 1 : -1;
+    append(to, rows, n, next >= 0 ? nullptr : ids);
+  }));
 }
 
 }  // namespace
@@ -115,11 +133,22 @@ void bind_cuda(py::module_& m) {
              return ix.remove(from, n);
            })
       .def("compact", &CudaIndex::compact, release())
-      .def("ids", [](const CudaIndex& ix) { return to_array(ix.ids()); })
+      .def("ids",
+           [](const CudaIndex& ix) {
+             std::vector<int64_t> ids;
+             {
+               py::gil_scoped_release unlocked;
+               ids = ix.ids();
+             }
+             return to_array(ids);
+           })
       .def_property_readonly("dim", &CudaIndex::dim)
       .def_property_readonly("device", &CudaIndex::device)
       .def_property_readonly("size", &CudaIndex::size)
       .def_property_readonly("nbytes", &CudaIndex::nbytes);
+  m.def("copy_rows", copy_rows<knnfast::Index, CudaIndex>, release());
+  m.def("copy_rows", copy_rows<CudaIndex, knnfast::Index>, release());
+  m.def("copy_rows", copy_rows<CudaIndex, CudaIndex>, release());
   py::class_<CudaIndex::Plan>(m, "CudaPlan")
       .def(py::init([](std::shared_ptr<CudaIndex> ix, int batch, int k) {
         return CudaIndex::Plan(std::move(ix), batch, k);

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Where rows live on the device, and who may see them; cuda_search.cu searches them.
 // Never run on a GPU yet: tests run it on the emulator's runtime.
-#include <limits>
 #include <numeric>
 
 #include "cuda_index_impl.h"
 
 namespace knnfast {
 namespace cuda {
+
+constexpr int64_t kMaxId = INT64_MAX - 1;
 
 int device_count() {
   int count = 0;
@@ -40,8 +41,8 @@ CudaIndex::CudaIndex(int dim, Metric metric, Scan scan, int device, int64_t segm
                                 " on a CUDA device, got " + std::to_string(dim));
   const int devices = device_count();
   if (device < 0 || device >= devices)
-    throw CudaError("there is no CUDA device " + std::to_string(device) + ": " +
-                    std::to_string(devices) + " found");
+    throw std::invalid_argument("there is no CUDA device " + std::to_string(device) + ": " +
+                                std::to_string(devices) + " found");
   const Current current(device);
   int major = 0, minor = 0;
   check(cudaDeviceGetAttribute(&limits_.multiprocessors, cudaDevAttrMultiProcessorCount, device),
@@ -55,8 +56,9 @@ CudaIndex::CudaIndex(int dim, Metric metric, Scan scan, int device, int64_t segm
         "cudaDeviceGetAttribute");
   limits_.capability = major * 10 + minor;
   if (limits_.capability < 80)
-    throw CudaError("CUDA device " + std::to_string(device) + " has compute capability " +
-                    std::to_string(major) + "." + std::to_string(minor) + "; 8.0 is the least");
+    throw std::invalid_argument("CUDA device " + std::to_string(device) +
+                                " has compute capability " + std::to_string(major) + "." +
+                                std::to_string(minor) + "; 8.0 is the least");
   if (segment_rows_ == 0) {
     segment_rows_ = 4096;
     while (segment_rows_ * 2 * half_slices(dim) * kSlice <= int64_t{256} << 20) segment_rows_ *= 2;
@@ -205,15 +207,14 @@ std::vector<int64_t> CudaIndex::add(const void* rows, DType dtype, int64_t n, in
   if (own) {
     std::unordered_map<int64_t, int64_t> seen;
     for (int64_t i = 0; i < n; ++i) {
-      if (own[i] < 0)
-        throw std::invalid_argument("ids must not be negative, got " + std::to_string(own[i]));
+      if (own[i] < 0 || own[i] > kMaxId)
+        throw std::invalid_argument("ids must be 0 to 2^63 - 2, got " + std::to_string(own[i]));
       if (find(own[i]) >= 0 || !seen.emplace(own[i], i).second)
         throw std::invalid_argument("id " + std::to_string(own[i]) + " is taken");
       used[static_cast<size_t>(i)] = own[i];
     }
   } else {
-    if (next_id_ > std::numeric_limits<int64_t>::max() - n)
-      throw std::invalid_argument("automatic ids are used up");
+    if (next_id_ > kMaxId - n) throw std::invalid_argument("automatic ids are used up");
     std::iota(used.begin(), used.end(), next_id_);
   }
   if (n == 0) return used;
@@ -276,7 +277,7 @@ std::vector<int64_t> CudaIndex::add(const void* rows, DType dtype, int64_t n, in
   download(&refused, bad.as<void>(), sizeof refused, stream);
   wait(stream);
   if (refused) throw std::invalid_argument("vectors must be finite and within ±65504 (FP16)");
-  if (own || listed_) {
+  if (own || listed_ || next_id_ != rows_) {
     own_ids();
     for (size_t i = 0; i < segments.size(); ++i) {
       if (!segments[i]->ids.bytes()) segments[i]->ids = Memory(device_, cap * sizeof(int64_t));
@@ -305,8 +306,7 @@ std::vector<int64_t> CudaIndex::add(const void* rows, DType dtype, int64_t n, in
     }
     rows_ += n;
     live_ += n;
-    for (const int64_t id : used)
-      if (id >= next_id_ && id < std::numeric_limits<int64_t>::max()) next_id_ = id + 1;
+    for (const int64_t id : used) next_id_ = std::max(next_id_, id + 1);
   }
   if (scan_ == kInt8) {
     // The first rows may be no fair sample: look again as the index grows, then leave it.
@@ -358,7 +358,11 @@ int64_t CudaIndex::remove(const int64_t* ids, int64_t n) {
 }
 
 std::vector<int64_t> CudaIndex::ids() const {
-  const std::shared_lock lock(mutex_);
+  const std::lock_guard<std::mutex> writer(writer_);
+  return live_ids();
+}
+
+std::vector<int64_t> CudaIndex::live_ids() const {
   std::vector<int64_t> out;
   out.reserve(static_cast<size_t>(live_));
   for (int64_t p = 0; p < rows_; ++p)
@@ -366,15 +370,28 @@ std::vector<int64_t> CudaIndex::ids() const {
   return out;
 }
 
+int64_t CudaIndex::each_piece(const Piece& take) const {
+  const std::lock_guard<std::mutex> writer(writer_);
+  const std::vector<int64_t> all = live_ids();
+  const size_t piece = std::max<size_t>(1, (size_t{128} << 20) / static_cast<size_t>(dim_));
+  std::vector<uint16_t> rows(std::min(piece, all.size()) * static_cast<size_t>(dim_));
+  for (size_t at = 0; at < all.size(); at += piece) {
+    const auto n = static_cast<int64_t>(std::min(piece, all.size() - at));
+    gather(all.data() + at, n, rows.data(), false, nullptr);
+    take(all.data() + at, rows.data(), n);
+  }
+  return next_id_;
+}
+
+void CudaIndex::skip_ids(int64_t next) {
+  const std::lock_guard<std::mutex> writer(writer_);
+  next_id_ = std::max(next_id_, next);
+}
+
 void CudaIndex::compact() {
   const std::lock_guard<std::mutex> writer(writer_);
-  std::vector<int64_t> keep;
-  {
-    const std::shared_lock lock(mutex_);
-    if (live_ == rows_) return;
-    for (int64_t p = 0; p < rows_; ++p)
-      if (alive_at(p)) keep.push_back(id_at(p));
-  }
+  if (live_ == rows_) return;
+  const std::vector<int64_t> keep = live_ids();
   // A second index beside this one, filled in pieces, then moved in.
   CudaIndex other(dim_, metric_, scan_, device_, segment_rows_);
   const Current current(device_);
@@ -382,7 +399,7 @@ void CudaIndex::compact() {
   for (size_t at = 0; at < keep.size(); at += piece) {
     const size_t n = std::min(piece, keep.size() - at);
     const Memory rows(device_, n * static_cast<size_t>(dim_) * sizeof(uint16_t));
-    vectors(keep.data() + at, static_cast<int64_t>(n), rows.as<uint16_t>(), true, nullptr);
+    gather(keep.data() + at, static_cast<int64_t>(n), rows.as<uint16_t>(), true, nullptr);
     other.add(rows.as<void>(), kF16, static_cast<int64_t>(n), dim_, keep.data() + at, true,
               nullptr);
   }

@@ -4,10 +4,12 @@
 //
 // Threads: any number may search while one writes. A search sees one snapshot: the rows of finished
 // adds, without those of finished removes. `add`, `remove`, `compact` and everything that returns
-// host memory wait for the device; `search` and `Plan::run` only enqueue.
+// host memory wait for the device; `search` and `Plan::run` only enqueue. `vectors`, `ids` and
+// `each_piece` wait for a writer, and it for them.
 // Errors: std::invalid_argument (a bad argument), CudaError (the runtime's own, by name).
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
@@ -100,6 +102,10 @@ class CudaIndex {
   // FP16 rows of these ids to device or host memory, [n, dim].
   void vectors(const int64_t* ids, int64_t n, uint16_t* out, bool to_device, void* stream) const;
   std::vector<int64_t> ids() const;  // live ids in row order
+  // As knnfast::Index's, by way of host memory.
+  using Piece = std::function<void(const int64_t* ids, const uint16_t* rows, int64_t n)>;
+  int64_t each_piece(const Piece& take) const;
+  void skip_ids(int64_t next);
 
   int dim() const { return dim_; }
   Metric metric() const { return metric_; }
@@ -138,6 +144,9 @@ class CudaIndex {
   void publish();
   void quantize(int64_t begin, int64_t end, void* stream);
   void recentre(void* stream);
+  // `ids` and `vectors` for who holds `writer_`.
+  std::vector<int64_t> live_ids() const;
+  void gather(const int64_t* ids, int64_t n, uint16_t* out, bool to_device, void* stream) const;
   int64_t find(int64_t id) const;  // position, or -1
   int64_t id_at(int64_t position) const;
   bool alive_at(int64_t position) const;
@@ -152,13 +161,13 @@ class CudaIndex {
   std::unique_ptr<Pool> pool_;
 
   mutable std::shared_mutex mutex_;  // guards what follows
-  std::mutex writer_;                // one writer at a time
+  mutable std::mutex writer_;        // one writer at a time
   std::vector<std::shared_ptr<Segment>> segments_;
   std::shared_ptr<Memory> mean_;
   std::shared_ptr<const Snapshot> snapshot_;
   uint64_t version_ = 0;
   int64_t rows_ = 0, live_ = 0, next_id_ = 0, mean_rows_ = 0;
-  // Position = id until ids are given or rows are compacted; then every id is listed.
+  // Position = id until ids are given or skipped or rows are compacted; then every id is listed.
   bool listed_ = false;
   std::vector<int64_t> id_of_;                     // of every row, when listed
   std::unordered_map<int64_t, int64_t> position_;  // of every live id, when listed

@@ -3,6 +3,7 @@
 // calls with their errors, memory of a stream, segments and snapshots.
 #pragma once
 #include <algorithm>
+#include <limits>
 
 #include "cuda_device.cuh"
 #include "cuda_index.h"

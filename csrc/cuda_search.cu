@@ -164,8 +164,13 @@ Ranges CudaIndex::range_search(const Queries& queries, bool on_device, int batch
 
 void CudaIndex::vectors(const int64_t* ids, int64_t n, uint16_t* out, bool to_device,
                         void* stream) const {
+  const std::lock_guard<std::mutex> writer(writer_);
+  gather(ids, n, out, to_device, stream);
+}
+
+void CudaIndex::gather(const int64_t* ids, int64_t n, uint16_t* out, bool to_device,
+                       void* stream) const {
   const Current current(device_);
-  const std::shared_lock lock(mutex_);
   std::vector<int64_t> positions(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) {
     const int64_t p = find(ids[i]);

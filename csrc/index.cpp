@@ -358,6 +358,41 @@ std::vector<int64_t> Index::ids() const {
   return out;
 }
 
+int64_t Index::each_piece(const Piece& take) const {
+  std::shared_ptr<const Snapshot> snapshot;
+  int64_t next_id;
+  {
+    std::shared_lock<std::shared_mutex> lock(impl_->state);
+    snapshot = impl_->current;
+    next_id = impl_->next_id;
+  }
+  const int64_t dim = impl_->dim;
+  const size_t piece = static_cast<size_t>(std::max<int64_t>(1, (int64_t{128} << 20) / dim));
+  std::vector<int64_t> ids;
+  std::vector<uint16_t> rows;
+  auto hand = [&] {
+    if (!ids.empty()) take(ids.data(), rows.data(), static_cast<int64_t>(ids.size()));
+    ids.clear();
+    rows.clear();
+  };
+  for (const SegmentView& s : *snapshot)
+    for (uint32_t r = 0; r < s.n; ++r) {
+      if (!s.alive(r)) continue;
+      const uint16_t* x = s.segment->rows.as<uint16_t>() + static_cast<int64_t>(r) * dim;
+      ids.push_back(s.id(r));
+      rows.insert(rows.end(), x, x + dim);
+      if (ids.size() == piece) hand();
+    }
+  hand();
+  return next_id;
+}
+
+void Index::skip_ids(int64_t next) {
+  std::lock_guard<std::mutex> one(impl_->writer);
+  std::unique_lock<std::shared_mutex> lock(impl_->state);
+  impl_->next_id = std::max(impl_->next_id, next);
+}
+
 int64_t Index::remove(const int64_t* ids, int64_t n) {
   Impl& m = *impl_;
   std::lock_guard<std::mutex> one(m.writer);

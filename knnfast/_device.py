@@ -15,19 +15,29 @@ def is_cuda(name: str, device: object) -> bool:
     return kind == "cuda"
 
 
+def device_number(name: str, device: object, found: int, finder: str) -> int:
+    """The number of a CUDA device, of which `finder` finds `found`; `name` is the argument's.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    number = int(str(device).partition(":")[2] or 0)
+    if number >= found:
+        allowed = f"cpu or cuda:N below {found}" if found else "cpu"
+        raise ValueError(
+            f"{name}: must be {allowed}, {finder} finds {found} CUDA devices here, "
+            f"got {str(device)!r}"
+        )
+    return number
+
+
 def check_torch_device(name: str, device: object) -> None:
     """Refuse a device that torch cannot use here; `name` is the argument's.
 
     Raises:
         ValueError: no name of a device, or one that this machine does not have.
     """
-    if not is_cuda(name, device):
-        return
-    import torch
+    if is_cuda(name, device):
+        import torch
 
-    found = torch.cuda.device_count()
-    if int(str(device).partition(":")[2] or 0) >= found:
-        allowed = f"cpu or cuda:N below {found}" if found else "cpu"
-        raise ValueError(
-            f"{name}: must be {allowed}, torch finds {found} CUDA devices here, got {str(device)!r}"
-        )
+        device_number(name, device, torch.cuda.device_count(), "torch")

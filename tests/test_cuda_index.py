@@ -6,6 +6,7 @@ on it.
 """
 
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -92,6 +93,57 @@ def test_ids_filters_removal_and_copies(scan, seed):
     np.testing.assert_array_equal(back.vectors(ids[:3:2].numpy()), x[:3:2].numpy())
 
 
+@pytest.mark.parametrize("own", [None, [3, 1, 7, 5]])
+def test_a_copy_never_uses_an_id_twice(own, tmp_path):
+    """Nor an index opened from one that a device has saved."""
+    x = np.eye(4, dtype=np.float16)
+    home = knnfast.Index(4)
+    home.add(x, own)
+    home.remove([3, 7])
+    copy = home.to("cuda")
+    next_id = 4 if own is None else 8
+    assert copy.add(x[:2]).tolist() == [next_id, next_id + 1]
+    np.testing.assert_array_equal(copy.vectors([next_id + 1, 1]), x[[1, 1]])
+    copy.remove([next_id + 1])
+    copy.compact()
+    copy.save(tmp_path)
+    for again in (copy.to("cpu"), knnfast.Index.open(tmp_path, device="cuda"), copy):
+        assert again.add(x[:1]).tolist() == [next_id + 2]
+        np.testing.assert_array_equal(again.ids[:-2], home.ids)
+
+
+def test_copies_and_rows_while_another_thread_writes(seed):
+    """Each is of one moment: the rows of whole adds and removals, and every id's own row."""
+    rng = np.random.default_rng(seed)
+    parts = rng.standard_normal((60, 40, 16)).astype(np.float16)
+    for start in ("cpu", "cuda"):
+        index = knnfast.Index(16, device=start)
+        index.add(parts[0])
+
+        def write(index=index):
+            for n in range(1, len(parts)):
+                index.add(parts[n])
+                index.remove(np.arange(40 * n - 40, 40 * n))
+                if n % 5 == 0:
+                    index.compact()
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        while writer.is_alive():
+            copy = index.to("cuda" if start == "cpu" else "cpu")
+            ids = copy.ids
+            assert len(ids) in (40, 80)
+            np.testing.assert_array_equal(copy.vectors(ids), parts.reshape(-1, 16)[ids])
+            assert copy.add(parts[0, 0]) == ids[-1] + 1
+            try:
+                rows = index.vectors(ids[-40:])
+            except ValueError:  # removed since
+                continue
+            np.testing.assert_array_equal(rows, parts.reshape(-1, 16)[ids[-40:]])
+        writer.join()
+        assert len(index) == 40
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_range_search(metric, seed):
     """The CPU's bits, with and without a filter; more hits than the first guess has room for."""
@@ -139,13 +191,60 @@ def test_rejects():
         index.search(np.full((1, 4), np.nan, np.float32), 1)
     with pytest.raises(ValueError, match="taken"):
         index.add(np.eye(4, dtype=np.float32)[:1], ids=[2])
-    with pytest.raises(RuntimeError, match="CUDA devices found"):
-        knnfast.Index(4, device="cuda:99")
+    for name in ("cuda:99", "cuda:1000000000000"):
+        for call in (
+            lambda name=name: knnfast.Index(4, device=name),
+            lambda name=name: index.to(name),
+        ):
+            with pytest.raises(
+                ValueError, match=f"device: must be cpu or cuda:N below .* got '{name}'"
+            ):
+                call()
+    with pytest.raises(ValueError, match="ids must be 0 to"):
+        index.add(np.eye(4, dtype=np.float32)[:1], ids=[2**63 - 1])
     with pytest.raises(ValueError, match="radius"):
         index.range_search(np.ones((1, 4), np.float32), float("nan"))
     with pytest.raises(ValueError, match="NaN"):
         index.range_search(np.full((1, 4), np.inf, np.float32), 0.5)
     assert len(index) == 4
+
+
+def test_out():
+    """Into arrays of the result's own type and shape; another one is refused, as on the CPU."""
+    rows, q = np.eye(4, dtype=np.float16), np.ones((2, 4), np.float32)
+    for index in (knnfast.Index(4, device="cuda"), knnfast.Index(4)):
+        index.add(rows)
+        out = np.empty((2, 3), np.float32), torch.empty(2, 3, dtype=torch.int64)
+        scores, ids = index.search(q, 3, out=out)
+        assert scores is out[0]
+        assert ids is out[1]
+        assert ids.tolist() == [[0, 1, 2], [0, 1, 2]]
+        half = np.empty((2, 4), np.float16)
+        index.vectors([3, 1], out=half)
+        np.testing.assert_array_equal(half, rows[[3, 1]])
+        right = {"scores": np.empty((2, 3), np.float32), "ids": np.empty((2, 3), np.int64)}
+        for bad in (
+            {"scores": np.empty((2, 3))},
+            {"scores": np.empty((2, 3), np.float16)},
+            {"scores": np.empty((1, 2, 3), np.float32)},
+            {"scores": np.empty((3, 2), np.float32).T},
+            {"ids": np.empty((2, 3), np.uint64)},
+            {"ids": np.empty((2, 3), np.int32)},
+            {"ids": None},
+        ):
+            with pytest.raises(ValueError, match="out must be"):
+                index.search(q, 3, out=tuple((right | bad).values()))
+        frozen = np.empty((2, 4), np.float16)
+        frozen.flags.writeable = False
+        for bad in (
+            torch.empty(2, 4, dtype=torch.bfloat16),
+            np.empty((2, 4), np.int16),
+            np.empty((4, 2), np.float16),
+            frozen,
+            5,
+        ):
+            with pytest.raises(ValueError, match="out must be"):
+                index.vectors([3, 1], out=bad)
 
 
 # --- on a GPU
@@ -189,6 +288,28 @@ def test_device_tensors_streams_and_out(dtype, seed):
     torch.cuda.synchronize()
     assert torch.equal(out[1].cpu(), want[1])
     assert torch.equal(out[0].cpu(), want[0])
+
+
+@gpu
+def test_out_on_the_device():
+    index = knnfast.Index(8, device="cuda")
+    index.add(torch.randn(100, 8).half().cuda())
+    q = torch.randn(3, 8, device="cuda")
+    scores = torch.empty(3, 4, device="cuda")
+    for ids in (
+        torch.empty(3, 4, dtype=torch.uint64, device="cuda"),
+        torch.empty(4, 3, dtype=torch.int64, device="cuda"),
+        torch.empty(3, 4, dtype=torch.int64),
+    ):
+        with pytest.raises(ValueError, match="out must be"):
+            index.search(q, 4, out=(scores, ids))
+    with pytest.raises(ValueError, match="out must be"):
+        index.search(q.cpu(), 4, out=(scores, torch.empty(3, 4, dtype=torch.int64)))
+    rows = torch.empty(2, 8, dtype=torch.float16, device="cuda")
+    assert index.vectors([5, 7], out=rows) is rows
+    np.testing.assert_array_equal(rows.cpu().numpy(), index.vectors([5, 7]))
+    with pytest.raises(ValueError, match="out must be float16"):
+        index.vectors([5, 7], out=rows.bfloat16())
 
 
 @gpu

@@ -13,6 +13,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -89,6 +90,12 @@ class KNNFAST_API Index {
   std::vector<int64_t> ids() const;                                  // live ids, in row order
   int64_t remove(const int64_t* ids, int64_t n);                     // how many were found
   void compact();                                                    // forget the removed rows
+
+  // For a copy: hands the live rows (ids [n], FP16 rows [n, dim]) of one snapshot to `take`, in row
+  // order and in pieces; returns the id that the next row would get, for the copy's `skip_ids`.
+  using Piece = std::function<void(const int64_t* ids, const uint16_t* rows, int64_t n)>;
+  int64_t each_piece(const Piece& take) const;
+  void skip_ids(int64_t next);  // automatic ids go on from there
 
   int64_t dim() const;
   Metric metric() const;

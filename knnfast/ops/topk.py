@@ -26,8 +26,7 @@ def topk(
 
     Returns:
         scores [M, k] fp32 and ids [M, k] int64, best first, ties by the lower id.
-    Raises: ValueError shape, range, device; TypeError dtype; RuntimeError where x lies on a CUDA
-        device and the extension was built without CUDA.
+    Raises: ValueError shape, range, a device that the extension was built without; TypeError dtype.
     Differentiable: no.  Memory: one FP16 copy of x.
     """
     for name, given in (("q", q), ("x", x)):

@@ -9,31 +9,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from knnfast import _C
-from knnfast._device import is_cuda
+from knnfast._device import device_number, is_cuda
 from knnfast.search import interop
 from knnfast.search.index import METRICS, SCANS, Index
 
 _DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
-_PIECE = 1 << 18  # rows moved at a time between devices
 
 
-def device_number(device: Any) -> int:
+def _number_of(device: Any) -> int:
     """`cuda` or `cuda:N` as a device number.
 
-    Raises: ValueError where this build or this machine has no CUDA device; RuntimeError where it
-        has fewer than N + 1.
+    Raises: ValueError where this build or this machine has no such device.
     """
     if not getattr(_C, "has_cuda", False):
         raise ValueError(
             f"device: must be cpu, this build has no CUDA (KNNFAST_CUDA=ON), got {str(device)!r}"
         )
-    found = _C.cuda_device_count()
-    if not found:
-        raise ValueError(f"device: must be cpu, there is no CUDA device here, got {str(device)!r}")
-    number = int(str(device).partition(":")[2] or 0)
-    if number >= found:
-        raise RuntimeError(f"device {str(device)!r}: {found} CUDA devices found")
-    return number
+    return device_number("device", device, _C.cuda_device_count(), "knnfast")
 
 
 class _Rows(NamedTuple):
@@ -66,7 +58,7 @@ class CudaIndex(Index):
         if scan not in SCANS:
             raise ValueError(f"scan must be one of {SCANS}, got {scan!r}")
         dim = interop.as_int(dim, "dim")
-        self._number = device_number(device)
+        self._number = _number_of(device)
         self._metric, self._scan = metric, scan
         self._core = _C.CudaIndex(dim, METRICS.index(metric), int(scan != "fp16"), self._number)
 
@@ -117,22 +109,25 @@ class CudaIndex(Index):
         if not q.on_device:
             if not np.isfinite(_as_float(q)).all():
                 raise ValueError("queries must be finite, got NaN or infinity")
-            scores, found = np.empty(shape, np.float32), np.empty(shape, np.int64)
+            if out is None:
+                scores, found = np.empty(shape, np.float32), np.empty(shape, np.int64)
+            else:
+                scores = interop.as_out(out[0], shape, np.float32)
+                found = interop.as_out(out[1], shape, np.int64)
             self._core.search(
                 q.address, q.dtype, q.stride, q.n, k, *filters,
                 scores.ctypes.data, found.ctypes.data, 0, 0, False,
             )  # fmt: skip
-            if out is None:
-                return q.back(scores), q.back(found)
-            for given, value in zip(out, (scores, found), strict=True):
-                given[...] = value if isinstance(given, np.ndarray) else q.back(value)
-            return tuple(out)
-        results = _empty(q.hold, shape) if out is None else _checked_out(out, shape, q.hold)
+            return (q.back(scores), q.back(found)) if out is None else tuple(out)
+        if out is None:
+            results = _empty(q.hold, shape)
+        else:
+            results = self._out(out[0], shape, "float32"), self._out(out[1], shape, "int64")
         self._core.search(
             q.address, q.dtype, q.stride, q.n, k, *filters,
             _address(results[0]), _address(results[1]), 0, q.stream, True,
         )  # fmt: skip
-        return results
+        return results if out is None else tuple(out)
 
     def _search_exact(self, queries: Any, k: int, allow: Any, deny: Any) -> tuple[Any, Any]:
         q = self._rows(queries, "queries")
@@ -170,13 +165,12 @@ class CudaIndex(Index):
         shape = (len(wanted), self.dim)
         if out is None:
             out = np.empty(shape, np.float16)
-        elif tuple(out.shape) != shape or not str(out.dtype).endswith("float16"):
-            raise ValueError(f"out must be float16 of shape {list(shape)}")
-        elif not _contiguous(out):
-            raise ValueError("out must be contiguous")
-        on_device = _on_device(out)
-        stream = _stream(out, self._number) if on_device else 0
-        self._core.vectors(wanted, _address(out), on_device, stream)
+        if _on_device(out):
+            rows = self._out(out, shape, "float16")
+            self._core.vectors(wanted, _address(rows), True, _stream(rows, self._number))
+        else:
+            rows = interop.as_out(out, shape, np.float16)
+            self._core.vectors(wanted, _address(rows), False, 0)
         return out
 
     def plan(self, batch: int, k: int) -> Any:
@@ -185,7 +179,7 @@ class CudaIndex(Index):
 
     def to(self, device: str) -> Index:
         """Itself, or a copy on another device with the same ids."""
-        if not is_cuda("device", device) or device_number(device) != self._number:
+        if not is_cuda("device", device) or _number_of(device) != self._number:
             return copy_index(self, device)
         return self
 
@@ -212,9 +206,7 @@ class CudaIndex(Index):
         if dtype_name not in _DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16 or float32, got {dtype_name}")
         _check_shape(tuple(given.shape), self.dim, name)
-        number = given.device.index if _is_torch(given) else given.device.id
-        if number != self._number:
-            raise ValueError(f"{name} is on cuda:{number}, the index on {self.device}")
+        self._check_device(given, name)
         if _is_torch(given):
             given = given.detach()
         single = given.ndim == 1
@@ -230,6 +222,23 @@ class CudaIndex(Index):
         return _Rows(
             _address(given), _DTYPES[dtype_name], n, stride, single, True, stream, given, None
         )
+
+    def _out(self, given: Any, shape: tuple[int, ...], dtype: str) -> Any:
+        """An `out` argument in the index's device memory, as torch or cupy sees it."""
+        if not _on_device(given):
+            raise ValueError(f"out must be on {self.device}, as the queries")
+        out = _array(given, "out")
+        self._check_device(out, "out")
+        if tuple(out.shape) != shape or str(out.dtype).removeprefix("torch.") != dtype:
+            raise ValueError(f"out must be {dtype} of shape {list(shape)}")
+        if not _contiguous(out):
+            raise ValueError("out must be contiguous")
+        return out
+
+    def _check_device(self, given: Any, name: str) -> None:
+        number = given.device.index if _is_torch(given) else given.device.id
+        if number != self._number:
+            raise ValueError(f"{name} is on cuda:{number}, the index on {self.device}")
 
 
 class CudaPlan:
@@ -268,13 +277,9 @@ class CudaPlan:
 
 
 def copy_index(index: Index, device: str) -> Index:
-    """A copy of an index on a device, rows in the same order, with their ids."""
+    """A copy of an index on a device: rows in the same order, their ids, the next automatic id."""
     twin = Index(index.dim, index.metric, device, index.scan)
-    ids = index.ids
-    automatic = bool((ids == np.arange(len(ids))).all())
-    for begin in range(0, len(ids), _PIECE):
-        part = ids[begin : begin + _PIECE]
-        twin.add(index.vectors(part), None if automatic else part)
+    _C.copy_rows(index._core, twin._core)
     return twin
 
 
@@ -356,17 +361,6 @@ def _empty(like: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
         )
     cupy = sys.modules["cupy"]
     return cupy.empty(shape, np.float32), cupy.empty(shape, np.int64)
-
-
-def _checked_out(out: Any, shape: tuple[int, ...], queries: Any) -> tuple[Any, Any]:
-    for given, dtype in zip(out, ("float32", "int64"), strict=True):
-        if not _on_device(given) or given.device != queries.device:
-            raise ValueError("out must be on the device of the queries")
-        if tuple(given.shape) != shape or not str(given.dtype).endswith(dtype):
-            raise ValueError(f"out must be {dtype} of shape {list(shape)}")
-        if not _contiguous(given):
-            raise ValueError("out must be contiguous")
-    return tuple(out)
 
 
 def _as_float(rows: _Rows) -> np.ndarray:

@@ -151,8 +151,9 @@ class Index:
         if out is not None:
             interop.check_pair(out, "out")
             shape = (*array.shape[:-1], k)
-            host = tuple(
-                _out(o, shape, t) for o, t in zip(out, (np.float32, np.int64), strict=True)
+            host = (
+                interop.as_out(out[0], shape, np.float32),
+                interop.as_out(out[1], shape, np.int64),
             )
         found = self._core.search(
             array,
@@ -196,7 +197,7 @@ class Index:
         """
         wanted = interop.as_ids(ids, "ids")
         if out is not None:
-            out = _out(out, (len(wanted), self.dim), np.float16)
+            out = interop.as_out(out, (len(wanted), self.dim), np.float16)
         return self._core.vectors(wanted, out)
 
     def remove(self, ids: Any) -> int:
@@ -285,12 +286,3 @@ class Plan:
                 f"queries must have shape [{batch}, {self._index.dim}], got {list(array.shape)}"
             )
         return self._index._core.search(array, k, bf16, None, None, (self.scores, self.ids))
-
-
-def _out(given: Any, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    array = given.numpy() if hasattr(given, "numpy") else given
-    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
-        raise ValueError(f"out must be {np.dtype(dtype)} of shape {list(shape)}")
-    if not array.flags.c_contiguous or not array.flags.writeable:
-        raise ValueError("out must be contiguous and writeable")
-    return array

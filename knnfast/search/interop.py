@@ -148,3 +148,16 @@ def check_pair(given: Any, name: str) -> None:
     """Refuse what is no pair of scores and ids, with a TypeError."""
     if not isinstance(given, tuple | list) or len(given) != 2:
         raise TypeError(f"{name} must be a pair (scores, ids), got {type(given).__name__}")
+
+
+def as_out(given: Any, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """View an `out` argument in host memory as a numpy array; a ValueError where it is another."""
+    try:
+        array = given.numpy() if hasattr(given, "numpy") else given
+    except (TypeError, RuntimeError):  # torch: on a device, or of a type that numpy lacks
+        array = None
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
+        raise ValueError(f"out must be {np.dtype(dtype)} of shape {list(shape)}, in host memory")
+    if not array.flags.c_contiguous or not array.flags.writeable:
+        raise ValueError("out must be contiguous and writeable")
+    return array
