@@ -178,6 +178,8 @@ def test_faiss_reference_rejects(arguments, message):
         ("--seconds", "0", "seconds must be a finite number above 0, got 0.0"),
         ("--plot", "x.foo", "--plot: must end in one of "),
         ("--plot", "x", "--plot: must end in one of "),
+        ("--device", "cuda:99", "--device: must be cpu"),
+        ("--device", "tpu", "--device: must be cpu, cuda or cuda:N, got 'tpu'"),
     ],
 )
 def test_bench_command_checks_before_it_measures(option, value, message, tmp_path, monkeypatch):

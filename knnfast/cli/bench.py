@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from knnfast.cli._shared import device_option
+
 
 @click.command()
 @click.option("--n", default=1_000_000, show_default=True, help="Rows.")
@@ -15,7 +17,7 @@ import click
 @click.option("--batch", default="1,16,64", show_default=True, help="Queries in one call.")
 @click.option("--k", default=10, show_default=True, help="Neighbours.")
 @click.option("--metric", default="ip", show_default=True, help="ip or l2.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, or cuda.")
+@device_option
 @click.option("--threads", type=int, help="At most so many; the machine's by default.")
 @click.option("--peers", help="Only these, separated by commas; all that are installed by default.")
 @click.option("--seconds", default=80.0, show_default=True, help="About how long it may take.")
