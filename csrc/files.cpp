@@ -9,7 +9,8 @@
 //
 // manifest.json is {"crc32c": N, "index": {...}}, the checksum covering the text of "index".
 // Saving writes new files, syncs them, and replaces the manifest by rename: a kill at any moment
-// leaves the old index or the new one. Files that no manifest names are removed last.
+// leaves the old index or the new one. Files that no manifest names are removed last. A save that
+// fails takes its own files back.
 #include <dirent.h>
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -122,9 +123,9 @@ struct Part {
   size_t bytes;
 };
 
-FileEntry write_parts(const std::string& folder, const std::string& name,
+FileEntry write_parts(const std::string& path, const std::string& name,
                       const std::vector<Part>& parts) {
-  File f(folder + "/" + name, O_WRONLY | O_CREAT | O_EXCL);
+  File f(path, O_WRONLY | O_CREAT | O_EXCL);
   FileEntry entry{name, 0, 0};
   constexpr size_t kStep = size_t{1} << 20;  // checksum what is about to be written, while cached
   for (const Part& p : parts)
@@ -160,12 +161,20 @@ std::string new_generation() {
   return text;
 }
 
-// Ours: 16 hexadecimal digits and a dash begin the name of every payload.
+bool generation_at(const std::string& name, size_t at) {
+  return name.size() >= at + 16 &&
+         name.find_first_not_of("0123456789abcdef", at) >= at + 16;  // npos, too
+}
+
+// Ours: a generation and a dash begin the name of every payload, and one ends a new manifest's.
 bool payload_name(const std::string& name) {
-  if (name.size() < 18 || name[16] != '-') return false;
-  for (int i = 0; i < 16; ++i)
-    if (!std::strchr("0123456789abcdef", name[static_cast<size_t>(i)])) return false;
-  return name.find('/') == std::string::npos && name.find('\0') == std::string::npos;
+  return name.size() >= 18 && generation_at(name, 0) && name[16] == '-' &&
+         name.find('/') == std::string::npos && name.find('\0') == std::string::npos;
+}
+bool temporary_name(const std::string& name) {
+  const std::string begin = std::string(kManifest) + ".";
+  return name.rfind(begin, 0) == 0 && name.size() == begin.size() + 16 &&
+         generation_at(name, begin.size());
 }
 
 void remove_others(const std::string& folder, const std::vector<FileEntry>& keep) {
@@ -174,7 +183,7 @@ void remove_others(const std::string& folder, const std::vector<FileEntry>& keep
   std::vector<std::string> old;
   while (const dirent* e = readdir(dir)) {
     const std::string name = e->d_name;
-    const bool ours = payload_name(name) || name.rfind(std::string(kManifest) + ".", 0) == 0;
+    const bool ours = payload_name(name) || temporary_name(name);
     if (ours &&
         std::none_of(keep.begin(), keep.end(), [&](const FileEntry& f) { return f.name == name; }))
       old.push_back(name);
@@ -183,9 +192,29 @@ void remove_others(const std::string& folder, const std::vector<FileEntry>& keep
   for (const std::string& name : old) unlink((folder + "/" + name).c_str());
 }
 
-struct Manifest {
-  Json index;
-  std::vector<FileEntry> files;
+// The files of a save, taken back unless it is done; with the folder where the save has made it.
+class Unfinished {
+ public:
+  Unfinished(const std::string& folder, bool made) : folder_(folder), made_(made) {}
+  ~Unfinished() {
+    if (done_) return;
+    for (const std::string& path : paths_) unlink(path.c_str());
+    if (made_) rmdir(folder_.c_str());
+  }
+  Unfinished(const Unfinished&) = delete;
+  Unfinished& operator=(const Unfinished&) = delete;
+
+  // The path of a file that is about to be made.
+  const std::string& path(const std::string& name) {
+    paths_.push_back(folder_ + "/" + name);
+    return paths_.back();
+  }
+  void done() { done_ = true; }
+
+ private:
+  std::string folder_;
+  std::vector<std::string> paths_;
+  bool made_, done_ = false;
 };
 
 FileEntry entry_of(const Json& segment, const std::string& key, uint64_t bytes) {
@@ -303,8 +332,9 @@ void Index::save(const std::string& folder) const {
   std::lock_guard<std::mutex> one(m.writer);
   std::shared_ptr<const Snapshot> snapshot = m.snapshot();
   struct stat s;
-  const bool fresh = mkdir(folder.c_str(), 0755) == 0;
-  if (!fresh && errno != EEXIST) fail("cannot make", folder);
+  const bool made = mkdir(folder.c_str(), 0755) == 0;
+  if (!made && errno != EEXIST) fail("cannot make", folder);
+  Unfinished ours(folder, made);
   if (stat(folder.c_str(), &s)) fail("cannot stat", folder);
   if (!S_ISDIR(s.st_mode)) throw std::invalid_argument("path: " + folder + " is not a folder");
 
@@ -313,7 +343,7 @@ void Index::save(const std::string& folder) const {
   std::string segments;
   const std::vector<char> zeros(kCodesSlack);
   auto put = [&](const std::string& name, const std::vector<Part>& parts) {
-    files.push_back(write_parts(folder, name, parts));
+    files.push_back(write_parts(ours.path(name), name, parts));
     return json_of(files.back());
   };
   size_t number = 0;
@@ -362,7 +392,7 @@ void Index::save(const std::string& folder) const {
       ",\"segments\":[\n" + segments + "]}";
   const std::string manifest = "{\"crc32c\":" + std::to_string(crc32c(index.data(), index.size())) +
                                ",\"index\":" + index + "}\n";
-  const std::string temporary = folder + "/" + kManifest + "." + generation;
+  const std::string temporary = ours.path(std::string(kManifest) + "." + generation);
   {
     File f(temporary, O_WRONLY | O_CREAT | O_EXCL);
     f.write(manifest.data(), manifest.size());
@@ -371,6 +401,7 @@ void Index::save(const std::string& folder) const {
   sync_folder(folder);
   const std::string path = folder + "/" + kManifest;
   if (rename(temporary.c_str(), path.c_str())) fail("cannot rename to", path);
+  ours.done();  // the manifest names them
   sync_folder(folder);
   remove_others(folder, files);
   std::unique_lock<std::shared_mutex> lock(m.state);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from knnfast.encoders import Embeddings, Encoder, EncoderCard
 
 FORMAT = "knnfast-database"
+
+# What `Database.save` writes beside database.json; with a dot before and more behind, a temporary.
+_PARTS = re.compile(
+    r"index-[0-9a-f]{8}|items-[0-9a-f]{8}\.json|thumbnails-[0-9a-f]{8}-\d{4,}\.webp"
+    r"|\.(database\.json|items-.+|thumbnails-.+)-\w{8,}"
+)
 
 
 @dataclass(frozen=True)
@@ -283,7 +290,8 @@ class Database(Collection):
         """Write the database into folder `path`, atomically.
 
         New files carry a new generation's name; the manifest `database.json` is replaced last and
-        old files are removed after it, so that a kill at any moment leaves the old or the new one.
+        old ones are removed after it, so that a kill at any moment leaves the old database or the
+        new one. Files of other names stay.
 
         Raises:
             ValueError: something else is there. OSError: it could not be written (a full disk,
@@ -303,7 +311,7 @@ class Database(Collection):
                 root.rmdir()
             raise
         for old in root.iterdir():
-            if generation not in old.name and old.name != "database.json":
+            if _PARTS.fullmatch(old.name) and generation not in old.name:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
 
     def _write(self, root: Path, generation: str) -> None:

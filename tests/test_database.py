@@ -125,6 +125,34 @@ def test_saving_again_replaces_and_leaves_nothing_behind(built, tmp_path):
     assert list(Database.open(tmp_path / "db")) == list(built)
 
 
+def test_saving_again_leaves_files_that_are_not_its_own(built, tmp_path):
+    root = tmp_path / "db"
+    built.save(root)
+    whole = len(list(root.iterdir()))
+    kept = [
+        "notes.txt",
+        "items.json",
+        "items-2024.json",
+        "thumbnails-all.webp",
+        ".hidden",
+        "index-a",
+    ]
+    for name in kept:
+        (root / name).write_text("mine")
+    (root / "pictures").mkdir()
+    (root / "pictures" / "one.png").write_text("mine")
+    dropped = [".database.json-1a2b3c4d", ".items-0a1b2c3d.json-x_yz1234", "items-0a1b2c3d.json"]
+    for name in dropped:  # what kills left
+        (root / name).write_text("")
+    built.save(root)
+    names = {p.name for p in root.iterdir()}
+    assert names >= {*kept, "pictures"}
+    assert not names & {*dropped}
+    assert len(names) == whole + len(kept) + 1
+    assert (root / "pictures" / "one.png").read_text() == "mine"
+    assert list(Database.open(root)) == list(built)
+
+
 def test_saving_into_a_foreign_folder_is_refused(built, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")

@@ -3,10 +3,12 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -114,6 +116,54 @@ def test_kill_during_save(tmp_path):
     base.save(folder)
     assert len(list(folder.iterdir())) == 3  # manifest, rows, terms... of one generation
     Index.open(folder).verify()
+
+
+@contextmanager
+def full_disk(size):
+    """No file may grow beyond `size` bytes: what a full disk does to a write."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    ("rows", "scan", "size"),
+    [(90, "auto", 1000), (20, "auto", 1000), (1, "fp16", 100)],
+    ids=["rows", "codes", "manifest"],  # the file that does not fit
+)
+def test_a_full_disk_leaves_nothing_behind(tmp_path, rows, scan, size):
+    index = Index(24, scan=scan)
+    index.add(np.ones((rows, 24), np.float32))
+    with full_disk(size), pytest.raises(OSError, match=r"cannot write .*large"):
+        index.save(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+    index.save(tmp_path / "old")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "old").iterdir()}
+    for _ in range(3):
+        with full_disk(size), pytest.raises(OSError, match=r"cannot write .*large"):
+            index.save(tmp_path / "old")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "old").iterdir()} == before
+    Index.open(tmp_path / "old").verify()
+
+
+def test_saving_leaves_files_that_are_not_its_own(tmp_path):
+    index, _ = make(tmp_path)
+    kept = [
+        "notes.txt",
+        "manifest.json.bak",
+        "0123456789abcdef.txt",
+        "manifest.json.0123456789abcdef0",
+    ]
+    dropped = ["0123456789abcdef-0000.rows.f16", "manifest.json.0123456789abcdef"]
+    for name in kept + dropped:
+        (tmp_path / name).write_text("")
+    index.save(tmp_path)
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names >= {*kept}
+    assert not names & {*dropped}
 
 
 def test_missing(tmp_path):
