@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that a reader, or a crash, sees the old file or the new one."""
-    with _replacing(path) as name, open(name, "wb") as f:
+    with replacing(path) as part, open(part, "wb") as f:
         f.write(data)
 
 
@@ -33,9 +33,9 @@ def save_tensors(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with _replacing(path) as name:
+    with replacing(path) as part:
         try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, name, dict(metadata or {}))
+            save_file({k: v.contiguous() for k, v in tensors.items()}, part, dict(metadata or {}))
         except SafetensorError as e:
             raise OSError(f"{path}: could not be written ({e})") from e
 
@@ -94,10 +94,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     On an error nothing of it is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    part = _beside(path)
+    part.mkdir()
     try:
         yield part
-        os.chmod(part, 0o777 & ~_umask())
         os.replace(part, path)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -105,22 +105,24 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[str]:
-    """Lend the name of a new file beside `path`; in the end it is on disk and takes its place."""
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(fd)
+def replacing(path: Path) -> Iterator[Path]:
+    """Lend a new file beside `path`; in the end it is on disk and takes its place.
+
+    On an error nothing of it is left.
+    """
+    part = _beside(path)
+    part.touch(exist_ok=False)
+    mode = part.stat().st_mode
     try:
-        yield name
-        with open(name, "rb") as f:
+        yield part
+        part.chmod(mode)  # safetensors puts a file of its own there, for its owner only
+        with open(part, "rb") as f:
             os.fsync(f.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        os.replace(part, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _beside(path: Path) -> Path:
+    return path.parent / f".{path.name}-{uuid.uuid4().hex[:8]}"

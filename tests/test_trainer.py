@@ -329,6 +329,24 @@ def test_atomic_tensors(tmp_path: Path) -> None:
         _files.save_tensors(tmp_path / "nowhere" / "x.safetensors", {"x": torch.ones(1)})
 
 
+def test_new_files_have_the_rights_of_the_umask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is the whole process's: it is not touched, even for a moment."""
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.delattr("os.umask")
+            _files.write_atomic(tmp_path / "x.json", b"{}")
+            _files.save_tensors(tmp_path / "x.safetensors", {"x": torch.ones(1)})
+            with _files.new_folder(tmp_path / "folder"):
+                pass
+    finally:
+        os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in tmp_path.iterdir()}
+    assert modes == {"x.json": 0o640, "x.safetensors": 0o640, "folder": 0o750}
+
+
 def test_rejects() -> None:
     for name in ("steps", "batch", "accumulate", "group", "log_every"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
