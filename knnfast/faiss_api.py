@@ -139,8 +139,13 @@ def write_index(index: _Flat, path: str | os.PathLike[str]) -> None:
 
 
 def read_index(path: str | os.PathLike[str]) -> _Flat:
-    """Open what `write_index` wrote; labels that are not 0, 1, 2, ... give an IndexIDMap."""
+    """Open what `write_index` wrote; labels that are not 0, 1, 2, ... give an IndexIDMap.
+
+    Raises: ValueError for an Index with cosine, which FAISS has no metric for.
+    """
     opened = Index.open(path)
+    if opened.metric == "cosine":
+        raise ValueError(f"{path}: FAISS has no cosine metric; open it with knnfast.Index.open")
     flat: _Flat = IndexFlatIP(opened.dim) if opened.metric == "ip" else IndexFlatL2(opened.dim)
     if not np.array_equal(opened.ids, np.arange(len(opened))):
         flat = IndexIDMap(flat)

@@ -87,6 +87,12 @@ def test_faiss_names(tmp_path):
     assert faiss_api.read_index(tmp_path / "mapped").ntotal == 299
 
 
+def test_faiss_names_have_no_cosine(tmp_path):
+    Index(4, "cosine").save(tmp_path / "cosine")
+    with pytest.raises(ValueError, match="cosine: FAISS has no cosine metric"):
+        faiss_api.read_index(tmp_path / "cosine")
+
+
 @pytest.mark.slow
 def test_cpp_package(tmp_path):
     """find_package(knnfast) from an install tree, embedded by examples/cpp."""
