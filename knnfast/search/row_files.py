@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from knnfast import _files
 from knnfast.search.index import DamagedFile
 
+_PIECE = 1 << 16  # rows converted at a time
 _BIN: dict[str, Any] = {".fbin": np.dtype("<f4"), ".f16bin": np.dtype("<f2")}
 
 
@@ -24,7 +27,7 @@ def read_rows(path: str | os.PathLike[str], mmap: bool = True) -> np.ndarray:
             rows = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise DamagedFile(f"{path}: {error}") from error
-        if rows.ndim != 2 or rows.dtype.kind != "f" or rows.dtype.itemsize not in (2, 4):
+        if rows.ndim != 2 or not _is_half_or_single(rows.dtype):
             raise DamagedFile(f"{path}: rows must be [n, d] float16 or float32, "
                               f"got {list(rows.shape)} {rows.dtype}")  # fmt: skip
         return rows
@@ -45,16 +48,32 @@ def read_rows(path: str | os.PathLike[str], mmap: bool = True) -> np.ndarray:
 
 
 def write_rows(path: str | os.PathLike[str], rows: np.ndarray) -> None:
-    """Write rows [n, d] as `.npy` (their own dtype), `.fbin` (FP32) or `.f16bin` (FP16)."""
+    """Write rows [n, d], FP16 or FP32, atomically: `.npy` (their own type), `.fbin` or `.f16bin`.
+
+    Raises: ValueError shape, suffix, a value that FP16 cannot hold in a `.f16bin`; TypeError dtype.
+    """
     path = os.fspath(path)
     suffix = os.path.splitext(path)[1]
+    if suffix != ".npy" and suffix not in _BIN:
+        raise ValueError(f"{path}: the suffix must be .npy, .fbin or .f16bin")
+    if not isinstance(rows, np.ndarray) or not _is_half_or_single(rows.dtype):
+        found = rows.dtype if isinstance(rows, np.ndarray) else type(rows).__name__
+        raise TypeError(f"rows must be a numpy array of float16 or float32, got {found}")
     if rows.ndim != 2:
         raise ValueError(f"rows must be [n, d], got shape {list(rows.shape)}")
-    if suffix == ".npy":
-        np.save(path, rows, allow_pickle=False)
-        return
-    if suffix not in _BIN:
-        raise ValueError(f"{path}: the suffix must be .npy, .fbin or .f16bin")
-    with open(path, "wb") as f:
+    with _files.replacing(Path(path)) as part, open(part, "wb") as f:
+        if suffix == ".npy":
+            np.save(f, rows, allow_pickle=False)
+            return
         np.array(rows.shape, "<u4").tofile(f)
-        np.ascontiguousarray(rows, _BIN[suffix]).tofile(f)
+        for first in range(0, len(rows), _PIECE):
+            given = rows[first : first + _PIECE]
+            with np.errstate(over="ignore"):
+                piece = np.ascontiguousarray(given, _BIN[suffix])
+            if suffix == ".f16bin" and (np.isinf(piece) & np.isfinite(given)).any():
+                raise ValueError(f"{path}: rows hold a value beyond FP16's 65504; use .fbin")
+            piece.tofile(f)
+
+
+def _is_half_or_single(dtype: np.dtype) -> bool:
+    return dtype.kind == "f" and dtype.itemsize in (2, 4)
