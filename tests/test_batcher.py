@@ -125,6 +125,9 @@ def test_errors_reach_their_own_caller(index, rows):
         3: (rows[0].astype(np.float64), 3, None),
         4: (rows[0], 3, np.array([0.5])),
         5: (np.zeros((1, 1, 32), np.float32), 3, None),
+        6: (rows[0], True, None),
+        7: (rows[0], 3.0, None),
+        8: ("text", 2.5, None),
     }
 
     def work(i):
@@ -157,8 +160,48 @@ def test_a_failed_search_is_repeated_by_each_caller(rows):
     fails.add(rows)
     with Batcher(fails, deadline_ms=10_000, max_batch=6) as batcher:
         found = in_threads(6, lambda i: batcher.search(rows[i], 3))
+        assert batcher.stats == {"requests": 6, "queries": 6, "searches": 6}
     for i in range(6):
         assert same(found[i], fails.search(rows[i], 3))
+
+
+@pytest.mark.parametrize(("callers", "rows_each"), [(2, 1), (1, 0)])
+def test_close_waits_for_those_who_search_alone(rows, callers, rows_each):
+    """After a failed search, or without a query; one at a time, too."""
+    begun, go_on, running = threading.Event(), threading.Event(), []
+
+    class Slow(Index):
+        def search(self, queries, k, *filters):
+            if len(queries) > 1:
+                raise MemoryError("too many at once")
+            running.append(1)
+            assert len(running) == 1
+            begun.set()
+            assert go_on.wait(30)
+            running.pop()
+            return super().search(queries, k, *filters)
+
+    slow = Slow(32)
+    slow.add(rows)
+    batcher = Batcher(slow, deadline_ms=10_000, max_batch=2)
+    answers = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(batcher.search(rows[:rows_each], 3)))
+        for _ in range(callers)
+    ]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(30)
+    closing = threading.Thread(target=batcher.close)
+    closing.start()
+    closing.join(timeout=0.2)
+    waits = closing.is_alive()
+    go_on.set()
+    for thread in (closing, *threads):
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+    assert waits
+    assert len(answers) == batcher.stats["searches"] == callers
 
 
 def test_close_answers_those_who_wait_and_refuses_others(index, rows):

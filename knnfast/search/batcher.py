@@ -76,7 +76,7 @@ class Batcher:
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counters so far: requests and queries that were collected, searches that answered."""
+        """Counters so far: requests and queries that were collected, searches that succeeded."""
         with self._lock:
             return dict(self._stats)
 
@@ -88,13 +88,13 @@ class Batcher:
             and on the device of the queries.
         Raises: what `Index.search` raises; RuntimeError when the batcher is closed.
         """
+        k = interop.as_int(k, "k")
         rows = interop.as_rows(queries, "queries")
         q = _as_float(rows).reshape(-1, rows.array.shape[-1]) if rows.array.ndim else rows.array
         joins = (
             rows.array.ndim in (1, 2)
             and len(q) > 0
             and q.shape[-1] == self.index.dim
-            and isinstance(k, int | np.integer)
             and k >= 1
             and bool(np.isfinite(q).all())
         )
@@ -104,13 +104,14 @@ class Batcher:
             self._inside += 1
         try:
             found = self._join(q, k, allow, deny) if joins else None
+            if found is None:  # alone, so that an error is raised where it belongs
+                with self._turn:
+                    return self._search(queries, k, allow, deny)
         finally:
             with self._lock:
                 self._inside -= 1
                 if not self._inside:
                     self._idle.notify_all()
-        if found is None:  # alone, so that an error is raised where it belongs
-            return self.index.search(queries, k, allow, deny)
         shape = (*rows.array.shape[:-1], k)
         scores, ids = (part.reshape(shape) for part in found)
         return rows.back(scores), rows.back(ids)
@@ -119,7 +120,7 @@ class Batcher:
         self, q: np.ndarray, k: int, allow: Any, deny: Any
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """The rows of a shared result that answer q; None when that search failed."""
-        kind = _Kind(int(k), id(allow), id(deny))  # the callers hold the filters while they wait
+        kind = _Kind(k, id(allow), id(deny))  # the callers hold the filters while they wait
         with self._lock:
             group = self._groups.get(kind)
             leads = group is None
@@ -147,14 +148,18 @@ class Batcher:
             with self._turn:
                 self._seal(group, kind)
                 q = group.queries[0] if len(group.queries) == 1 else np.concatenate(group.queries)
-                group.found = self.index.search(q, kind.k, allow, deny)
+                group.found = self._search(q, kind.k, allow, deny)
         except Exception:
             group.found = None  # each of them searches alone and sees its own error, or none
         finally:
             self._seal(group, kind)
-            with self._lock:
-                self._stats["searches"] += 1
             group.done.set()
+
+    def _search(self, queries: Any, k: int, allow: Any, deny: Any) -> tuple[Any, Any]:
+        found = self.index.search(queries, k, allow, deny)
+        with self._lock:
+            self._stats["searches"] += 1
+        return found
 
     def _seal(self, group: _Group, kind: _Kind) -> None:
         """From here on nobody joins the group."""
