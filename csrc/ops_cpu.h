@@ -18,6 +18,9 @@ struct StepGrid {
   uint64_t seed;
 };
 
+// The three of the transition step return -1, and have written nothing, where a token is not in
+// [0, K].
+
 // Draws the mixture's choice for every position: writes x_s where no logits are needed and lists
 // the flat positions [<= B L] that need them. Returns how many.
 int64_t transition_choose(const StepGrid&, const int64_t* x_t, int64_t* x_s, int64_t* rows);

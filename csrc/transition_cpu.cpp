@@ -55,9 +55,16 @@ const char* at_row(const void* base, int64_t row, int64_t stride, int dtype) {
   return static_cast<const char*>(base) + row * stride * (dtype == kFloat32 ? 4 : 2);
 }
 
+bool in_range(const StepGrid& g, const int64_t* x_t) {
+  bool all = true;
+  for (int64_t flat = 0; flat < g.B * g.L; ++flat) all &= x_t[flat] >= 0 && x_t[flat] <= g.K;
+  return all;
+}
+
 }  // namespace
 
 int64_t transition_choose(const StepGrid& g, const int64_t* x_t, int64_t* x_s, int64_t* rows) {
+  if (!in_range(g, x_t)) return -1;
   int64_t count = 0;
   for (int64_t flat = 0; flat < g.B * g.L; ++flat) {
     const bool masked = x_t[flat] == g.K;
@@ -101,6 +108,7 @@ void head_rows(const HeadShape& s, const void* features, const int64_t* rows, in
 int64_t transition_rows(const StepGrid& g, const RowRule& rule, const void* logits,
                         const void* null, int64_t stride, int64_t null_stride, bool compact,
                         const int64_t* x_t, const int64_t* rows, int64_t count, int64_t* x_s) {
+  if (!in_range(g, x_t)) return -1;
   const OpsKernels& k = ops_kernels();
   std::atomic<int64_t> bad{0};
   auto work = [&](int, int64_t task) {
@@ -134,6 +142,7 @@ int64_t transition_rows(const StepGrid& g, const RowRule& rule, const void* logi
 int64_t transition_purity(const StepGrid& g, const RowRule& rule, double purity, const void* logits,
                           const void* null, int64_t stride, int64_t null_stride, const int64_t* x_t,
                           int64_t* x_s) {
+  if (!in_range(g, x_t)) return -1;
   const OpsKernels& k = ops_kernels();
   const int64_t total = g.B * g.L;
   std::vector<double> score(size_t(total), -INFINITY);

@@ -16,6 +16,15 @@ GUMBEL = tl.constexpr(1)
 PURITY = tl.constexpr(3)
 
 
+def row_block(K, configs):
+    """BLOCK_K and the warps for rows of K classes; configs: (largest BLOCK_K, warps), rising."""
+    block_k = max(16, triton.next_power_of_2(K))
+    for limit, warps in configs:
+        if block_k <= limit:
+            return block_k, warps
+    raise ValueError(f"logits: K must be at most {configs[-1][0]} on CUDA, got {K}")
+
+
 @triton.jit
 def words_at(seed, block, position, image, t, stream: tl.constexpr):
     """Return the four 32-bit words of counter (block, position, image, t | stream)."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from knnfast.kernels.tiles import row_block
 
 # (largest BLOCK_K, warps): a row stays in registers.
 CONFIGS = ((1024, 2), (2048, 8), (65536, 16))
@@ -125,8 +126,7 @@ def launch_transition_loss(logits, out, x_0, x_t, steps, weight, auxiliary):
         raise ValueError("inplace: logits must be contiguous")
     kl = torch.empty((B, L), dtype=torch.float64, device=logits.device)
     nll = torch.empty_like(kl)
-    block_k = max(16, triton.next_power_of_2(K))
-    warps = next(w for limit, w in CONFIGS if block_k <= limit)
+    block_k, warps = row_block(K, CONFIGS)
     if B * L:
         transition_loss_kernel[(B * L,)](
             logits_ptr=logits, x_0_ptr=x_0.contiguous(), x_t_ptr=x_t.contiguous(),

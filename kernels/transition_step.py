@@ -18,6 +18,7 @@ from knnfast.kernels.tiles import (
     below,
     class_noise,
     gumbel,
+    row_block,
     row_scores,
     unit52,
     words_at,
@@ -110,8 +111,7 @@ def _launch(
     guidance, temperature, top_r, top_k = rule
     K = logits.shape[-1]
     total = x_t.numel() if rows is None else rows.numel()
-    block_k = max(16, triton.next_power_of_2(K))
-    warps = next(w for limit, w in CONFIGS if block_k <= limit)
+    block_k, warps = row_block(K, CONFIGS)
     none = out
     transition_step_kernel[(total,)](
         logits_ptr=logits, null_ptr=none if null is None else null, x_t_ptr=x_t,

@@ -177,3 +177,19 @@ def test_rejects():
         ops.sample_head(features, lambda r: r, None, x_t, weights, seed=0)
     with pytest.raises(TypeError, match="features"):
         ops.sample_head(features.double(), weight, bias, x_t, weights, seed=0)
+
+
+@pytest.mark.parametrize("token", [-1, 9])
+def test_rejects_tokens_out_of_range(token):
+    features, _null, weight, bias, x_t = make(8)
+    weights = weights_of("mask_replace", 8, 50, 25)
+    x_t[0, 1] = token
+    for head in ((weight, bias), (lambda rows: rows @ weight.T, None)):
+        with pytest.raises(ValueError, match=r"x_t: tokens must be in \[0, 8\]"):
+            ops.sample_head(features, *head, x_t, weights, seed=0, num_codes=8)
+    rows = torch.arange(x_t.numel())
+    with pytest.raises(ValueError, match=r"x_t: tokens must be in \[0, 8\]"):
+        torch.ops.knnfast.transition_rows(
+            torch.zeros(len(rows), 8), None, rows, x_t, x_t, weights, torch.arange(len(x_t)),
+            torch.tensor([0]), 1.0, 1.0, 1.0, 0,
+        )  # fmt: skip

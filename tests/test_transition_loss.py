@@ -144,6 +144,34 @@ def test_triton_matches_reference(name):
     assert float((grad - exact_grad).abs().max()) < 1e-6 * float(exact_grad.abs().max())
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
+def test_levels_out_of_range_give_nan_in_the_kernel(monkeypatch):
+    """Where nothing may synchronise: NaN in the loss and in that image's gradient alone."""
+    if torch.cuda.is_available():
+        pytest.skip("compiled in this process; the gpu tests cover it")
+    from knnfast.kernels.transition_loss import launch_transition_loss
+
+    given = []
+    op = torch.ops.knnfast.transition_loss
+    monkeypatch.setattr(torch.ops.knnfast, "transition_loss", lambda *a: given.append(a) or op(*a))
+    logits, x_0, x_t, _, schedule = make("mask_replace", 21, L=6)
+    x_t[1] = x_0[1]
+    with pytest.raises(ValueError, match="t: must be a level"):
+        ops.transition_loss(logits, x_0, x_t, torch.tensor([1, 0, 60, 100]), schedule)
+    logits, *rest = given[0]
+    loss, _, grad = launch_transition_loss(logits, None, *rest)
+    assert loss.isnan()
+    assert grad[1].isnan().all()
+    assert grad[[0, 2, 3]].isfinite().all()
+
+
+def test_too_many_classes_for_a_kernel():
+    from knnfast.kernels.transition_loss import launch_transition_loss
+
+    with pytest.raises(ValueError, match="K must be at most 65536 on CUDA, got 65537"):
+        launch_transition_loss(torch.zeros(1, 1, 65537), *[None] * 6)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -187,6 +215,9 @@ def test_rejects():
         ops.transition_loss(logits, x_0, x_t, t.float(), schedule)
     with pytest.raises(ValueError, match="weight"):
         ops.transition_loss(logits, x_0, x_t, t, schedule, weight=torch.ones(3))
+    for level in (0, -1, 101, -101):
+        with pytest.raises(ValueError, match="t: must be a level from 1"):
+            ops.transition_loss(logits, x_0, x_t, torch.tensor([1, level, 60, 100]), schedule)
     bad = logits.clone()
     bad[1, 2, 3] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
@@ -227,5 +258,7 @@ def test_deterministic_and_registered():
     leaf, leaf2 = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     compiled(leaf, x_0, x_t, t).backward()
+    with pytest.raises(ValueError, match="t: must be a level"):
+        compiled(logits, x_0, x_t, t - 1)
     call(leaf2, x_0, x_t, t).backward()
     torch.testing.assert_close(leaf.grad, leaf2.grad)

@@ -392,6 +392,35 @@ def test_rejects(change, error, match):
         ops.transition_step(logits, x_t, weights, **call)
 
 
+@pytest.mark.parametrize("rule", [{}, {"null": True, "guidance": 2.0}, {"purity": 1.0}])
+@pytest.mark.parametrize("token", [-1, 5, 1 << 40, -(1 << 62)])
+def test_rejects_tokens_out_of_range(token, rule):
+    logits, x_t, kw = make(4, 2, 9, rule)
+    weights = weights_of("mask_replace", 4, 50, 25)
+    x_t[1, 3] = token
+    with pytest.raises(ValueError, match=r"x_t: tokens must be in \[0, 4\], 4 is MASK"):
+        ops.transition_step(logits, x_t, weights, seed=0, **kw)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
+def test_triton_takes_tokens_out_of_range_for_codes_of_probability_0():
+    if torch.cuda.is_available():
+        pytest.skip("compiled in this process")
+    logits, x_t, _ = make(13, 2, 9, {})
+    weights = weights_of("mask_replace", 13, 100, 40)
+    logits[..., 0] = float("-inf")
+    expected = interpreted(logits, torch.zeros_like(x_t), weights, seed=11)
+    for token in (-1, 14, 1 << 40):
+        got = interpreted(logits, torch.full_like(x_t, token), weights, seed=11)
+        assert torch.equal(got, torch.where((expected == 0) & (got == token), token, expected))
+
+
+def test_too_many_classes_for_a_kernel():
+    logits, x_t, _ = make(65537, 1, 1, {})
+    with pytest.raises(ValueError, match="K must be at most 65536 on CUDA, got 65537"):
+        interpreted(logits, x_t, weights_of("mask", 65537, 50, 25), seed=0)
+
+
 def test_empty():
     for shape in [(0, 3, 4), (2, 0, 4)]:
         x_t = torch.zeros(shape[:2], dtype=torch.int64)
@@ -422,6 +451,8 @@ def test_opcheck_and_compile():
     eager = call(logits, x_t, weights, key)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(logits, x_t, weights, key), eager)
+    with pytest.raises(ValueError, match="x_t: tokens must be"):
+        compiled(logits, x_t - 17, weights, key)
 
     class Step(torch.nn.Module):
         def forward(self, logits, x_t, weights, seed):

@@ -48,10 +48,12 @@ def transition_step(
     p(x_s | x_t) = w_p p + w_u uniform + (1 - w_p - w_u) [x_s = x_t]
 
     Args:
-        logits: [B, L, K], fp16 | bf16 | fp32, last stride 1 (anything else is copied).
-        x_t: tokens, [B, L] int64; K is MASK.
+        logits: [B, L, K], fp16 | bf16 | fp32, last stride 1 (anything else is copied); on CUDA
+            K <= 65,536.
+        x_t: tokens in [0, K], [B, L] int64; K is MASK.
         weights: the step, [7] or [B, 7] fp64, from `transition_weights`, on the device of logits.
-        seed: the Philox key; an int64 tensor of one element can change between graph replays.
+        seed: the Philox key, in [-2^63, 2^63); an int64 tensor of one element can change between
+            graph replays.
         image_indices: [B] int64, each image's place in the random counters; 0..B-1 when None.
         null_logits: the unconditional pass, like logits: l = null + guidance (logits - null).
         guidance: 1 means none.
@@ -62,8 +64,9 @@ def transition_step(
 
     Returns:
         x_s: [B, L] int64.
-    Raises: ValueError shape, range, device; on the CPU also NaN, +inf or no finite class in a row
-        that is drawn (on CUDA such a token is -1, nothing synchronises); TypeError dtype.
+    Raises: ValueError shape, range, device; on the CPU also a token outside [0, K], and NaN, +inf
+        or no finite class in a row that is drawn; TypeError dtype. On CUDA nothing synchronises: a
+        token of such a row is -1, one outside [0, K] counts as a code of probability 0.
     Numerics: choices in FP64; p in FP32, for the same seed perturbed scores agree with FP64 within
         1e-5.  Backends: triton, cpu, reference.
     Memory: O(B L).  Deterministic: yes.  Differentiable: no.
@@ -227,8 +230,15 @@ def _grid(x_t: Tensor, K: int, weights: Tensor, image_indices: Tensor, seed: Ten
     return B, L, K, pointer(weights), step, pointer(image_indices), key
 
 
-def _raise_bad(bad: int) -> None:
-    if bad:
+def _checked(count: int, num_codes: int) -> int:
+    """A count from C++, which is -1 where it refused the tokens."""
+    if count < 0:
+        raise ValueError(f"x_t: tokens must be in [0, {num_codes}], {num_codes} is MASK")
+    return count
+
+
+def _raise_bad(bad: int, num_codes: int) -> None:
+    if _checked(bad, num_codes):
         raise ValueError(_BAD.format(bad))
 
 
@@ -241,7 +251,8 @@ def _step_cpu(
     logits, x_t, weights = rows(logits), x_t.contiguous(), weights.contiguous()
     image_indices = image_indices.contiguous()
     null = None if null_logits is None else rows(null_logits)
-    grid = _grid(x_t, logits.shape[-1], weights, image_indices, seed)
+    K = logits.shape[-1]
+    grid = _grid(x_t, K, weights, image_indices, seed)
     x_s = torch.empty_like(x_t)
     rule = DTYPE_CODES[logits.dtype], guidance, temperature, top_r, top_k
     stride, null_stride = row_stride(logits), 0 if null is None else row_stride(null)
@@ -250,16 +261,18 @@ def _step_cpu(
             _C.transition_purity(
                 *grid, *rule, purity, pointer(logits), pointer(null), stride, null_stride,
                 pointer(x_t), pointer(x_s),
-            )
+            ),
+            K,
         )  # fmt: skip
         return x_s
     drawn = torch.empty(x_t.numel(), dtype=torch.int64)
-    count = _C.transition_choose(*grid, pointer(x_t), pointer(x_s), pointer(drawn))
+    count = _checked(_C.transition_choose(*grid, pointer(x_t), pointer(x_s), pointer(drawn)), K)
     _raise_bad(
         _C.transition_rows(
             *grid, *rule, pointer(logits), pointer(null), stride, null_stride, False,
             pointer(x_t), pointer(drawn), count, pointer(x_s),
-        )
+        ),
+        K,
     )  # fmt: skip
     return x_s
 
@@ -271,7 +284,7 @@ def _choose_cpu(x_t, weights, image_indices, seed, num_codes):
     x_s, drawn = torch.empty_like(x_t), torch.empty(x_t.numel(), dtype=torch.int64)
     grid = _grid(x_t, num_codes, weights, image_indices, seed)
     count = _C.transition_choose(*grid, pointer(x_t), pointer(x_s), pointer(drawn))
-    return x_s, drawn[:count].clone()
+    return x_s, drawn[: _checked(count, num_codes)].clone()
 
 
 def _rows_cpu(
@@ -283,15 +296,16 @@ def _rows_cpu(
     logits, x_t, weights = rows(logits), x_t.contiguous(), weights.contiguous()
     image_indices, drawn = image_indices.contiguous(), drawn.contiguous()
     null = None if null_logits is None else rows(null_logits)
-    x_s = x_s.clone()
+    x_s, K = x_s.clone(), logits.shape[-1]
     _raise_bad(
         _C.transition_rows(
-            *_grid(x_t, logits.shape[-1], weights, image_indices, seed),
+            *_grid(x_t, K, weights, image_indices, seed),
             DTYPE_CODES[logits.dtype], guidance, temperature, top_r, top_k,
             pointer(logits), pointer(null), row_stride(logits),
             0 if null is None else row_stride(null), True,
             pointer(x_t), pointer(drawn), drawn.numel(), pointer(x_s),
-        )
+        ),
+        K,
     )  # fmt: skip
     return x_s
 

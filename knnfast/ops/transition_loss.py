@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ def transition_loss(
                                     - auxiliary f(t) log p_theta(x_0)]
 
     Args:
-        logits: of p_theta(x_0 | x_t), [B, L, K], fp16 | bf16 | fp32 | fp64.
+        logits: of p_theta(x_0 | x_t), [B, L, K], fp16 | bf16 | fp32 (fp64 on the CPU); on CUDA
+            K <= 65,536.
         x_0: clean tokens, [B, L] int64 in [0, K).
         x_t: noisy tokens, [B, L] int64 in [0, K].
         t: levels, [B] int64 in [1, T].
@@ -54,7 +56,9 @@ def transition_loss(
     Returns:
         loss: scalar, fp32 (fp64 for fp64 logits).
         kl: [B], each image's mean KL, without gradient, for importance sampling.
-    Raises: ValueError shape, range, device, and on the CPU NaN or +inf in logits; TypeError dtype.
+    Raises: ValueError shape, device, and on the CPU a token or level out of range, NaN or +inf in
+        logits; TypeError dtype. On CUDA nothing synchronises: a level outside [1, T] makes the loss
+        and its image's gradient NaN; tokens are not looked at.
     Numerics: FP32 per class, FP64 per row.  Backends: triton, cpu, reference.
     Memory: the gradient, nothing with inplace.  Deterministic: yes.
     Differentiable: once, in logits.
@@ -69,8 +73,8 @@ def transition_loss(
     if inplace and torch.is_grad_enabled() and logits.requires_grad and logits.is_leaf:
         raise ValueError("inplace: logits is a leaf that requires grad, it cannot be overwritten")
     table, levels = _table(schedule, K, logits.device)
-    steps = table[t]
-    factor = torch.full_like(steps[:, 0], auxiliary)
+    steps = table[torch.where((t >= 1) & (t <= levels), t, 0)]
+    factor = auxiliary + 0.0 * steps[:, 0]  # NaN, too, where there is no such step
     if adaptive:
         factor = factor * (2 - (t.double() - 1) / levels)
     if weight is None:
@@ -115,14 +119,17 @@ class _TransitionLoss(torch.autograd.Function):
 
 @torch.compiler.assume_constant_result
 def _table(schedule: reference.Schedule, K: int, device: torch.device) -> tuple[Tensor, int]:
-    """Each level's LossStep (csrc/ops_kernels.h), [T + 1, 7] FP64 on the device, made once."""
+    """Each level's LossStep (csrc/ops_kernels.h), [T + 1, 7] FP64 on the device, made once.
+
+    Row 0, from which no step leads on, is NaN.
+    """
     A, B, C = (tuple(float(v) for v in getattr(schedule, name)) for name in "ABC")
     return _cached_table(A, B, C, str(device)), len(A) - 1
 
 
 @functools.lru_cache(maxsize=32)
 def _cached_table(A: tuple, B: tuple, C: tuple, device: str) -> Tensor:
-    out = [[0.0] * 7]
+    out = [[math.nan] * 7]
     for t in range(1, len(A)):
         a, b, c = reference.stride(A, B, C, t, t - 1)
         A_s, B_s = A[t - 1], B[t - 1]
@@ -151,6 +158,8 @@ def _run_cpu(logits, grad, x_0, x_t, steps, weight, auxiliary):
         raise ValueError(f"x_0: must lie in [0, {K})")
     if x_t.numel() and not (int(x_t.min()) >= 0 and int(x_t.max()) <= K):
         raise ValueError(f"x_t: must lie in [0, {K}]")
+    if bool(steps.isnan().any()):
+        raise ValueError("t: must be a level from 1 to the schedule's last")
     loss = torch.zeros((), dtype=torch.float64)
     kl = torch.empty(B, dtype=torch.float64)
     bad = _C.transition_loss(
