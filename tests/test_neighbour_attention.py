@@ -233,6 +233,41 @@ def test_rejects():
         ops.neighbour_attention(x.half(), folded)
     with pytest.raises(ValueError, match="scale"):
         ops.neighbour_attention(x, folded, scale=ada["scale"][:1])
+    names = ("w_q", "w_k", "w_v", "w_o", "b_q", "b_v", "b_o")
+    for i, name in enumerate(names):
+        for bad, error in ((layer[i][:-1], ValueError), (layer[i].double(), TypeError),
+                           (layer[i].to("meta"), ValueError)):  # fmt: skip
+            changed = (*layer[:i], bad, *layer[i + 1 :])
+            with pytest.raises(error, match=name if error is TypeError or i > 0 else "w_"):
+                ops.fold_neighbours(n, *changed, heads=4)
+    with pytest.raises(ValueError, match="mask"):
+        ops.fold_neighbours(n, *layer, heads=4, mask=fold["mask"].to("meta"))
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_rejects_parts_of_other_shapes_types_and_devices(fold):
+    """Every tensor of a public Folded or Unfolded, above all a mask that is no bool."""
+    x, n, layer, options, _ = make(2, 3, 64, 4, 5)
+    folded = ops.fold_neighbours(n, *layer, **options, fold=fold)
+    for name, part in zip(folded._fields, folded, strict=True):
+        for bad, error in (
+            (part[..., :-1], ValueError), (part[None], ValueError), (part.to("meta"), ValueError),
+            (part.to(torch.int64), TypeError), (part.to(torch.float16), TypeError),
+        ):  # fmt: skip
+            with pytest.raises(error, match=r"folded\.\w+: (shape|dtype|must be on)"):
+                ops.neighbour_attention(x, folded._replace(**{name: bad}))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"folded\.mask"):
+        ops.neighbour_attention(x, folded._replace(mask=folded.mask.float()))
+
+
+def test_modulation_of_another_type():
+    """Scale and shift come in any type; both forms take them in that of x."""
+    x, n, layer, options, ada = make(2, 3, 64, 4, 5, torch.float16)
+    for fold in (True, False):
+        folded = ops.fold_neighbours(n, *layer, **options, fold=fold)
+        wider = {name: v.float() for name, v in ada.items()}
+        got = ops.neighbour_attention(x, folded, **wider)
+        assert torch.equal(got, ops.neighbour_attention(x, folded, **ada))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's

@@ -65,7 +65,7 @@ def fold_neighbours(
 
     Returns:
         Folded, or Unfolded where folding does not pay; both serve `neighbour_attention`.
-    Raises: ValueError shape or range; TypeError dtype.
+    Raises: ValueError shape, range or device; TypeError dtype.
     Differentiable: in everything.
     """
     check_dtype("n", n, _TYPES)
@@ -76,6 +76,11 @@ def fold_neighbours(
     check_shape("w_k", w_k, (width, E))
     check_shape("w_v", w_v, (width, E))
     check_shape("w_o", w_o, (D, width))
+    for name, v, size in (("b_q", b_q, width), ("b_v", b_v, width), ("b_o", b_o, D)):
+        if v is not None:
+            check_shape(name, v, (size,))
+    parts = {"w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o, "b_q": b_q, "b_v": b_v, "b_o": b_o}
+    _check_like(n, "", parts)
     if N < 1:
         raise ValueError("n: at least one embedding")
     if heads < 1 or width % heads:
@@ -84,6 +89,7 @@ def fold_neighbours(
         mask = torch.ones(B, N, dtype=torch.bool, device=n.device)
     check_dtype("mask", mask, (torch.bool,))
     check_shape("mask", mask, (B, N))
+    check_device("mask", mask, n.device)
     d_h = width // heads
     K = torch.nn.functional.linear(n, w_k).view(B, N, heads, d_h)
     V = torch.nn.functional.linear(n, w_v, b_v).view(B, N, heads, d_h)
@@ -143,6 +149,10 @@ def neighbour_attention(
         if v is not None:
             check_shape(name, v, (B, D) if v.dim() == 2 else (D,))
             check_device(name, v, x.device)
+    scale = None if scale is None else scale.to(x.dtype)
+    shift = None if shift is None else shift.to(x.dtype)
+    check_dtype("folded.mask", folded.mask, (torch.bool,))
+    check_device("folded.mask", folded.mask, x.device)
     if isinstance(folded, Unfolded):
         return _unfolded(x, folded, scale, shift, norm, eps, residual)
     A, a, C, bias, mask = folded
@@ -152,8 +162,7 @@ def neighbour_attention(
     check_shape("folded.C", C, (B, N, H, D))
     check_shape("folded.bias", bias, (D,))
     check_shape("folded.mask", mask, (B, N))
-    for name, v in zip(Folded._fields, folded, strict=True):
-        check_device(f"folded.{name}", v, x.device)
+    _check_like(x, "folded.", {"A": A, "a": a, "C": C, "bias": bias})
     if torch.is_autocast_enabled(x.device.type):
         # The products in autocast's type, the residual stream in its own.
         low = torch.get_autocast_dtype(x.device.type)
@@ -163,16 +172,21 @@ def neighbour_attention(
                 scale=scale, shift=shift, norm=norm, eps=eps, residual=False,
             )  # fmt: skip
         return x + out if residual else out
-    for name, v in (("A", A), ("a", a), ("C", C), ("bias", bias)):
-        check_dtype(f"folded.{name}", v, (x.dtype,))
-    scale = None if scale is None else scale.to(x.dtype)
-    shift = None if shift is None else shift.to(x.dtype)
     args = x, A, a, C, bias, mask, scale, shift, norm, eps, residual
     if torch.is_grad_enabled() and any(
         v is not None and v.requires_grad for v in (x, A, a, C, bias, scale, shift)
     ):
         return _NeighbourAttention.apply(*args)
     return torch.ops.knnfast.neighbour_attention(*args)
+
+
+def _check_like(like: Tensor, prefix: str, parts: dict[str, Tensor | None]) -> None:
+    """Raise unless all lie where `like` does, in its type; under autocast in any that it takes."""
+    types = _TYPES if torch.is_autocast_enabled(like.device.type) else (like.dtype,)
+    for name, v in parts.items():
+        if v is not None:
+            check_dtype(prefix + name, v, types)
+            check_device(prefix + name, v, like.device)
 
 
 def _modulated(x, scale, shift, norm, eps):
@@ -255,7 +269,17 @@ class _NeighbourAttention(torch.autograd.Function):
 
 def _unfolded(x, u: Unfolded, scale, shift, norm, eps, residual) -> Tensor:
     B, L, D = x.shape
-    _, H, _, d_h = u.K.shape
+    check_shape("folded.K", u.K, (B, None, None, None))
+    _, H, N, d_h = u.K.shape
+    check_shape("folded.V", u.V, (B, H, N, d_h))
+    check_shape("folded.w_q", u.w_q, (H * d_h, D))
+    check_shape("folded.w_o", u.w_o, (D, H * d_h))
+    if u.b_q is not None:
+        check_shape("folded.b_q", u.b_q, (H * d_h,))
+    check_shape("folded.bias", u.bias, (D,))
+    check_shape("folded.mask", u.mask, (B, N))
+    parts = {"K": u.K, "V": u.V, "w_q": u.w_q, "b_q": u.b_q, "w_o": u.w_o, "bias": u.bias}
+    _check_like(x, "folded.", parts)
     z = torch.nn.functional.layer_norm(x, (D,), eps=eps) if norm else x
     if scale is not None:
         z = z * (1 + _rows(scale))
