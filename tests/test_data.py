@@ -15,7 +15,9 @@ from knnfast.database import Database
 from knnfast.diffusion import data
 from knnfast.diffusion.data import build_database, encode, identity, load_images, pictures, shards
 from knnfast.diffusion.distributed import Processes
-from knnfast.encoders import Embeddings
+from knnfast.diffusion.tokenizer import VQTokenizer
+from knnfast.encoders import Embeddings, load_encoder, pixels
+from knnfast.pipeline import BUNDLES
 
 
 def image(number: int) -> Image.Image:
@@ -102,10 +104,48 @@ def test_a_damaged_shard_is_told(tars: Path) -> None:
 
 def test_unreadable_pictures_are_told(folder: Path) -> None:
     (folder / "bad.png").write_bytes(b"no picture")
-    images, skipped = load_images(pictures(folder), 4)
+    images, embeddings, skipped = load_images(pictures(folder), 4, Colours(), batch=3)
     assert images.shape == (10, 3, 4, 4)
+    assert embeddings.shape == (10, 12)
     assert len(skipped) == 1
     assert "bad.png" in skipped[0]
+    none = load_images([], 4, Colours())
+    assert (none.squares.shape, none.embeddings.shape) == ((0, 3, 4, 4), (0, 12))
+
+
+def test_a_wide_picture_is_padded_and_embedded_whole(tmp_path: Path) -> None:
+    """2:1, twice the tokenizer's size: its codes are the padded square's, its embedding is the
+    database's, whatever the tokenizer's size."""
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(2):
+        Image.fromarray(rng.integers(0, 255, (8, 16, 3), dtype=np.uint8)).save(wide / f"{i}.png")
+    encoder = load_encoder(BUNDLES / "stickers" / "encoder")
+    made = encode(wide, tmp_path / "out", encoder, tokenizer(), 2, 0, progress=False)
+    originals = [p.read() for p in pictures(wide)]
+    square = torch.from_numpy(pixels(originals, 8)).permute(0, 3, 1, 2)
+    assert (square[:, :, :2] == 255).all()
+    assert (square[:, :, 6:] == 255).all()
+    assert torch.equal(made.codes[0].long(), tokenizer().encode(square.float() / 255))
+    db = Database.build(wide, encoder)
+    np.testing.assert_allclose(made.embeddings[0], db.vectors(db.ids), atol=1e-3)
+
+
+def test_a_square_picture_is_shrunk_as_it_is() -> None:
+    """Squares, such as the stickers, get no padding: the plain resize, and none at their size."""
+    square = Image.fromarray(np.random.default_rng(0).integers(0, 255, (72, 72, 3), dtype=np.uint8))
+    item = data.Picture("square", lambda: square)
+    for size in (64, 72):
+        plain = square.resize((size, size), Image.Resampling.LANCZOS)
+        squares = load_images([item], size, Colours()).squares
+        np.testing.assert_array_equal(squares[0].permute(1, 2, 0), np.array(plain))
+
+
+def test_more_codes_than_pairs_hold(monkeypatch) -> None:
+    monkeypatch.setattr(VQTokenizer, "codebook_size", 32769)
+    with pytest.raises(ValueError, match="pairs hold at most 32,768 codes, got 32,769"):
+        data.make_pairs([torch.zeros(1, 3, 8, 8, dtype=torch.uint8)], Colours(), tokenizer())
 
 
 def encoded(collection, out: Path, worlds: int = 2, seed: int = 0, **options):
@@ -125,11 +165,11 @@ def test_encoding_in_parts(folder: Path, tmp_path: Path, monkeypatch) -> None:
     made = data.make_pairs
     calls = []
 
-    def dies(*args):
+    def dies(*args, **options):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return made(*args)
+        return made(*args, **options)
 
     monkeypatch.setattr(data, "make_pairs", dies)
     with pytest.raises(KeyboardInterrupt):

@@ -28,6 +28,7 @@ from knnfast.diffusion.cache import check_recipe, load_cache, save_cache
 from knnfast.diffusion.distributed import Processes
 from knnfast.diffusion.pairs import Pairs
 from knnfast.diffusion.tokenizer import VQTokenizer
+from knnfast.encoders import pixels
 from knnfast.evaluate import weights_hash
 from knnfast.images import READ_ERRORS, SUFFIXES, flatten, list_images, read_image
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 PAIRS_FILE = "pairs.safetensors"
 PART = 1024  # images encoded at a time; what a kill can lose
+MOST_CODES = 1 << 15  # what int16 tells apart
 
 
 class ImageEncoder(Protocol):
@@ -123,17 +125,41 @@ def identity(data: str | Path | Database) -> str:
     return digest.hexdigest()
 
 
-def load_images(items: Iterable[Picture], size: int) -> tuple[Tensor, list[str]]:
-    """Read images as [N, 3, size, size] uint8, and a line for each one that cannot be read."""
-    rows, skipped = [], []
-    for item in items:
-        try:
-            picture = item.read().convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
-        except READ_ERRORS as e:
-            skipped.append(f"{item.name}: {e}")
-            continue
-        rows.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
-    return torch.stack(rows) if rows else torch.empty(0, 3, size, size, dtype=torch.uint8), skipped
+class Loaded(NamedTuple):
+    """Pictures as `load_images` gives them."""
+
+    squares: Tensor  # [N, 3, size, size] uint8, padded white
+    embeddings: Tensor  # of the originals, [N, E] float16
+    skipped: list[str]  # a line for each picture that cannot be read
+
+
+def load_images(
+    items: Iterable[Picture], size: int, encoder: ImageEncoder, batch: int = 64
+) -> Loaded:
+    """Read pictures as a tokenizer of `size` sees them, and embed them as a database does: whole.
+
+    `batch` originals are in memory at a time.
+    """
+    squares = [np.zeros((0, size, size, 3), np.uint8)]
+    rows = [np.zeros((0, encoder.card.dim), np.float16)]
+    skipped, stream = [], iter(items)
+    while group := list(islice(stream, batch)):
+        originals = []
+        for item in group:
+            try:
+                originals.append(item.read().convert("RGB"))
+            except READ_ERRORS as e:
+                skipped.append(f"{item.name}: {e}")
+        if originals:
+            squares.append(pixels(originals, size))
+            rows.append(_embed(originals, encoder, batch))
+    images = torch.from_numpy(np.concatenate(squares)).permute(0, 3, 1, 2).contiguous()
+    return Loaded(images, torch.from_numpy(np.concatenate(rows)), skipped)
+
+
+def _embed(images: list[Image.Image], encoder: ImageEncoder, batch: int) -> np.ndarray:
+    """Embeddings [N, E] as pairs keep them."""
+    return np.asarray(encoder.encode_images(images, batch_size=batch).vectors, dtype=np.float16)
 
 
 def _members(file: Path) -> Iterator[Picture]:
@@ -204,6 +230,7 @@ def make_pairs(
     targets: Tensor | None = None,
     database: Tensor | None = None,
     batch: int = 64,
+    known: Tensor | None = None,
 ) -> Pairs:
     """Encode every world of a collection: codes and embeddings.
 
@@ -214,13 +241,23 @@ def make_pairs(
         targets: ids that may be targets, [n] int64; None: all.
         database: ids that may be neighbours, [m] int64; None: all.
         batch: images at a time.
+        known: the first world's embeddings [N, E], where its images have larger originals.
+
+    Raises:
+        ValueError: the tokenizer has more codes than fit.
     """
+    if tokenizer.codebook_size > MOST_CODES:
+        raise ValueError(
+            f"tokenizer: pairs hold at most {MOST_CODES:,} codes, got {tokenizer.codebook_size:,}"
+        )
     device = next(tokenizer.parameters()).device
     codes, embeddings = [], []
     for images in worlds:
-        shown = [Image.fromarray(x.numpy()) for x in images.permute(0, 2, 3, 1)]
-        rows = encoder.encode_images(shown, batch_size=batch).vectors
-        embeddings.append(torch.from_numpy(np.asarray(rows, dtype=np.float16)))
+        if known is not None and not embeddings:
+            embeddings.append(known)
+        else:
+            shown = [Image.fromarray(x.numpy()) for x in images.permute(0, 2, 3, 1)]
+            embeddings.append(torch.from_numpy(_embed(shown, encoder, batch)))
         parts = [tokenizer.encode(x.to(device).float() / 255).cpu() for x in images.split(batch)]
         codes.append(torch.cat(parts).to(torch.int16))
     everything = torch.arange(codes[0].shape[0])
@@ -294,13 +331,12 @@ def _encode_parts(
     while items := list(islice(stream, PART)):
         part = folder / f"{number:06d}.safetensors"
         if number % processes.count == processes.rank and not part.is_file():
-            images, skipped = load_images(items, tokenizer.image_size)
+            images, known, skipped = load_images(items, tokenizer.image_size, encoder)
             for line in skipped:
                 warnings.warn(f"skipped {line}", stacklevel=2)
             if len(images):
-                made = make_pairs(
-                    worlds_of(images, worlds, seed * 1_000_003 + number), encoder, tokenizer
-                )
+                versions = worlds_of(images, worlds, seed * 1_000_003 + number)
+                made = make_pairs(versions, encoder, tokenizer, known=known)
                 _files.save_tensors(part, {"codes": made.codes, "embeddings": made.embeddings})
         bar.update(len(items))
         number += 1
