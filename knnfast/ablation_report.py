@@ -25,6 +25,17 @@ COLUMNS = {
 }
 
 
+def require_plots() -> Any:
+    """The class `matplotlib.figure.Figure`; ImportError that names the extra when it is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f"the plots need matplotlib ({error}): pip install 'knnfast[evaluate]'"
+        ) from None
+    return Figure
+
+
 def write_report(out: Path, names: Sequence[str]) -> Path:
     """Make `README.md` and one PNG for each ablation from the JSON files in a folder.
 
@@ -95,12 +106,10 @@ def _page(results: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> str:
 
 def _plot(result: Mapping[str, Any], path: Path) -> None:
     """The judge's score with its interval: lines over an axis, or bars."""
-    from matplotlib.figure import Figure
-
     entries = [e for e in result["settings"] if e["available"]]
     score = np.array([e["metrics"]["judge score"] for e in entries])
     error = np.abs(np.array([e["interval"] for e in entries]).T - score)
-    figure = Figure(figsize=(5.0, 3.0), dpi=120, layout="constrained")
+    figure = require_plots()(figsize=(5.0, 3.0), dpi=120, layout="constrained")
     axes = figure.subplots()
     if result["axis"]:
         label, places = result["axis"]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from knnfast import _files
-from knnfast.ablation_report import FORMAT, write_report
+from knnfast.ablation_report import FORMAT, require_plots, write_report
 from knnfast.evaluate import Panel, databases_of, weights_hash
 from knnfast.metrics import bootstrap_interval
 
@@ -298,7 +298,9 @@ def run(
 
     Raises:
         ValueError: an unknown name, fewer than four prompts, or fewer images than a setting needs.
+        ImportError: matplotlib is missing.
     """
+    require_plots()
     for name in names:
         if name not in ABLATIONS:
             raise ValueError(f"ablation must be one of {', '.join(ABLATIONS)}, got {name!r}")

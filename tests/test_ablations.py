@@ -1,6 +1,7 @@
 """Ablations on a generator one can reason about; the one-step schedule against its definition."""
 
 import json
+import sys
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -201,3 +202,15 @@ def test_rejects(tmp_path):
         result = CliRunner().invoke(main, ["evaluate", "stickers", *arguments])
         assert result.exit_code == 2
         assert message in result.stderr
+
+
+def test_without_matplotlib_nothing_is_generated(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'knnfast\[evaluate\]'"):
+        run(["k"], None, tmp_path)
+    monkeypatch.setattr("knnfast.pipeline.find_model", None)  # is not reached
+    result = CliRunner().invoke(main, ["evaluate", "stickers", "--ablation", "k"])
+    assert result.exit_code == 2
+    assert "the plots need matplotlib" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -48,6 +48,7 @@ def evaluate(
     """
     from knnfast import ablations
     from knnfast import evaluate as measures
+    from knnfast.ablation_report import require_plots
     from knnfast.pipeline import KNNDiffusion, backbones_of
 
     if ablation is None:
@@ -75,6 +76,7 @@ def evaluate(
     if unknown := set(names) - set(ablations.ABLATIONS):
         allowed = ", ".join(ablations.ABLATIONS)
         raise ValueError(f"--ablation: must be one of {allowed} or all, got {unknown.pop()!r}")
+    require_plots()
     check_folder("--out", out)
     if prompts is None:
         prompts = ablations.QUICK_PROMPTS if quick else ablations.PROMPTS

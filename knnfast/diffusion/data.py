@@ -251,11 +251,10 @@ def make_pairs(
             f"tokenizer: pairs hold at most {MOST_CODES:,} codes, got {tokenizer.codebook_size:,}"
         )
     device = next(tokenizer.parameters()).device
-    codes, embeddings = [], []
+    codes: list[Tensor] = []
+    embeddings = [] if known is None else [known]
     for images in worlds:
-        if known is not None and not embeddings:
-            embeddings.append(known)
-        else:
+        if len(embeddings) == len(codes):
             shown = [Image.fromarray(x.numpy()) for x in images.permute(0, 2, 3, 1)]
             embeddings.append(torch.from_numpy(_embed(shown, encoder, batch)))
         parts = [tokenizer.encode(x.to(device).float() / 255).cpu() for x in images.split(batch)]
