@@ -7,12 +7,16 @@ from knnfast.diffusion.schedule import NAMES, Schedule
 from knnfast.ops import reference
 
 
+def stride(schedule: Schedule, t: int, s: int) -> tuple[float, float, float]:
+    return reference.stride(schedule.A, schedule.B, schedule.C, t, s)
+
+
 def one_step_matrices(schedule: Schedule) -> list[np.ndarray]:
     """Q_t for t = 1...T over K + 1 states, column = from, straight from the definition."""
     k = schedule.num_codes
     out = []
     for t in range(1, schedule.num_steps + 1):
-        a, b, c = schedule.stride(t - 1, t)
+        a, b, c = stride(schedule, t, t - 1)
         q = np.zeros((k + 1, k + 1))
         q[:k, :k] = b
         q[np.arange(k), np.arange(k)] += a
@@ -50,11 +54,11 @@ def test_strides_compose(name: str) -> None:
     q = one_step_matrices(s)
     for low, high in [(0, 20), (0, 1), (3, 4), (2, 11), (7, 20)]:
         product = np.linalg.multi_dot([*reversed(q[low:high]), np.eye(6)])
-        a, b, c = s.stride(low, high)
+        a, b, c = stride(s, high, low)
         np.testing.assert_allclose(product[1, 0], b, atol=1e-14)
         np.testing.assert_allclose(product[0, 0], a + b, atol=1e-14)
         np.testing.assert_allclose(product[5, 0], c, atol=1e-14)
-    a, b, c = s.stride(0, 9)
+    a, b, c = stride(s, 9, 0)
     np.testing.assert_allclose([a, b, c], [s.A[9], s.B[9], s.C[9]], atol=1e-15)
 
 
@@ -89,8 +93,7 @@ def test_levels() -> None:
     s = Schedule("mask", 100, 4)
     assert s.levels(100) == list(range(100, -1, -1))
     assert s.levels(25) == list(range(100, -1, -4))
-    assert s.levels(7)[0] == 100
-    assert s.levels(7)[-1] == 0
+    assert s.levels(7) == [100, 86, 71, 57, 43, 29, 14, 0]
     assert s.levels([100, 60, 3]) == [100, 60, 3, 0]
     for bad in (0, 101, [], [99, 0], [100, 50, 50, 0], [100, 0, -1]):
         with pytest.raises(ValueError, match="steps must"):
@@ -104,5 +107,6 @@ def test_rejects() -> None:
         Schedule("vq_diffusion", 1, 4)
     with pytest.raises(ValueError, match="num_codes must be >= 1"):
         Schedule("mask", 10, 0)
-    with pytest.raises(ValueError, match="need 0 <= s < t"):
-        Schedule("mask", 10, 4).stride(5, 5)
+    for t, s in ((5, 5), (4, 5), (11, 5), (5, -1)):
+        with pytest.raises(ValueError, match="levels must satisfy 0 <= s < t <= 10"):
+            reference.transition_weights(Schedule("mask", 10, 4), t, s, 4)

@@ -212,6 +212,11 @@ def test_opcheck():
         assert torch.equal(got, want)
 
 
+def test_reference_keeps_to_the_device():
+    q, x = torch.empty(2, 4, device="meta"), torch.empty(9, 4, device="meta")
+    assert [v.device for v in reference.topk(q, x, 3)] == [x.device, x.device]
+
+
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [

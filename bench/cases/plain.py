@@ -49,7 +49,7 @@ def _run(
     x = ops.sample_prior(schedule, T, K, (B, denoiser.config.length), seed=0).to(cond.device)
     cond = torch.cat([cond, torch.zeros_like(cond)])
     mask = torch.cat([mask, torch.zeros_like(mask)])
-    for t, s in pairwise([T - i * T // steps for i in range(steps)] + [0]):
+    for t, s in pairwise(schedule.levels(steps)):
         level = torch.full((2 * B,), t, device=cond.device)
         own, null = denoiser(x.repeat(2, 1), level, cond, mask).chunk(2)
         x = step(x, own, null, reference.transition_weights(schedule, t, s, K, device=cond.device))

@@ -36,7 +36,7 @@ def record(size: dict[str, Any], device: str) -> Run:
     features = torch.randn(B, L, D, generator=draw).to(device, dtype)
     weight = (torch.randn(K, D, generator=draw) / D**0.5 * 3).to(device, dtype)
     schedule = Schedule(size["schedule"], T, K)
-    levels = list(pairwise([T - i * T // steps for i in range(steps)] + [0]))
+    levels = list(pairwise(schedule.levels(steps)))
     x = ops.sample_prior(schedule, T, K, (B, L), seed=0).to(device)
     weights = [ops.transition_weights(schedule, t, s, K, device=device) for t, s in levels]
     tokens = []

@@ -132,8 +132,3 @@ def check_fits(path: Path, state: Mapping[str, Tensor], wanted: Mapping[str, Ten
     if wrong:
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise ValueError(f"{path}: weights of another architecture ({wrong[0]}{more})")
-
-
-def read_backbone_name(folder: Path) -> str:
-    """Which backbone a folder's `config.json` describes."""
-    return str(_files.read_json(folder / CONFIG_FILE).get("backbone", "discrete"))

@@ -53,10 +53,6 @@ class Pairs:
                 f"{(length, embed_dim)}"
             )
 
-    def restricted(self, targets: Tensor, database: Tensor, worlds: int | None = None) -> Pairs:
-        """The same images with other targets, another database, and the first `worlds` worlds."""
-        return Pairs(self.codes[:worlds], self.embeddings[:worlds], targets, database)
-
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
         _files.save_tensors(Path(path), {k: v.clone() for k, v in vars(self).items()})

@@ -13,6 +13,11 @@ import numpy as np
 NAMES = ("vq_diffusion", "mask_replace", "mask")
 
 
+def even_levels(top: int, steps: int) -> list[int]:
+    """The levels top...0 that `steps` <= top even steps visit."""
+    return [round(top * (steps - i) / steps) for i in range(steps + 1)]
+
+
 class Schedule:
     """Cumulative probabilities of a named schedule.
 
@@ -52,18 +57,6 @@ class Schedule:
         for array in (self.A, self.B, self.C):
             array.setflags(write=False)
 
-    def stride(self, s: int, t: int) -> tuple[float, float, float]:
-        """Keep, replace (per code) and mask probabilities of the jump from level s to level t > s.
-
-        Q_{s->t} has a on the diagonal, b added to every entry among codes, c into the mask.
-        """
-        if not 0 <= s < t <= self.num_steps:
-            raise ValueError(f"need 0 <= s < t <= {self.num_steps}, got s={s}, t={t}")
-        a = self.A[t] / self.A[s]
-        c = 1.0 - (1.0 - self.C[t]) / (1.0 - self.C[s])
-        b = (self.B[t] - a * self.B[s]) / (1.0 - self.C[s])
-        return float(a), float(max(b, 0.0)), float(c)
-
     def levels(self, steps: int | list[int] | tuple[int, ...], top: int | None = None) -> list[int]:
         """Levels a sampler visits, from T, or a lower `top`, down to 0.
 
@@ -80,7 +73,7 @@ class Schedule:
         if isinstance(steps, int):
             if not 1 <= steps <= top:
                 raise ValueError(f"steps must be in [1, {top}], got {steps}")
-            return [round(top * (steps - i) / steps) for i in range(steps + 1)]
+            return even_levels(top, steps)
         listed = [int(v) for v in steps]
         if listed and listed[-1] != 0:
             listed.append(0)

@@ -22,6 +22,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from knnfast import ops
+from knnfast.diffusion.schedule import even_levels
 
 
 @dataclass
@@ -93,7 +94,7 @@ class VQDiffusionScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             n = num_inference_steps
             if n is None or not 1 <= n <= T:
                 raise ValueError(f"num_inference_steps: must be in [1, {T}], got {n}")
-            levels = [T - (i * T) // n for i in range(n)] + [0]
+            levels = even_levels(T, n)
         else:
             levels = [t + 1 for t in timesteps] + [0]
             if any(a <= b for a, b in pairwise(levels)) or levels[0] > T:

@@ -201,7 +201,7 @@ class MidBlock(nn.Module):
         return self.resnets[1](x)
 
 
-class Encoder(nn.Module):
+class LatentEncoder(nn.Module):
     """Images to latents."""
 
     def __init__(self, cfg: TokenizerConfig) -> None:
@@ -233,7 +233,7 @@ class Encoder(nn.Module):
         return self.conv_out(self.conv_norm_out(x))
 
 
-class Decoder(nn.Module):
+class LatentDecoder(nn.Module):
     """Latents to images."""
 
     def __init__(self, cfg: TokenizerConfig) -> None:
@@ -292,11 +292,11 @@ class VQTokenizer(nn.Module):
         if config.sample_size % factor:
             raise ValueError(f"sample_size {config.sample_size} is not a multiple of {factor}")
         dim = config.vq_embed_dim or config.latent_channels
-        self.encoder = Encoder(config)
+        self.encoder = LatentEncoder(config)
         self.quant_conv = nn.Conv2d(config.latent_channels, dim, 1)
         self.quantize = Codebook(config.num_vq_embeddings, dim)
         self.post_quant_conv = nn.Conv2d(dim, config.latent_channels, 1)
-        self.decoder = Decoder(config)
+        self.decoder = LatentDecoder(config)
 
     @property
     def image_size(self) -> int:

@@ -147,7 +147,7 @@ class Batch(NamedTuple):
     inputs: tuple[Tensor, ...]
 
 
-class Sampler(Protocol):
+class TrainingSampler(Protocol):
     """Draws what a network is trained on."""
 
     def draw(self, count: int, g: torch.Generator) -> tuple[Tensor, ...]:
@@ -196,7 +196,7 @@ class Trainer:
     """
 
     def __init__(
-        self, objective: Objective, config: TrainConfig, sampler: Sampler,
+        self, objective: Objective, config: TrainConfig, sampler: TrainingSampler,
         processes: Processes | None = None, optimizer: Optimizer | None = None,
     ) -> None:  # fmt: skip
         self.processes = processes or Processes()

@@ -1,6 +1,8 @@
 """The definition of each op: the public names and signatures in plain torch, FP64 inside.
 
-Slow and readable; tests and benchmarks measure every backend against these functions.
+Slow and readable; tests and benchmarks measure every backend against these functions. What only
+says how an op works is left out: `fold_neighbours` always folds, `sample_head` takes no callable
+(nor its `num_codes`), `transition_loss` has no `inplace`.
 """
 
 from __future__ import annotations
@@ -439,7 +441,7 @@ def topk(
         scores: [M, k] fp32, best first: ip and cosine descend, l2 (squared) ascends.
         ids: [M, k] int64, from `ids` [N] or the row numbers.
     """
-    ids = torch.arange(len(x)) if ids is None else ids
+    ids = torch.arange(len(x), device=x.device) if ids is None else ids
     by_id = ids.argsort()
     score = canonical_scores(q, x, metric)[:, by_id]
     order = score.argsort(dim=1, descending=metric != "l2", stable=True)[:, :k]
