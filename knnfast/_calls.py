@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from knnfast._phases import phase
+from knnfast.mixture import Mixture
 
 if TYPE_CHECKING:
     from knnfast.database import Database, Item
-    from knnfast.mixture import Mixture
 
 DEFAULT_K = 10  # neighbours of a query
 
@@ -76,6 +76,8 @@ def choose_neighbours(
     if size == 0:
         raise ValueError(empty)
     if k is None:
-        k = max(1, db.most(DEFAULT_K, ids))  # a mix that cannot share out even 1 says why itself
+        k = max(1, db.most(DEFAULT_K, ids))
     check_range("k", k, 1, size, what)
+    if isinstance(db, Mixture):
+        db.check_shares(k, ids)
     return k, ids

@@ -4,11 +4,13 @@ An editor (`DenoiserConfig.source`) predicts a picture's codes from the picture 
 the text changes its prediction is where the edit belongs; that part is masked and drawn again, all
 other codes are kept:
 
-    d_i = log p(s_i | s) - log p(s_i | s, text)     s: the picture's codes, from a blank canvas
+    d_i = sum_c (p_w(c) - p(c | s)) |e_c - e_{s_i}|^2,  p_w = softmax(l + w (l_text - l))
 
-is averaged over 3x3 cells, and the `strength` share with the largest d is redrawn. (The model:
-Sheynin et al. 2022, section 3; finding the place by a difference of predictions: Couairon et al.
-2022.) Nobody draws a mask; one may be given, and bounds the edit.
+is averaged over 3x3 cells, and the `strength` share with the largest d is redrawn. Here s are the
+picture's codes, e the code vectors, w the guidance, l and l_text the logits of p(. | s) and
+p(. | s, text), both from a blank canvas. (The model: Sheynin et al. 2022, section 3; finding the
+place by a difference of predictions: Couairon et al. 2022.) Nobody draws a mask; one may be given,
+and bounds the edit.
 """
 
 from __future__ import annotations
@@ -154,6 +156,7 @@ def edit(
     check_range("num_images", num_images, 1)
     seed = secrets.randbits(63) if seed is None else seed
     check_range("seed", seed, 0, 2**64 - 1)
+    self.denoiser.check(steps, guidance, truncation=truncation)
     db = self.find_database(database)
     k, allow = choose_neighbours(db, k, groups, where)
     picture = read_image(image) if isinstance(image, str | Path) else image
@@ -253,8 +256,10 @@ def disagreement(
 ) -> Tensor:
     """How far the text leads each of the picture's codes [1, L] away from itself: [rows, columns].
 
-    d_i = sum_c (p(c | s, text) - p(c | s)) |e_c - e_{s_i}|^2 over code vectors e, so that codes
-    that look alike count as one. Both predictions start from a blank canvas and see the picture.
+    d_i = sum_c (p_w(c) - p(c | s)) |e_c - e_{s_i}|^2,  p_w = softmax(l + w (l_text - l))
+
+    over code vectors e, so that codes that look alike count as one; w is the guidance. Both
+    predictions start from a blank canvas and see the picture.
     """
     net = pipe.denoiser
     assert isinstance(net, Denoiser)  # for the type checker

@@ -84,6 +84,13 @@ class Mixture(Collection):
                 return n
         return 0
 
+    def check_shares(self, k: int, allow: np.ndarray | None = None) -> None:
+        """Refuse a k of which a database has fewer allowed images than its share."""
+        for which, ((db, _), count) in enumerate(zip(self.parts, self.counts(k), strict=True)):
+            size = self._size(which, allow)
+            if count > size:
+                raise ValueError(f"k: {count} neighbours are asked of {db!r}, {size} are allowed")
+
     def search(
         self, queries: Embeddings, k: int, *, allow: np.ndarray | None = None
     ) -> list[list[Neighbour]]:
@@ -92,14 +99,12 @@ class Mixture(Collection):
         Raises:
             ValueError: a database has fewer allowed images than its share.
         """
+        self.check_shares(k, allow)
         found: list[list[Neighbour]] = [[] for _ in range(len(queries))]
         for which, ((db, _), count) in enumerate(zip(self.parts, self.counts(k), strict=True)):
             if not count:
                 continue
             own = self._own_ids(which, allow)
-            size = self._size(which, allow)
-            if count > size:
-                raise ValueError(f"k: {count} neighbours are asked of {db!r}, {size} are allowed")
             for row, neighbours in enumerate(db.search(queries, count, allow=own)):
                 found[row] += [Neighbour(self._own(which, n.item), n.score) for n in neighbours]
         return [sorted(row, key=lambda n: -n.score) for row in found]

@@ -197,7 +197,7 @@ class KNNDiffusion:
         prompt: str | Query | Sequence[str | Query] | None = None,
         *,
         image: Picture | Sequence[Picture] | None = None,
-        image_weight: float = 0.5,
+        image_weight: float | None = None,
         embedding: np.ndarray | Embeddings | None = None,
         k: int | None = None,
         steps: int | Sequence[int] = 25,
@@ -219,7 +219,7 @@ class KNNDiffusion:
         Args:
             prompt: one text or several; each may be a `query.mix`, or one of `query.between`.
             image: one picture (PIL or a file) or several; beside a prompt, one for each.
-            image_weight: share of the image in a query of both, in [0, 1].
+            image_weight: share of the image in a query of both, in [0, 1]; None: 0.5.
             embedding: queries as vectors of this pipeline's encoder, [E] or [P, E].
             k: neighbours to condition on, 1 <= k <= size of the database; None: 10, or as many as
                 there are.
@@ -254,6 +254,7 @@ class KNNDiffusion:
         if not (math.isfinite(guidance) and guidance >= 0):
             raise ValueError(f"guidance: must be a finite number of at least 0, got {guidance}")
         options = self._options(truncation, solver)
+        self.denoiser.check(steps, guidance, **options)
         if seed is None:
             seed = secrets.randbits(63)
         check_range("seed", seed, 0, 2**64 - 1)

@@ -82,7 +82,7 @@ def between(a: Source, b: Source, count: int) -> list[Query]:
 def as_queries(
     prompt: str | Query | Sequence[str | Query] | None,
     image: Picture | Sequence[Picture] | None,
-    image_weight: float,
+    image_weight: float | None,
     embedding: np.ndarray | Embeddings | None,
     encoder: Encoder,
 ) -> list[Query]:
@@ -91,8 +91,14 @@ def as_queries(
     Raises:
         ValueError, TypeError: none given, a bad one, or different numbers of them.
     """
-    if not 0 <= image_weight <= 1:
+    if image_weight is None:
+        weight = 0.5
+    elif not 0 <= image_weight <= 1:
         raise ValueError(f"image_weight: must lie in [0, 1], got {image_weight}")
+    elif prompt is None or image is None:
+        raise ValueError("image_weight: shares a query of prompt and image; give both")
+    else:
+        weight = image_weight
     prompts = [prompt] if isinstance(prompt, str | Query) else list(prompt or [])
     for text in prompts:
         if not isinstance(text, str | Query):
@@ -116,7 +122,7 @@ def as_queries(
     if not prompts:
         return [Query(((p, 1.0),), f"image {n + 1}") for n, p in enumerate(seen)]
     return [
-        Query(((text, 1.0 - image_weight), (picture, image_weight)), _label(text))
+        Query(((text, 1.0 - weight), (picture, weight)), _label(text))
         for text, picture in zip(prompts, seen, strict=True)
     ]
 

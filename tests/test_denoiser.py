@@ -120,6 +120,11 @@ def test_folded_trunk_is_the_trunk() -> None:
     )
 
 
+def test_embeddings_need_their_mask() -> None:
+    with pytest.raises(ValueError, match="cond_mask: embeddings need one, got None"):
+        made().features(*inputs()[:3])
+
+
 def test_file_round_trip(tmp_path: Path) -> None:
     model = made()
     model.save(tmp_path, torch.float32)

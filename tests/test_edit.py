@@ -142,7 +142,7 @@ def test_the_editor_stands_on_its_base(pipe, tmp_path):
         ({"num_images": 0}, "num_images"),
         ({"seed": -1}, "seed"),
         ({"k": 10**6}, "size of the database"),
-        ({"steps": 0}, "steps"),
+        ({"steps": 0}, "steps must be in"),
         ({"truncation": 0.0}, "truncation"),
         (
             {"mask": np.ones((8, 9), bool)},
@@ -154,7 +154,8 @@ def test_the_editor_stands_on_its_base(pipe, tmp_path):
         ({"image": 3}, "image"),
     ],
 )
-def test_rejects(pipe, face, arguments, message):
+def test_rejects_before_anything_is_computed(pipe, face, arguments, message, monkeypatch):
+    monkeypatch.setattr("knnfast.edit.pixels", None)
     with pytest.raises((ValueError, TypeError, OSError), match=message):
         pipe.edit(**{"image": face, "prompt": "a hat", **QUICK, **arguments})
 

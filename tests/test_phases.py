@@ -27,7 +27,7 @@ def test_torch_profiler_sees_every_phase(tmp_path, without_nvtx):
     for name in ("encode", "search", "denoise", "decode"):
         assert names.count(f"knnfast.{name}") == 1
         assert out.timings[name] > 0
-    for name in ("sample.features", "sample.head"):
+    for name in ("sample.features", "sample.packed", "sample.head"):
         assert names.count(f"knnfast.{name}") == 2
 
 

@@ -115,12 +115,17 @@ def test_saved_and_loaded_gives_the_same_images(pipe, tmp_path):
         ({"seed": 2**64}, "seed"),
         ({"truncation": 0.0}, "truncation"),
         ({"guidance": float("nan")}, "guidance"),
+        ({"solver": "ddim"}, "solver: the discrete backbone has none"),
+        ({"steps": [100, 50, 50, 0]}, "steps must fall"),
         ({"image_weight": 2.0}, "image_weight"),
+        ({"image_weight": 0.3}, "image_weight: shares a query of prompt and image; give both"),
+        ({"database": {"stickers": 1e-6, "animals": 1.0}, "k": 400}, "neighbours are asked of"),
         ({"database": "nowhere"}, "database"),
         ({"groups": ["nowhere"]}, "groups"),
     ],
 )
-def test_rejects(pipe, arguments, message):
+def test_rejects_before_anything_is_computed(pipe, arguments, message, monkeypatch):
+    monkeypatch.setattr("knnfast.pipeline.embed", None)
     with pytest.raises(ValueError, match=message):
         pipe(**{"prompt": "pizza", **arguments})
 

@@ -70,7 +70,7 @@ def test_as_queries_names_them():
     toy = Toy()
 
     def labels(prompt=None, image=None, embedding=None):
-        return [q.label for q in as_queries(prompt, image, 0.5, embedding, toy)]
+        return [q.label for q in as_queries(prompt, image, None, embedding, toy)]
 
     assert labels("x") == ["x"]
     assert labels(["x", mix(("x", 0.5), ("y", 2))]) == ["x", "0.5 x + 2 y"]
@@ -93,13 +93,15 @@ def test_as_queries_names_them():
         (lambda: embedded(*between("x", "minus x", 3)), "opposite"),
         (lambda: embedded(mix((np.zeros(4), 1.0))), r"must be \[3\]"),
         (lambda: embedded(mix((np.full(3, np.nan), 1.0))), "NaN"),
-        (lambda: as_queries(None, None, 0.5, np.zeros((2, 2, 3)), Toy()), "must be"),
-        (lambda: as_queries("x", None, 0.5, np.eye(3), Toy()), "alone"),
-        (lambda: as_queries(None, None, 0.5, None, Toy()), "got none"),
+        (lambda: as_queries(None, None, None, np.zeros((2, 2, 3)), Toy()), "must be"),
+        (lambda: as_queries("x", None, None, np.eye(3), Toy()), "alone"),
+        (lambda: as_queries(None, None, None, None, Toy()), "got none"),
+        (lambda: as_queries("x", None, 0.5, None, Toy()), "give both"),
+        (lambda: as_queries(None, red(), 0.5, None, Toy()), "give both"),
         (lambda: as_queries(["x", "y"], [red()], 0.5, None, Toy()), "beside 2"),
         (
             lambda: as_queries(
-                None, None, 0.5, Embeddings(np.eye(3), EncoderCard("b", 3, "c", 8)), Toy()
+                None, None, None, Embeddings(np.eye(3), EncoderCard("b", 3, "c", 8)), Toy()
             ),
             "'b', not by 'toy'",
         ),
@@ -225,9 +227,10 @@ def test_without_k_a_mix_gives_as_many_as_its_parts_have():
     assert (k, len(both.search(Toy().encode_text(["x"]), k, allow=ids)[0])) == (5, 5)
     with pytest.raises(ValueError, match="4 neighbours are asked of Database"):
         both.search(Toy().encode_text(["x"]), 8)
-    k, ids = choose_neighbours(both, None, ["small"], None)
+    with pytest.raises(ValueError, match="4 neighbours are asked of Database"):
+        choose_neighbours(both, 8, None, None)
     with pytest.raises(ValueError, match="1 neighbours are asked of Database"):
-        both.search(Toy().encode_text(["x"]), k, allow=ids)
+        choose_neighbours(both, None, ["small"], None)
 
 
 def test_call_mixes_databases(pipe, tmp_path):

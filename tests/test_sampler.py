@@ -78,6 +78,15 @@ def condition(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     return cond, torch.ones(batch, 4, dtype=torch.bool)
 
 
+def test_every_seed_of_64_bits(tiny: Denoiser) -> None:
+    cond, mask = condition(2)
+    sampler = Sampler(tiny, tiny.schedule, 3)
+    for seed in (2**63, 2**64 - 1):
+        codes = sampler(cond, mask, seed)
+        assert torch.equal(codes, sampler(cond, mask, torch.tensor([signed(seed)])))
+        assert torch.equal(codes, sample(tiny, tiny.schedule, cond, mask, steps=3, seed=seed))
+
+
 def test_same_seed_same_bits(tiny: Denoiser) -> None:
     cond, mask = condition(6)
     draw = lambda seed: sample(tiny, tiny.schedule, cond, mask, steps=5, seed=seed)  # noqa: E731
@@ -136,7 +145,7 @@ def test_cuda_graph_equals_the_loop(tiny: Denoiser, name: str, guidance: float) 
             got = graph(cond, mask, seed, places).clone()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert torch.equal(got, sampler(cond, mask, signed(seed), places))
+        assert torch.equal(got, sampler(cond, mask, seed, places))
         cond = cond.flip(0)
 
 
@@ -208,6 +217,9 @@ def test_rejects(tiny: Denoiser) -> None:
             sample(tiny, tiny.schedule, cond, wrong, steps=3)
     with pytest.raises(ValueError, match=r"image_indices: shape must be \[2\]"):
         sample(tiny, tiny.schedule, cond, mask, image_indices=torch.arange(3), steps=3)
+    for seed in (-1, 2**64):
+        with pytest.raises(ValueError, match=r"seed must be in \[0, 2\^64\)"):
+            Sampler(tiny, tiny.schedule, 3)(cond, mask, seed)
     for code in (-1, 12):
         start = torch.full((2, 16), code)
         with pytest.raises(ValueError, match=r"start: codes must be in \[0, 11\]"):

@@ -179,6 +179,15 @@ def test_guidance():
 def test_sample_rejects(options, message):
     with pytest.raises(ValueError, match=message):
         made().sample(*condition(1), **options)
+    if "seed" not in options:
+        with pytest.raises(ValueError, match=message):
+            made().check(**{"steps": 25, "guidance": 3.0, **options})
+
+
+def test_embeddings_need_their_mask():
+    x, t = torch.zeros(1, TINY.code_dim, *TINY.grid), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="cond_mask: embeddings need one, got None"):
+        made()(x, t, condition(1)[0])
 
 
 # ---- files --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from knnfast.cli._shared import Bar, check_folder, device_option
 @click.command()
 @click.argument("prompts", nargs=-1)
 @click.option("--image", "images", multiple=True, type=click.Path(), help="Query by picture.")
-@click.option("--image-weight", default=0.5, show_default=True, help="Share of the picture.")
+@click.option("--image-weight", type=float, help="Share of the picture beside a prompt; 0.5.")
 @click.option("-n", "num_images", default=1, show_default=True, help="Images per query.")
 @click.option("--k", type=int, help="Neighbours; 10, or as many as there are, when not given.")
 @click.option("--steps", default=25, show_default=True, help="Denoising steps.")
@@ -39,7 +39,7 @@ from knnfast.cli._shared import Bar, check_folder, device_option
 def generate(
     prompts: tuple[str, ...],
     images: tuple[str, ...],
-    image_weight: float,
+    image_weight: float | None,
     num_images: int,
     no_query: bool,
     no_neighbours: bool,

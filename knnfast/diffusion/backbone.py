@@ -60,6 +60,14 @@ class Backbone(nn.Module, ABC):
             Codes, [B, L] int64.
         """
 
+    @abstractmethod
+    def check(self, steps: int | Sequence[int], guidance: float) -> None:
+        """Refuse arguments of `sample`, each backbone's own too, before anything is computed.
+
+        Raises:
+            ValueError: one is out of its range.
+        """
+
     def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
         """Write `config.json` and `model.safetensors`; `dtype` is the stored type."""
         folder = Path(path)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from knnfast.diffusion.backbone import Backbone
-from knnfast.diffusion.sampler import sample
+from knnfast.diffusion.sampler import Sampler, sample
 from knnfast.diffusion.schedule import Schedule
 from knnfast.ops import Folded, Unfolded, fold_neighbours, neighbour_attention
 
@@ -394,9 +394,13 @@ class Denoiser(Backbone):
             cond: what `prepare` returned; or embeddings, [B, k+1, E], with their cond_mask.
             cond_mask: which of the embeddings are on, [B, k+1] bool.
             source: as in `prepare`.
+
+        Raises:
+            ValueError: embeddings without a cond_mask; as `prepare`.
         """
         if not isinstance(cond, Condition):
-            assert cond_mask is not None
+            if cond_mask is None:
+                raise ValueError("cond_mask: embeddings need one, got None")
             cond = self.prepare(cond, cond_mask, source=source)
         (rows, cols), p = self.config.grid, self.config.patch
         x = self.tokens(x_t)
@@ -415,6 +419,10 @@ class Denoiser(Backbone):
     ) -> Tensor:
         """Logits of the clean codes, [B, L, K]."""
         return self.head(self.features(x_t, t, cond, cond_mask, source))
+
+    def check(self, steps: int | Sequence[int], guidance: float, **options: Any) -> None:
+        """Refuse what `Sampler` refuses."""
+        Sampler(self, self.schedule, steps, guidance, **options)
 
     def sample(
         self,

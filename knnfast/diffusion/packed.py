@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from knnfast import _C
+from knnfast._phases import phase
 from knnfast.ops._checks import check_device, check_dtype, check_shape, pointer
 
 if TYPE_CHECKING:
@@ -129,7 +130,9 @@ class PackedDenoiser:
         shape = (1 + guided, len(x), cfg.length, cfg.code_width)
         out = torch.empty(shape, dtype=torch.float32, device="cpu")
         at = self.rows[t].data_ptr()
-        if not self.net.features(x.data_ptr(), conditions, guided, at, out.data_ptr()):
+        with phase("sample.packed"):
+            fits = self.net.features(x.data_ptr(), conditions, guided, at, out.data_ptr())
+        if not fits:
             raise ValueError(f"x: codes must be in [0, {cfg.num_codes}]")
         return out
 

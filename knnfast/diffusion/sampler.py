@@ -92,9 +92,9 @@ class Sampler:
         Args:
             cond: condition embeddings, [B, k+1, E], query first, then neighbours nearest first.
             cond_mask: which of them are on, [B, k+1] bool.
-            seed: of the random numbers, 64 bits, or a tensor [1] int64 of them; with the image
-                index it fixes an image, whatever the batch (on the CPU to the last bit; on a GPU up
-                to the rounding of its matrix products).
+            seed: of the random numbers, in [0, 2^64), or a tensor [1] int64 of its bits; with the
+                image index it fixes an image, whatever the batch (on the CPU to the last bit; on a
+                GPU up to the rounding of its matrix products).
             image_indices: [B] int64, the images' indices in the random numbers; default 0...B-1.
             callback: called with (steps done, steps) after each step.
             source: codes of the pictures that an editor edits, [B, L] int64, K where unknown; an
@@ -106,8 +106,11 @@ class Sampler:
             Codes, [B, L] int64.
 
         Raises:
-            ValueError: the shape of a tensor, or a code outside [0, K]. TypeError: its type.
+            ValueError: the shape of a tensor, a code outside [0, K], or a seed outside [0, 2^64).
+            TypeError: a tensor's type.
         """
+        if not isinstance(seed, Tensor):
+            seed = signed(seed)
         head, batch = self.denoiser.head, len(cond)
         k, shape = self.schedule.num_codes, (batch, self.denoiser.config.length)
         check_shape("cond", cond, (None, None, self.denoiser.config.embed_dim))
@@ -264,7 +267,7 @@ def sample(
     """
     codes, top = start or (None, None)
     sampler = Sampler(denoiser, schedule, steps, guidance, truncation, top_k, temperature, top)
-    return sampler(cond, cond_mask, signed(seed), image_indices, callback, source, codes)
+    return sampler(cond, cond_mask, seed, image_indices, callback, source, codes)
 
 
 def signed(seed: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from knnfast.diffusion.backbone import Backbone
+from knnfast.diffusion.sampler import signed
 from knnfast.ops.philox import NOISE, counter, normal, philox
 
 SOLVERS = ("dpm", "ddim")
@@ -212,9 +213,13 @@ class UNetDenoiser(Backbone):
 
         Returns:
             v, like x_t.
+
+        Raises:
+            ValueError: embeddings without a cond_mask.
         """
         if not isinstance(cond, UNetCondition):
-            assert cond_mask is not None
+            if cond_mask is None:
+                raise ValueError("cond_mask: embeddings need one, got None")
             cond = self.prepare(cond, cond_mask)
         alpha, sigma = (v[t].view(-1, 1, 1, 1) for v in (self.alpha, self.sigma))
         on = cond.mask.any(1).view(-1, 1, 1, 1)
@@ -235,6 +240,14 @@ class UNetDenoiser(Backbone):
         score = score.masked_fill(~cond.mask & some, -torch.inf)
         share = score.softmax(1) * some
         return torch.einsum("bk,bkchw->bchw", share, cond.paintings)
+
+    def check(self, steps: int | Sequence[int], guidance: float, *, solver: str = "dpm") -> None:
+        """Refuse steps or a solver out of range."""
+        if isinstance(steps, bool) or not isinstance(steps, int):
+            raise ValueError(f"steps: the continuous backbone takes a number, got {steps!r}")
+        if not 1 <= steps <= self.config.num_steps:
+            raise ValueError(f"steps must be in [1, {self.config.num_steps}], got {steps}")
+        self.solver(solver)
 
     @torch.no_grad()
     def sample(
@@ -258,12 +271,9 @@ class UNetDenoiser(Backbone):
         Raises:
             ValueError: steps, seed or solver out of range.
         """
-        if isinstance(steps, bool) or not isinstance(steps, int):
-            raise ValueError(f"steps: the continuous backbone takes a number, got {steps!r}")
+        self.check(steps, guidance, solver=solver)
+        assert isinstance(steps, int)  # for the type checker
         cfg = self.config
-        if not 1 <= steps <= cfg.num_steps:
-            raise ValueError(f"steps must be in [1, {cfg.num_steps}], got {steps}")
-        self.solver(solver)
         batch, device = len(cond), cond.device
         if image_indices is None:
             image_indices = torch.arange(batch, device=device)
@@ -312,10 +322,8 @@ def initial_noise(shape: tuple[int, ...], seed: int, image_indices: Tensor) -> T
     Raises:
         ValueError: seed out of range.
     """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be in [0, 2^64), got {seed}")
     device = image_indices.device
-    key = torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=device)
+    key = torch.tensor(signed(seed), device=device)
     place = torch.arange(math.prod(shape), device=device)
     zero = torch.zeros((), dtype=torch.int64, device=device)
     words = philox(zero, place[None], image_indices[:, None], counter(zero, NOISE), key)
