@@ -204,6 +204,8 @@ def test_rejects(tiny: Denoiser) -> None:
         sample(tiny, tiny.schedule, cond, mask, temperature=0.0)
     with pytest.raises(ValueError, match="num_codes"):
         sample(tiny, Schedule("mask", 10, 12), cond, mask)
+    with pytest.raises(ValueError, match="top_k must be >= 0, got -1"):
+        sample(tiny, tiny.schedule, cond, mask, top_k=-1, steps=3)
     with pytest.raises(ValueError, match="guidance must be finite, got nan"):
         sample(tiny, tiny.schedule, cond, mask, guidance=float("nan"), steps=3)
     with pytest.raises(TypeError, match="cond: dtype must be one of float32"):

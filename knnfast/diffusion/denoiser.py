@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from knnfast.diffusion.backbone import Backbone
-from knnfast.diffusion.sampler import Sampler, sample
+from knnfast.diffusion.sampler import check_rule, sample
 from knnfast.diffusion.schedule import Schedule
 from knnfast.ops import Folded, Unfolded, fold_neighbours, neighbour_attention
 
@@ -421,8 +421,8 @@ class Denoiser(Backbone):
         return self.head(self.features(x_t, t, cond, cond_mask, source))
 
     def check(self, steps: int | Sequence[int], guidance: float, **options: Any) -> None:
-        """Refuse what `Sampler` refuses."""
-        Sampler(self, self.schedule, steps, guidance, **options)
+        """Refuse what `sampler.check_rule` refuses."""
+        check_rule(self.schedule, steps, guidance, **options)
 
     def sample(
         self,

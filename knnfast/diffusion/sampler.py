@@ -37,8 +37,8 @@ class Sampler:
         top: the level to begin at; None: T.
 
     Raises:
-        ValueError: a bad list of steps, guidance, truncation or temperature, or another number of
-            codes. TypeError: weights of a type that the ops do not take.
+        ValueError: as `check_rule`, or another number of codes. TypeError: weights of a type that
+            the ops do not take.
     """
 
     def __init__(
@@ -52,12 +52,6 @@ class Sampler:
         temperature: float = 1.0,
         top: int | None = None,
     ) -> None:
-        if not 0.0 < truncation <= 1.0:
-            raise ValueError(f"truncation must be in (0, 1], got {truncation}")
-        if not math.isfinite(guidance):
-            raise ValueError(f"guidance must be finite, got {guidance}")
-        if not temperature > 0.0:
-            raise ValueError(f"temperature must be > 0, got {temperature}")
         if schedule.num_codes != denoiser.config.num_codes:
             raise ValueError(
                 f"the schedule's num_codes {schedule.num_codes} is not the denoiser's "
@@ -65,7 +59,7 @@ class Sampler:
             )
         check_dtype("denoiser", denoiser.head.weight, LOGIT_TYPES)
         self.denoiser, self.schedule, self.guided = denoiser, schedule, guidance != 1.0
-        self.levels = schedule.levels(steps if isinstance(steps, int) else list(steps), top)
+        self.levels = check_rule(schedule, steps, guidance, truncation, top_k, temperature, top)
         self.rule: dict[str, Any] = {
             "guidance": guidance,
             "temperature": temperature,
@@ -268,6 +262,31 @@ def sample(
     codes, top = start or (None, None)
     sampler = Sampler(denoiser, schedule, steps, guidance, truncation, top_k, temperature, top)
     return sampler(cond, cond_mask, seed, image_indices, callback, source, codes)
+
+
+def check_rule(
+    schedule: Schedule,
+    steps: int | Sequence[int],
+    guidance: float,
+    truncation: float = 1.0,
+    top_k: int = 0,
+    temperature: float = 1.0,
+    top: int | None = None,
+) -> list[int]:
+    """The levels that a `Sampler` with these arguments visits.
+
+    Raises:
+        ValueError: a bad list of steps, guidance, truncation, top_k or temperature.
+    """
+    if not 0.0 < truncation <= 1.0:
+        raise ValueError(f"truncation must be in (0, 1], got {truncation}")
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance must be finite, got {guidance}")
+    if top_k < 0:
+        raise ValueError(f"top_k must be >= 0, got {top_k}")
+    if not temperature > 0.0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    return schedule.levels(steps if isinstance(steps, int) else list(steps), top)
 
 
 def signed(seed: int) -> int:
