@@ -57,11 +57,74 @@ def make(K, B, L, rule, dtype=torch.float32, masked=0.5):
     return logits, x_t, rule
 
 
+def margins(got, expected, logits, x_t, weights, seed, image_indices=None, purity=None, **rule):
+    """How near FP64 came to each token of `got` [B, L].
+
+    Where a class was drawn: the difference of the two perturbed scores. Elsewhere: of the choice's
+    uniform and the weight that decides between replaced and kept; purity sampling has none.
+    """
+    K = logits.shape[-1]
+    logp = reference.class_scores(logits, **rule)
+    t, position, image, key = reference._coordinates(x_t, weights, image_indices, seed)
+
+    def words(block, stream):
+        place = position[..., None], image[..., None], philox.counter(t, stream)[..., None]
+        return torch.stack(philox.philox(block, *place, key), -1).flatten(-2)
+
+    noise = philox.gumbel(words(torch.arange((K + 3) // 4), philox.GUMBEL)[..., :K])
+    sharp = 1.0 if purity is None else 1 + purity * logp.max(-1, keepdim=True)[0].exp()
+    score = sharp * logp + noise
+    best, given = (score.gather(-1, v.clamp(0, K - 1)[..., None])[..., 0] for v in (expected, got))
+    choice = words(torch.zeros(1, dtype=torch.int64), philox.CHOICE)
+    u = philox.unit52(choice[..., 0], choice[..., 1])
+    p_i = logp.gather(-1, x_t.clamp(max=K - 1)[..., None])[..., 0].exp()
+    w_p, w_u = reference._branches(p_i, x_t == K, weights)
+    if purity is None:
+        return torch.where(u < w_p, best - given, (u - w_p - w_u).abs())
+    return torch.where((expected < K) & (got < K), best - given, float("inf"))
+
+
 def agree(got, logits, x_t, weights, **rule):
     """Equal tokens; where they differ the FP64 scores must be within 1e-5 of each other."""
     expected = reference.transition_step(logits, x_t, weights, **rule)
     wrong = got != expected
     assert wrong.double().mean() < 1e-3, f"{int(wrong.sum())} of {wrong.numel()} tokens differ"
+    if wrong.any():
+        assert float(margins(got, expected, logits, x_t, weights, **rule)[wrong].max()) < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_agree_tells_near_ties_from_errors(temperature):
+    """The runner-up in a winner's place passes 5e-6 behind it, and not 5e-5 behind."""
+    K, rule = 8, {"seed": 3, "temperature": temperature}
+    logits, x_t, _ = make(K, 1, 2000, {}, torch.float64, masked=1.0)
+    weights = weights_of("mask", K, 100, 0)
+    expected = reference.transition_step(logits, x_t, weights, **rule)
+    behind = torch.stack([
+        margins(torch.full_like(x_t, c), expected, logits, x_t, weights, **rule)[0, 7]
+        for c in range(K)
+    ])  # fmt: skip
+    second = int(behind.argsort()[1])
+    got = expected.clone()
+    got[0, 7] = second
+    for gap in (5e-6, 5e-5):
+        lifted = logits.clone()
+        lifted[0, 7, second] += (behind[second] - gap) * temperature
+        if gap < 1e-5:
+            agree(got, lifted, x_t, weights, **rule)
+        else:
+            with pytest.raises(AssertionError):
+                agree(got, lifted, x_t, weights, **rule)
+
+
+def test_agree_wants_the_choice_near_its_weight():
+    logits, x_t, _ = make(8, 1, 2000, {}, torch.float64, masked=0.0)
+    weights = weights_of("mask_replace", 8, 100, 40)
+    got = reference.transition_step(logits, x_t, weights, seed=3)
+    kept = int((got == x_t).nonzero()[0, 1])
+    got[0, kept] = (got[0, kept] + 1) % 8
+    with pytest.raises(AssertionError):
+        agree(got, logits, x_t, weights, seed=3)
 
 
 @pytest.mark.parametrize("rule", RULES)
