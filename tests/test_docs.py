@@ -1,31 +1,86 @@
-"""The examples of docs/using-index.md run, one after the other, and every page is linked."""
+"""Every page's Python examples run, one after the other, and every page is linked."""
 
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from knnfast import _C
+from knnfast import _C, KNNDiffusion
+from knnfast.images import read_image
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(page: str) -> dict:
+    """Run a page's Python blocks in one namespace."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    threads = _C.num_threads()
+    here: dict = {}
+    try:
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            exec(compile(block, page, "exec"), here)
+    finally:
+        _C.set_num_threads(threads)
+    return here
+
+
+def test_no_example_is_left_out():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    with_code = {p.stem for p in pages if "```python" in p.read_text(encoding="utf-8")}
+    assert with_code == {"README", "using-index", "queries", "editing"}
 
 
 def test_examples_of_using_index(tmp_path, monkeypatch):
     pytest.importorskip("faiss")
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / "using-index.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) >= 8
-    threads = _C.num_threads()
-    here = {}
-    try:
-        for block in blocks:
-            exec(compile(block, "docs/using-index.md", "exec"), here)
-    finally:
-        _C.set_num_threads(threads)
+    here = run("docs/using-index.md")
     assert here["again"].ids.tolist() == here["index"].ids.tolist()
     assert here["ids"][0] == 0
     assert [ids[0] for _, ids in here["answers"]][5:] == [*range(5, 100)]
+
+
+def test_examples_of_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = run("README.md")
+    assert read_image("heart.png").size == (64, 64)
+    assert len(here["out"].images) == 4
+    assert list(here["out"].timings) == ["encode", "search", "denoise", "decode"]
+    rows, scores, ids = here["rows"], here["scores"], here["ids"]
+    exact = rows[:3].astype(float) @ rows.astype(np.float16).astype(float).T
+    best = (-exact).argsort(axis=1, kind="stable")[:, :10]
+    np.testing.assert_array_equal(ids, best)
+    np.testing.assert_allclose(scores, np.take_along_axis(exact, best, 1), rtol=1e-6)
+
+
+def test_examples_of_queries(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (80, 60), "blue").save("photo.png")
+    calls = []
+    real = KNNDiffusion.__call__
+
+    def recorded(self, *args, **options):
+        calls.append(real(self, *args, **{"steps": 1, **options}))
+        return calls[-1]
+
+    monkeypatch.setattr(KNNDiffusion, "__call__", recorded)
+    pipe = run("docs/queries.md")["pipe"]
+    assert len(calls) == 11
+    animals = {item.name for item in pipe.databases["animals"]}
+    assert sum(n.item.name in animals for n in calls[1].neighbours[0]) == 7
+    assert {n.item.group for n in calls[2].neighbours[0]} == {"Activities"}
+    assert all("hat" in n.item.name for n in calls[3].neighbours[0])
+    assert len(calls[8].images) == 5
+
+
+def test_examples_of_editing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    faces = KNNDiffusion.from_pretrained("stickers").database
+    faces.thumbnail(next(i.id for i in faces if "face" in i.name)).save("face.png")
+    out = run("docs/editing.md")["out"]
+    assert read_image("after.png").size == out.original.size == (64, 64)
+    assert len(out.images) == 8
 
 
 def test_readme_links_every_page():
