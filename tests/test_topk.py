@@ -253,6 +253,24 @@ def test_instruction_sets(isa):
     )  # fmt: skip
 
 
+def test_unknown_instruction_set():
+    """A clear error from the search and from the ops, which follow its choice."""
+    code = (
+        "from knnfast import _C\n"
+        "for isa in (_C.isa, _C.ops_isa):\n"
+        "    try: print(isa())\n"
+        "    except ValueError as e: print(e)\n"
+    )
+    for isa, answer in (("sse9", "KNNFAST_ISA=sse9: this machine"), ("portable", "portable")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "KNNFAST_ISA": isa},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        lines = done.stdout.splitlines()
+        assert len(lines) == 2
+        assert all(line.startswith(answer) for line in lines), lines
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_threads_and_batches(metric, seed):
     """One query at a time, many at once, on one thread or on more: the same bits."""

@@ -48,6 +48,8 @@ def from_faiss(given: Any) -> Any:
 def to_faiss(index: Any) -> Any:
     """A FAISS IndexFlat with the index's FP16 rows, in an IndexIDMap2 unless ids are 0, 1, 2...
 
+    Nobody may remove rows meanwhile.
+
     Raises: ValueError for cosine, which FAISS has no metric for.
     """
     faiss = _faiss()
