@@ -242,7 +242,7 @@ def main() -> None:
         "kind": "load", "machine": machine(),
         "command": shlex.join(["python", "bench/load.py", *sys.argv[1:]]),
         "shape": {"n": args.n, "d": args.d, "k": args.k, "clients": args.clients,
-                  "deadline_ms": args.deadline_ms},
+                  "deadline_ms": args.deadline_ms, "rounds": args.rounds},
         "rows": [],
     }  # fmt: skip
 
