@@ -13,6 +13,7 @@
 // fails takes its own files back.
 #include <dirent.h>
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -192,6 +193,22 @@ void remove_others(const std::string& folder, const std::vector<FileEntry>& keep
   for (const std::string& name : old) unlink((folder + "/" + name).c_str());
 }
 
+// Holds a folder for one writer: others, in any thread or process, wait. A file system without
+// locks holds nobody off.
+class FolderLock {
+ public:
+  explicit FolderLock(const std::string& folder) : folder_(folder, O_RDONLY | O_DIRECTORY) {
+    while (flock(folder_.fd(), LOCK_EX) && errno == EINTR) {
+    }
+  }
+  ~FolderLock() { flock(folder_.fd(), LOCK_UN); }  // a forked child may hold the file, too
+  FolderLock(const FolderLock&) = delete;
+  FolderLock& operator=(const FolderLock&) = delete;
+
+ private:
+  File folder_;
+};
+
 // The files of a save, taken back unless it is done; with the folder where the save has made it.
 class Unfinished {
  public:
@@ -337,6 +354,7 @@ void Index::save(const std::string& folder) const {
   Unfinished ours(folder, made);
   if (stat(folder.c_str(), &s)) fail("cannot stat", folder);
   if (!S_ISDIR(s.st_mode)) throw std::invalid_argument("path: " + folder + " is not a folder");
+  const FolderLock lock_of_folder(folder);
 
   const std::string generation = new_generation();
   std::vector<FileEntry> files;

@@ -18,8 +18,8 @@ struct StepGrid {
   uint64_t seed;
 };
 
-// The three of the transition step return -1, and have written nothing, where a token is not in
-// [0, K].
+// The three of the transition step return, and have written nothing, -1 where a token is not in
+// [0, K], -2 where an image index is not in [0, 2^32), -3 where a weight is not finite.
 
 // Draws the mixture's choice for every position: writes x_s where no logits are needed and lists
 // the flat positions [<= B L] that need them. Returns how many.

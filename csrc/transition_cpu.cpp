@@ -55,16 +55,21 @@ const char* at_row(const void* base, int64_t row, int64_t stride, int dtype) {
   return static_cast<const char*>(base) + row * stride * (dtype == kFloat32 ? 4 : 2);
 }
 
-bool in_range(const StepGrid& g, const int64_t* x_t) {
-  bool all = true;
-  for (int64_t flat = 0; flat < g.B * g.L; ++flat) all &= x_t[flat] >= 0 && x_t[flat] <= g.K;
-  return all;
+// 0, or what ops_cpu.h says of bad input.
+int64_t refused(const StepGrid& g, const int64_t* x_t) {
+  bool tokens = true, images = true, weights = true;
+  for (int64_t flat = 0; flat < g.B * g.L; ++flat) tokens &= x_t[flat] >= 0 && x_t[flat] <= g.K;
+  for (int64_t b = 0; b < g.B; ++b) {
+    images &= g.image_indices[b] >= 0 && g.image_indices[b] <= UINT32_MAX;
+    for (int64_t i = 0; i < 7; ++i) weights &= std::isfinite(g.weights[b * g.weights_stride + i]);
+  }
+  return !tokens ? -1 : !images ? -2 : !weights ? -3 : 0;
 }
 
 }  // namespace
 
 int64_t transition_choose(const StepGrid& g, const int64_t* x_t, int64_t* x_s, int64_t* rows) {
-  if (!in_range(g, x_t)) return -1;
+  if (const int64_t why = refused(g, x_t)) return why;
   int64_t count = 0;
   for (int64_t flat = 0; flat < g.B * g.L; ++flat) {
     const bool masked = x_t[flat] == g.K;
@@ -108,7 +113,7 @@ void head_rows(const HeadShape& s, const void* features, const int64_t* rows, in
 int64_t transition_rows(const StepGrid& g, const RowRule& rule, const void* logits,
                         const void* null, int64_t stride, int64_t null_stride, bool compact,
                         const int64_t* x_t, const int64_t* rows, int64_t count, int64_t* x_s) {
-  if (!in_range(g, x_t)) return -1;
+  if (const int64_t why = refused(g, x_t)) return why;
   const OpsKernels& k = ops_kernels();
   std::atomic<int64_t> bad{0};
   auto work = [&](int, int64_t task) {
@@ -142,7 +147,7 @@ int64_t transition_rows(const StepGrid& g, const RowRule& rule, const void* logi
 int64_t transition_purity(const StepGrid& g, const RowRule& rule, double purity, const void* logits,
                           const void* null, int64_t stride, int64_t null_stride, const int64_t* x_t,
                           int64_t* x_s) {
-  if (!in_range(g, x_t)) return -1;
+  if (const int64_t why = refused(g, x_t)) return why;
   const OpsKernels& k = ops_kernels();
   const int64_t total = g.B * g.L;
   std::vector<double> score(size_t(total), -INFINITY);
@@ -177,8 +182,9 @@ int64_t transition_purity(const StepGrid& g, const RowRule& rule, double purity,
     std::vector<int64_t> order;
     for (int64_t flat = b * g.L; flat < (b + 1) * g.L; ++flat)
       if (x_t[flat] == g.K) order.push_back(flat);
-    const double keep = std::nearbyint(double(g.L) * g.weights[b * g.weights_stride + kKeep]);
-    const int64_t n = std::max<int64_t>(0, int64_t(order.size()) - int64_t(keep));
+    const double share = std::clamp(g.weights[b * g.weights_stride + kKeep], 0.0, 1.0);
+    const auto keep = static_cast<int64_t>(std::nearbyint(double(g.L) * share));
+    const int64_t n = std::max<int64_t>(0, int64_t(order.size()) - keep);
     std::stable_sort(order.begin(), order.end(),
                      [&](int64_t a, int64_t c) { return score[size_t(a)] > score[size_t(c)]; });
     chosen.insert(chosen.end(), order.begin(), order.begin() + n);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +30,12 @@ def check_range(
         allowed = f"at least {low}" if high is None else f"{low} ... {high}"
         allowed += f" ({why_high})" if why_high else ""
         raise ValueError(f"{name}: must be {allowed}, got {value}")
+
+
+def check_number(name: str, value: float) -> None:
+    """Refuse what is no real number; its range is the caller's."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
 def scaled(

@@ -174,7 +174,8 @@ class Database(Collection):
         """Append images with their embeddings; returns their ids, [N] int64.
 
         Raises:
-            ValueError: embeddings of another encoder, or lengths that differ. Nothing is added.
+            ValueError: embeddings of another encoder, or lengths that differ; TypeError: an entry
+                that is no picture or no text. Nothing is added.
         """
         self.check_encoder(embeddings.card)
         n = len(embeddings.vectors)
@@ -185,12 +186,16 @@ class Database(Collection):
         ):  # fmt: skip
             if len(values) != n:
                 raise ValueError(f"{label}: has {len(values)} entries for {n} embeddings")
+            kind = Image.Image if label == "images" else str
+            if isinstance(values, str) or not all(isinstance(v, kind) for v in values):
+                raise TypeError(f"{label}: must be a sequence of {kind.__name__}")
+        thumbnails = [self._thumbnails.shrink(image) for image in images]
         ids = np.asarray(self.index.add(embeddings.vectors))
-        for i, image, name, group, source in zip(
-            ids.tolist(), images, names, groups, sources, strict=True
+        for i, thumbnail, name, group, source in zip(
+            ids.tolist(), thumbnails, names, groups, sources, strict=True
         ):
             self._items[i] = Item(i, name, group, source)
-            self._thumbnails.put(i, image)
+            self._thumbnails.put(i, thumbnail)
         return ids
 
     @classmethod
@@ -212,7 +217,7 @@ class Database(Collection):
             for i, j in zip(ids.tolist(), old.tolist(), strict=True):
                 item = db[j]
                 merged._items[i] = Item(i, item.name, item.group, item.source)
-                merged._thumbnails.put(i, db.thumbnail(j))
+                merged._thumbnails.put(i, merged._thumbnails.shrink(db.thumbnail(j)))
         return merged
 
     # ---- using it ---------------------------------------------------------------------------
@@ -283,11 +288,13 @@ class Database(Collection):
         root = Path(path)
         if root.exists() and not root.is_dir():
             raise ValueError(f"{root}: is a file; a database is saved as a folder")
-        if root.is_dir() and any(root.iterdir()) and not (root / "database.json").is_file():
+        if not root.is_dir() or (root / "database.json").is_file():
+            return
+        if not all(_PARTS.fullmatch(child.name) for child in root.iterdir()):  # a killed save's
             raise ValueError(f"{root}: is a folder with other content; give a new or empty one")
 
     def save(self, path: str | Path) -> None:
-        """Write the database into folder `path`, atomically.
+        """Write the database into folder `path`, atomically; who saves there meanwhile waits.
 
         New files carry a new generation's name; the manifest `database.json` is replaced last and
         old ones are removed after it, so that a kill at any moment leaves the old database or the
@@ -302,17 +309,19 @@ class Database(Collection):
         new = not root.exists()
         root.mkdir(parents=True, exist_ok=True)
         generation = uuid.uuid4().hex[:8]
-        try:
-            self._write(root, generation)
-        except BaseException:
-            for part in root.glob(f"*-{generation}*"):
-                shutil.rmtree(part) if part.is_dir() else part.unlink()
-            if new:
-                root.rmdir()
-            raise
-        for old in root.iterdir():
-            if _PARTS.fullmatch(old.name) and generation not in old.name:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        with _files.locked(root):
+            try:
+                self.check_place(root)
+                self._write(root, generation)
+            except BaseException:
+                for part in root.glob(f"*-{generation}*"):
+                    shutil.rmtree(part) if part.is_dir() else part.unlink()
+                if new:
+                    root.rmdir()
+                raise
+            for old in root.iterdir():
+                if _PARTS.fullmatch(old.name) and generation not in old.name:
+                    shutil.rmtree(old) if old.is_dir() else old.unlink()
 
     def _write(self, root: Path, generation: str) -> None:
         """Write the files of one generation, the manifest last."""

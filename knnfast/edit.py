@@ -28,11 +28,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from knnfast._calls import Clock, check_range, choose_neighbours
+from knnfast._calls import Clock, check_number, check_range, choose_neighbours
 from knnfast.database import Database, Item, Neighbour
 from knnfast.diffusion.denoiser import Denoiser
 from knnfast.encoders import Embeddings, pixels
-from knnfast.images import read_image
+from knnfast.images import check_size, read_image
 from knnfast.mixture import Mixture
 from knnfast.query import Picture, Query, embed, mix
 
@@ -147,21 +147,27 @@ def edit(
     if strength is None:
         strength = 0.35 if mask is None else 1.0
     for name, value in (("strength", strength), ("image_weight", image_weight)):
+        check_number(name, value)
         if not 0 <= value <= 1 or (name == "strength" and value == 0):
             low = "(0, 1]" if name == "strength" else "[0, 1]"
             raise ValueError(f"{name}: must lie in {low}, got {value}")
     for name, value in (("keep", keep), ("guidance", guidance)):
+        check_number(name, value)
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name}: must be a finite number of at least 0, got {value}")
     check_range("num_images", num_images, 1)
     seed = secrets.randbits(63) if seed is None else seed
     check_range("seed", seed, 0, 2**64 - 1)
+    seed = int(seed)
+    check_number("truncation", truncation)
+    check_range("steps", steps, 1)  # its levels follow from the strength: no list of them
     self.denoiser.check(steps, guidance, truncation=truncation)
     db = self.find_database(database)
     k, allow = choose_neighbours(db, k, groups, where)
     picture = read_image(image) if isinstance(image, str | Path) else image
     if not isinstance(picture, Image.Image):
         raise TypeError(f"image: expected a picture or a file, got {type(image).__name__}")
+    check_size(picture)
     cells = cells_of(mask, picture, self.tokenizer.grid)
 
     timings: dict[str, float] = {}

@@ -46,8 +46,15 @@ def read_image(path: str | Path) -> Image.Image:
         raise ValueError(f"{path}: not a readable image ({e})") from None
 
 
+def check_size(image: Image.Image) -> None:
+    """Refuse a picture without pixels."""
+    if 0 in image.size:
+        raise ValueError(f"image: has no pixels, its size is {image.size}")
+
+
 def flatten(image: Image.Image) -> Image.Image:
-    """RGB with transparency laid on white."""
+    """RGB with transparency laid on white; ValueError for a picture without pixels."""
+    check_size(image)
     if image.mode == "P" or "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -64,11 +71,15 @@ class Thumbnails:
         self._lent: dict[int, tuple[int, int]] = {}  # id -> (atlas, cell)
         self._files: list[tuple[Path, str]] = []
 
-    def put(self, id: int, image: Image.Image) -> None:
-        """Keep a picture, shrunk to the cell and padded white."""
-        self._images[id] = ImageOps.pad(
+    def shrink(self, image: Image.Image) -> Image.Image:
+        """A picture as large as a cell, padded white."""
+        return ImageOps.pad(
             flatten(image), (self.size, self.size), Image.Resampling.LANCZOS, color="white"
         )
+
+    def put(self, id: int, thumbnail: Image.Image) -> None:
+        """Keep what `shrink` made."""
+        self._images[id] = thumbnail
 
     def lend(self, ids: list[int], files: list[tuple[Path, str]]) -> None:
         """Take the pictures of `ids`, in this order, from atlases with their SHA-256."""

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from knnfast import _files
-from knnfast._calls import Clock, check_range, choose_neighbours, scaled
+from knnfast._calls import Clock, check_number, check_range, choose_neighbours, scaled
 from knnfast._device import check_torch_device
-from knnfast.database import Database, Item, Neighbour
+from knnfast.database import Collection, Database, Item, Neighbour
 from knnfast.diffusion.backbone import Backbone
 from knnfast.diffusion.denoiser import Denoiser
 from knnfast.diffusion.tokenizer import VQTokenizer
@@ -180,6 +180,10 @@ class KNNDiffusion:
             return Mixture(parts)
         if isinstance(value, str) and value in self.databases:
             return self.databases[value]
+        if not isinstance(value, str | Path | Collection):
+            raise TypeError(
+                f"database: expected a Database, a name, a folder or a mapping, got {value!r}"
+            )
         if isinstance(value, str | Path):
             if not Path(value).is_dir():
                 raise ValueError(
@@ -251,6 +255,8 @@ class KNNDiffusion:
         k, allow = choose_neighbours(db, k, groups, where)
         check_range("num_images", num_images, 1)
         check_range("batch_size", batch_size, 1)
+        check_number("guidance", guidance)
+        check_number("truncation", truncation)
         if not (math.isfinite(guidance) and guidance >= 0):
             raise ValueError(f"guidance: must be a finite number of at least 0, got {guidance}")
         options = self._options(truncation, solver)
@@ -258,6 +264,7 @@ class KNNDiffusion:
         if seed is None:
             seed = secrets.randbits(63)
         check_range("seed", seed, 0, 2**64 - 1)
+        seed = int(seed)
 
         timings: dict[str, float] = {}
         clock = Clock(timings, self.device)

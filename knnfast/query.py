@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import TypeAlias
 
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from knnfast.encoders import Embeddings, Encoder
-from knnfast.images import read_image
+from knnfast.images import check_size, read_image
 
 Picture: TypeAlias = Image.Image | str | Path
 
@@ -93,6 +94,8 @@ def as_queries(
     """
     if image_weight is None:
         weight = 0.5
+    elif isinstance(image_weight, bool) or not isinstance(image_weight, Real):
+        raise TypeError(f"image_weight: expected a number, got {image_weight!r}")
     elif not 0 <= image_weight <= 1:
         raise ValueError(f"image_weight: must lie in [0, 1], got {image_weight}")
     elif prompt is None or image is None:
@@ -209,6 +212,8 @@ def _check_source(source: object) -> None:
             "query: expected a text, a Path, a PIL image, an array or a Query, "
             f"got {type(source).__name__}"
         )
+    if isinstance(source, Image.Image):
+        check_size(source)
 
 
 def _check_embedding(value: np.ndarray | Embeddings | None, encoder: Encoder) -> np.ndarray:

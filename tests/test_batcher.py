@@ -247,8 +247,14 @@ def test_the_index_may_change_meanwhile(rows):
 def test_rejects(index):
     with pytest.raises(TypeError, match=r"index must be a knnfast\.Index, got int"):
         Batcher(3)
-    with pytest.raises(ValueError, match="deadline_ms must be finite and at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"deadline_ms must be 0 to .*, got -1"):
         Batcher(index, deadline_ms=-1)
+    with pytest.raises(ValueError, match=r"deadline_ms must be 0 to .*, got 1e\+300"):
+        Batcher(index, deadline_ms=1e300)  # more than a thread can wait
+    with pytest.raises(TypeError, match="deadline_ms"):
+        Batcher(index, deadline_ms="1")
+    with pytest.raises(TypeError, match=r"max_batch must be a whole number, got 1\.5"):
+        Batcher(index, max_batch=1.5)
     with pytest.raises(ValueError, match="max_batch must be at least 1, got 0"):
         Batcher(index, max_batch=0)
     assert knnfast.Batcher is Batcher

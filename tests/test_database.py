@@ -1,6 +1,8 @@
 """Database: built from a folder of real image files, searched, saved, damaged, merged."""
 
 import json
+import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -123,6 +125,58 @@ def test_saving_again_replaces_and_leaves_nothing_behind(built, tmp_path):
     assert len(before) == len(after)
     assert before & after == {"database.json"}
     assert list(Database.open(tmp_path / "db")) == list(built)
+
+
+def test_saving_goes_on_where_a_first_save_was_killed(built, tmp_path):
+    root = tmp_path / "db"
+    root.mkdir()
+    (root / "items-0a1b2c3d.json").write_text("{}")
+    (root / ".thumbnails-0a1b2c3d-0000.webp-0a1b2c3d").write_text("")
+    built.save(root)
+    assert len(Database.open(root)) == 4
+    assert not (root / "items-0a1b2c3d.json").exists()
+
+
+def test_threads_and_processes_that_save_to_one_folder_take_turns(built, tmp_path):
+    root = tmp_path / "db"
+    fork = multiprocessing.get_context("fork")
+
+    def save(times=3):
+        for _ in range(times):
+            built.save(root)
+
+    children = [fork.Process(target=save) for _ in range(2)]
+    for child in children:
+        child.start()
+    with ThreadPoolExecutor(3) as threads:
+        for done in [threads.submit(save) for _ in range(3)]:
+            done.result()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0]
+    opened = Database.open(root)
+    assert {opened.thumbnail(i).size for i in opened.ids.tolist()} == {(64, 64)}
+    assert len(list(root.iterdir())) == 4  # one generation
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"images": [Image.new("RGB", (9, 9)), "x"]}, TypeError),
+        ({"images": [Image.new("RGB", (9, 9)), Image.new("RGB", (0, 9))]}, ValueError),
+        ({"names": ["a", None]}, TypeError),
+        ({"names": "ab"}, TypeError),
+        ({"groups": [1, 2]}, TypeError),
+    ],
+)
+def test_add_adds_nothing_when_one_entry_is_bad(built, change, error):
+    call = {"images": [Image.new("RGB", (9, 9))] * 2, "names": ["a", "b"]} | change
+    before = built.ids.tolist()
+    with pytest.raises(error, match=next(iter(change)).removesuffix("s")):
+        built.add(ColourEncoder().encode_images([Image.new("RGB", (8, 8))] * 2), **call)
+    assert built.ids.tolist() == before
+    assert len(built.index) == len(before)
+    assert len(built.search(query("red"), 4)[0]) == 4
 
 
 def test_saving_again_leaves_files_that_are_not_its_own(built, tmp_path):

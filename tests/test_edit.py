@@ -142,7 +142,10 @@ def test_the_editor_stands_on_its_base(pipe, tmp_path):
         ({"num_images": 0}, "num_images"),
         ({"seed": -1}, "seed"),
         ({"k": 10**6}, "size of the database"),
-        ({"steps": 0}, "steps must be in"),
+        ({"steps": 0}, "steps"),
+        ({"steps": [50, 0]}, "steps: expected a whole number"),
+        ({"keep": "a"}, "keep: expected a number"),
+        ({"image": Image.new("RGB", (0, 5))}, r"image: has no pixels, its size is \(0, 5\)"),
         ({"truncation": 0.0}, "truncation"),
         (
             {"mask": np.ones((8, 9), bool)},

@@ -110,6 +110,12 @@ def test_saved_and_loaded_gives_the_same_images(pipe, tmp_path):
         ({"k": 10**6}, "size of the database"),
         ({"steps": 0}, "steps"),
         ({"steps": 10**6}, "steps"),
+        ({"steps": 1.5}, r"steps: a whole number or a list of levels, got 1\.5"),
+        ({"steps": [100, 0.5]}, "steps: a whole number or a list"),
+        ({"guidance": None}, "guidance: expected a number"),
+        ({"truncation": "a"}, "truncation: expected a number"),
+        ({"database": 3}, "database: expected a Database, a name"),
+        ({"image": Image.new("RGB", (0, 5))}, r"image: has no pixels, its size is \(0, 5\)"),
         ({"num_images": 0}, "num_images"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**64}, "seed"),
@@ -126,7 +132,7 @@ def test_saved_and_loaded_gives_the_same_images(pipe, tmp_path):
 )
 def test_rejects_before_anything_is_computed(pipe, arguments, message, monkeypatch):
     monkeypatch.setattr("knnfast.pipeline.embed", None)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         pipe(**{"prompt": "pizza", **arguments})
 
 

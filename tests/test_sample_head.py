@@ -193,3 +193,34 @@ def test_rejects_tokens_out_of_range(token):
             torch.zeros(len(rows), 8), None, rows, x_t, x_t, weights, torch.arange(len(x_t)),
             torch.tensor([0]), 1.0, 1.0, 1.0, 0,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("head", "error"),
+    [
+        (lambda rows: rows[:1] @ torch.ones(24, 8), ValueError),
+        (lambda rows: rows @ torch.ones(24, 9), ValueError),
+        (lambda rows: (rows @ torch.ones(24, 8))[0], ValueError),
+        (lambda rows: rows.double() @ torch.ones(24, 8).double(), TypeError),
+        (lambda rows: (rows @ torch.ones(24, 8)).long(), TypeError),
+        (lambda rows: None, TypeError),
+    ],
+)
+def test_rejects_what_a_callable_head_should_not_return(head, error):
+    features, null, _weight, _bias, x_t = make(8)
+    weights = weights_of("mask_replace", 8, 50, 0)
+    calls = iter([lambda rows: rows @ torch.ones(24, 8), head])
+    for weight, more in (
+        (head, {}),
+        (lambda rows: next(calls)(rows), {"null_features": null, "guidance": 2.0}),
+    ):
+        with pytest.raises(error, match="weight"):
+            ops.sample_head(features, weight, None, x_t, weights, seed=0, num_codes=8, **more)
+
+
+def test_rejects_another_number_of_codes_than_the_weight_has():
+    features, _null, weight, bias, x_t = make(8)
+    with pytest.raises(ValueError, match="num_codes: weight has 8 rows, got 7"):
+        ops.sample_head(
+            features, weight, bias, x_t, weights_of("mask", 8, 50, 25), seed=0, num_codes=7
+        )

@@ -95,6 +95,10 @@ def test_levels() -> None:
     assert s.levels(25) == list(range(100, -1, -4))
     assert s.levels(7) == [100, 86, 71, 57, 43, 29, 14, 0]
     assert s.levels([100, 60, 3]) == [100, 60, 3, 0]
+    assert s.levels(np.int64(100)) == s.levels(100)
+    for strange in (True, None, 1.5, "7", [100, 0.5]):
+        with pytest.raises(TypeError, match="steps: a whole number or a list of levels"):
+            s.levels(strange)
     for bad in (0, 101, [], [99, 0], [100, 50, 50, 0], [100, 0, -1]):
         with pytest.raises(ValueError, match="steps must"):
             s.levels(bad)

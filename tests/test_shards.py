@@ -118,6 +118,20 @@ def test_kill_during_save(tmp_path):
     Index.open(folder).verify()
 
 
+def test_processes_that_save_to_one_folder_take_turns(tmp_path):
+    folder = tmp_path / "ix"
+    code = (
+        "import numpy as np\n"
+        "from knnfast.search import Index\n"
+        "ix = Index(64); ix.add(np.ones((2000, 64), np.float32))\n"
+        f"for _ in range(10): ix.save({str(folder)!r})\n"
+    )
+    children = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
+    assert [child.wait() for child in children] == [0, 0, 0]
+    Index.open(folder).verify()
+    assert len(list(folder.iterdir())) == 4  # one generation
+
+
 @contextmanager
 def full_disk(size):
     """No file may grow beyond `size` bytes: what a full disk does to a write."""

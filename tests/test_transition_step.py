@@ -443,6 +443,17 @@ def test_correlated_tokens_mismatch_is_one_over_2n(n, seed):
         ({"top_k": -1}, ValueError, "top_k"),
         ({"purity": -1.0}, ValueError, "purity"),
         ({"image_indices": torch.zeros(3, dtype=torch.int64)}, ValueError, "image_indices"),
+        ({"image_indices": torch.tensor([0, 1 << 32])}, ValueError, r"must be in \[0, 2\^32\)"),
+        ({"image_indices": torch.tensor([-1, 0])}, ValueError, r"must be in \[0, 2\^32\)"),
+        (
+            {"weights": torch.full((7,), float("nan")).double()},
+            ValueError,
+            "weights: must be finite",
+        ),
+        ({"seed": 1.5}, TypeError, r"seed: must be an integer, got 1\.5"),
+        ({"seed": 1 << 63}, ValueError, r"seed: must be in \[-2\^63, 2\^63\)"),
+        ({"seed": torch.tensor([1, 2])}, ValueError, "seed: must have one element, got 2"),
+        ({"seed": torch.tensor(1.9)}, TypeError, "seed"),
     ],
 )
 def test_rejects(change, error, match):
@@ -453,6 +464,20 @@ def test_rejects(change, error, match):
     logits, x_t, weights = call.pop("logits"), call.pop("x_t"), call.pop("weights")
     with pytest.raises(error, match=match):
         ops.transition_step(logits, x_t, weights, **call)
+
+
+@pytest.mark.parametrize("share", [-4.0, 1e300, 7.0])
+def test_purity_keeps_none_or_all_where_the_share_is_none(share):
+    """A share of positions to keep that is no share: as 0 below it, as 1 above."""
+    logits, x_t, _ = make(4, 2, 9, {})
+    weights = weights_of("mask_replace", 4, 50, 25)
+    weights[6], clamped = share, weights.clone()
+    clamped[6] = min(max(share, 0.0), 1.0)
+    x_s, expected = (
+        ops.transition_step(logits, x_t, w, seed=3, purity=1.0) for w in (weights, clamped)
+    )
+    assert torch.equal(x_s, expected)
+    assert torch.equal(x_s == 4, (x_t == 4) & (share > 0))
 
 
 @pytest.mark.parametrize("rule", [{}, {"null": True, "guidance": 2.0}, {"purity": 1.0}])

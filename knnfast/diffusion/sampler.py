@@ -286,7 +286,7 @@ def check_rule(
         raise ValueError(f"top_k must be >= 0, got {top_k}")
     if not temperature > 0.0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    return schedule.levels(steps if isinstance(steps, int) else list(steps), top)
+    return schedule.levels(steps, top)
 
 
 def signed(seed: int) -> int:

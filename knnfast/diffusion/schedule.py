@@ -6,7 +6,9 @@ codes with probability B_t, masked with probability C_t: A_t + K B_t + C_t = 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
+from operator import index
 
 import numpy as np
 
@@ -57,29 +59,36 @@ class Schedule:
         for array in (self.A, self.B, self.C):
             array.setflags(write=False)
 
-    def levels(self, steps: int | list[int] | tuple[int, ...], top: int | None = None) -> list[int]:
+    def levels(self, steps: int | Sequence[int], top: int | None = None) -> list[int]:
         """Levels a sampler visits, from T, or a lower `top`, down to 0.
 
         Args:
             steps: a number of steps (levels evenly spaced; fewer where top is less), or the levels
                 themselves: strictly falling from top; a missing final 0 is added.
             top: the first level, in [1, T]; None: T.
+        Raises: ValueError range; TypeError for anything else than whole numbers.
         """
         if top is not None and not 1 <= top <= self.num_steps:
             raise ValueError(f"top must be in [1, {self.num_steps}], got {top}")
-        if top is not None and isinstance(steps, int) and 1 <= steps <= self.num_steps:
-            steps = min(steps, top)
+        try:
+            if isinstance(steps, bool):
+                raise TypeError
+            given = [index(v) for v in steps] if hasattr(steps, "__iter__") else index(steps)
+        except TypeError:
+            raise TypeError(f"steps: a whole number or a list of levels, got {steps!r}") from None
+        if top is not None and isinstance(given, int) and 1 <= given <= self.num_steps:
+            given = min(given, top)
         top = top or self.num_steps
-        if isinstance(steps, int):
-            if not 1 <= steps <= top:
-                raise ValueError(f"steps must be in [1, {top}], got {steps}")
-            return even_levels(top, steps)
-        listed = [int(v) for v in steps]
+        if isinstance(given, int):
+            if not 1 <= given <= top:
+                raise ValueError(f"steps must be in [1, {top}], got {given}")
+            return even_levels(top, given)
+        listed = given
         if listed and listed[-1] != 0:
             listed.append(0)
         falling = all(a > b for a, b in pairwise(listed))
         if len(listed) < 2 or listed[0] != top or not falling:
-            raise ValueError(f"steps must fall strictly from {top} to 0, got {list(steps)}")
+            raise ValueError(f"steps must fall strictly from {top} to 0, got {listed}")
         return listed
 
     def __repr__(self) -> str:

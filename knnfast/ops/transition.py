@@ -7,7 +7,7 @@ form reads few rows of the logits and the sparse form computes few rows of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -54,7 +54,8 @@ def transition_step(
         weights: the step, [7] or [B, 7] fp64, from `transition_weights`, on the device of logits.
         seed: the Philox key, in [-2^63, 2^63); an int64 tensor of one element can change between
             graph replays.
-        image_indices: [B] int64, each image's place in the random counters; 0..B-1 when None.
+        image_indices: [B] int64 in [0, 2^32), each image's place in the random counters; 0..B-1
+            when None.
         null_logits: the unconditional pass, like logits: l = null + guidance (logits - null).
         guidance: 1 means none.
         temperature: > 0, divides the logits.
@@ -64,9 +65,10 @@ def transition_step(
 
     Returns:
         x_s: [B, L] int64.
-    Raises: ValueError shape, range, device; on the CPU also a token outside [0, K], and NaN, +inf
-        or no finite class in a row that is drawn; TypeError dtype. On CUDA nothing synchronises: a
-        token of such a row is -1, one outside [0, K] counts as a code of probability 0.
+    Raises: ValueError shape, range, device; on the CPU also a token outside [0, K], an image index
+        out of range, weights that are not finite, and NaN, +inf or no finite class in a row that is
+        drawn; TypeError dtype. On CUDA nothing synchronises: a token of such a row is -1, one
+        outside [0, K] counts as a code of probability 0.
     Numerics: choices in FP64; p in FP32, for the same seed perturbed scores agree with FP64 within
         1e-5.  Backends: triton, cpu, reference.
     Memory: O(B L).  Deterministic: yes.  Differentiable: no.
@@ -136,6 +138,8 @@ def sample_head(
         check_dtype("weight", weight, (features.dtype,))
         check_shape("weight", weight, (None, D))
         check_device("weight", weight, features.device)
+        if num_codes not in (None, weight.shape[0]):
+            raise ValueError(f"num_codes: weight has {weight.shape[0]} rows, got {num_codes}")
         num_codes = weight.shape[0]
         if bias is not None:
             check_dtype("bias", bias, (features.dtype,))
@@ -153,13 +157,30 @@ def sample_head(
     x_s, drawn = torch.ops.knnfast.transition_choose(x_t, weights, image_indices, seed, num_codes)
     if drawn.numel() == 0:
         return x_s
-    logits = weight(features.reshape(B * L, D)[drawn])
+    logits = _called(weight, features, drawn, num_codes, LOGIT_TYPES)
     null = None
     if null_features is not None:
-        null = weight(null_features.reshape(B * L, D)[drawn])
+        null = _called(weight, null_features, drawn, num_codes, (logits.dtype,))
     return torch.ops.knnfast.transition_rows(
         logits, null, drawn, x_t, x_s, weights, image_indices, seed, *options
     )
+
+
+def _called(
+    head: Callable[[Tensor], Tensor],
+    features: Tensor,
+    drawn: Tensor,
+    num_codes: int,
+    types: Sequence[torch.dtype],
+) -> Tensor:
+    """A callable head's logits of the drawn rows, checked."""
+    logits = head(features.reshape(-1, features.shape[-1])[drawn])
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"weight: the callable must return a tensor, got {type(logits).__name__}")
+    check_dtype("weight's logits", logits, types)
+    check_shape("weight's logits", logits, (len(drawn), num_codes))
+    check_device("weight's logits", logits, features.device)
+    return logits
 
 
 sample_prior = reference.sample_prior
@@ -198,7 +219,16 @@ def _check_step(
         check_dtype("image_indices", image_indices, (torch.int64,))
         check_shape("image_indices", image_indices, (B,))
         check_device("image_indices", image_indices, like.device)
-    if not isinstance(seed, Tensor):
+    if isinstance(seed, Tensor):
+        check_dtype("seed", seed, (torch.int64,))
+        check_device("seed", seed, like.device)
+        if seed.numel() != 1:
+            raise ValueError(f"seed: must have one element, got {seed.numel()}")
+    elif not hasattr(seed, "__index__"):
+        raise TypeError(f"seed: must be an integer, got {seed!r}")
+    elif not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: must be in [-2^63, 2^63), got {seed}")
+    else:
         seed = torch.full((1,), seed, dtype=torch.int64, device=like.device)
     return x_t, weights, image_indices, seed.reshape(1)
 
@@ -231,9 +261,13 @@ def _grid(x_t: Tensor, K: int, weights: Tensor, image_indices: Tensor, seed: Ten
 
 
 def _checked(count: int, num_codes: int) -> int:
-    """A count from C++, which is -1 where it refused the tokens."""
-    if count < 0:
+    """A count from C++, which is negative where it refused an argument (csrc/ops_cpu.h)."""
+    if count == -1:
         raise ValueError(f"x_t: tokens must be in [0, {num_codes}], {num_codes} is MASK")
+    if count == -2:
+        raise ValueError("image_indices: must be in [0, 2^32)")
+    if count == -3:
+        raise ValueError("weights: must be finite")
     return count
 
 

@@ -72,6 +72,11 @@ def transition_loss(
         check_device(name, x, logits.device)
     if inplace and torch.is_grad_enabled() and logits.requires_grad and logits.is_leaf:
         raise ValueError("inplace: logits is a leaf that requires grad, it cannot be overwritten")
+    codes = getattr(schedule, "num_codes", K)
+    if codes != K:
+        raise ValueError(f"schedule: is of {codes} codes, logits of {K}")
+    if L < 1:
+        raise ValueError(f"logits: at least one position, got shape {list(logits.shape)}")
     table, levels = _table(schedule, K, logits.device)
     steps = table[torch.where((t >= 1) & (t <= levels), t, 0)]
     factor = auxiliary + 0.0 * steps[:, 0]  # NaN, too, where there is no such step

@@ -50,7 +50,7 @@ class Batcher:
         deadline_ms: how long a first caller waits for others, >= 0; 0 collects only those who come
             while another search runs.
         max_batch: queries that end the waiting, >= 1.
-    Raises: ValueError range; TypeError index.
+    Raises: ValueError range; TypeError type.
     Queries on a GPU pass through host memory. After a fork, make a new Batcher.
     Example: >>> with Batcher(ix, deadline_ms=1.0) as batcher:
              ...     scores, ids = batcher.search(query, k=10)  # from any number of threads
@@ -59,8 +59,12 @@ class Batcher:
     def __init__(self, index: Index, deadline_ms: float = 1.0, max_batch: int = 64) -> None:
         if not isinstance(index, Index):
             raise TypeError(f"index must be a knnfast.Index, got {type(index).__name__}")
-        if not 0 <= deadline_ms < float("inf"):
-            raise ValueError(f"deadline_ms must be finite and at least 0, got {deadline_ms}")
+        deadline_ms = interop.as_float(deadline_ms, "deadline_ms")
+        if not 0 <= deadline_ms <= 1000 * threading.TIMEOUT_MAX:
+            raise ValueError(
+                f"deadline_ms must be 0 to {1000 * threading.TIMEOUT_MAX:.3g}, got {deadline_ms}"
+            )
+        max_batch = interop.as_int(max_batch, "max_batch")
         if max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {max_batch}")
         self.index = index

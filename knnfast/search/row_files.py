@@ -27,6 +27,9 @@ def read_rows(path: str | os.PathLike[str], mmap: bool = True) -> np.ndarray:
             rows = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise DamagedFile(f"{path}: {error}") from error
+        if not isinstance(rows, np.ndarray):  # an archive
+            rows.close()
+            raise DamagedFile(f"{path}: it is no .npy file, but several in an archive")
         if rows.ndim != 2 or not _is_half_or_single(rows.dtype):
             raise DamagedFile(f"{path}: rows must be [n, d] float16 or float32, "
                               f"got {list(rows.shape)} {rows.dtype}")  # fmt: skip
