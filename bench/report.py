@@ -30,9 +30,9 @@ from knnfast.benchmark.plot import require_matplotlib, save_plot  # noqa: E402
 RESULTS = ROOT / "bench" / "results"
 DOCS = ROOT / "docs"
 # Shapes of sweeps and of CI: docs/performance.md has them, README does not.
+SWEEPS = ("fold-", "small-", "service-1m-", "sampling-1024-")
 SMALL_PRINT = {name for shapes in SHAPES.values() for name in shapes
-               if name == "ci"
-               or name.startswith(("fold-", "small-", "service-1m-", "sampling-1024-"))}  # fmt: skip
+               if name == "ci" or name.startswith(SWEEPS)}  # fmt: skip
 START, END = "<!-- results -->", "<!-- end of results -->"
 CPU_TIME = ", CPU time of one thread"  # what run.py --clock cpu says of a case
 KINDS = ("faiss_reference", "ops", "claims", "load", "gate")
