@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
 
+from knnfast._calls import check_number
 from knnfast.encoders import Embeddings, Encoder
 from knnfast.images import check_size, read_image
 
@@ -92,15 +92,13 @@ def as_queries(
     Raises:
         ValueError, TypeError: none given, a bad one, or different numbers of them.
     """
-    if image_weight is None:
-        weight = 0.5
-    elif isinstance(image_weight, bool) or not isinstance(image_weight, Real):
-        raise TypeError(f"image_weight: expected a number, got {image_weight!r}")
-    elif not 0 <= image_weight <= 1:
-        raise ValueError(f"image_weight: must lie in [0, 1], got {image_weight}")
-    elif prompt is None or image is None:
-        raise ValueError("image_weight: shares a query of prompt and image; give both")
-    else:
+    weight = 0.5
+    if image_weight is not None:
+        check_number("image_weight", image_weight)
+        if not 0 <= image_weight <= 1:
+            raise ValueError(f"image_weight: must lie in [0, 1], got {image_weight}")
+        if prompt is None or image is None:
+            raise ValueError("image_weight: shares a query of prompt and image; give both")
         weight = image_weight
     prompts = [prompt] if isinstance(prompt, str | Query) else list(prompt or [])
     for text in prompts:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import zlib
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -34,6 +36,22 @@ def seed(request):
     value = zlib.crc32(request.node.nodeid.encode())
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which no file may grow beyond `size` bytes: what a full disk does to a write."""
+
+    @contextmanager
+    def limited(size):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return limited
 
 
 @pytest.fixture(scope="session")

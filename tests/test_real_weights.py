@@ -5,8 +5,6 @@ autoencoder with the configuration and the parameter names of VQ-Diffusion's pub
 """
 
 import json
-import resource
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -146,19 +144,8 @@ def test_a_foreign_or_missing_tokenizer(photos, open_clip_folder, vqvae, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-@contextmanager
-def full_disk(size):
-    """No file may grow beyond `size` bytes: what a full disk does to a write."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 @pytest.mark.parametrize("size", [100, 20_000, 1_000_000])
-def test_a_full_disk_leaves_nothing_half_written(size, tmp_path):
+def test_a_full_disk_leaves_nothing_half_written(size, tmp_path, full_disk):
     pipe = KNNDiffusion.from_pretrained("stickers", backbone="discrete")
     with full_disk(size), pytest.raises(OSError, match=r"large|written|Errno"):
         pipe.save_pretrained(tmp_path / "model")

@@ -3,12 +3,10 @@
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -132,23 +130,12 @@ def test_processes_that_save_to_one_folder_take_turns(tmp_path):
     assert len(list(folder.iterdir())) == 4  # one generation
 
 
-@contextmanager
-def full_disk(size):
-    """No file may grow beyond `size` bytes: what a full disk does to a write."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 @pytest.mark.parametrize(
     ("rows", "scan", "size"),
     [(90, "auto", 1000), (20, "auto", 1000), (1, "fp16", 100)],
     ids=["rows", "codes", "manifest"],  # the file that does not fit
 )
-def test_a_full_disk_leaves_nothing_behind(tmp_path, rows, scan, size):
+def test_a_full_disk_leaves_nothing_behind(tmp_path, full_disk, rows, scan, size):
     index = Index(24, scan=scan)
     index.add(np.ones((rows, 24), np.float32))
     with full_disk(size), pytest.raises(OSError, match=r"cannot write .*large"):
@@ -198,7 +185,7 @@ def test_row_files(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".fbin", ".f16bin"])
-def test_row_files_hold_what_was_given_or_are_not_written(tmp_path, suffix):
+def test_row_files_hold_what_was_given_or_are_not_written(tmp_path, full_disk, suffix):
     path = tmp_path / f"rows{suffix}"
     write_rows(path, np.eye(3, dtype=np.float32))
     for bad, error in (

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -185,19 +184,13 @@ def test_a_run_goes_on_only_as_itself(tmp_path: Path) -> None:
         load()
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
-    """No file may grow beyond 10 kB: what a full disk does to a write."""
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, full_disk) -> None:
     trainer = denoiser_trainer(TINY, QUICK, pairs())
     trainer.save(tmp_path)
     before = (tmp_path / STATE_FILE).read_bytes()
     trainer.advance()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"large|could not be written"):
-            trainer.save(tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(10_000), pytest.raises(OSError, match=r"large|could not be written"):
+        trainer.save(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [STATE_FILE]
     assert (tmp_path / STATE_FILE).read_bytes() == before
 
