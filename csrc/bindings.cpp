@@ -96,7 +96,9 @@ py::tuple search(const Index& ix, const py::array& queries, int64_t k, bool bf16
                  const py::object& allow, const py::object& deny, const py::object& out,
                  const py::object& exact) {
   const Rows q = rows_of(queries, bf16, ix.dim(), "queries");
-  if (k < 1) throw py::value_error("k must be at least 1, got " + std::to_string(k));
+  if (k < 1 || k > INT32_MAX)  // before memory is asked for
+    throw py::value_error("k must be 1 to " + std::to_string(INT32_MAX) + ", got " +
+                          std::to_string(k));
   py::object hold_allow, hold_deny;
   const knnfast::SearchOptions options{id_set(allow, hold_allow), id_set(deny, hold_deny)};
   py::tuple pair;  // (scores, ids)

@@ -23,6 +23,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <optional>
 #include <random>
 #include <system_error>
 
@@ -210,6 +211,7 @@ class FolderLock {
 };
 
 // The files of a save, taken back unless it is done; with the folder where the save has made it.
+// The folder stays locked until then.
 class Unfinished {
  public:
   Unfinished(const std::string& folder, bool made) : folder_(folder), made_(made) {}
@@ -226,9 +228,11 @@ class Unfinished {
     paths_.push_back(folder_ + "/" + name);
     return paths_.back();
   }
+  void lock() { lock_.emplace(folder_); }
   void done() { done_ = true; }
 
  private:
+  std::optional<FolderLock> lock_;
   std::string folder_;
   std::vector<std::string> paths_;
   bool made_, done_ = false;
@@ -354,7 +358,7 @@ void Index::save(const std::string& folder) const {
   Unfinished ours(folder, made);
   if (stat(folder.c_str(), &s)) fail("cannot stat", folder);
   if (!S_ISDIR(s.st_mode)) throw std::invalid_argument("path: " + folder + " is not a folder");
-  const FolderLock lock_of_folder(folder);
+  ours.lock();
 
   const std::string generation = new_generation();
   std::vector<FileEntry> files;

@@ -314,7 +314,8 @@ static void search_now(const Index::Impl& impl, const void* queries, DType dtype
 void Index::search(const void* queries, DType dtype, int64_t m, int64_t k, float* scores,
                    int64_t* ids, const SearchOptions& options, int64_t stride,
                    double* exact) const {
-  if (k < 1) refuse("k must be at least 1, got " + std::to_string(k));
+  if (k < 1 || k > INT32_MAX)
+    refuse("k must be 1 to " + std::to_string(INT32_MAX) + ", got " + std::to_string(k));
   search_now(*impl_, queries, dtype, m, options, stride, [&](const SearchTask& task, Stats& stats) {
     search_topk(task, k, scores, ids, exact, stats);
   });

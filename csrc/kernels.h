@@ -59,9 +59,10 @@ struct Kernels {
   // Conversions. to_half returns false if a value is NaN or beyond ±65504 after rounding.
   bool (*to_half)(const float* x, uint16_t* out, int64_t n);
   void (*to_float)(const uint16_t* x, float* out, int64_t n);
-  // One row of y (float, [dim]): writes codes (stride 64 bytes a group), scale, residual, norm.
-  void (*quantize_row)(const float* y, int dim, uint8_t* codes, float* scale, float* residual,
-                       float* norm);
+  // Codes (stride 64 bytes a group), scale, residual and norm of one row x·factor - mean, each step
+  // rounded to float; y is scratch, [dim] filled up to a multiple of 16.
+  void (*quantize_row)(const uint16_t* x, float factor, const float* mean, int dim, float* y,
+                       uint8_t* codes, float* scale, float* residual, float* norm);
 };
 
 const Kernels& kernels();  // the best this machine has, or KNNFAST_ISA's

@@ -5,5 +5,5 @@
 namespace knnfast {
 extern const Kernels kAvx512 = {"avx512",         scan_int8<false>, scan_fp16,
                                 canonical<false>, canonical<true>,  widen,
-                                to_half,          to_float,         quantize_row_plain};
+                                to_half,          to_float,         quantize_row};
 }  // namespace knnfast

@@ -329,5 +329,45 @@ void to_float(const uint16_t* x, float* out, int64_t n) {
   }
 }
 
+inline __m512d add_squares(__m512d sum, __m512 v) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+  return _mm512_fmadd_pd(high, high, _mm512_fmadd_pd(low, low, sum));
+}
+
+// quantize_row_plain, 16 values at a time; past dim y is 0 and its code 128.
+void quantize_row(const uint16_t* x, float factor, const float* mean, int dim, float* y,
+                  uint8_t* codes, float* scale, float* residual, float* norm) {
+  __m512 size = _mm512_setzero_ps();
+  for (int j = 0; j < dim; j += 16) {
+    const __mmask16 m = dim - j >= 16 ? 0xffff : static_cast<__mmask16>((1 << (dim - j)) - 1);
+    const __m512 f = _mm512_mul_ps(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, x + j)),
+                                   _mm512_set1_ps(factor));
+    const __m512 v = _mm512_sub_ps(f, _mm512_maskz_loadu_ps(m, mean + j));
+    size = _mm512_max_ps(size, _mm512_abs_ps(v));
+    _mm512_storeu_ps(y + j, v);
+  }
+  const float top = _mm512_reduce_max_ps(size);
+  const bool tiny = !(top > 1e-30f);
+  const float a = tiny ? 0 : top / 127, inverse = tiny ? 0 : 127 / top;
+  __m512d rr = _mm512_setzero_pd(), yy = _mm512_setzero_pd();
+  for (int j = 0; j < dim; j += 16) {
+    const __m512 v = _mm512_loadu_ps(y + j);
+    const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(inverse)));
+    rr = add_squares(rr, _mm512_fnmadd_ps(_mm512_set1_ps(a), _mm512_cvtepi32_ps(code), v));
+    yy = add_squares(yy, v);
+    alignas(16) uint8_t bytes[16];
+    _mm_store_si128(reinterpret_cast<__m128i*>(bytes),
+                    _mm512_cvtepi32_epi8(_mm512_add_epi32(code, _mm512_set1_epi32(128))));
+    const int groups = dim - j >= 16 ? 4 : (dim - j + kBlockDims - 1) / kBlockDims;
+    for (int g = 0; g < groups; ++g, codes += kBlockRows * kBlockDims)
+      memcpy(codes, bytes + g * kBlockDims, kBlockDims);
+  }
+  const double squares = _mm512_reduce_add_pd(yy);
+  *scale = a;
+  *norm = static_cast<float>(sqrt(squares));
+  *residual = residual_bound(_mm512_reduce_add_pd(rr), squares, dim);
+}
+
 }  // namespace
 }  // namespace knnfast

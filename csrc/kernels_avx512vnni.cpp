@@ -5,5 +5,5 @@
 namespace knnfast {
 extern const Kernels kAvx512Vnni = {"avx512vnni",     scan_int8<true>, scan_fp16,
                                     canonical<false>, canonical<true>, widen,
-                                    to_half,          to_float,        quantize_row_plain};
+                                    to_half,          to_float,        quantize_row};
 }  // namespace knnfast

@@ -53,14 +53,22 @@ void one_by_one(const double* x, int nx, const double* q, int nq, size_t stride,
     for (int i = 0; i < nq; ++i) *sums++ = Sum(x + r * stride, q + i * stride, dim);
 }
 
-// y - a·c is computed in float (each step correctly rounded), the sums in double; what rounding may
-// have hidden is added to the residual: 2^-22·‖y‖ for the two steps and for y itself, and a crumb
-// for squares that underflow.
-inline void quantize_row_plain(const float* y, int dim, uint8_t* codes, float* scale,
-                               float* residual, float* norm) {
+// The residual of a row from rr = Σ(y - a·c)² and yy = Σy². y - a·c is computed in float (each step
+// correctly rounded), the sums in double; what rounding may have hidden is added: 2^-22·‖y‖ for the
+// two steps and for y itself, and a crumb for squares that underflow.
+inline float residual_bound(double rr, double yy, int dim) {
+  return static_cast<float>(
+      (sqrt(rr) + 0x1p-22 * sqrt(yy) + 1e-18 * sqrt(static_cast<double>(dim))) * (1 + 1e-6));
+}
+
+template <void (*ToFloat)(const uint16_t*, float*, int64_t)>
+void quantize_row_plain(const uint16_t* x, float factor, const float* mean, int dim, float* y,
+                        uint8_t* codes, float* scale, float* residual, float* norm) {
+  ToFloat(x, y, dim);
   float top = 0;
 #pragma omp simd reduction(max : top)
   for (int j = 0; j < dim; ++j) {
+    y[j] = y[j] * factor - mean[j];
     const float size = fabsf(y[j]);
     top = size > top ? size : top;  // fmaxf would be called, element by element
   }
@@ -87,8 +95,7 @@ inline void quantize_row_plain(const float* y, int dim, uint8_t* codes, float* s
   }
   *scale = a;
   *norm = static_cast<float>(sqrt(yy));
-  *residual = static_cast<float>(
-      (sqrt(rr) + 0x1p-22 * sqrt(yy) + 1e-18 * sqrt(static_cast<double>(dim))) * (1 + 1e-6));
+  *residual = residual_bound(rr, yy, dim);
 }
 
 }  // namespace

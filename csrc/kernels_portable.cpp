@@ -121,6 +121,6 @@ void to_float(const uint16_t* x, float* out, int64_t n) {
 
 extern const Kernels kPortable = {"portable",      scan_int8,      scan_fp16,
                                   one_by_one<dot>, one_by_one<l2>, widen,
-                                  to_half,         to_float,       quantize_row_plain};
+                                  to_half,         to_float,       quantize_row_plain<to_float>};
 
 }  // namespace knnfast

@@ -60,13 +60,11 @@ std::shared_ptr<Segment> make_segment(int64_t dim, int64_t capacity) {
   return s;
 }
 
-// y = x (cosine: x/‖x‖), before the mean is taken off.
-static void load_row(const Segment& segment, int64_t dim, int64_t row, bool cosine, float* y) {
-  kernels().to_float(segment.rows.as<uint16_t>() + row * dim, y, dim);
-  if (!cosine) return;
+// What a row is multiplied by before the mean is taken off: 1 (cosine: 1/‖x‖).
+static float row_factor(const Segment& segment, int64_t row, bool cosine) {
+  if (!cosine) return 1;
   const float norm = segment.row_norm.as<float>()[row];
-  const float inverse = norm > 0 ? 1 / norm : 0;
-  for (int64_t j = 0; j < dim; ++j) y[j] *= inverse;
+  return norm > 0 ? 1 / norm : 0;
 }
 
 std::shared_ptr<Codes> make_codes(const Segment& segment, int64_t dim, int64_t n, bool cosine) {
@@ -85,8 +83,9 @@ std::shared_ptr<Codes> make_codes(const Segment& segment, int64_t dim, int64_t n
   std::vector<float> y(static_cast<size_t>(dim));
   int64_t count = 0;
   for (int64_t row = 0; row < n; row += step, ++count) {
-    load_row(segment, dim, row, cosine, y.data());
-    for (size_t j = 0; j < y.size(); ++j) sum[j] += static_cast<double>(y[j]);
+    kernels().to_float(segment.rows.as<uint16_t>() + row * dim, y.data(), dim);
+    const float factor = row_factor(segment, row, cosine);
+    for (size_t j = 0; j < y.size(); ++j) sum[j] += static_cast<double>(y[j] * factor);
   }
   double square = 0;
   for (size_t j = 0; j < sum.size(); ++j) {
@@ -105,15 +104,14 @@ void quantize_blocks(const Segment& segment, Codes& codes, int64_t dim, uint32_t
   // A cosine row's own normalisation in float is within 2^-21 of x/‖x‖.
   const float slack = cosine ? 1e-6f : 0.0f;
   parallel_for((end - begin + kTask - 1) / kTask, [&](int, int64_t task) {
-    std::vector<float> y(static_cast<size_t>(dim));
+    AlignedVector<float> y(static_cast<size_t>(dim + 15) / 16 * 16);
     const uint32_t first = begin + static_cast<uint32_t>(task) * kTask;
     for (uint32_t b = first; b < std::min(end, first + kTask); ++b)
       for (uint32_t r = 0; r < kBlockRows; ++r) {
         const int64_t row = static_cast<int64_t>(b) * kBlockRows + r;
-        load_row(segment, dim, row, cosine, y.data());
-        for (size_t j = 0; j < y.size(); ++j) y[j] -= codes.mean[j];
         float* residual = codes.residual.as<float>() + row;
-        k.quantize_row(y.data(), static_cast<int>(dim),
+        k.quantize_row(segment.rows.as<uint16_t>() + row * dim, row_factor(segment, row, cosine),
+                       codes.mean.data(), static_cast<int>(dim), y.data(),
                        codes.codes.as<uint8_t>() + b * block_bytes + r * kBlockDims,
                        codes.scale.as<float>() + row, residual, codes.norm.as<float>() + row);
         *residual = std::nextafter(*residual + slack, INFINITY);

@@ -38,6 +38,12 @@ def test_ids(filled):
     assert len(index) == 98 + 1 + 2 + 1 + 1
 
 
+def one_buffer(x):
+    """Scores and ids for `search(x, 1, out=...)` that overlap."""
+    held = np.empty((len(x), 1), np.int64)
+    return held.view(np.float32).reshape(-1)[: len(x), None], held
+
+
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
@@ -51,7 +57,12 @@ def test_ids(filled):
         (lambda i, x: i.add(x[:2], [2**63 - 1, 300]), ValueError, "ids are 0 to"),
         (lambda i, x: i.add(x[:2], [1.5, 2.5]), TypeError, "integers"),
         (lambda i, x: i.add(x[:2], [7]), ValueError, "one id a row"),
-        (lambda i, x: i.search(x, 0), ValueError, "k must be"),
+        (lambda i, x: i.search(x, 0), ValueError, "k must be 1 to 2147483647, got 0"),
+        (lambda i, x: i.search(x, 2**62), ValueError, "k must be 1 to 2147483647, got 46116"),
+        (lambda i, x: i.search(x, 2**64), ValueError, "k: 18446744073709551616 is no int64"),
+        (lambda i, x: i.search(x, 1, out=one_buffer(x)), ValueError, "must not share memory"),
+        (lambda i, x: i.save("a\0b"), ValueError, "path holds a NUL byte"),
+        (lambda i, x: Index.open("a\0b"), ValueError, "path holds a NUL byte"),
         (lambda i, x: i.search(x[:, :5], 1), ValueError, "queries must have shape"),
         (lambda i, x: i.search(np.full(24, np.inf, np.float32), 1), ValueError, "infinity"),
         (lambda i, x: i.search("text", 1), TypeError, "array"),

@@ -112,8 +112,7 @@ class CudaIndex(Index):
             if out is None:
                 scores, found = np.empty(shape, np.float32), np.empty(shape, np.int64)
             else:
-                scores = interop.as_out(out[0], shape, np.float32)
-                found = interop.as_out(out[1], shape, np.int64)
+                scores, found = interop.as_out_pair(out, shape)
             self._core.search(
                 q.address, q.dtype, q.stride, q.n, k, *filters,
                 scores.ctypes.data, found.ctypes.data, 0, 0, False,

@@ -140,7 +140,7 @@ class Index:
             framework and on the device of the queries.
         Raises: ValueError shape, k, NaN or infinity; TypeError dtype, or k no whole number.
         """
-        if type(k) is not int:
+        if type(k) is not int or not 0 < k < 2**31:
             k = interop.as_int(k, "k")
         if type(queries) is np.ndarray and queries.dtype == np.float32 and out is None:
             if allow is None and deny is None:
@@ -149,12 +149,7 @@ class Index:
         else:
             array, bf16, back = interop.as_rows(queries, "queries")
         if out is not None:
-            interop.check_pair(out, "out")
-            shape = (*array.shape[:-1], k)
-            host = (
-                interop.as_out(out[0], shape, np.float32),
-                interop.as_out(out[1], shape, np.int64),
-            )
+            host = interop.as_out_pair(out, (*array.shape[:-1], k))
         found = self._core.search(
             array,
             k,

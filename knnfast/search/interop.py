@@ -138,10 +138,13 @@ def as_float(given: Any, name: str) -> float:
 
 
 def as_path(given: Any, name: str) -> str:
-    """A path as text; anything else is a TypeError."""
+    """A path as text; a TypeError for anything else, a ValueError for one with a NUL byte."""
     if not isinstance(given, str | os.PathLike):
         raise TypeError(f"{name} must be a str or an os.PathLike, got {type(given).__name__}")
-    return os.fspath(given)
+    path = os.fsdecode(given)
+    if "\0" in path:
+        raise ValueError(f"{name} holds a NUL byte: {path!r}")
+    return path
 
 
 def check_pair(given: Any, name: str) -> None:
@@ -161,3 +164,12 @@ def as_out(given: Any, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     if not array.flags.c_contiguous or not array.flags.writeable:
         raise ValueError("out must be contiguous and writeable")
     return array
+
+
+def as_out_pair(given: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """`out` of a search in host memory: scores and ids, which must not overlap."""
+    check_pair(given, "out")
+    scores, ids = as_out(given[0], shape, np.float32), as_out(given[1], shape, np.int64)
+    if np.may_share_memory(scores, ids):
+        raise ValueError("out: scores and ids must not share memory")
+    return scores, ids
