@@ -341,8 +341,8 @@ void quantize_row(const uint16_t* x, float factor, const float* mean, int dim, f
   __m512 size = _mm512_setzero_ps();
   for (int j = 0; j < dim; j += 16) {
     const __mmask16 m = dim - j >= 16 ? 0xffff : static_cast<__mmask16>((1 << (dim - j)) - 1);
-    const __m512 f = _mm512_mul_ps(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, x + j)),
-                                   _mm512_set1_ps(factor));
+    const __m512 f =
+        _mm512_mul_ps(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, x + j)), _mm512_set1_ps(factor));
     const __m512 v = _mm512_sub_ps(f, _mm512_maskz_loadu_ps(m, mean + j));
     size = _mm512_max_ps(size, _mm512_abs_ps(v));
     _mm512_storeu_ps(y + j, v);

@@ -1,4 +1,4 @@
-"""The int8 codes of a segment as `csrc/segment.h` defines them: every exact answer rests on them."""
+"""A segment's int8 codes as `csrc/segment.h` defines them: every exact answer rests on them."""
 
 import json
 
@@ -51,7 +51,8 @@ def test_codes_keep_their_bound(tmp_path, seed, d, metric):
         wide /= np.where(size > 0, size, 1)[:, None]
     y = wide - mean.astype(np.float64)
     codes, filled_up = codes[:, :d], codes[:, d:]
-    assert (filled_up == 0).all() and (np.abs(codes) <= 127).all()
+    assert (filled_up == 0).all()
+    assert (np.abs(codes) <= 127).all()
     left = np.sqrt(((y - scale.astype(np.float64)[:, None] * codes) ** 2).sum(1))
     length = np.sqrt((y**2).sum(1))
     assert (left <= residual).all()
