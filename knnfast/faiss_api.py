@@ -7,14 +7,19 @@ exact for those rows; files are knnfast's folders, not FAISS's format.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from knnfast import _files
 from knnfast.search.index import Index
 
 METRIC_INNER_PRODUCT = 0
 METRIC_L2 = 1
+
+_KIND = "faiss_api.json"  # beside the index's files: which class it was
+_FORMAT = "knnfast-faiss-api"
 
 __all__ = [
     "METRIC_INNER_PRODUCT",
@@ -136,10 +141,14 @@ IndexIDMap2 = IndexIDMap
 def write_index(index: _Flat, path: str | os.PathLike[str]) -> None:
     """Save to a folder (knnfast's format)."""
     index._index.save(path)
+    kind = {"format": _FORMAT, "labels": "own" if isinstance(index, IndexIDMap) else "sequential"}
+    _files.write_json(Path(path) / _KIND, kind)
 
 
 def read_index(path: str | os.PathLike[str]) -> _Flat:
-    """Open what `write_index` wrote; labels that are not 0, 1, 2, ... give an IndexIDMap.
+    """Open what `write_index` or `knnfast.Index.save` wrote.
+
+    An IndexIDMap stays one; so does any index whose labels are not 0, 1, 2, ... become one.
 
     Raises: ValueError for an Index with cosine, which FAISS has no metric for.
     """
@@ -147,7 +156,9 @@ def read_index(path: str | os.PathLike[str]) -> _Flat:
     if opened.metric == "cosine":
         raise ValueError(f"{path}: FAISS has no cosine metric; open it with knnfast.Index.open")
     flat: _Flat = IndexFlatIP(opened.dim) if opened.metric == "ip" else IndexFlatL2(opened.dim)
-    if not np.array_equal(opened.ids, np.arange(len(opened))):
+    kind = Path(path) / _KIND
+    own = kind.is_file() and _files.read_json(kind, _FORMAT).get("labels") == "own"
+    if own or not np.array_equal(opened.ids, np.arange(len(opened))):
         flat = IndexIDMap(flat)
     flat._index = opened
     return flat

@@ -85,6 +85,17 @@ def test_faiss_names(tmp_path):
     assert mapped.remove_ids([1000, 1]) == 1
     faiss_api.write_index(mapped, tmp_path / "mapped")
     assert faiss_api.read_index(tmp_path / "mapped").ntotal == 299
+    found = []
+    for module in (faiss, faiss_api):
+        mapped = module.IndexIDMap(module.IndexFlatIP(16))
+        mapped.add_with_ids(x[:5], np.arange(5))  # labels as a flat index gives them
+        path = str(tmp_path / f"{module.__name__}-mapped")
+        module.write_index(mapped, path)
+        again = module.read_index(path)
+        again.add_with_ids(x[5:6], np.array([77]))
+        assert again.remove_ids(np.array([1])) == 1  # and the labels behind it stay
+        found.append(again.search(x[5:6], 5)[1])
+    np.testing.assert_array_equal(*found)
 
 
 def test_faiss_names_have_no_cosine(tmp_path):
