@@ -55,7 +55,7 @@ void Collector::rescore(uint32_t segment, uint32_t row) {
   double key;
   keys_.kernels->widen(x, keys_.dim, wide_.data());
   keys_(wide_.data(), 1, query_, 1, &key);
-  offer(key, s.id(row));
+  offer(key, [&] { return s.id(row); });
 }
 
 void Collector::floor(float lower) {

@@ -76,13 +76,16 @@ class Collector {
     floor(lower);
     if (pending_.size() >= capacity_) shrink();
   }
-  // A canonical key. Only a damaged file holds rows that score NaN: they are left out.
-  void offer(double key, int64_t id) {
+  // A canonical key, and how to find the row's id. Only a damaged file holds rows that score NaN:
+  // they are left out.
+  template <class Id>
+  void offer(double key, Id id) {
     ++rescored;
     if (range_) {
-      if (key > radius_key_) best_.push_back({key, id});
-    } else if (better({key, id}, worst_)) {
-      keep({key, id});
+      if (key > radius_key_) best_.push_back({key, id()});
+    } else if (key >= worst_.key) {
+      const Found found{key, id()};
+      if (better(found, worst_)) keep(found);
     }
   }
   void refresh() { tau_ = std::max(tau_, query_->tau.load(std::memory_order_relaxed)); }

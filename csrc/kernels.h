@@ -13,6 +13,12 @@ constexpr int kBlockRows = 16;  // rows of a block of codes
 constexpr int kBlockDims = 4;   // dimensions of a group, side by side for one dot-product unit
 constexpr int kQueryPad = 64;   // a query's codes and values are zero-filled to a multiple of this
 
+// A kernel may sum the products of `window` groups in 16 bits, the first two and the last two
+// dimensions of the groups apart. Queries for it are coded so that this is exact, with c in
+// [-127, 127]: in each such half of a window Σ|p| <= 258, and |p| + |p'| <= 128 for two neighbours,
+// which one instruction multiplies with c + 128.
+constexpr int kWindowSum = 258, kPairSum = 128;
+
 // One segment as a scan sees it (segment.h says what the arrays are).
 struct ScanRows {
   const uint8_t* codes;
@@ -32,6 +38,8 @@ struct ScanQuery {
   const int8_t* codes;  // p, [groups·4] and zeros
   const float* values;  // v, [dim] and zeros
   int32_t offset;       // -128·Σp: codes are stored plus 128
+  const int32_t*
+      offsets;  // the same of each window's halves, modulo 2^16 each; null without window
   float mul, err, err_norm, sq, base, slack;
   float tau;  // rows with u < tau are out
 };
@@ -43,6 +51,7 @@ struct Sink {
 
 struct Kernels {
   const char* name;
+  int window;  // of scan_int8 (see above); 0: it sums in 32 bits
   // Bounds of the rows of blocks [begin, end) for `nq` queries.
   void (*scan_int8)(const ScanRows&, uint32_t begin, uint32_t end, ScanQuery*, int nq, bool l2,
                     Sink*);

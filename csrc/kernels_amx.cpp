@@ -92,7 +92,7 @@ void scan_int8_amx(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery
 
 }  // namespace
 
-extern const Kernels kAmx = {"amx", scan_int8_amx, scan_fp16, canonical<false>, canonical<true>,
-                             widen, to_half,       to_float,  quantize_row};
+extern const Kernels kAmx = {"amx",           0,     scan_int8_amx, scan_fp16, canonical<false>,
+                             canonical<true>, widen, to_half,       to_float,  quantize_row};
 
 }  // namespace knnfast

@@ -3,7 +3,7 @@
 #include "kernels_avx512.h"
 
 namespace knnfast {
-extern const Kernels kAvx512 = {"avx512",         scan_int8<false>, scan_fp16,
-                                canonical<false>, canonical<true>,  widen,
-                                to_half,          to_float,         quantize_row};
+extern const Kernels kAvx512 = {
+    "avx512",        0,     scan_int8<false>, scan_fp16, canonical<false>,
+    canonical<true>, widen, to_half,          to_float,  quantize_row};
 }  // namespace knnfast

@@ -3,7 +3,7 @@
 #include "kernels_avx512.h"
 
 namespace knnfast {
-extern const Kernels kAvx512Vnni = {"avx512vnni",     scan_int8<true>, scan_fp16,
-                                    canonical<false>, canonical<true>, widen,
-                                    to_half,          to_float,        quantize_row};
+extern const Kernels kAvx512Vnni = {
+    "avx512vnni",    0,     scan_int8<true>, scan_fp16, canonical<false>,
+    canonical<true>, widen, to_half,         to_float,  quantize_row};
 }  // namespace knnfast

@@ -45,14 +45,6 @@ inline uint16_t float_to_half(float f) {
   return sign | static_cast<uint16_t>((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
 }
 
-// Canonical sums pair by pair.
-template <double (*Sum)(const double*, const double*, int)>
-void one_by_one(const double* x, int nx, const double* q, int nq, size_t stride, int dim,
-                double* sums) {
-  for (int r = 0; r < nx; ++r)
-    for (int i = 0; i < nq; ++i) *sums++ = Sum(x + r * stride, q + i * stride, dim);
-}
-
 // The residual of a row from rr = Σ(y - a·c)² and yy = Σy². y - a·c is computed in float (each step
 // correctly rounded), the sums in double; what rounding may have hidden is added: 2^-22·‖y‖ for the
 // two steps and for y itself, and a crumb for squares that underflow.

@@ -98,6 +98,14 @@ double l2(const double* x, const double* q, int dim) {
   return canonical(dim, [&](int j) { return (q[j] - x[j]) * (q[j] - x[j]); });
 }
 
+// Canonical sums pair by pair.
+template <double (*Sum)(const double*, const double*, int)>
+void one_by_one(const double* x, int nx, const double* q, int nq, size_t stride, int dim,
+                double* sums) {
+  for (int r = 0; r < nx; ++r)
+    for (int i = 0; i < nq; ++i) *sums++ = Sum(x + r * stride, q + i * stride, dim);
+}
+
 void widen(const uint16_t* x, int dim, double* out) {
   int j = 0;
   for (; j < dim; ++j) out[j] = half_to_float(x[j]);
@@ -119,8 +127,8 @@ void to_float(const uint16_t* x, float* out, int64_t n) {
 
 }  // namespace
 
-extern const Kernels kPortable = {"portable",      scan_int8,      scan_fp16,
-                                  one_by_one<dot>, one_by_one<l2>, widen,
-                                  to_half,         to_float,       quantize_row_plain<to_float>};
+extern const Kernels kPortable = {
+    "portable",     0,     scan_int8, scan_fp16, one_by_one<dot>,
+    one_by_one<l2>, widen, to_half,   to_float,  quantize_row_plain<to_float>};
 
 }  // namespace knnfast

@@ -29,6 +29,7 @@ struct Chunk {
 // A group of queries against one segment, as the kernels take them.
 struct Panel {
   AlignedVector<int8_t> codes;  // l2 only: the codes depend on the segment's mean
+  std::vector<int32_t> offsets;
   std::vector<ScanQuery> int8, fp16;
 };
 
@@ -41,25 +42,50 @@ size_t padded(int64_t dim) {
   return static_cast<size_t>((dim + kQueryPad - 1) / kQueryPad * kQueryPad);
 }
 
-QueryCodes quantize_query(const double* v, int64_t dim, int8_t* p) {
-  double top = 0, norm = 0, error = 0;
-  for (int64_t j = 0; j < dim; ++j) {
-    top = std::max(top, std::fabs(v[j]));
-    norm += v[j] * v[j];
+// The smallest step that keeps a query's codes in range (kernels.h), rounding included.
+double query_step(const double* v, int64_t dim, int window) {
+  double top = 0, pair = 0, sum = 0;
+  for (int64_t j = 0; j < dim; ++j) top = std::max(top, std::fabs(v[j]));
+  if (window == 0) return top / 127;
+  for (int64_t first = 0; first < dim; first += window * kBlockDims) {
+    double halves[2] = {};
+    for (int64_t j = first; j < std::min(dim, first + window * kBlockDims); j += 2) {
+      const double both = std::fabs(v[j]) + (j + 1 < dim ? std::fabs(v[j + 1]) : 0);
+      halves[j / 2 % 2] += both;
+      pair = std::max(pair, both);
+    }
+    sum = std::max(sum, std::max(halves[0], halves[1]));
   }
-  QueryCodes c{top > 1e-25 ? top / 127 : 1.0, 0, std::sqrt(norm) * (1 + 1e-9), 0};
-  const double inverse = top > 1e-25 ? 127 / top : 0.0;
+  return std::max(pair / (kPairSum - 1), sum / (kWindowSum - window));
+}
+
+// Codes p, and for a kernel with windows their offsets.
+QueryCodes quantize_query(const double* v, int64_t dim, int window, int8_t* p, int32_t* offsets) {
+  const double least = query_step(v, dim, window);
+  const bool tiny = !(least > 1e-27);
+  QueryCodes c{tiny ? 1.0 : least, 0, 0, 0};
+  const double inverse = tiny ? 0.0 : 1 / least;
+  double norm = 0, error = 0;
   int32_t sum = 0;
   for (int64_t j = 0; j < dim; ++j) {
     const double t = v[j] * inverse;
     const int code = static_cast<int>(t + (t < 0 ? -0.5 : 0.5));
     const double w = v[j] - c.step * code;
+    norm += v[j] * v[j];
     error += w * w;
     sum += code;
     p[j] = static_cast<int8_t>(code);
   }
+  c.norm = std::sqrt(norm) * (1 + 1e-9);
   c.error = std::sqrt(error) * (1 + 1e-9);
   c.offset = -128 * sum;
+  for (int64_t first = 0; window > 0 && first < dim; first += window * kBlockDims, ++offsets) {
+    int halves[2] = {};
+    for (int64_t j = first; j < std::min(dim, first + window * kBlockDims); ++j)
+      halves[j / 2 % 2] += p[j];
+    *offsets = static_cast<int32_t>((static_cast<uint32_t>(-128 * halves[0]) & 0xffff) |
+                                    static_cast<uint32_t>(-128 * halves[1]) << 16);
+  }
   return c;
 }
 
@@ -92,6 +118,7 @@ struct Scratch {
   AlignedVector<double> q, v;   // [group, padded]: as given, as scanned
   AlignedVector<float> values;  // v as float
   AlignedVector<int8_t> codes;  // of v (ip, cosine)
+  std::vector<int32_t> offsets;
   std::vector<QueryCodes> quantized;
   std::unique_ptr<Query[]> queries;
   int64_t capacity = 0;
@@ -138,6 +165,7 @@ class GroupSearch {
         pad_(padded(task.dim)),
         s_(scratch()),
         kernels_(kernels()),
+        windows_(kernels_.window ? pad_ / (static_cast<size_t>(kernels_.window) * kBlockDims) : 0),
         keys_{&kernels_, task.metric, static_cast<int>(task.dim), pad_} {
     prepare(task.queries + first * dim_);
   }
@@ -203,6 +231,7 @@ class GroupSearch {
     s_.v.assign(total, 0);
     s_.values.assign(total, 0);
     s_.codes.assign(total, 0);
+    s_.offsets.resize(static_cast<size_t>(n_) * windows_);
     s_.quantized.resize(static_cast<size_t>(n_));
     for (int64_t i = 0; i < n_; ++i) {
       double* q = s_.q.data() + i * pad_;
@@ -233,7 +262,9 @@ class GroupSearch {
             static_cast<float>(v[j]);
       }
       if (task_.metric != Metric::l2)
-        s_.quantized[static_cast<size_t>(i)] = quantize_query(v, dim_, s_.codes.data() + i * pad_);
+        s_.quantized[static_cast<size_t>(i)] =
+            quantize_query(v, dim_, kernels_.window, s_.codes.data() + i * pad_,
+                           s_.offsets.data() + static_cast<size_t>(i) * windows_);
     }
   }
 
@@ -292,6 +323,7 @@ class GroupSearch {
       f.codes = nullptr;
       f.values = s_.values.data() + i * pad_;
       f.offset = 0;
+      f.offsets = nullptr;
       f.mul = static_cast<float>(row_scale);
       f.err = round_up((float_sum + 0x1p-20) * norm * row_scale);
       f.err_norm = 0;
@@ -305,7 +337,10 @@ class GroupSearch {
   void fill_int8(Worker& w, const Codes& codes, double exact, double two_scales) {
     Panel& p = w.panel;
     const bool l2 = task_.metric == Metric::l2;
-    if (l2) p.codes.assign(s_.codes.size(), 0);
+    if (l2) {
+      p.codes.assign(s_.codes.size(), 0);
+      p.offsets.resize(s_.offsets.size());
+    }
     std::vector<double>& centred = w.centred;
     centred.resize(static_cast<size_t>(dim_));
     for (int64_t i = 0; i < n_; ++i) {
@@ -317,7 +352,8 @@ class GroupSearch {
       if (l2) {
         for (size_t j = 0; j < centred.size(); ++j)
           centred[j] = v[j] - static_cast<double>(codes.mean[j]) * query.scale;
-        c = quantize_query(centred.data(), dim_, p.codes.data() + at * pad_);
+        c = quantize_query(centred.data(), dim_, kernels_.window, p.codes.data() + at * pad_,
+                           p.offsets.data() + at * windows_);
         base = -0.5 * c.norm * c.norm;
       } else {
         c = s_.quantized[at];
@@ -330,6 +366,7 @@ class GroupSearch {
       q.codes = (l2 ? p.codes.data() : s_.codes.data()) + at * pad_;
       q.values = nullptr;
       q.offset = c.offset;
+      q.offsets = windows_ ? (l2 ? p.offsets.data() : s_.offsets.data()) + at * windows_ : nullptr;
       q.mul = static_cast<float>(c.step * row_scale);
       q.err = round_up((c.norm + c.error + arithmetic) * row_scale);
       q.err_norm = round_up((c.error + arithmetic) * row_scale);
@@ -449,7 +486,7 @@ class GroupSearch {
         Collector& c = w.collectors[static_cast<size_t>(q)];
         for (int r = 0; r < count; ++r)
           for (uint32_t i = run[r]; i < run[r + 1]; ++i)
-            if (alive(i)) c.offer(keys[r * n_ + q], view.id(i));
+            if (alive(i)) c.offer(keys[r * n_ + q], [&] { return view.id(i); });
       }
     }
     for (int64_t q = 0; q < n_; ++q) w.collectors[static_cast<size_t>(q)].raise();
@@ -460,6 +497,7 @@ class GroupSearch {
   const size_t pad_;
   Scratch& s_;
   const Kernels& kernels_;
+  const size_t windows_;  // of a query's codes
   const CanonicalKeys keys_;
   int64_t k_ = 0;
   int threads_ = 1;

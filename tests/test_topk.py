@@ -80,6 +80,30 @@ def test_matches_reference(kind, metric, seed):
         assert_topk(index, x, q, k)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("d", [1, 2, 15, 16, 17, 64, 500, 1024])
+def test_extreme_products(d, metric, seed):
+    """Rows of extreme codes against queries of the same signs: every partial sum at its largest.
+
+    Kernels sum products in 16 bits where the queries' codes allow for it (csrc/kernels.h).
+    """
+    rng = np.random.default_rng(seed)
+    signs = rng.choice([-1.0, 1.0], (200, d))
+    rows = np.concatenate([signs, -signs, np.sign(rng.standard_normal((200, d)) + 2)])
+    x = rows.astype(np.float16)
+    flat = signs[:8]
+    queries = [flat, np.ones((1, d)), -np.ones((1, d)), flat * (rng.random((8, d)) + 0.5)]
+    for width in (1, 2, 4, 16, 32):  # all weight in a few elements, alone or alternating
+        q = np.where(np.arange(d) % (2 * width) < width, flat, 1e-3 * flat)
+        queries += [q, np.where(np.arange(d) < width, flat, 0)]
+    q = np.concatenate(queries).astype(np.float32)
+    index = Index(d, metric, scan="int8")
+    index.add(x)
+    for first in range(0, len(q), 5):  # an odd number of queries at a time
+        assert_topk(index, x, q[first : first + 5], 7)
+    assert_topk(index, x, q, 7)
+
+
 FACTORS = {
     "d": (1, 3, 31, 64, 100, 384, 512, 768, 1000),
     "n": ("0", "1", "k - 1", "k", "17", "999", "3000"),
@@ -244,6 +268,7 @@ def test_instruction_sets(isa):
         pytest.skip("already under a chosen instruction set")
     tests = [
         "test_matches_reference",
+        "test_extreme_products",
         "test_query_types",
         f"test_pairwise[{names.index(isa) % PARTS}]",
         "test_codes_keep_their_bound",
