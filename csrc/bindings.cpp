@@ -223,16 +223,18 @@ void bind_search(py::module_& m) {
   // What a scan cannot beat without reading less: the benchmarks' floor.
   m.def("read_bytes", [](const py::array& a) {
     const char* data = static_cast<const char*>(a.data());
-    constexpr int64_t kStep = 1 << 18;
+    // Four streams side by side: memory answers them faster than one.
+    constexpr int64_t kStep = 1 << 18, kStream = kStep / 4, kLine = 64;
     const int64_t tasks = a.nbytes() / kStep;
     std::atomic<uint64_t> total{0};
     py::gil_scoped_release unlocked;
     knnfast::parallel_for(tasks, [&](int, int64_t task) {
-      uint64_t sum[16] = {}, word[16];
-      for (int64_t at = 0; at < kStep; at += 128) {
-        std::memcpy(word, data + task * kStep + at, 128);
-        for (int i = 0; i < 16; ++i) sum[i] += word[i];
-      }
+      uint64_t sum[8] = {}, word[8];
+      for (int64_t at = 0; at < kStream; at += kLine)
+        for (int64_t stream = 0; stream < kStep; stream += kStream) {
+          std::memcpy(word, data + task * kStep + stream + at, kLine);
+          for (int i = 0; i < 8; ++i) sum[i] += word[i];
+        }
       for (uint64_t s : sum) total += s;
     });
     return total.load();

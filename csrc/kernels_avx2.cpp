@@ -39,13 +39,13 @@ struct Ahead {
   int lines;
 };
 
-// sums[b][q] = codes of block b · codes of query q, rows 0 to 7 and 8 to 15. Queries are
-// zero-filled, so that the last window may run past the last group.
+// sums[b][q] = codes of block `block + b·apart` · codes of query q, rows 0 to 7 and 8 to 15.
+// Queries are zero-filled, so that the last window may run past the last group.
 template <int NB, int NQ>
-inline void int8_sums(const ScanRows& rows, uint32_t block, const ScanQuery* queries, Ahead ahead,
-                      __m256i (*sums)[NQ][2]) {
-  const size_t stride = static_cast<size_t>(rows.groups) * 64;
-  const uint8_t* codes = rows.codes + block * stride;
+inline void int8_sums(const ScanRows& rows, uint32_t block, uint32_t apart,
+                      const ScanQuery* queries, Ahead ahead, __m256i (*sums)[NQ][2]) {
+  const size_t bytes = static_cast<size_t>(rows.groups) * 64, stride = bytes * apart;
+  const uint8_t* codes = rows.codes + block * bytes;
   for (int b = 0; b < NB; ++b)
     for (int q = 0; q < NQ; ++q) sums[b][q][0] = sums[b][q][1] = _mm256_setzero_si256();
   const __m256i one = _mm256_set1_epi16(1);
@@ -79,12 +79,13 @@ inline void int8_sums(const ScanRows& rows, uint32_t block, const ScanQuery* que
 }
 
 template <bool L2, int NB, int NQ>
-void int8_tile(const ScanRows& rows, uint32_t block, ScanQuery* queries, int index, Sink* sink,
-               Ahead ahead = {nullptr, 0}) {
+void int8_tile(const ScanRows& rows, uint32_t block, uint32_t apart, ScanQuery* queries, int index,
+               Sink* sink, Ahead ahead = {nullptr, 0}) {
   __m256i sums[NB][NQ][2];
-  int8_sums<NB, NQ>(rows, block, queries, ahead, sums);
-  for (int b = 0; b < NB; ++b) {
-    const size_t first = static_cast<size_t>(block + b) * kBlockRows;
+  int8_sums<NB, NQ>(rows, block, apart, queries, ahead, sums);
+  for (uint32_t b = 0; b < NB; ++b) {
+    const uint32_t at = block + b * apart;
+    const size_t first = static_cast<size_t>(at) * kBlockRows;
     __m256 scale[2], residual[2], norm[2];
     for (int h = 0; h < 2; ++h) {
       scale[h] = _mm256_loadu_ps(rows.scale + first + 8 * h);
@@ -102,7 +103,7 @@ void int8_tile(const ScanRows& rows, uint32_t block, ScanQuery* queries, int ind
         u[h] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sums[b][q][h]), scale[h]),
                                _mm256_set1_ps(query.mul), u[h]);
       }
-      report(rows, block + b, queries[q], index + q, u[0], u[1], sink);
+      report(rows, at, queries[q], index + q, u[0], u[1], sink);
     }
   }
 }
@@ -117,21 +118,23 @@ void int8_block(const ScanRows& rows, uint32_t block, ScanQuery* queries, int nq
   const uint8_t* end = ahead.at + bytes;
   int q = 0;
   for (; q + 4 <= nq; q += 4) {
-    int8_tile<L2, 1, 4>(rows, block, queries + q, q, sink, ahead);
+    int8_tile<L2, 1, 4>(rows, block, 0, queries + q, q, sink, ahead);
     ahead.at += static_cast<size_t>(windows) * ahead.lines * 64;
     if (ahead.at >= end) ahead.lines = 0;
   }
-  for (; q < nq; ++q) int8_tile<L2, 1, 1>(rows, block, queries + q, q, sink);
+  for (; q < nq; ++q) int8_tile<L2, 1, 1>(rows, block, 0, queries + q, q, sink);
 }
 
 template <bool L2>
 void scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries,
                       int nq, Sink* sink) {
-  uint32_t b = begin;
-  if (nq < 4)  // four blocks side by side: memory answers four streams faster than one
-    for (; b + 4 <= end; b += 4)
-      for (int q = 0; q < nq; ++q) int8_tile<L2, 4, 1>(rows, b, queries + q, q, sink);
-  for (; b < end; ++b) int8_block<L2>(rows, b, queries, nq, sink);
+  if (nq < 4) {  // memory answers four streams faster than one: quarters go side by side
+    const uint32_t quarter = (end - begin) / 4;
+    for (uint32_t b = begin; b < begin + quarter; ++b)
+      for (int q = 0; q < nq; ++q) int8_tile<L2, 4, 1>(rows, b, quarter, queries + q, q, sink);
+    begin += 4 * quarter;
+  }
+  for (uint32_t b = begin; b < end; ++b) int8_block<L2>(rows, b, queries, nq, sink);
 }
 
 void scan_int8(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
