@@ -103,6 +103,8 @@ def where(result: dict[str, Any]) -> str:
     versions = about["versions"]
     shown = ("python", "numpy", "torch", "faiss-cpu", "usearch", "diffusers")
     names = [f"{name} {versions[name]}" for name in shown if name in versions]
+    names += about.get("blas", [])
+    names += [f"{name}={value}" for name, value in about.get("settings", {}).items()]
     memory = f"{about['memory_gib']} GiB, " if "memory_gib" in about else ""
     return (
         f"{place}, {about['cores']} cores, {memory}kernels {about['isa']}, "

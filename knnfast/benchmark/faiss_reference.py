@@ -79,6 +79,10 @@ class FaissReport:
             "above 100 % where fewer bytes are read; vs ours: above 1x knnfast is faster",
         ]
         text += [f"not measured: {name} ({why})" for name, why in self.skipped.items()]
+        text += [
+            f"{name}={value} is set: libraries that read it do not use this processor's best kernels"
+            for name, value in about.get("settings", {}).items()
+        ]
         return "\n".join(text)
 
     def to_dict(self) -> dict[str, Any]:

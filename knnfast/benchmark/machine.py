@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -16,11 +17,21 @@ import numpy as np
 from knnfast import _C
 from knnfast.benchmark.timing import Local, interleave
 
+# Variables that hold a library to other kernels than those it would choose for this processor.
+KERNEL_SETTINGS = (
+    "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR",
+    "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "FAISS_SIMD_LEVEL", "KNNFAST_ISA",
+)  # fmt: skip
 PACKAGES = ("numpy", "torch", "triton", "faiss-cpu", "usearch", "diffusers", "xformers", "flashlib")
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """Processor, cores, kernels in use, versions, commit and date; no name of the host."""
+    """Processor, cores, kernels in use, versions, commit and date; no name of the host.
+
+    `settings` holds those of `KERNEL_SETTINGS` that are set: FAISS under OPENBLAS_CORETYPE, say, is
+    not the FAISS that a user has. `blas` holds the kernels that the loaded BLAS libraries chose
+    (with the package threadpoolctl).
+    """
     name = platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -29,6 +40,8 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     about: dict[str, Any] = {
         "cpu": name, "cores": os.cpu_count(), "isa": _C.isa(), "threads": _C.num_threads(),
         "memory_gib": round(memory_bytes() / 2**30), "device": device,
+        "settings": {name: os.environ[name] for name in KERNEL_SETTINGS if name in os.environ},
+        "blas": _blas(),
     }  # fmt: skip
     if device != "cpu":
         import torch
@@ -130,6 +143,19 @@ def share(
     else:
         row |= {"bound": "matmul", "tflop_s": flops / milliseconds / 1e9}
     return row | {"ceiling_share": max(reading, working) / milliseconds}
+
+
+def _blas() -> list[str]:
+    """Name, version and kernels of each BLAS that numpy, FAISS and torch brought along."""
+    with contextlib.suppress(ImportError):
+        import faiss  # noqa: F401
+    try:
+        from threadpoolctl import threadpool_info
+    except ImportError:
+        return []
+    names = ("internal_api", "version", "architecture")
+    found = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+    return sorted(" ".join(str(pool[n]) for n in names if pool.get(n)) for pool in found)
 
 
 def _driver() -> dict[str, str]:
