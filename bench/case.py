@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from knnfast.benchmark.timing import Choice
+
 Call = Callable[[], Any]
 
 
@@ -14,12 +16,13 @@ class Rival:
     """A peer's way to the same result.
 
     `result` is what is judged where it differs from what is timed (bringing ids home, say);
+    `choices` are the ways to run it with so many threads at most, of which the fastest is measured;
     `per` counts the steps in one call where they are not the case's.
     """
 
     call: Call
     result: Call | None = None
-    set_threads: Callable[[int], None] | None = None
+    choices: Callable[[int], list[Choice]] = lambda threads: []
     per: int | None = None
 
 

@@ -8,7 +8,7 @@ reference, warm up, take turns with the peers, count the memory, free. A row hol
 dtype, backend, p50/p90/p99, GB/s or TFLOP/s and its share of the measured ceiling, peak memory,
 exactness or error, and each peer with its time, its verdict, and its ratio to ours in the turns
 that the two took (above 1: ours is faster; `ours_p50_ms` is our time in them). Search peers get the
-better number of threads. Rows we lose stay.
+better number of threads, FAISS the better of BLAS and its own loops. Rows we lose stay.
 `--base REF` builds that commit beside this one and measures it in the same turns.
 """
 
@@ -35,7 +35,7 @@ from knnfast.benchmark.timing import (
     CLOCKS,
     Local,
     Timing,
-    best_threads,
+    best_choice,
     interleave,
     peak_mib,
     ratio,
@@ -62,14 +62,14 @@ def beside(case: Case, ours: Local, rival: Rival, args: argparse.Namespace) -> d
     """A peer's part of the row: its times and verdict, and ours in the turns that the two took."""
     verdict = case.judge((rival.result or rival.call)())
     verdict |= {} if verdict.pop("ok") else {"answers": "differ"}
-    threads = best_threads(rival.set_threads, rival.call, args.threads)
+    way = best_choice(rival.choices(args.threads), rival.call)
     local = Local(rival.call, case.cuda, ours.clock)
     pair = interleave({"ours": ours, "theirs": local}, args.seconds, args.turns)
     mine, theirs = scaled(pair["ours"], case.per), scaled(pair["theirs"], rival.per or case.per)
     return (
         theirs.row()
         | {"ratio": ratio(theirs, mine), "ours_p50_ms": mine.percentile(50)}
-        | ({} if threads is None else {"threads": threads})
+        | way
         | {"peak_mib": peak_mib(rival.call, case.cuda)}
         | verdict
     )

@@ -14,10 +14,10 @@ from PIL import Image
 import knnfast
 from knnfast import _C
 from knnfast.benchmark.faiss_reference import faiss_reference
-from knnfast.benchmark.machine import ceilings, machine, share
+from knnfast.benchmark.machine import KERNEL_SETTINGS, ceilings, machine, share
 from knnfast.benchmark.plot import floor_ms
-from knnfast.benchmark.timing import Local, interleave, peak_mib, ratio
-from knnfast.benchmark.topk import KINDS, Truth, build_peers, make_rows
+from knnfast.benchmark.timing import Choice, Local, best_choice, interleave, peak_mib, ratio
+from knnfast.benchmark.topk import KINDS, Truth, build_peers, make_rows, threads_for_all
 from knnfast.cli import main
 
 
@@ -76,6 +76,34 @@ def test_peers_agree():
         next(build_peers(["annoy"], rows, "ip"))
 
 
+def test_a_peer_runs_as_it_is_fastest():
+    state = {}
+    slow, fast = (
+        Choice(lambda ms=ms: state.update(ms=ms), n, "path") for n, ms in ((1, 20), (2, 2))
+    )
+    for order in ((slow, fast), (fast, slow)):
+        best = best_choice(order, lambda: time.sleep(state["ms"] / 1e3))
+        assert best == {"threads": 2, "options": "path"}
+        assert state == {"ms": 2}
+    assert best_choice([], time.time) == {}
+
+
+def test_faiss_may_use_blas_whatever_its_own_limit():
+    import faiss
+
+    rows, queries = make_rows(500, 16, queries=40)
+    (_, peer), *_ = build_peers(["faiss-flat"], rows, "ip")
+    before = faiss.cvar.distance_compute_blas_threshold
+    with threads_for_all(None):
+        ways = [(c.threads, c.options) for c in peer.choices(2, 1)]
+        assert sorted(ways) == [(1, ""), (1, "BLAS"), (2, ""), (2, "BLAS")]
+        for choice in peer.choices(2, 40):
+            choice.set()
+            assert faiss.cvar.distance_compute_blas_threshold == 0
+            assert Truth(rows, queries, 5).judge(peer.search(queries, 5))["recall"] > 0.9
+    assert faiss.cvar.distance_compute_blas_threshold == before
+
+
 def test_interleave_tells_twice_as_slow():
     """The slower one waits twice as long: sleeps are not disturbed by load as work is."""
     timings = interleave(
@@ -118,6 +146,16 @@ def test_the_machine_is_described_without_its_name():
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", about["date"])
     assert about["versions"]["knnfast"] == knnfast.__version__
     assert platform.node() not in json.dumps(about)
+
+
+def test_what_holds_a_library_back_is_told(monkeypatch, quickly):
+    for name in KERNEL_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    assert machine()["settings"] == {}
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Prescott")
+    assert machine()["settings"] == {"OPENBLAS_CORETYPE": "Prescott"}
+    table = faiss_reference(300, 8, (1,), 2, peers=["faiss-flat"]).table()
+    assert "OPENBLAS_CORETYPE=Prescott is set" in table
 
 
 def test_bench_command_writes_table_and_plot(tmp_path, quickly):

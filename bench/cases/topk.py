@@ -62,7 +62,8 @@ def _case(
                 yield name, peer
             else:
                 ids = partial(peer.search, q, k)
-                yield name, Rival(partial(peer.call, q, k), ids, peer.set_threads)
+                ways = partial(peer.choices, batch=batch)
+                yield name, Rival(partial(peer.call, q, k), ids, ways)
                 del ids, peer  # before the next one is built: only one is in memory
 
     def facts() -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from knnfast import _C, _files
 from knnfast.benchmark.machine import ceilings, machine, share
-from knnfast.benchmark.timing import Local, Timing, best_threads, interleave, ratio
+from knnfast.benchmark.timing import Local, Timing, best_choice, interleave, ratio
 from knnfast.benchmark.topk import (
     CPU_PEERS,
     GPU_PEERS,
@@ -34,7 +34,8 @@ class FaissReport:
     """What `faiss_reference` measured.
 
     `rows` holds one dict for each contender, n and batch: p50_ms, p90_ms, p99_ms, runs, threads,
-    exact, recall, regret, ratio (their time over ours; above 1 ours is faster), ceiling_share.
+    options (BLAS), exact, recall, regret, ratio (their time over ours; above 1 ours is faster),
+    ceiling_share.
     `skipped` says which peers were not measured, and why.
     """
 
@@ -57,7 +58,7 @@ class FaissReport:
             lines.append(
                 (row["name"], f"{row['n']:,}", str(row["batch"]),
                  *(f"{row[f'p{p}_ms']:.4g}" for p in (50, 90, 99)),
-                 str(row.get("threads", "")), answers,
+                 way(row), answers,
                  "" if row["name"] == OURS else f"{row['ratio']:.2f}x",
                  f"{row['ceiling_share']:.0%}")
             )  # fmt: skip
@@ -80,7 +81,7 @@ class FaissReport:
         ]
         text += [f"not measured: {name} ({why})" for name, why in self.skipped.items()]
         text += [
-            f"{name}={value} is set: libraries that read it do not use this processor's best kernels"
+            f"{name}={value} is set: libraries that read it may run slower than on this processor"
             for name, value in about.get("settings", {}).items()
         ]
         return "\n".join(text)
@@ -128,7 +129,8 @@ def faiss_reference(
     """Measure `Index.search` beside FAISS and whatever other peer is installed.
 
     The machine's ceilings come first. Then every answer is judged against FP64 before it is timed,
-    and every peer takes turns with ours, at the better of one thread and all. Latency against
+    and every peer takes turns with ours, at the better of one thread and all, FAISS also at the
+    better of BLAS and its own loops (its default may be far from either). Latency against
     batch is taken at n rows; against the number of rows (n / 100, n / 10, n) at the first batch.
 
     Args:
@@ -217,7 +219,7 @@ def _measure(
             for b in [b for at, b in cells if at == size]:
                 q = _on(queries[:b], device)
                 call = _bound(peer, q, k)
-                turns = best_threads(peer.set_threads, call, _C.num_threads())
+                chosen_way = best_choice(peer.choices(_C.num_threads(), b), call)
                 verdict = truths[size].judge(peer.search(q, k))
                 left = (end - time.perf_counter()) / max(1, len(chosen) - done) / 2
                 pair = interleave(
@@ -228,8 +230,7 @@ def _measure(
                 timings[size, b].append(pair[OURS])
                 found.append(
                     _row(name, size, b, pair[name], limits, d)
-                    | ({} if turns is None else {"threads": turns})
-                    | verdict | {"ratio": ratio(pair[name], pair[OURS])}
+                    | chosen_way | verdict | {"ratio": ratio(pair[name], pair[OURS])}
                 )  # fmt: skip
             del peer
     report = []
@@ -242,6 +243,11 @@ def _measure(
         report += [mine, *(row for row in found if (row["n"], row["batch"]) == cell)]
     shape = {"n": n, "d": d, "batch": list(batch), "k": k, "metric": metric}
     return FaissReport(about, limits, shape, report, skipped)
+
+
+def way(row: dict[str, Any]) -> str:
+    """How a row's contender ran: its options and threads."""
+    return " ".join(str(row[part]) for part in ("options", "threads") if part in row)
 
 
 def _row(

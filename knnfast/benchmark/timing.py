@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -147,24 +148,40 @@ def interleave(
     return {name: Timing(np.array(calls[name]), np.array(medians[name])) for name in contenders}
 
 
-def best_threads(
-    set_threads: Callable[[int], None] | None, call: Callable[[], Any], threads: int
-) -> int | None:
-    """Set a peer to the better of one thread and all of them; returns it (None: cannot choose)."""
-    if set_threads is None:
-        return None
-    taken: dict[int, float] = {}
-    for n in sorted({1, threads}):
-        set_threads(n)
+@dataclass(frozen=True)
+class Choice:
+    """One way to run a peer: what sets it, its threads, and what else tells it from the others."""
+
+    set: Callable[[], Any]
+    threads: int
+    options: str = ""
+
+    def row(self) -> dict[str, Any]:
+        """What a result says of it."""
+        return {"threads": self.threads} | ({"options": self.options} if self.options else {})
+
+
+def thread_choices(set_threads: Callable[[int], Any], threads: int) -> list[Choice]:
+    """One thread, and all of them."""
+    return [Choice(partial(set_threads, n), n) for n in sorted({1, threads})]
+
+
+def best_choice(choices: Sequence[Choice], call: Callable[[], Any]) -> dict[str, Any]:
+    """Set a peer to the way in which it is fastest; returns the choice's row (none: {})."""
+    taken: dict[Choice, float] = {}
+    for choice in choices:
+        choice.set()
         for _ in range(2):  # the first call may have to start threads; a long one does not repeat
             start = time.perf_counter()
             call()
-            taken[n] = time.perf_counter() - start
-            if taken[n] > 0.3:
+            taken[choice] = time.perf_counter() - start
+            if taken[choice] > 0.3:
                 break
+    if not taken:
+        return {}
     best = min(taken, key=taken.__getitem__)
-    set_threads(best)
-    return best
+    best.set()
+    return best.row()
 
 
 def peak_mib(call: Callable[[], Any], cuda: bool = False) -> float | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from knnfast import _C
+from knnfast.benchmark.timing import Choice, thread_choices
 
 KINDS = ("isotropic", "clustered", "mean", "ties", "orthogonal")
 
@@ -115,17 +117,20 @@ class Peer(NamedTuple):
 
     search: Callable[[Any, int], np.ndarray]  # (queries, k) -> ids [m, k] on the host
     call: Callable[[Any, int], Any]  # the same without bringing the ids home: what is timed
-    set_threads: Callable[[int], None] | None = None
+    # (threads, batch) -> the ways to run it, of which the fastest is measured; none: as it is
+    choices: Callable[[int, int], list[Choice]] = lambda threads, batch: []
 
 
 @contextmanager
 def threads_for_all(threads: int | None) -> Iterator[None]:
-    """At most so many threads for us and torch (None: as they are); afterwards what was before."""
+    """At most so many threads for us and torch (None: as they are); afterwards, and for FAISS's
+    choice of BLAS, what was before."""
     import torch
 
     ours, torchs = _C.num_threads(), torch.get_num_threads()
     faiss = sys.modules.get("faiss")
-    faisss = None if faiss is None else faiss.omp_get_max_threads()
+    if faiss is not None:
+        faisss = faiss.omp_get_max_threads(), faiss.cvar.distance_compute_blas_threshold
     try:
         if threads is not None:
             _C.set_num_threads(threads)
@@ -135,7 +140,8 @@ def threads_for_all(threads: int | None) -> Iterator[None]:
         _C.set_num_threads(ours)
         torch.set_num_threads(torchs)
         if faiss is not None:
-            faiss.omp_set_num_threads(faisss)
+            faiss.omp_set_num_threads(faisss[0])
+            faiss.cvar.distance_compute_blas_threshold = faisss[1]
 
 
 def faiss_module() -> Any:
@@ -149,6 +155,10 @@ def faiss_module() -> Any:
     return faiss
 
 
+def _threads(set_threads: Callable[[int], Any]) -> Callable[[int, int], list[Choice]]:
+    return lambda threads, batch: thread_choices(set_threads, threads)
+
+
 def _metric(faiss: Any, metric: str) -> int:
     if metric == "cosine":
         raise ValueError("FAISS has no cosine: normalise the rows and use ip")
@@ -160,7 +170,9 @@ def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
         yield rows[first : first + 65536].astype(np.float32)
 
 
-def _faiss_cpu(rows: np.ndarray, metric: str, index: Callable[[Any, int, int], Any]) -> Peer:
+def _faiss_cpu(
+    rows: np.ndarray, metric: str, index: Callable[[Any, int, int], Any], blas: bool = False
+) -> Peer:
     faiss = faiss_module()
     built = index(faiss, rows.shape[1], _metric(faiss, metric))
     built.is_trained = True  # FP16 codes have nothing to learn
@@ -170,12 +182,29 @@ def _faiss_cpu(rows: np.ndarray, metric: str, index: Callable[[Any, int, int], A
     def search(q: np.ndarray, k: int) -> np.ndarray:
         return built.search(q, k)[1]
 
-    return Peer(search, search, faiss.omp_set_num_threads)
+    if not blas:
+        return Peer(search, search, _threads(faiss.omp_set_num_threads))
+
+    def choose(threads: int, batches_from: int) -> None:
+        faiss.omp_set_num_threads(threads)
+        faiss.cvar.distance_compute_blas_threshold = batches_from
+
+    def choices(threads: int, batch: int) -> list[Choice]:
+        paths = {"BLAS": 0, "": 1 << 30}  # FAISS 1.15 itself takes BLAS from 128,000 queries on
+        if batch > 32:
+            del paths[""]  # many times slower
+        return [
+            Choice(partial(choose, n, batches_from), n, name)
+            for name, batches_from in paths.items()
+            for n in sorted({1, threads})
+        ]
+
+    return Peer(search, search, choices)
 
 
 def faiss_flat(rows: np.ndarray, metric: str) -> Peer:
-    """FAISS IndexFlat: FP32 rows."""
-    return _faiss_cpu(rows, metric, lambda faiss, d, m: faiss.IndexFlat(d, m))
+    """FAISS IndexFlat: FP32 rows, with BLAS or without, whichever is faster."""
+    return _faiss_cpu(rows, metric, lambda faiss, d, m: faiss.IndexFlat(d, m), blas=True)
 
 
 def faiss_sq_fp16(rows: np.ndarray, metric: str) -> Peer:
@@ -199,7 +228,7 @@ def usearch_exact(rows: np.ndarray, metric: str) -> Peer:
         found = scan(rows, q.astype(np.float16), k, kind, exact=True, threads=threads[0])
         return found.keys.reshape(len(q), -1).astype(np.int64)
 
-    return Peer(search, search, lambda n: threads.__setitem__(0, n))
+    return Peer(search, search, _threads(lambda n: threads.__setitem__(0, n)))
 
 
 def torch_topk(rows: np.ndarray, metric: str) -> Peer:
@@ -213,7 +242,7 @@ def torch_topk(rows: np.ndarray, metric: str) -> Peer:
     def search(q: np.ndarray, k: int) -> np.ndarray:
         return (torch.from_numpy(q) @ x.T).topk(k, dim=1).indices.numpy()
 
-    return Peer(search, search, torch.set_num_threads)
+    return Peer(search, search, _threads(torch.set_num_threads))
 
 
 def _on_gpu(call: Callable[[Any, int], Any]) -> Peer:
