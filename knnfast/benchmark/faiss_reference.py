@@ -123,7 +123,7 @@ def faiss_reference(
     peers: Sequence[str] | None = None,
     rows: np.ndarray | None = None,
     queries: np.ndarray | None = None,
-    seconds: float = 80.0,
+    seconds: float = 85.0,
     progress: Callable[[str], None] | None = None,
 ) -> FaissReport:
     """Measure `Index.search` beside FAISS and whatever other peer is installed.
@@ -208,18 +208,21 @@ def _measure(
     end = start + seconds
     for done, name in enumerate(chosen):
         for size in sizes:
-            if time.perf_counter() > end:
-                skipped[name] = f"from {size:,} rows on: {seconds:.0f} s were over"
-                break
             say(f"{name}: {size:,} rows")
-            (_, peer), *_ = build_peers([name], half[:size], metric, device)
-            if not isinstance(peer, Peer):
-                skipped[name] = peer
-                break
+            peer: Peer | str = ""
+            query_s = 0.0  # seconds for one of the batch before, at most what the next one takes
             for b in [b for at, b in cells if at == size]:
+                if time.perf_counter() + 4 * query_s * b > end:
+                    skipped[name] = f"from {size:,} rows, batch {b} on: {seconds:.0f} s are too few"
+                    break
+                if not isinstance(peer, Peer):
+                    (_, peer), *_ = build_peers([name], half[:size], metric, device)
+                if not isinstance(peer, Peer):
+                    skipped[name] = peer
+                    break
                 q = _on(queries[:b], device)
                 call = _bound(peer, q, k)
-                chosen_way = best_choice(peer.choices(_C.num_threads(), b), call)
+                fastest = best_choice(peer.choices(_C.num_threads(), b), call)
                 verdict = truths[size].judge(peer.search(q, k))
                 left = (end - time.perf_counter()) / max(1, len(chosen) - done) / 2
                 pair = interleave(
@@ -230,9 +233,12 @@ def _measure(
                 timings[size, b].append(pair[OURS])
                 found.append(
                     _row(name, size, b, pair[name], limits, d)
-                    | chosen_way | verdict | {"ratio": ratio(pair[name], pair[OURS])}
+                    | fastest | verdict | {"ratio": ratio(pair[name], pair[OURS])}
                 )  # fmt: skip
+                query_s = pair[name].percentile(50) / 1e3 / b
             del peer
+            if name in skipped:
+                break
     report = []
     for cell in cells:
         if not timings[cell]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ def make_rows(
     centres = rng.standard_normal((1000, d), dtype=np.float32)
     mean = rng.standard_normal(d, dtype=np.float32)
 
-    def draw(m: int, query: bool = False) -> np.ndarray:
+    def draw(rng: np.random.Generator, m: int, query: bool = False) -> np.ndarray:
         x = rng.standard_normal((m, d), dtype=np.float32)
         if kind == "ties":
             return np.repeat(centres[:1] / np.linalg.norm(centres[0]), m, 0)
@@ -44,11 +45,16 @@ def make_rows(
         return x + 3 * mean / np.linalg.norm(mean) if kind == "mean" else x
 
     rows = np.empty((n, d), np.float16)
-    for first in range(0, n, 16384):
-        rows[first : first + 16384] = draw(min(16384, n - first))
+
+    def fill(first: int) -> None:
+        block = rows[first : first + 16384]
+        block[:] = draw(np.random.default_rng([seed, first]), len(block))
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(fill, range(0, n, 16384)))
     if kind == "mean":
         return rows, rng.standard_normal((queries, d), dtype=np.float32)
-    return rows, draw(queries, query=True)
+    return rows, draw(rng, queries, query=True)
 
 
 class Truth:

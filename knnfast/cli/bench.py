@@ -20,7 +20,7 @@ from knnfast.cli._shared import device_option
 @device_option
 @click.option("--threads", type=int, help="At most so many; the machine's by default.")
 @click.option("--peers", help="Only these, separated by commas; all that are installed by default.")
-@click.option("--seconds", default=80.0, show_default=True, help="About how long it may take.")
+@click.option("--seconds", default=85.0, show_default=True, help="About how long it may take.")
 @click.option(
     "--plot", default="knnfast-bench.png", show_default=True, help="Picture to write, or none."
 )
