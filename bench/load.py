@@ -5,15 +5,20 @@
 Closed loop: every client asks again as soon as it is answered; its throughput is the server's
 saturation. Open loop: queries arrive by a Poisson process at a given rate whatever the server
 does, the clients serve as its threads, and a query's latency counts from its arrival (nothing is
-left out when the server is late). Servers: `Index.search` (searches take turns and share all cores:
-one server), the same and FAISS with one thread a search (a server per core), and `knnfast.Batcher`.
-Beside each open-loop row stands what an M/D/c queue predicts: c servers, first come first served,
-every service as long as the median measured just before with c clients back to back (`queue`), and
-just after with pauses like those between the arrivals (`paced_queue`): then the rows have left the
-caches that they hardly fit into, and cores have gone to sleep. `stolen_share` is the part of the
-cores' time that the host of a virtual machine gave to others meanwhile, of which no queue knows: so
-an open loop is run `--rounds` times, the row is the round with the least of it, and `rounds` holds
-the stolen share, p99 and p99 over the queue's of all.
+left out when the server is late). Servers: `Index.search` (searches take turns and share all
+cores: one server), the same and FAISS with one thread a search (a server per core), and
+`knnfast.Batcher`.
+
+Beside each open-loop row stands what an M/D/c queue predicts for the same arrivals: c servers,
+first come first served, every service equally long. How long is measured beside it, since a machine
+that others use too is faster and slower by the second: an open loop is cut into `--stretches`, and
+a service in a stretch is as long as the median of c clients back to back just before and just after
+it (`queue`), or, with pauses like those between the arrivals, after it (`paced_queue`): then the
+rows have left the caches that they hardly fit into, and cores have gone to sleep.
+
+`stolen_share` is the part of the cores' time that the host of a virtual machine gave to others
+meanwhile, of which no queue knows: so an open loop is run `--rounds` times, the row is the round
+with the least of it, and `rounds` holds the stolen share, p99 and p99 over the queue's of all.
 """
 
 from __future__ import annotations
@@ -131,7 +136,7 @@ def queue(arrivals: np.ndarray, service: float, servers: int) -> np.ndarray:
     return latencies
 
 
-def paced(search: Search, queries: np.ndarray, rate: float, count: int = 300) -> float:
+def paced(search: Search, queries: np.ndarray, rate: float, count: int = 30) -> float:
     """Median seconds of a search by one client that pauses before each as arrivals do."""
     rng = np.random.default_rng(3)
     taken = []
@@ -141,13 +146,6 @@ def paced(search: Search, queries: np.ndarray, rate: float, count: int = 300) ->
         search(queries[i % len(queries)])
         taken.append(time.perf_counter() - begin)
     return float(np.median(taken))
-
-
-def predicted(rate: float, service: float, servers: int) -> dict[str, Any]:
-    """Percentiles of the queue over 200,000 arrivals."""
-    arrivals = poisson(rate, 200_000 / rate, seed=1)
-    row = percentiles(queue(arrivals, service, servers))
-    return {"servers": servers, "service_ms": service * 1e3} | row
 
 
 @contextmanager
@@ -168,17 +166,34 @@ def offer(
     seed: int,
     servers: int | None,
 ) -> dict[str, Any]:
-    """One open loop, and what the queues predict for it."""
+    """One open loop in stretches, and what the queues predict for its arrivals."""
+
+    def back_to_back() -> float:
+        return float(np.median(closed_loop(search, queries, servers or 1, args.seconds / 20)[0]))
+
+    seconds = max(args.seconds, args.least / rate) / args.stretches
+    latencies, stolen, passed = [], 0.0, 0.0
+    services: dict[str, list[float]] = {"queue": [], "paced_queue": []}
+    expected: dict[str, list[np.ndarray]] = {"queue": [], "paced_queue": []}
+    before = back_to_back() if servers is not None else 0.0
+    for i in range(args.stretches):
+        arrivals = poisson(rate, seconds, seed * args.stretches + i)
+        taken, start = stolen_seconds(), time.perf_counter()
+        latencies.append(open_loop(search, queries, args.clients, arrivals))
+        stolen += stolen_seconds() - taken
+        passed += time.perf_counter() - start
+        if servers is not None:
+            after = back_to_back()
+            measured = {"queue": (before + after) / 2, "paced_queue": paced(search, queries, rate)}
+            before = after
+            for name, service in measured.items():
+                services[name].append(service)
+                expected[name].append(queue(arrivals, service, servers))
+    row = percentiles(np.concatenate(latencies)) | {"stolen_share": stolen / passed / cores()}
     if servers is not None:
-        busy, _ = closed_loop(search, queries, servers, args.seconds / 4)
-    arrivals = poisson(rate, max(args.seconds, args.least / rate), seed)
-    taken, start = stolen_seconds(), time.perf_counter()
-    row = percentiles(open_loop(search, queries, args.clients, arrivals))
-    row["stolen_share"] = (stolen_seconds() - taken) / (time.perf_counter() - start) / cores()
-    if servers is not None:
-        service = {"queue": float(np.median(busy)), "paced_queue": paced(search, queries, rate)}
-        for name, seconds in service.items():
-            row[name] = predicted(rate, seconds, servers)
+        for name, each in expected.items():
+            row[name] = percentiles(np.concatenate(each))
+            row[name] |= {"servers": servers, "service_ms": float(np.mean(services[name])) * 1e3}
             row[f"p99_over_{name}"] = row["p99_ms"] / row[name]["p99_ms"]
     return row
 
@@ -224,6 +239,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each loop")
     parser.add_argument("--least", type=int, default=2000, help="queries of an open loop")
+    parser.add_argument("--stretches", type=int, default=10, help="of an open loop")
     parser.add_argument("--rounds", type=int, default=3, help="of each open loop")
     parser.add_argument("--loads", type=float, nargs="+", default=[0.25, 0.5, 0.75, 0.9],
                         help="offered loads, as shares of Index.search's saturation")  # fmt: skip
@@ -242,7 +258,8 @@ def main() -> None:
         "kind": "load", "machine": machine(),
         "command": shlex.join(["python", "bench/load.py", *sys.argv[1:]]),
         "shape": {"n": args.n, "d": args.d, "k": args.k, "clients": args.clients,
-                  "deadline_ms": args.deadline_ms, "rounds": args.rounds},
+                  "deadline_ms": args.deadline_ms, "rounds": args.rounds,
+                  "stretches": args.stretches},
         "rows": [],
     }  # fmt: skip
 

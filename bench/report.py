@@ -251,9 +251,10 @@ def load_section(result: dict[str, Any], picture: str) -> str:
                    "with the service after pauses"], rows),
             "`stolen`: the part of the cores' time that this virtual machine's host gave to others "
             "meanwhile; no queue knows of it, so each open loop is that one of "
-            f"{shape['rounds']} rounds in which it was least{at_half(result)}. The service time of "
-            "the prediction is measured just before, back to back; after pauses like those between "
-            "arrivals a search takes longer.",
+            f"{shape['rounds']} rounds in which it was least{at_half(result)}. The queue "
+            "serves the same arrivals, each as long as a search takes back to back just before and "
+            "after that stretch of the loop; after pauses like those between arrivals a search "
+            "takes longer.",
             f"![p99 against offered load]({picture})",
         ]
     )  # fmt: skip
