@@ -13,7 +13,7 @@ namespace KNNFAST_ISA {
 #if defined(__AVX512F__)
 constexpr int kRows = 8, kPanel = 3;
 #else
-constexpr int kRows = 4, kPanel = 2;
+constexpr int kRows = 4, kPanel = 3;
 #endif
 
 template <class S>
