@@ -14,7 +14,9 @@ first come first served, every service equally long. How long is measured beside
 that others use too is faster and slower by the second: an open loop is cut into `--stretches`, and
 a service in a stretch is as long as the median of c clients back to back just before and just after
 it (`queue`), or, with pauses like those between the arrivals, after it (`paced_queue`): then the
-rows have left the caches that they hardly fit into, and cores have gone to sleep.
+rows have left the caches that they hardly fit into, and cores have gone to sleep. Every stretch
+begins with an empty queue, in truth as in the prediction; at 90 % load that makes p99 about a
+quarter less than in one long loop.
 
 `stolen_share` is the part of the cores' time that the host of a virtual machine gave to others
 meanwhile, of which no queue knows: so an open loop is run `--rounds` times, the row is the round
@@ -79,7 +81,7 @@ def closed_loop(
 
     def work(i: int) -> None:
         at = i
-        while (begin := time.perf_counter()) < end:
+        while (begin := time.perf_counter()) < end or not latencies[i]:
             search(queries[at % len(queries)])
             latencies[i].append(time.perf_counter() - begin)
             at += clients

@@ -8,7 +8,8 @@ reference, warm up, take turns with the peers, count the memory, free. A row hol
 dtype, backend, p50/p90/p99, GB/s or TFLOP/s and its share of the measured ceiling, peak memory,
 exactness or error, and each peer with its time, its verdict, and its ratio to ours in the turns
 that the two took (above 1: ours is faster; `ours_p50_ms` is our time in them). Search peers get the
-better number of threads, FAISS the better of BLAS and its own loops. Rows we lose stay.
+better number of threads, FAISS's flat index the better of BLAS and its own loops (above batch 32:
+BLAS). Rows we lose stay.
 `--base REF` builds that commit beside this one and measures it in the same turns.
 """
 
@@ -60,9 +61,9 @@ def scaled(timing: Timing, per: int) -> Timing:
 
 def beside(case: Case, ours: Local, rival: Rival, args: argparse.Namespace) -> dict[str, Any]:
     """A peer's part of the row: its times and verdict, and ours in the turns that the two took."""
+    way = best_choice(rival.choices(args.threads), rival.call)
     verdict = case.judge((rival.result or rival.call)())
     verdict |= {} if verdict.pop("ok") else {"answers": "differ"}
-    way = best_choice(rival.choices(args.threads), rival.call)
     local = Local(rival.call, case.cuda, ours.clock)
     pair = interleave({"ours": ours, "theirs": local}, args.seconds, args.turns)
     mine, theirs = scaled(pair["ours"], case.per), scaled(pair["theirs"], rival.per or case.per)

@@ -12,8 +12,10 @@ namespace KNNFAST_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kRows = 8, kPanel = 3;
-#else
+#elif defined(__AVX2__)
 constexpr int kRows = 4, kPanel = 3;
+#else
+constexpr int kRows = 4, kPanel = 2;
 #endif
 
 template <class S>

@@ -10,7 +10,7 @@
 namespace knnfast {
 namespace KNNFAST_ISA {
 
-// Classes of a panel. Where L1 has 32 KiB (AVX2) a panel of D = 512 has to fit into it.
+// Classes of a panel. Where L1 has 32 KiB (AVX2) it should not be wider: D = 512 fills them.
 constexpr int kHeadPanel = (kBytes == 32 ? 2 : kPanel) * kLanes<float>;
 
 static size_t head_scratch(const HeadShape& s) {
@@ -21,8 +21,6 @@ static size_t head_scratch(const HeadShape& s) {
 // columns at a time, in registers: element by element it took longer than the product of few rows.
 static void transpose_panel(const HeadShape& s, const char* w, int classes, int width,
                             float* panel) {
-  typedef float v4 __attribute__((vector_size(16), may_alias));
-  typedef v4 loose __attribute__((aligned(4)));
   constexpr int kStep = 16;  // so many columns of w at a time: the part of the panel stays in L1
   const size_t size = s.dtype == kFloat32 ? 4 : 2;
   for (int k = 0; k < s.D; k += kStep) {
@@ -32,18 +30,16 @@ static void transpose_panel(const HeadShape& s, const char* w, int classes, int 
       for (int c = 0; c < 4 && j + c < classes; ++c)
         to_float(w + (size_t(j + c) * size_t(s.D) + size_t(k)) * size, s.dtype, row[c], depth);
       for (int i = 0; i < depth; i += 4) {
-        v4 r[4];
-        for (int c = 0; c < 4; ++c) r[c] = *reinterpret_cast<const loose*>(row[c] + i);
-        const v4 a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5);
-        const v4 b = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
-        const v4 c = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
-        const v4 d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
-        const v4 columns[4] = {
-            __builtin_shufflevector(a, c, 0, 1, 4, 5), __builtin_shufflevector(a, c, 2, 3, 6, 7),
-            __builtin_shufflevector(b, d, 0, 1, 4, 5), __builtin_shufflevector(b, d, 2, 3, 6, 7)};
         float* to = panel + size_t(k + i) * size_t(width) + size_t(j);
+#if defined(__SSE__)
+        __m128 r[4];
+        for (int c = 0; c < 4; ++c) r[c] = _mm_loadu_ps(row[c] + i);
+        _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
+        for (int t = 0; t < 4 && i + t < depth; ++t, to += width) _mm_storeu_ps(to, r[t]);
+#else
         for (int t = 0; t < 4 && i + t < depth; ++t, to += width)
-          *reinterpret_cast<loose*>(to) = columns[t];
+          for (int c = 0; c < 4; ++c) to[c] = row[c][i + t];
+#endif
       }
     }
   }

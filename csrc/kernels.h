@@ -18,6 +18,7 @@ constexpr int kQueryPad = 64;   // a query's codes and values are zero-filled to
 // [-127, 127]: in each such half of a window Σ|p| <= 258, and |p| + |p'| <= 128 for two neighbours,
 // which one instruction multiplies with c + 128.
 constexpr int kWindowSum = 258, kPairSum = 128;
+static_assert(127 * kWindowSum <= 32767 && 255 * kPairSum <= 32767, "sums of 16 bits");
 
 // One segment as a scan sees it (segment.h says what the arrays are).
 struct ScanRows {
@@ -38,8 +39,8 @@ struct ScanQuery {
   const int8_t* codes;  // p, [groups·4] and zeros
   const float* values;  // v, [dim] and zeros
   int32_t offset;       // -128·Σp: codes are stored plus 128
-  const int32_t*
-      offsets;  // the same of each window's halves, modulo 2^16 each; null without window
+  // With windows: -128·Σp of each window's halves, modulo 2^16, two in a word; `offset` is unused.
+  const int32_t* offsets;
   float mul, err, err_norm, sq, base, slack;
   float tau;  // rows with u < tau are out
 };

@@ -10,6 +10,8 @@ namespace knnfast {
 namespace {
 
 constexpr int kWindow = 8;  // groups
+static_assert(kQueryPad % (kWindow * kBlockDims) == 0, "whole windows of zeros");
+static_assert((kWindow - 1) * 64 <= 1024, "what may be read past the codes");
 
 void report(const ScanRows& rows, uint32_t block, ScanQuery& query, int index, __m256 u0, __m256 u1,
             Sink* sink) {
@@ -112,7 +114,7 @@ void int8_tile(const ScanRows& rows, uint32_t block, uint32_t apart, ScanQuery* 
 // together fetch the block that comes next.
 template <bool L2>
 void int8_block(const ScanRows& rows, uint32_t block, ScanQuery* queries, int nq, Sink* sink) {
-  const int tiles = nq >= 4 ? nq / 4 : 1, windows = (rows.groups + kWindow - 1) / kWindow;
+  const int tiles = nq / 4, windows = (rows.groups + kWindow - 1) / kWindow;
   const size_t bytes = static_cast<size_t>(rows.groups) * 64;
   Ahead ahead{rows.codes + (block + 1) * bytes, (kWindow + tiles - 1) / tiles};
   const uint8_t* end = ahead.at + bytes;
@@ -132,7 +134,9 @@ void scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQu
     const uint32_t quarter = (end - begin) / 4;
     for (uint32_t b = begin; b < begin + quarter; ++b)
       for (int q = 0; q < nq; ++q) int8_tile<L2, 4, 1>(rows, b, quarter, queries + q, q, sink);
-    begin += 4 * quarter;
+    for (uint32_t b = begin + 4 * quarter; b < end; ++b)
+      for (int q = 0; q < nq; ++q) int8_tile<L2, 1, 1>(rows, b, 0, queries + q, q, sink);
+    return;
   }
   for (uint32_t b = begin; b < end; ++b) int8_block<L2>(rows, b, queries, nq, sink);
 }

@@ -28,8 +28,8 @@ struct Chunk {
 
 // A group of queries against one segment, as the kernels take them.
 struct Panel {
-  AlignedVector<int8_t> codes;  // l2 only: the codes depend on the segment's mean
-  std::vector<int32_t> offsets;
+  AlignedVector<int8_t> codes;   // l2 only: the codes depend on the segment's mean
+  std::vector<int32_t> offsets;  // of the codes
   std::vector<ScanQuery> int8, fp16;
 };
 
@@ -44,9 +44,13 @@ size_t padded(int64_t dim) {
 
 // The smallest step that keeps a query's codes in range (kernels.h), rounding included.
 double query_step(const double* v, int64_t dim, int window) {
-  double top = 0, pair = 0, sum = 0;
-  for (int64_t j = 0; j < dim; ++j) top = std::max(top, std::fabs(v[j]));
-  if (window == 0) return top / 127;
+  if (window == 0) {
+    double top = 0;
+    for (int64_t j = 0; j < dim; ++j) top = std::max(top, std::fabs(v[j]));
+    return top / 127;
+  }
+  static_assert(kBlockDims == 4, "a half of a window: the first or the last two of each group");
+  double pair = 0, sum = 0;
   for (int64_t first = 0; first < dim; first += window * kBlockDims) {
     double halves[2] = {};
     for (int64_t j = first; j < std::min(dim, first + window * kBlockDims); j += 2) {
@@ -79,7 +83,8 @@ QueryCodes quantize_query(const double* v, int64_t dim, int window, int8_t* p, i
   c.norm = std::sqrt(norm) * (1 + 1e-9);
   c.error = std::sqrt(error) * (1 + 1e-9);
   c.offset = -128 * sum;
-  for (int64_t first = 0; window > 0 && first < dim; first += window * kBlockDims, ++offsets) {
+  if (window == 0) return c;
+  for (int64_t first = 0; first < dim; first += window * kBlockDims, ++offsets) {
     int halves[2] = {};
     for (int64_t j = first; j < std::min(dim, first + window * kBlockDims); ++j)
       halves[j / 2 % 2] += p[j];
@@ -115,10 +120,10 @@ struct Worker : Sink {
 };
 
 struct Scratch {
-  AlignedVector<double> q, v;   // [group, padded]: as given, as scanned
-  AlignedVector<float> values;  // v as float
-  AlignedVector<int8_t> codes;  // of v (ip, cosine)
-  std::vector<int32_t> offsets;
+  AlignedVector<double> q, v;    // [group, padded]: as given, as scanned
+  AlignedVector<float> values;   // v as float
+  AlignedVector<int8_t> codes;   // of v (ip, cosine)
+  std::vector<int32_t> offsets;  // of the codes (kernels.h)
   std::vector<QueryCodes> quantized;
   std::unique_ptr<Query[]> queries;
   int64_t capacity = 0;

@@ -63,6 +63,16 @@ def test_ours_is_exact_by_the_benchmarks_own_judge(kind, metric):
     assert Truth(rows, queries, 7, metric).judge(index.search(queries, 7)[1])["exact"]
 
 
+@pytest.mark.parametrize("kind", ["isotropic", "clustered", "mean"])
+def test_no_query_is_a_row(kind):
+    rows, queries = make_rows(3_000, 64, kind, queries=8)
+    assert (make_rows(3_000, 64, kind, queries=8)[0] == rows).all()
+    x = rows.astype(np.float64)
+    x -= x.mean(0)
+    cosines = queries @ x.T / np.linalg.norm(queries, axis=1)[:, None] / np.linalg.norm(x, axis=1)
+    assert np.abs(cosines).max() < (0.97 if kind == "clustered" else 0.7)
+
+
 def test_peers_agree():
     rows, queries = make_rows(2_000, 32, queries=4)
     truth = Truth(rows, queries, 5)

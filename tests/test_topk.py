@@ -93,6 +93,8 @@ def test_extreme_products(d, metric, seed):
     x = rows.astype(np.float16)
     flat = signs[:8]
     queries = [flat, np.ones((1, d)), -np.ones((1, d)), flat * (rng.random((8, d)) + 0.5)]
+    # 14 x 15.5 and 2 x 16.5 in each half of a window: the step is 1, all round up, Σ|p| = 258.
+    queries.append(flat * np.where(np.arange(d) % 32 < 4, 16.5, 15.5))
     for width in (1, 2, 4, 16, 32):  # all weight in a few elements, alone or alternating
         q = np.where(np.arange(d) % (2 * width) < width, flat, 1e-3 * flat)
         queries += [q, np.where(np.arange(d) < width, flat, 0)]

@@ -129,8 +129,8 @@ def faiss_reference(
     """Measure `Index.search` beside FAISS and whatever other peer is installed.
 
     The machine's ceilings come first. Then every answer is judged against FP64 before it is timed,
-    and every peer takes turns with ours, at the better of one thread and all, FAISS also at the
-    better of BLAS and its own loops (its default may be far from either). Latency against
+    and every peer takes turns with ours, at the better of one thread and all, FAISS's flat index
+    also at the better of BLAS and its own loops (above batch 32: BLAS). Latency against
     batch is taken at n rows; against the number of rows (n / 100, n / 10, n) at the first batch.
 
     Args:
@@ -207,12 +207,12 @@ def _measure(
     skipped: dict[str, str] = {}
     end = start + seconds
     for done, name in enumerate(chosen):
+        row_s = 0.0  # seconds for a query and a row in the cell before; larger ones take no more
         for size in sizes:
             say(f"{name}: {size:,} rows")
             peer: Peer | str = ""
-            query_s = 0.0  # seconds for one of the batch before, at most what the next one takes
             for b in [b for at, b in cells if at == size]:
-                if time.perf_counter() + 4 * query_s * b > end:
+                if time.perf_counter() + 8 * row_s * size * b > end:  # 8: calls of a cell
                     skipped[name] = f"from {size:,} rows, batch {b} on: {seconds:.0f} s are too few"
                     break
                 if not isinstance(peer, Peer):
@@ -235,7 +235,7 @@ def _measure(
                     _row(name, size, b, pair[name], limits, d)
                     | fastest | verdict | {"ratio": ratio(pair[name], pair[OURS])}
                 )  # fmt: skip
-                query_s = pair[name].percentile(50) / 1e3 / b
+                row_s = pair[name].percentile(50) / 1e3 / b / size
             del peer
             if name in skipped:
                 break

@@ -17,10 +17,11 @@ import numpy as np
 from knnfast import _C
 from knnfast.benchmark.timing import Local, interleave
 
-# Variables that hold a library to other kernels than those it would choose for this processor.
+# Variables that hold a library to other kernels or fewer threads than it would choose here.
 KERNEL_SETTINGS = (
     "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR",
-    "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "FAISS_SIMD_LEVEL", "KNNFAST_ISA",
+    "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "FAISS_SIMD_LEVEL", "NPY_DISABLE_CPU_FEATURES",
+    "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "KNNFAST_ISA",
 )  # fmt: skip
 PACKAGES = ("numpy", "torch", "triton", "faiss-cpu", "usearch", "diffusers", "xformers", "flashlib")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,9 +49,10 @@ def make_rows(
 
     def fill(first: int) -> None:
         block = rows[first : first + 16384]
-        block[:] = draw(np.random.default_rng([seed, first]), len(block))
+        # never [seed, 0]: that is the stream of `seed` alone, which the queries come from
+        block[:] = draw(np.random.default_rng([seed, first + 1]), len(block))
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(fill, range(0, n, 16384)))
     if kind == "mean":
         return rows, rng.standard_normal((queries, d), dtype=np.float32)
