@@ -351,7 +351,8 @@ def goals(found: list[dict[str, Any]]) -> str:
         claims = [claim for part in result["parts"].values() for claim in part["claims"]]
         held = sum(claim["holds"] for claim in claims)
         add(f"every promise of the search engine, {result['machine']['isa']}",
-            f"{held} of {len(claims)}", held == len(claims))  # fmt: skip
+            f"{held} of {len(claims)}" + (", but see the note there" if "note" in result else ""),
+            held == len(claims))  # fmt: skip
     for gate in (r for r in found if r["kind"] == "gate"):
         false = false_alarms(gate)
         add(
@@ -453,9 +454,10 @@ def summary(found: list[dict[str, Any]]) -> str:
                 seen.add(told)
                 against = ", ".join(f"{times(v)} {n}" for n, v in rivals.items())
                 case = f"{row['shape']}: {row['case']}"
-                lines.append([row["op"], case, ms(row["p50_ms"]), against])
+                kernels = result["machine"]["isa"]
+                lines.append([row["op"], case, kernels, ms(row["p50_ms"]), against])
     if lines:
-        parts.append(table(["op", "shape", "p50 ms", "peers' time over ours"], lines))
+        parts.append(table(["op", "shape", "kernels", "p50 ms", "peers' time over ours"], lines))
     parts.append(
         "All rows, and the service under load: "
         "[docs/performance.md](docs/performance.md). " + gpu_note(found)
