@@ -96,7 +96,8 @@ void Collector::rescore_first(size_t count) {
   const TraceRange range("knnfast.rescore");
   // Rows lie anywhere in memory: ask for the ones after next while this one is summed.
   constexpr size_t kAhead = 3;
-  auto fetch = [&](const Candidate& c) {
+  // Inlined always: GCC takes a function that only prefetches for one without effect, and drops it.
+  const auto fetch = [&](const Candidate& c) __attribute__((always_inline)) {
     const char* x = reinterpret_cast<const char*>(
         segments_[c.segment].segment->rows.as<uint16_t>() + static_cast<size_t>(c.row) * keys_.dim);
     for (int line = 0; line < std::min(keys_.dim * 2, 4096); line += 64)
