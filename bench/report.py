@@ -121,9 +121,12 @@ def ceilings(result: dict[str, Any]) -> str:
     if "ceilings" not in result:
         return "Ceilings were not measured in this run."
     limits = result["ceilings"]
+    torchs = ""
+    if limits.get("torch_matmul_tflop_s", 1e9) < 0.8 * limits["matmul_tflop_s"]:
+        torchs = f" (torch's own {limits['torch_matmul_tflop_s']:.3g}: its peers are slower for it)"
     return (
         f"Measured ceilings: read {limits['read_gb_s']:.3g} GB/s, copy {limits['copy_gb_s']:.3g} "
-        f"GB/s, matmul {limits['matmul_tflop_s']:.3g} TFLOP/s."
+        f"GB/s, matmul {limits['matmul_tflop_s']:.3g} TFLOP/s{torchs}."
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from knnfast import _C, _files
-from knnfast.benchmark.machine import machine, stolen_seconds
+from knnfast.benchmark.machine import fastest_read, machine, stolen_seconds
 from knnfast.benchmark.timing import Local, Timing, best_choice, interleave, ratio
 from knnfast.benchmark.topk import CPU_PEERS, Peer, Truth, make_rows
 from knnfast.search import Index
@@ -88,7 +88,7 @@ def versus(kind: str, batches: tuple[int, ...]) -> dict[str, Any]:
             for k in (10, 100)
         }
         if batch == 1:
-            calls["read_fp16"] = lambda: _C.read_bytes(rows)
+            calls["read_fp16"] = fastest_read(rows)
         timings, over = against(calls)
         times |= {name: timing.row() for name, timing in timings.items()}
         for k in (10, 100):
@@ -156,7 +156,7 @@ def small() -> dict[str, Any]:
     codes = np.ones((100_000, D), np.uint8)
     calls = undisturbed(lambda: index.search(queries[:1], 10))
     timings, over_read = against(
-        {"100k": lambda: index.search(queries[:1], 10), "read_codes": lambda: _C.read_bytes(codes)}
+        {"100k": lambda: index.search(queries[:1], 10), "read_codes": fastest_read(codes)}
     )
     few, q = make_rows(1000, 64, "isotropic")
     ours, peer = filled(few), CPU_PEERS["faiss-flat"](few, "ip")

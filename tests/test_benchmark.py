@@ -33,7 +33,10 @@ def quickly(monkeypatch):
 
 def test_ceilings():
     limits = ceilings(scale=16)
-    assert set(limits) == {"read_gb_s", "copy_gb_s", "matmul_tflop_s"}
+    assert set(limits) == {
+        "read_gb_s", "copy_gb_s", "matmul_tflop_s", "torch_matmul_tflop_s"
+    }  # fmt: skip
+    assert limits["torch_matmul_tflop_s"] <= limits["matmul_tflop_s"]
     assert all(value > 0 for value in limits.values())
 
 
