@@ -38,6 +38,12 @@ def check_number(name: str, value: float) -> None:
         raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
+def check_flag(name: str, value: bool) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
 def scaled(
     callback: Callable[[int, int], None] | None, part: int, parts: int
 ) -> Callable[[int, int], None] | None:

@@ -71,7 +71,11 @@ class Collection:
 
         Feed them to `search(allow=...)`. Without groups, or without `where`, all do.
         """
-        wanted = None if groups is None else {groups} if isinstance(groups, str) else set(groups)
+        if isinstance(groups, str):
+            groups = [groups]
+        if not (groups is None or isinstance(groups, Iterable)):
+            raise TypeError(f"groups: expected names, got {groups!r}")
+        wanted = None if groups is None else set(groups)
         if wanted is not None and (unknown := wanted - set(self.groups)):
             raise ValueError(f"groups: {sorted(unknown)} not in this database: {list(self.groups)}")
         ids = [

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from knnfast import _files
-from knnfast._calls import Clock, check_number, check_range, choose_neighbours, scaled
+from knnfast._calls import Clock, check_flag, check_number, check_range, choose_neighbours, scaled
 from knnfast._device import check_torch_device
 from knnfast.database import Collection, Database, Item, Neighbour
 from knnfast.diffusion.backbone import Backbone
@@ -255,6 +255,8 @@ class KNNDiffusion:
         k, allow = choose_neighbours(db, k, groups, where)
         check_range("num_images", num_images, 1)
         check_range("batch_size", batch_size, 1)
+        check_flag("use_query", use_query)
+        check_flag("use_neighbours", use_neighbours)
         check_number("guidance", guidance)
         check_number("truncation", truncation)
         if not (math.isfinite(guidance) and guidance >= 0):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -100,12 +100,12 @@ def as_queries(
         if prompt is None or image is None:
             raise ValueError("image_weight: shares a query of prompt and image; give both")
         weight = image_weight
-    prompts = [prompt] if isinstance(prompt, str | Query) else list(prompt or [])
+    prompts = _several("prompt", prompt, str | Query)
     for text in prompts:
         if not isinstance(text, str | Query):
             raise TypeError(f"prompt: expected text, got {type(text).__name__}")
         _check_source(text)
-    pictures = [image] if isinstance(image, str | Path | Image.Image) else list(image or [])
+    pictures = _several("image", image, str | Path | Image.Image)
     rows = _check_embedding(embedding, encoder)
     if len(rows) and (prompts or pictures):
         raise ValueError("embedding: give it alone; `mix` combines it with texts and pictures")
@@ -126,6 +126,17 @@ def as_queries(
         Query(((text, 1.0 - weight), (picture, weight)), _label(text))
         for text, picture in zip(prompts, seen, strict=True)
     ]
+
+
+def _several(name: str, value: Any, one: Any) -> list[Any]:
+    """None, one or a sequence of them, as a list."""
+    if value is None:
+        return []
+    if isinstance(value, one):
+        return [value]
+    if isinstance(value, np.ndarray) or not isinstance(value, Iterable):
+        raise TypeError(f"{name}: expected one, or a list of them, got {type(value).__name__}")
+    return list(value)
 
 
 def embed(queries: Sequence[Query], encoder: Encoder) -> Embeddings:

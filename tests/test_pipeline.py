@@ -128,6 +128,10 @@ def test_saved_and_loaded_gives_the_same_images(pipe, tmp_path):
         ({"database": {"stickers": 1e-6, "animals": 1.0}, "k": 400}, "neighbours are asked of"),
         ({"database": "nowhere"}, "database"),
         ({"groups": ["nowhere"]}, "groups"),
+        ({"groups": 3}, "groups: expected names, got 3"),
+        ({"use_query": "no"}, "use_query: expected True or False, got 'no'"),
+        ({"image": np.zeros((4, 4, 3))}, "image: expected one, or a list of them, got ndarray"),
+        ({"prompt": 3}, "prompt: expected one, or a list of them, got int"),
     ],
 )
 def test_rejects_before_anything_is_computed(pipe, arguments, message, monkeypatch):
