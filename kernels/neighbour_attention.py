@@ -29,8 +29,9 @@ def neighbour_attention_kernel(
     NP: tl.constexpr, HP: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_L tokens of one image; columns of the scores are (n, h) as in A's layout."""
-    image = tl.program_id(1).to(tl.int64)
-    l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    blocks = tl.cdiv(L, BLOCK_L)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    l = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
     live = (l < L)[:, None]
     x_row = x_ptr + image * stride_xb + l[:, None].to(tl.int64) * stride_xl
     y_row = y_ptr + (image * L + l[:, None]) * D
@@ -127,8 +128,10 @@ def launch_neighbour_attention(x, A, a, C, bias, mask, scale, shift, norm, eps, 
     embeddings = max(embeddings, 16 // heads)  # tl.dot wants 16 columns
     block_l = min(128, max(16, CONFIGS["scores"] // (heads * embeddings)))
     block_l = max(16, min(block_l, triton.next_power_of_2(L)))
+    # Wide fp32 scores beside a full block of C would not fit an A100's shared memory.
+    wide = heads * embeddings * x.element_size() > 2048
     if x.numel():
-        neighbour_attention_kernel[(triton.cdiv(L, block_l), B)](
+        neighbour_attention_kernel[(triton.cdiv(L, block_l) * B,)](
             x_ptr=x, A_ptr=A, a_ptr=a, C_ptr=C, bias_ptr=bias, mask_ptr=mask,
             scale_ptr=x if scale is None else scale, shift_ptr=x if shift is None else shift,
             y_ptr=y, L=L, D=D, N=N, H=H, eps=eps, stride_xb=x.stride(0), stride_xl=x.stride(1),
@@ -136,7 +139,7 @@ def launch_neighbour_attention(x, A, a, C, bias, mask, scale, shift, norm, eps, 
             stride_shift=0 if shift is None or shift.dim() == 1 else D,
             NORM=norm, RESIDUAL=residual, HAS_SCALE=scale is not None,
             HAS_SHIFT=shift is not None, NP=embeddings, HP=heads, BLOCK_L=block_l,
-            BLOCK_D=CONFIGS["BLOCK_D"], num_warps=CONFIGS["num_warps"],
+            BLOCK_D=16 if wide else CONFIGS["BLOCK_D"], num_warps=CONFIGS["num_warps"],
             num_stages=CONFIGS["num_stages"],
         )  # fmt: skip
     return y

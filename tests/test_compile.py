@@ -18,7 +18,7 @@ pytestmark = [
     ),
 ]
 
-F, H, D8, I8, I4 = "*fp32", "*fp16", "*fp64", "*i64", "*i32"
+F, H, B, D8, I8, I4 = "*fp32", "*fp16", "*bf16", "*fp64", "*i64", "*i32"
 STEP_ARGS = {
     "null_ptr": None, "x_t_ptr": I8, "weights_ptr": D8, "image_ptr": I8, "seed_ptr": I8,
     "rows_ptr": I8, "count_ptr": I8, "out_ptr": I8, "score_ptr": F, "best_ptr": F,
@@ -36,13 +36,13 @@ def step(dtype, block_k, **flags):
     )  # fmt: skip
 
 
-def attention(dtype, NP, HP, BLOCK_L):
+def attention(dtype, NP, HP, BLOCK_L, BLOCK_D=32):
     pointers = ["x", "A", "a", "C", "bias", "mask", "scale", "shift", "y"]
     signature = {f"{p}_ptr": dtype for p in pointers} | {"mask_ptr": "*u8"}
     signature |= {"L": "i32", "D": "i32", "N": "i32", "H": "i32", "eps": "fp32"}
     signature |= {f"stride_{s}": "i32" for s in ("xb", "xl", "scale", "shift")}
     constants = {"NORM": True, "RESIDUAL": True, "HAS_SCALE": True, "HAS_SHIFT": True}
-    constants |= {"NP": NP, "HP": HP, "BLOCK_L": BLOCK_L, "BLOCK_D": 32}
+    constants |= {"NP": NP, "HP": HP, "BLOCK_L": BLOCK_L, "BLOCK_D": BLOCK_D}
     return "neighbour_attention", "neighbour_attention_kernel", signature, constants
 
 
@@ -66,6 +66,8 @@ CASES = {
     "step-fp32-1024": (step(F, 1024), 1, 255, 20_000, True),
     "step-guided-truncated": (step(H, 4096, HAS_NULL=True, TRUNCATE=True), 8, 160, 40_000, True),
     "step-compact": (step(F, 4096, COMPACT=True), 8, 128, 40_000, True),
+    "step-purity-scores": (step(H, 4096, MODE=1), 8, 128, 40_000, False),
+    "step-purity-draws": (step(H, 4096, MODE=2), 8, 128, 40_000, False),
     "step-8192": (step(H, 8192, HAS_NULL=True), 8, 255, 70_000, True),
     "loss-4096": (
         ("transition_loss", "transition_loss_kernel", LOSS, {"BLOCK_K": 4096}),
@@ -82,6 +84,7 @@ CASES = {
         4, 168, 100_000, True,
     ),
     "attention-h16-n11": (attention(H, 16, 16, 64), 8, 255, 160_000, True),
+    "attention-bf16": (attention(B, 16, 16, 64), 8, 255, 160_000, True),
     "attention-h8-n11": (attention(H, 16, 8, 128), 8, 255, 160_000, True),
     "attention-h1-n1": (attention(H, 16, 1, 16), 8, 255, 160_000, False),
 }  # fmt: skip
@@ -127,6 +130,11 @@ def usage(compiled):
     found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", text)
     assert found, text
     return int(found[1]), int(found[2]) + int(found[3])
+
+
+def test_the_widest_attention_fits():
+    """1,024 scores a token in fp32 (they may spill): within an A100's 163 KiB."""
+    assert build(attention(F, 64, 16, 16, BLOCK_D=16), 80, 8).metadata.shared <= 163 << 10
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
