@@ -6,6 +6,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <mutex>
 #include <numeric>
 
 #if !defined(__x86_64__)
@@ -206,6 +207,9 @@ int barrier(int vote, const char* where) {
 }
 
 void run_grid(dim3 grid, dim3 threads, size_t shared, std::function<void()> body) {
+  // One grid at a time: there is one block, and host threads may launch side by side.
+  static std::mutex running;
+  const std::lock_guard<std::mutex> alone(running);
   Block& b = the_block;
   size_t n = static_cast<size_t>(threads.x) * threads.y * threads.z;
   if (n == 0 || n > 1024) fault("a block of " + std::to_string(n) + " threads");
