@@ -4,6 +4,7 @@
 // counted.
 #pragma once
 #include <map>
+#include <mutex>
 
 #include "fibers.h"
 
@@ -19,6 +20,10 @@ namespace emu {
 inline std::map<void*, Guarded>& allocations() {
   static std::map<void*, Guarded> all;
   return all;
+}
+inline std::mutex& allocating() {  // host threads allocate side by side
+  static std::mutex mutex;
+  return mutex;
 }
 }  // namespace emu
 
@@ -49,10 +54,12 @@ inline cudaError_t cudaMalloc(void** p, size_t bytes) {
   emu::Guarded g(bytes ? bytes : 1, 256);
   std::memset(g.begin, 0xCD, g.bytes);
   *p = g.begin;
+  const std::lock_guard<std::mutex> alone(emu::allocating());
   emu::allocations().emplace(*p, std::move(g));
   return cudaSuccess;
 }
 inline cudaError_t cudaFree(void* p) {
+  const std::lock_guard<std::mutex> alone(emu::allocating());
   if (p && !emu::allocations().erase(p)) emu::fault("cudaFree of what was not allocated");
   return cudaSuccess;
 }
