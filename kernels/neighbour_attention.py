@@ -40,8 +40,6 @@ def neighbour_attention_kernel(
     n, h = c // HP, c % HP
     real = (n < N) & (h < H)
     column = n * H + h
-    on = tl.load(mask_ptr + image * N + n, mask=real, other=0) != 0
-    any_on = tl.max(on.to(tl.int32), 0) > 0
     d = tl.arange(0, BLOCK_D)
 
     mean = tl.zeros((BLOCK_L,), tl.float32)
@@ -81,6 +79,8 @@ def neighbour_attention_kernel(
             z, A = z.to(tl.float32), A.to(tl.float32)
         score = tl.dot(z, A, score, input_precision="ieee")
 
+    on = tl.load(mask_ptr + image * N + n, mask=real, other=0) != 0
+    any_on = tl.max(on.to(tl.int32), 0) > 0
     bias = tl.load(a_ptr + image * (N * H) + column, mask=real, other=0.0).to(tl.float32)
     score = tl.where(on[None, :], score + bias[None, :], float("-inf"))
     score = tl.reshape(score, (BLOCK_L, NP, HP))
