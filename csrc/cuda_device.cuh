@@ -13,8 +13,18 @@
 #define KNN_LAUNCH(kernel, grid, threads, shared, stream, ...)                        \
   (kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), \
    cudaGetLastError())
-#define KNN_ALLOW_SHARED(kernel, bytes) \
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)
+
+// As much shared memory as the device gives, whatever this launch needs: the attribute belongs to
+// the kernel, and a smaller one set beside it would make another thread's launch fail.
+template <class Kernel>
+inline cudaError_t allow_shared(Kernel kernel) {
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+}
 
 __device__ __forceinline__ float half_bits_to_float(uint16_t h) {
   return __half2float(__ushort_as_half(h));

@@ -68,6 +68,16 @@ StreamMemory upload_queries(cudaMemPool_t pool, const Queries& host, int batch, 
   return rows;
 }
 
+TopkPlan checked_plan(const IndexView& view, int batch, int k, const Device& device) {
+  const TopkPlan plan = plan_topk(view, batch, k, device, kWorkspace);
+  if (plan.workspace_bytes) return plan;
+  if (k < 1 || k > kMaxK)
+    throw std::invalid_argument("k must be 1 to " + std::to_string(kMaxK) +
+                                " on a CUDA device, got " + std::to_string(k));
+  throw std::invalid_argument("dim: rows of " + std::to_string(view.dim) +
+                              " do not fit the shared memory of this CUDA device");
+}
+
 }  // namespace
 
 void CudaIndex::search(const Queries& queries, int batch, int k, const HostIds& allow,
@@ -76,10 +86,7 @@ void CudaIndex::search(const Queries& queries, int batch, int k, const HostIds& 
   const Current current(device_);
   const auto seen = snapshot();
   const Restricted rows(seen->view, pool_->handle, allow, deny, stream);
-  const TopkPlan plan = plan_topk(rows.view, batch, k, limits_, kWorkspace);
-  if (!plan.workspace_bytes)
-    throw std::invalid_argument("k must be 1 to " + std::to_string(kMaxK) +
-                                " on a CUDA device, got " + std::to_string(k));
+  const TopkPlan plan = checked_plan(rows.view, batch, k, limits_);
   const StreamMemory workspace(pool_->handle, plan.workspace_bytes, stream);
   check(launch_topk(plan,
                     {rows.view, queries.data, queries.dtype, queries.stride, results.scores,
@@ -112,7 +119,7 @@ Ranges CudaIndex::range_search(const Queries& queries, bool on_device, int batch
   const Current current(device_);
   const auto seen = snapshot();
   const Restricted rows(seen->view, pool_->handle, allow, deny, stream);
-  const TopkPlan plan = plan_topk(rows.view, batch, 1, limits_, kWorkspace);
+  const TopkPlan plan = checked_plan(rows.view, batch, 1, limits_);
   const StreamMemory workspace(pool_->handle, plan.workspace_bytes, stream);
   std::unique_ptr<StreamMemory> uploaded;
   if (!on_device)
@@ -205,14 +212,12 @@ CudaIndex::Plan::Plan(std::shared_ptr<const CudaIndex> index, int batch, int k)
 // The caller holds the index's lock.
 void CudaIndex::Plan::prepare() {
   if (version_ == index_->version_) return;
-  snapshot_ = index_->snapshot_;
-  version_ = index_->version_;
-  plan_ = plan_topk(snapshot_->view, batch_, k_, index_->limits_, kWorkspace);
-  if (!plan_.workspace_bytes)
-    throw std::invalid_argument("k must be 1 to " + std::to_string(kMaxK) +
-                                " on a CUDA device, got " + std::to_string(k_));
+  const auto snapshot = index_->snapshot_;
+  plan_ = checked_plan(snapshot->view, batch_, k_, index_->limits_);
   if (workspace_.bytes() < plan_.workspace_bytes)
     workspace_ = Memory(index_->device_, plan_.workspace_bytes);
+  snapshot_ = snapshot;
+  version_ = index_->version_;
 }
 
 void CudaIndex::Plan::run(const Queries& queries, void* stream) {

@@ -62,10 +62,9 @@ bool fit_tiled(TopkPlan& plan, bool int8, const Device& device) {
   plan.kernel = Kernel::kTiled;
   plan.columns = 128;
   plan.planes = 1;
-  for (int stages : {4, 3}) {
+  for (int stages : {4, 3, 2}) {  // two where a block gets 99 KiB (compute capability 8.6, 8.9, 12)
     plan.stages = stages;
-    const size_t need = tiled_shared_bytes(int8, stages);
-    if (need <= static_cast<size_t>(device.shared_bytes / (stages == 4 ? 2 : 1))) return true;
+    if (tiled_shared_bytes(int8, stages) <= static_cast<size_t>(device.shared_bytes)) return true;
   }
   return false;
 }
@@ -154,8 +153,7 @@ TopkPlan plan_topk(const IndexView& index, int batch, int k, const Device& devic
     plan.grid = static_cast<int>(blocks < 2 * tiles ? blocks : 2 * tiles);
   } else {
     // Blocks of all panels walk the same tiles together, so that L2 serves all but the first.
-    const int per_sm = plan.kernel == Kernel::kTiled && plan.stages == 4 ? 2 : 1;
-    int64_t walkers = device.multiprocessors * per_sm / panels;
+    int64_t walkers = device.multiprocessors / panels;
     const int64_t work = plan.kernel == Kernel::kTiled ? 2 * tiles : tiles;
     if (walkers > work) walkers = work;
     plan.grid = static_cast<int>(walkers < 1 ? 1 : walkers) * panels;

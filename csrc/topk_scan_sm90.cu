@@ -227,7 +227,7 @@ int launch(const TopkPlan& plan, const ScanArgs& args, void* stream) {
   auto kernel = sm90_topk_kernel<Scan, CoarseLower>;
   const size_t shared =
       sm90_shared_bytes(Scan::kIsInt8, args.slices, plan.stages, plan.resident != 0);
-  const cudaError_t allowed = KNN_ALLOW_SHARED(kernel, static_cast<int>(shared));
+  const cudaError_t allowed = allow_shared(kernel);
   if (allowed != cudaSuccess) return allowed;
   const dim3 grid(static_cast<unsigned>(plan.grid));
   return KNN_LAUNCH(kernel, grid, kThreads, shared, stream, args, plan.stages, plan.resident);

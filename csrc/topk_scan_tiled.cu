@@ -81,8 +81,10 @@ __global__ void __launch_bounds__(kThreads) topk_tiled_kernel(ScanArgs a, int st
     for (int slice = 0; slice < a.slices; ++slice) {
       if (stages >= 4) {
         cp_async_wait<2>();
-      } else {
+      } else if (stages == 3) {
         cp_async_wait<1>();
+      } else {
+        cp_async_wait<0>();
       }
       __syncthreads();
       load_next();
@@ -169,7 +171,7 @@ template <class Scan, bool CoarseLower>
 int launch(const TopkPlan& plan, const ScanArgs& args, void* stream) {
   auto kernel = topk_tiled_kernel<Scan, CoarseLower>;
   const size_t shared = tiled_shared_bytes(Scan::kIsInt8, plan.stages);
-  const cudaError_t allowed = KNN_ALLOW_SHARED(kernel, static_cast<int>(shared));
+  const cudaError_t allowed = allow_shared(kernel);
   if (allowed != cudaSuccess) return allowed;
   const dim3 grid(static_cast<unsigned>(plan.grid));
   return KNN_LAUNCH(kernel, grid, kThreads, shared, stream, args, plan.stages);

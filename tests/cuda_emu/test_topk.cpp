@@ -322,7 +322,10 @@ bool refuses(std::string& why) {
 
 // Every plan of the shapes people use fits its device, copies deep enough, and is the kernel meant.
 bool plans(std::string& why) {
-  const Device devices[] = {{108, 163 * 1024, 80}, {132, 227 * 1024, 90}, {148, 227 * 1024, 100}};
+  const Device devices[] = {{108, 163 * 1024, 80},
+                            {128, 99 * 1024, 89},
+                            {132, 227 * 1024, 90},
+                            {148, 227 * 1024, 100}};
   for (const Device& device : devices)
     for (Scan scan : {kFp16, kInt8})
       for (int dim : {3, 64, 384, 512, 768, 1000, 1024, 4096, kMaxDim})
@@ -347,7 +350,8 @@ bool plans(std::string& why) {
           if (plan.workspace_bytes > memory) fault = "too much workspace";
           if (shared(plan.stages) > limit) fault = "too much shared memory";
           if (open_shared_bytes(dim, 100) > limit) fault = "no room to open bins";
-          if (shared(plan.stages) - shared(1) < size_t{48} << 10) fault = "a shallow ring";
+          const size_t deep = size_t{device.capability == 89 ? 32u : 48u} << 10;
+          if (shared(plan.stages) - shared(1) < deep) fault = "a shallow ring";
           if (batch <= 64 && dim <= 1024 && plan.kernel != Kernel::kStream) fault = "wrong kernel";
           if (batch > 64 && plan.kernel != large) fault = "wrong kernel";
           if (!fault) continue;
@@ -451,6 +455,8 @@ std::vector<Case> cases() {
       c.metric = metrics[next(3)];
       c.multiprocessors = 1;
       add(c);
+      c.shared = 99 * 1024;
+      if (kernel == 1) add(c);  // two stages
     }
     // Coarse lower bounds, several rounds, streamed and resident panels, a small ring.
     for (int kernel : {1, 2}) {
