@@ -233,6 +233,12 @@ def test_rejects():
         ops.neighbour_attention(x.half(), folded)
     with pytest.raises(ValueError, match="scale"):
         ops.neighbour_attention(x, folded, scale=ada["scale"][:1])
+    with pytest.raises(TypeError, match="scale: must be a tensor, got float"):
+        ops.neighbour_attention(x, folded, scale=1.0)
+    with pytest.raises(TypeError, match="folded: must come from fold_neighbours, got Tensor"):
+        ops.neighbour_attention(x, x)
+    with pytest.raises(TypeError, match="eps: must be a number, got None"):
+        ops.neighbour_attention(x, folded, eps=None)
     names = ("w_q", "w_k", "w_v", "w_o", "b_q", "b_v", "b_o")
     for i, name in enumerate(names):
         for bad, error in ((layer[i][:-1], ValueError), (layer[i].double(), TypeError),

@@ -1,5 +1,7 @@
 """transition_loss: value and gradient against FP64 autograd of the definition."""
 
+import math
+
 import pytest
 import torch
 from transition_helpers import SCHEDULES, closed_form_loss, levels, random_logits, within_twice
@@ -215,6 +217,12 @@ def test_rejects():
         ops.transition_loss(logits, x_0, x_t, t.float(), schedule)
     with pytest.raises(ValueError, match="weight"):
         ops.transition_loss(logits, x_0, x_t, t, schedule, weight=torch.ones(3))
+    with pytest.raises(TypeError, match="weight: must be a tensor, got float"):
+        ops.transition_loss(logits, x_0, x_t, t, schedule, weight=1.0)
+    with pytest.raises(ValueError, match="weight: must be finite"):
+        ops.transition_loss(logits, x_0, x_t, t, schedule, weight=torch.full((4,), math.nan))
+    with pytest.raises(TypeError, match="auxiliary: must be a number, got None"):
+        ops.transition_loss(logits, x_0, x_t, t, schedule, auxiliary=None)
     for level in (0, -1, 101, -101):
         with pytest.raises(ValueError, match="t: must be a level from 1"):
             ops.transition_loss(logits, x_0, x_t, torch.tensor([1, level, 60, 100]), schedule)

@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 LOGIT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_NUMBERS = (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat)
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
 # The one torch.library fragment of the wing; each op file defines its own ops in it.
 library = torch.library.Library("knnfast", "FRAGMENT")
 
 
+def check_tensor(name: str, x: object) -> None:
+    """Raise TypeError unless x is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: must be a tensor, got {type(x).__name__}")
+
+
 def check_dtype(name: str, x: Tensor, allowed: Sequence[torch.dtype]) -> None:
-    """Raise TypeError unless x has one of the allowed types."""
+    """Raise TypeError unless x is a tensor of one of the allowed types."""
+    check_tensor(name, x)
     if x.dtype not in allowed:
         names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
         raise TypeError(f"{name}: dtype must be one of {names}, got {x.dtype}")
 
 
+def check_number(name: str, value: float) -> None:
+    """Raise TypeError unless the value is a real number, ValueError unless it is finite."""
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise TypeError(f"{name}: must be a number, got {value!r}")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: must be finite, got {value}")
+
+
 def check_shape(name: str, x: Tensor, shape: Sequence[int | None]) -> None:
-    """Raise ValueError unless x has this shape (None: any size)."""
+    """Raise ValueError unless the tensor x has this shape (None: any size)."""
+    check_tensor(name, x)
     if x.dim() != len(shape) or any(
         want is not None and got != want for got, want in zip(x.shape, shape, strict=True)
     ):

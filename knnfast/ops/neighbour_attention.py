@@ -11,7 +11,9 @@ from knnfast.ops._checks import (
     DTYPE_CODES,
     check_device,
     check_dtype,
+    check_number,
     check_shape,
+    check_tensor,
     library,
     pointer,
 )
@@ -147,10 +149,14 @@ def neighbour_attention(
     B, _L, D = x.shape
     for name, v in (("scale", scale), ("shift", shift)):
         if v is not None:
+            check_tensor(name, v)
             check_shape(name, v, (B, D) if v.dim() == 2 else (D,))
             check_device(name, v, x.device)
     scale = None if scale is None else scale.to(x.dtype)
     shift = None if shift is None else shift.to(x.dtype)
+    check_number("eps", eps)
+    if not isinstance(folded, Folded | Unfolded):
+        raise TypeError(f"folded: must come from fold_neighbours, got {type(folded).__name__}")
     check_dtype("folded.mask", folded.mask, (torch.bool,))
     check_device("folded.mask", folded.mask, x.device)
     if isinstance(folded, Unfolded):

@@ -18,6 +18,7 @@ from knnfast.ops._checks import (
     LOGIT_TYPES,
     check_device,
     check_dtype,
+    check_number,
     check_shape,
     library,
     pointer,
@@ -81,10 +82,12 @@ def transition_step(
         check_shape("null_logits", null_logits, (B, L, K))
         check_device("null_logits", null_logits, logits.device)
     x_t, weights, image_indices, seed = _check_step(
-        logits, B, L, K, x_t, weights, image_indices, seed, temperature, top_r, top_k
+        logits, B, L, K, x_t, weights, image_indices, seed, guidance, temperature, top_r, top_k
     )
-    if purity is not None and not purity >= 0:
-        raise ValueError(f"purity: must be >= 0, got {purity}")
+    if purity is not None:
+        check_number("purity", purity)
+        if purity < 0:
+            raise ValueError(f"purity: must be >= 0, got {purity}")
     return torch.ops.knnfast.transition_step(
         logits, null_logits, x_t, weights, image_indices, seed,
         float(guidance), float(temperature), float(top_r), int(top_k), purity,
@@ -147,8 +150,9 @@ def sample_head(
     elif bias is not None or num_codes is None:
         raise ValueError("weight: a callable head takes bias=None and needs num_codes")
     x_t, weights, image_indices, seed = _check_step(
-        features, B, L, num_codes, x_t, weights, image_indices, seed, temperature, top_r, top_k
-    )
+        features, B, L, num_codes, x_t, weights, image_indices, seed, guidance, temperature, top_r,
+        top_k,
+    )  # fmt: skip
     options = float(guidance), float(temperature), float(top_r), int(top_k)
     if isinstance(weight, Tensor):
         return torch.ops.knnfast.sample_head(
@@ -195,6 +199,7 @@ def _check_step(
     weights: Tensor,
     image_indices: Tensor | None,
     seed: int | Tensor,
+    guidance: float,
     temperature: float,
     top_r: float,
     top_k: int,
@@ -207,10 +212,15 @@ def _check_step(
     check_device("weights", weights, like.device)
     if K < 2:
         raise ValueError(f"logits: at least 2 classes, got {K}")
-    if not temperature > 0:
+    check_number("guidance", guidance)
+    check_number("temperature", temperature)
+    check_number("top_r", top_r)
+    if temperature <= 0:
         raise ValueError(f"temperature: must be > 0, got {temperature}")
     if not 0 < top_r <= 1:
         raise ValueError(f"top_r: must be in (0, 1], got {top_r}")
+    if isinstance(top_k, bool) or not hasattr(top_k, "__index__"):
+        raise TypeError(f"top_k: must be an integer, got {top_k!r}")
     if top_k < 0:
         raise ValueError(f"top_k: must be >= 0, got {top_k}")
     if image_indices is None:

@@ -13,6 +13,7 @@ from knnfast.ops._checks import (
     DTYPE_CODES,
     check_device,
     check_dtype,
+    check_number,
     check_shape,
     library,
     pointer,
@@ -57,8 +58,8 @@ def transition_loss(
         loss: scalar, fp32 (fp64 for fp64 logits).
         kl: [B], each image's mean KL, without gradient, for importance sampling.
     Raises: ValueError shape, device, and on the CPU a token or level out of range, NaN or +inf in
-        logits; TypeError dtype. On CUDA nothing synchronises: a level outside [1, T] makes the loss
-        and its image's gradient NaN; tokens are not looked at.
+        logits, a weight that is not finite; TypeError dtype. On CUDA nothing synchronises: a level
+        outside [1, T] makes the loss and its image's gradient NaN; tokens are not looked at.
     Numerics: FP32 per class, FP64 per row.  Backends: triton, cpu, reference.
     Memory: the gradient, nothing with inplace.  Deterministic: yes.
     Differentiable: once, in logits.
@@ -77,6 +78,7 @@ def transition_loss(
         raise ValueError(f"schedule: is of {codes} codes, logits of {K}")
     if L < 1:
         raise ValueError(f"logits: at least one position, got shape {list(logits.shape)}")
+    check_number("auxiliary", auxiliary)
     table, levels = _table(schedule, K, logits.device)
     steps = table[torch.where((t >= 1) & (t <= levels), t, 0)]
     factor = auxiliary + 0.0 * steps[:, 0]  # NaN, too, where there is no such step
@@ -85,6 +87,7 @@ def transition_loss(
     if weight is None:
         weight = torch.ones_like(factor)
     else:
+        check_dtype("weight", weight, _TYPES)
         check_shape("weight", weight, (B,))
         check_device("weight", weight, logits.device)
         weight = weight.detach().double()
@@ -165,6 +168,8 @@ def _run_cpu(logits, grad, x_0, x_t, steps, weight, auxiliary):
         raise ValueError(f"x_t: must lie in [0, {K}]")
     if bool(steps.isnan().any()):
         raise ValueError("t: must be a level from 1 to the schedule's last")
+    if not bool(weight.isfinite().all()):
+        raise ValueError("weight: must be finite")
     loss = torch.zeros((), dtype=torch.float64)
     kl = torch.empty(B, dtype=torch.float64)
     bad = _C.transition_loss(
