@@ -167,6 +167,7 @@ py::dict stats(const Index& ix) {
   d["searches"] = s.searches;
   d["queries"] = s.queries;
   d["rows_scanned"] = s.rows_scanned;
+  d["rows_stopped"] = s.rows_stopped;
   d["rows_opened"] = s.rows_opened;
   d["rows_rescored"] = s.rows_rescored;
   d["chunks_int8"] = s.chunks_int8;

@@ -4,7 +4,7 @@
 //   GENERATION-NNNN.rows.f16     [n, dim] FP16, row-major: what numpy.fromfile reads
 //   GENERATION-NNNN.ids.i64      [n], only with own ids
 //   GENERATION-NNNN.live.u16     a bit a row, only after removals
-//   GENERATION-NNNN.terms.f32    row norms [n]; with codes also mean [dim], scale, residual, norm
+//   GENERATION-NNNN.terms.f32    row norms [n]; with codes also mean [dim], scale, bounds, norm
 //   GENERATION-NNNN.codes.u8     the blocks of segment.h, 1 KiB of zeros behind them
 //
 // manifest.json is {"crc32c": N, "index": {...}}, the checksum covering the text of "index".
@@ -35,7 +35,7 @@ namespace knnfast {
 namespace {
 
 constexpr const char* kManifest = "manifest.json";
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;  // 1: residuals as floats in the place of bounds
 
 struct CrcTables {
   uint32_t t[8][256];
@@ -295,8 +295,8 @@ Buffer copy_floats(const float* from, size_t n) {
   return b;
 }
 
-SegmentView load_segment(const std::string& folder, const Json& j, int64_t dim, bool map,
-                         std::vector<FileEntry>& files) {
+SegmentView load_segment(const std::string& folder, const Json& j, int64_t version, int64_t dim,
+                         bool map, std::vector<FileEntry>& files) {
   SegmentView v;
   const uint64_t n = static_cast<uint64_t>(j.integer_at("rows", 1, int64_t{1} << 31));
   const uint64_t d = static_cast<uint64_t>(dim);
@@ -327,8 +327,13 @@ SegmentView load_segment(const std::string& folder, const Json& j, int64_t dim, 
     v.codes->mean_norm = std::sqrt(square);
     v.codes->mean_rows = static_cast<int64_t>(n);
     v.codes->scale = copy_floats(f + n + d, whole);
-    v.codes->residual = copy_floats(f + n + d + whole, whole);
+    v.codes->bounds = copy_floats(f + n + d + whole, whole);
     v.codes->norm = copy_floats(f + n + d + 2 * whole, whole);
+    if (version == 1)  // nothing is known of the norms behind the stops
+      for (uint64_t i = 0; i < whole; ++i) {
+        uint32_t& bounds = v.codes->bounds.as<uint32_t>()[i];
+        bounds = ((bounds + 0xffff) & 0xffff0000) | 0xffff;
+      }
     v.codes->codes = std::move(*load(folder, codes, map));
   }
   if (j.fields.count("ids")) {
@@ -384,7 +389,7 @@ void Index::save(const std::string& folder) const {
     if (v.codes) {
       terms.push_back({v.codes->mean.data(), d * 4});
       terms.push_back({v.codes->scale.as<char>(), whole * 4});
-      terms.push_back({v.codes->residual.as<char>(), whole * 4});
+      terms.push_back({v.codes->bounds.as<char>(), whole * 4});
       terms.push_back({v.codes->norm.as<char>(), whole * 4});
       json = put(at + ".codes.u8",
                  {{v.codes->codes.as<char>(), whole * static_cast<size_t>(code_groups(m.dim)) * 4},
@@ -438,14 +443,14 @@ Index Index::open(const std::string& folder, bool map) {
   try {
     if (j.kind != Json::object || j.at("format", Json::string).text != "knnfast-index")
       throw std::runtime_error("not a knnfast index");
-    j.integer_at("version", kVersion, kVersion);
+    const int64_t version = j.integer_at("version", 1, kVersion);
     impl->dim = j.integer_at("dim", 1, 65536);
     impl->metric = Metric(index_of(j.at("metric", Json::string).text, kMetrics, "metric"));
     impl->scan = Scan(index_of(j.at("scan", Json::string).text, kScans, "scan"));
     impl->next_id = j.integer_at("next_id", 0, INT64_MAX);
     auto snapshot = std::make_shared<Snapshot>();
     for (const Json& segment : j.at("segments", Json::array).items)
-      snapshot->push_back(load_segment(folder, segment, impl->dim, map, impl->files));
+      snapshot->push_back(load_segment(folder, segment, version, impl->dim, map, impl->files));
     for (const SegmentView& v : *snapshot)
       for (uint32_t r = 0; r < v.n; ++r) {
         const int64_t id = v.id(r);

@@ -20,14 +20,29 @@ constexpr int kQueryPad = 64;   // a query's codes and values are zero-filled to
 constexpr int kWindowSum = 258, kPairSum = 128;
 static_assert(127 * kWindowSum <= 32767 && 255 * kPairSum <= 32767, "sums of 16 bits");
 
+// A scan of codes may stop after three or five eighths of a row's groups, where what is left of the
+// row cannot lift it to tau any more. Rows of fewer than 128 dimensions have no stops.
+constexpr int kStops = 2;
+static inline int stop_group(int groups, int stop) { return groups / 32 * 4 * (2 * stop + 3); }
+
+// A row's word of bounds (segment.h): its residual.
+static inline float residual_of(uint32_t bounds) {
+  bounds &= 0xffff0000;
+  float residual;
+  __builtin_memcpy(&residual, &bounds, 4);
+  return residual;
+}
+
 // One segment as a scan sees it (segment.h says what the arrays are).
 struct ScanRows {
   const uint8_t* codes;
-  const float *scale, *residual, *norm;
+  const float *scale, *norm;
+  const uint32_t* bounds;
   const uint16_t* rows;
   const float* row_norm;
   const uint16_t* live;  // 16 bits a block, or null: all live
   int dim, groups;
+  bool stops;  // of a scan of codes: worth testing
 };
 
 // One query prepared for one segment and one scan. The upper bound of a row's score is
@@ -35,12 +50,15 @@ struct ScanRows {
 //   fp16:  u = mul·(x·v)·inv + err·n + sq·row_norm² + base, inv = 1 and n = row_norm
 //          (cosine: inv = 1/row_norm, or 0 for a zero row, and n = 1)
 // and u - 2·(err·residual + err_norm·norm + slack - 2^-18·sq·norm²) is a lower one (fp16 likewise).
+// At a stop c·p runs over the groups so far, and left·share·norm is added, the share in 255ths.
 struct ScanQuery {
   const int8_t* codes;  // p, [groups·4] and zeros
   const float* values;  // v, [dim] and zeros
   int32_t offset;       // -128·Σp: codes are stored plus 128
   // With windows: -128·Σp of each window's halves, modulo 2^16, two in a word; `offset` is unused.
   const int32_t* offsets;
+  int32_t rest[kStops];  // 128·Σp from each stop on
+  float left[kStops];    // 1/255 of what is left of the query's norm there
   float mul, err, err_norm, sq, base, slack;
   float tau;  // rows with u < tau are out
 };
@@ -53,9 +71,10 @@ struct Sink {
 struct Kernels {
   const char* name;
   int window;  // of scan_int8 (see above); 0: it sums in 32 bits
-  // Bounds of the rows of blocks [begin, end) for `nq` queries.
-  void (*scan_int8)(const ScanRows&, uint32_t begin, uint32_t end, ScanQuery*, int nq, bool l2,
-                    Sink*);
+  // Bounds of the rows of blocks [begin, end) for `nq` queries. The one over codes returns how many
+  // pairs it left at a stop.
+  int64_t (*scan_int8)(const ScanRows&, uint32_t begin, uint32_t end, ScanQuery*, int nq, bool l2,
+                       Sink*);
   void (*scan_fp16)(const ScanRows&, uint32_t begin, uint32_t end, ScanQuery*, int nq, bool l2,
                     bool cosine, Sink*);
   // Canonical sums over d elements: 32 FP64 lanes, combined by the tree 16, 8, 4, 2, 1.
@@ -69,8 +88,8 @@ struct Kernels {
   // Conversions. to_half returns false if a value is NaN or beyond ±65504 after rounding.
   bool (*to_half)(const float* x, uint16_t* out, int64_t n);
   void (*to_float)(const uint16_t* x, float* out, int64_t n);
-  // Codes (stride 64 bytes a group), scale, residual and norm of one row x·factor - mean, each step
-  // rounded to float; y is scratch, [dim] filled up to a multiple of 16.
+  // Codes (stride 64 bytes a group), scale, residual and norm of one row y = x·factor - mean, each
+  // step rounded to float; y has room for dim, filled up to a multiple of 16.
   void (*quantize_row)(const uint16_t* x, float factor, const float* mean, int dim, float* y,
                        uint8_t* codes, float* scale, float* residual, float* norm);
 };

@@ -83,11 +83,12 @@ void scan_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* 
   _tile_release();
 }
 
-void scan_int8_amx(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
-                   bool l2, Sink* sink) {
+int64_t scan_int8_amx(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries,
+                      int nq, bool l2, Sink* sink) {
   if (nq < 4) return scan_int8<true>(rows, begin, end, queries, nq, l2, sink);
   auto* scan = l2 ? scan_metric<true> : scan_metric<false>;
   scan(rows, begin, end, queries, nq, sink);
+  return 0;
 }
 
 }  // namespace

@@ -88,10 +88,12 @@ void int8_tile(const ScanRows& rows, uint32_t block, uint32_t apart, ScanQuery* 
   for (uint32_t b = 0; b < NB; ++b) {
     const uint32_t at = block + b * apart;
     const size_t first = static_cast<size_t>(at) * kBlockRows;
+    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000));
     __m256 scale[2], residual[2], norm[2];
     for (int h = 0; h < 2; ++h) {
       scale[h] = _mm256_loadu_ps(rows.scale + first + 8 * h);
-      residual[h] = _mm256_loadu_ps(rows.residual + first + 8 * h);
+      const void* bounds = rows.bounds + first + 8 * h;
+      residual[h] = _mm256_castsi256_ps(_mm256_and_si256(load(bounds), high));
       norm[h] = _mm256_loadu_ps(rows.norm + first + 8 * h);
     }
     for (int q = 0; q < NQ; ++q) {
@@ -141,10 +143,11 @@ void scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQu
   for (uint32_t b = begin; b < end; ++b) int8_block<L2>(rows, b, queries, nq, sink);
 }
 
-void scan_int8(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
-               bool l2, Sink* sink) {
+int64_t scan_int8(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
+                  bool l2, Sink* sink) {
   auto* scan = l2 ? scan_int8_metric<true> : scan_int8_metric<false>;
   scan(rows, begin, end, queries, nq, sink);
+  return 0;  // sums of 16 bits are not read before the end
 }
 
 inline float sum(__m256 v) {

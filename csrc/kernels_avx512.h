@@ -26,6 +26,7 @@ inline __m512i dot_group(__m512i acc, __m512i codes, __m512i query) {
 
 struct BlockTerms {  // what the bound takes from 16 rows
   __m512 scale, residual, norm;
+  __m512i bounds;
   __mmask16 live;
 };
 
@@ -33,19 +34,26 @@ inline BlockTerms load_terms(const ScanRows& rows, uint32_t block) {
   const size_t first = static_cast<size_t>(block) * kBlockRows;
   BlockTerms t;
   t.scale = _mm512_loadu_ps(rows.scale + first);
-  t.residual = _mm512_loadu_ps(rows.residual + first);
+  t.bounds = _mm512_loadu_si512(rows.bounds + first);
+  t.residual = _mm512_castsi512_ps(
+      _mm512_and_si512(t.bounds, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
   t.norm = _mm512_loadu_ps(rows.norm + first);
   t.live = rows.live ? rows.live[block] : 0xffff;
   return t;
 }
 
 template <bool L2>
-inline void test_block(const BlockTerms& t, __m512i sum, ScanQuery& q, int index, uint32_t block,
-                       Sink* sink) {
+inline __m512 bound(const BlockTerms& t, __m512i sum, const ScanQuery& q) {
   __m512 u = _mm512_fmadd_ps(_mm512_set1_ps(q.err), t.residual, _mm512_set1_ps(q.base));
   u = _mm512_fmadd_ps(_mm512_set1_ps(q.err_norm), t.norm, u);
   if (L2) u = _mm512_fmadd_ps(_mm512_set1_ps(q.sq), _mm512_mul_ps(t.norm, t.norm), u);
-  u = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), t.scale), _mm512_set1_ps(q.mul), u);
+  return _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), t.scale), _mm512_set1_ps(q.mul), u);
+}
+
+template <bool L2>
+inline void test_block(const BlockTerms& t, __m512i sum, ScanQuery& q, int index, uint32_t block,
+                       Sink* sink) {
+  const __m512 u = bound<L2>(t, sum, q);
   const __mmask16 mask = _mm512_mask_cmp_ps_mask(t.live, u, _mm512_set1_ps(q.tau), _CMP_GE_OQ);
   if (__builtin_expect(mask != 0, 0)) {
     float upper[kBlockRows];
@@ -56,29 +64,40 @@ inline void test_block(const BlockTerms& t, __m512i sum, ScanQuery& q, int index
 
 constexpr int kStep = 4;  // groups of an iteration
 
-// Cache lines to ask for while a tile is summed: `lines` of them per iteration, from `at` on.
+// Cache lines to ask for while tiles are summed: `lines` per iteration, in each of N places that
+// lie `stride` bytes apart. With stops these are the blocks that come next, so that tiles that end
+// at one have asked for what the next tiles begin with.
 struct Ahead {
-  const uint8_t* at;
-  int lines;
+  const uint8_t *at = nullptr, *end = nullptr;
+  size_t stride = 0;
+  int lines = 0;
+
+  template <int N>
+  void ask() {
+    if (at >= end) return;
+#pragma GCC unroll 1
+    for (int i = 0; i < lines; ++i, at += 64)
+#pragma GCC unroll 4
+      for (int b = 0; b < N; ++b)
+        _mm_prefetch(reinterpret_cast<const char*>(at + b * stride), _MM_HINT_T0);
+  }
 };
 
-// sums[b][q] = codes of block `block + b·apart` · codes of query q. Everything is unrolled, so that
-// the sums stay in registers; queries are zero-filled, so that whole steps of four groups may run
-// past the last one.
-template <bool VNNI, int NB, int NQ>
-inline void int8_sums(const ScanRows& rows, uint32_t block, uint32_t apart,
-                      const ScanQuery* queries, Ahead ahead, __m512i (*sums)[NQ]) {
+// sums[b][q] += codes of block `block + b·apart` · codes of query q, groups [first, end).
+// Everything is unrolled, so that the sums stay in registers; queries are zero-filled, so that
+// whole steps of four groups may run past the last one.
+template <bool VNNI, bool Stops, int NB, int NQ>
+inline __attribute__((always_inline)) void int8_sums(const ScanRows& rows, uint32_t block,
+                                                     uint32_t apart, const ScanQuery* queries,
+                                                     int first, int end, Ahead& ahead_,
+                                                     __m512i (*sums)[NQ]) {
+  Ahead ahead = ahead_;
   const size_t bytes = static_cast<size_t>(rows.groups) * 64, stride = bytes * apart;
-  const uint8_t* codes = rows.codes + block * bytes;
+  const uint8_t* codes = rows.codes + block * bytes + static_cast<size_t>(first) * 64;
   const int8_t* words[NQ];
-  __m512i acc[NB][NQ];
 #pragma GCC unroll 8
-  for (int q = 0; q < NQ; ++q) {
-    words[q] = queries[q].codes;
-#pragma GCC unroll 4
-    for (int b = 0; b < NB; ++b) acc[b][q] = _mm512_set1_epi32(queries[q].offset);
-  }
-  for (int left = rows.groups; left > 0; left -= kStep) {
+  for (int q = 0; q < NQ; ++q) words[q] = queries[q].codes + first * kBlockDims;
+  for (int left = end - first; left > 0; left -= kStep) {
 #pragma GCC unroll 4
     for (int i = 0; i < kStep; ++i) {
       __m512i c[NB];
@@ -90,72 +109,122 @@ inline void int8_sums(const ScanRows& rows, uint32_t block, uint32_t apart,
         memcpy(&word, words[q] + i * kBlockDims, 4);
         const __m512i w = _mm512_set1_epi32(word);
 #pragma GCC unroll 4
-        for (int b = 0; b < NB; ++b) acc[b][q] = dot_group<VNNI>(acc[b][q], c[b], w);
+        for (int b = 0; b < NB; ++b) sums[b][q] = dot_group<VNNI>(sums[b][q], c[b], w);
       }
     }
-    for (int i = 0; i < ahead.lines; ++i, ahead.at += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(ahead.at), _MM_HINT_T0);
+    ahead.template ask<Stops ? NB : 1>();
     codes += kStep * 64;
 #pragma GCC unroll 8
     for (int q = 0; q < NQ; ++q) words[q] += kStep * kBlockDims;
   }
+  ahead_.at = ahead.at;
+}
+
+// Whether any row of a tile may still reach its query's tau, at a stop.
+template <bool L2, int NB, int NQ>
+inline __attribute__((always_inline)) bool reaching(const ScanRows& rows, uint32_t block,
+                                                    uint32_t apart, const ScanQuery* queries,
+                                                    int stop, const __m512i (*sums)[NQ]) {
+  unsigned any = 0;
+#pragma GCC unroll 4
+  for (uint32_t b = 0; b < NB; ++b) {
+    const BlockTerms t = load_terms(rows, block + b * apart);
+    const __m512i share = _mm512_and_si512(stop == 0 ? _mm512_srli_epi32(t.bounds, 8) : t.bounds,
+                                           _mm512_set1_epi32(255));
+    const __m512 tail = _mm512_mul_ps(_mm512_cvtepi32_ps(share), t.norm);
+#pragma GCC unroll 8
+    for (int q = 0; q < NQ; ++q) {
+      const __m512i sum = _mm512_add_epi32(sums[b][q], _mm512_set1_epi32(queries[q].rest[stop]));
+      const __m512 u = _mm512_fmadd_ps(_mm512_set1_ps(queries[q].left[stop]), tail,
+                                       bound<L2>(t, sum, queries[q]));
+      any |= _mm512_mask_cmp_ps_mask(t.live, u, _mm512_set1_ps(queries[q].tau), _CMP_GE_OQ);
+    }
+  }
+  return any != 0;
+}
+
+// Returns how many pairs were left at a stop.
+template <bool VNNI, bool L2, bool Stops, int NB, int NQ>
+int int8_tile(const ScanRows& rows, uint32_t block, uint32_t apart, ScanQuery* queries, int index,
+              Sink* sink, Ahead& ahead) {
+  __m512i sums[NB][NQ];
 #pragma GCC unroll 4
   for (int b = 0; b < NB; ++b)
 #pragma GCC unroll 8
-    for (int q = 0; q < NQ; ++q) sums[b][q] = acc[b][q];
-}
-
-template <bool VNNI, bool L2, int NB, int NQ>
-void int8_tile(const ScanRows& rows, uint32_t block, uint32_t apart, ScanQuery* queries, int index,
-               Sink* sink, Ahead ahead = {nullptr, 0}) {
-  __m512i sums[NB][NQ];
-  int8_sums<VNNI, NB, NQ>(rows, block, apart, queries, ahead, sums);
+    for (int q = 0; q < NQ; ++q) sums[b][q] = _mm512_set1_epi32(queries[q].offset);
+  int done = 0;
+  if (Stops)
+#pragma GCC unroll 2
+    for (int stop = 0; stop < kStops; ++stop) {
+      const int to = stop_group(rows.groups, stop);
+      int8_sums<VNNI, Stops, NB, NQ>(rows, block, apart, queries, done, to, ahead, sums);
+      if (!reaching<L2, NB, NQ>(rows, block, apart, queries, stop, sums))
+        return NB * NQ * kBlockRows;
+      done = to;
+    }
+  int8_sums<VNNI, Stops, NB, NQ>(rows, block, apart, queries, done, rows.groups, ahead, sums);
   for (uint32_t b = 0; b < NB; ++b) {
     const uint32_t at = block + b * apart;
     const BlockTerms t = load_terms(rows, at);
     for (int q = 0; q < NQ; ++q) test_block<L2>(t, sums[b][q], queries[q], index + q, at, sink);
   }
+  return 0;
 }
 
 // The first tile of queries waits for its codes, the others find them in L1: so all of them
 // together fetch the blocks that come next.
-template <bool VNNI, bool L2, int NB>
-void int8_blocks(const ScanRows& rows, uint32_t block, ScanQuery* queries, int nq, Sink* sink) {
-  const int tiles = nq >= 8 ? nq / 8 : 1, steps = (rows.groups + kStep - 1) / kStep;
-  const size_t bytes = static_cast<size_t>(NB) * rows.groups * 64;
-  Ahead ahead{rows.codes + (block + NB) * static_cast<size_t>(rows.groups) * 64,
-              (NB * kStep + tiles - 1) / tiles};
-  const uint8_t* end = ahead.at + bytes;
+template <bool VNNI, bool L2, bool Stops, int NB>
+int64_t int8_blocks(const ScanRows& rows, uint32_t block, ScanQuery* queries, int nq, Sink* sink) {
+  const int tiles = nq >= 8 ? nq / 8 : 1;
+  const size_t bytes = static_cast<size_t>(rows.groups) * 64;
+  const uint8_t* codes = rows.codes + (block + NB) * bytes;
+  Ahead ahead, none;
+  if (nq >= 8)
+    ahead = Stops ? Ahead{codes, codes + bytes, bytes, (kStep + tiles - 1) / tiles}
+                  : Ahead{codes, codes + NB * bytes, 0, (NB * kStep + tiles - 1) / tiles};
+  int64_t stopped = 0;
   int q = 0;
-  for (; q + 8 <= nq; q += 8) {
-    int8_tile<VNNI, L2, NB, 8>(rows, block, 1, queries + q, q, sink, ahead);
-    ahead.at += static_cast<size_t>(steps) * ahead.lines * 64;
-    if (ahead.at >= end) ahead.lines = 0;
-  }
-  for (; q + 4 <= nq; q += 4) int8_tile<VNNI, L2, NB, 4>(rows, block, 1, queries + q, q, sink);
-  for (; q < nq; ++q) int8_tile<VNNI, L2, NB, 1>(rows, block, 1, queries + q, q, sink);
+  for (; q + 8 <= nq; q += 8)
+    stopped += int8_tile<VNNI, L2, Stops, NB, 8>(rows, block, 1, queries + q, q, sink, ahead);
+  for (; q + 4 <= nq; q += 4)
+    stopped += int8_tile<VNNI, L2, Stops, NB, 4>(rows, block, 1, queries + q, q, sink, none);
+  for (; q < nq; ++q)
+    stopped += int8_tile<VNNI, L2, Stops, NB, 1>(rows, block, 1, queries + q, q, sink, none);
+  return stopped;
 }
 
-template <bool VNNI, bool L2>
-void scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries,
-                      int nq, Sink* sink) {
+template <bool VNNI, bool L2, bool Stops>
+int64_t scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries,
+                         int nq, Sink* sink) {
+  const size_t bytes = static_cast<size_t>(rows.groups) * 64;
+  int64_t stopped = 0;
   uint32_t b = begin;
   if (nq < 4) {  // memory answers four streams faster than one: quarters go side by side
     const uint32_t quarter = (end - begin) / 4;
     for (; b < begin + quarter; ++b)
-      for (int q = 0; q < nq; ++q)
-        int8_tile<VNNI, L2, 4, 1>(rows, b, quarter, queries + q, q, sink);
+      for (int q = 0; q < nq; ++q) {
+        const uint8_t* codes = rows.codes + (b + 1) * bytes;
+        Ahead ahead;
+        if (Stops && q == 0)  // after a stop the processor does not foresee what comes next
+          ahead = {codes, codes + bytes, bytes * quarter, kStep};
+        stopped += int8_tile<VNNI, L2, Stops, 4, 1>(rows, b, quarter, queries + q, q, sink, ahead);
+      }
     b = begin + 4 * quarter;
   }
-  for (; b + 2 <= end; b += 2) int8_blocks<VNNI, L2, 2>(rows, b, queries, nq, sink);
-  for (; b < end; ++b) int8_blocks<VNNI, L2, 1>(rows, b, queries, nq, sink);
+  for (; b + 2 <= end; b += 2)
+    stopped += int8_blocks<VNNI, L2, Stops, 2>(rows, b, queries, nq, sink);
+  for (; b < end; ++b) stopped += int8_blocks<VNNI, L2, Stops, 1>(rows, b, queries, nq, sink);
+  return stopped;
 }
 
 template <bool VNNI>
-void scan_int8(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
-               bool l2, Sink* sink) {
-  auto* scan = l2 ? scan_int8_metric<VNNI, true> : scan_int8_metric<VNNI, false>;
-  scan(rows, begin, end, queries, nq, sink);
+int64_t scan_int8(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
+                  bool l2, Sink* sink) {
+  auto* scan =
+      l2 ? (rows.stops ? scan_int8_metric<VNNI, true, true> : scan_int8_metric<VNNI, true, false>)
+         : (rows.stops ? scan_int8_metric<VNNI, false, true>
+                       : scan_int8_metric<VNNI, false, false>);
+  return scan(rows, begin, end, queries, nq, sink);
 }
 
 // sums[q][r] = rows[r] · values of query q, for 4 rows and NQ queries.

@@ -5,40 +5,68 @@
 namespace knnfast {
 namespace {
 
-void report(const ScanRows& rows, uint32_t block, ScanQuery& query, int index, const float* upper,
-            Sink* sink) {
+// Which rows of a block may be among the best.
+uint32_t reaching(const ScanRows& rows, uint32_t block, const ScanQuery& query,
+                  const float* upper) {
   uint32_t mask = 0;
   for (int r = 0; r < kBlockRows; ++r) mask |= static_cast<uint32_t>(upper[r] >= query.tau) << r;
-  if (rows.live) mask &= rows.live[block];
+  return rows.live ? mask & rows.live[block] : mask;
+}
+
+void report(const ScanRows& rows, uint32_t block, ScanQuery& query, int index, const float* upper,
+            Sink* sink) {
+  const uint32_t mask = reaching(rows, block, query, upper);
   if (mask) query.tau = sink->hit(sink, index, block, upper, mask);
 }
 
-void scan_int8(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
-               bool l2, Sink* sink) {
+// Upper bounds of a block's rows from their sums; at a stop with what is left of them.
+void bound(const ScanRows& rows, uint32_t block, const ScanQuery& q, const int32_t* sum, int stop,
+           bool l2, float* upper) {
+  const size_t first = static_cast<size_t>(block) * kBlockRows;
+  for (int r = 0; r < kBlockRows; ++r) {
+    const uint32_t bounds = rows.bounds[first + r];
+    const float norm = rows.norm[first + r];
+    int32_t codes = sum[r];
+    upper[r] = q.err * residual_of(bounds) + q.err_norm * norm + q.base;
+    if (stop < kStops) {
+      codes += q.rest[stop];
+      upper[r] += q.left[stop] * (static_cast<float>(bounds >> (8 - 8 * stop) & 255) * norm);
+    }
+    upper[r] += q.mul * (static_cast<float>(codes) * rows.scale[first + r]);
+    if (l2) upper[r] += q.sq * (norm * norm);
+  }
+}
+
+int64_t scan_int8(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
+                  bool l2, Sink* sink) {
+  int64_t stopped = 0;
   for (uint32_t b = begin; b < end; ++b) {
     const uint8_t* codes = rows.codes + static_cast<size_t>(b) * rows.groups * 64;
-    const float* scale = rows.scale + static_cast<size_t>(b) * kBlockRows;
-    const float* residual = rows.residual + static_cast<size_t>(b) * kBlockRows;
-    const float* norm = rows.norm + static_cast<size_t>(b) * kBlockRows;
     for (int q = 0; q < nq; ++q) {
       int32_t sum[kBlockRows];
-      for (int32_t& s : sum) s = queries[q].offset;
-      for (int g = 0; g < rows.groups; ++g) {
-        const int8_t* p = queries[q].codes + g * kBlockDims;
-        const uint8_t* c = codes + g * 64;
-        for (int r = 0; r < kBlockRows; ++r)
-          sum[r] +=
-              c[4 * r] * p[0] + c[4 * r + 1] * p[1] + c[4 * r + 2] * p[2] + c[4 * r + 3] * p[3];
-      }
       float upper[kBlockRows];
-      for (int r = 0; r < kBlockRows; ++r) {
-        upper[r] = queries[q].mul * (static_cast<float>(sum[r]) * scale[r]) +
-                   (queries[q].err * residual[r] + queries[q].err_norm * norm[r] + queries[q].base);
-        if (l2) upper[r] += queries[q].sq * (norm[r] * norm[r]);
+      for (int32_t& s : sum) s = queries[q].offset;
+      int g = 0;
+      for (int stop = rows.stops ? 0 : kStops; stop <= kStops; ++stop) {
+        for (const int to = stop < kStops ? stop_group(rows.groups, stop) : rows.groups; g < to;
+             ++g) {
+          const int8_t* p = queries[q].codes + g * kBlockDims;
+          const uint8_t* c = codes + g * 64;
+          for (int r = 0; r < kBlockRows; ++r)
+            sum[r] +=
+                c[4 * r] * p[0] + c[4 * r + 1] * p[1] + c[4 * r + 2] * p[2] + c[4 * r + 3] * p[3];
+        }
+        bound(rows, b, queries[q], sum, stop, l2, upper);
+        if (stop == kStops)
+          report(rows, b, queries[q], q, upper, sink);
+        else if (!reaching(rows, b, queries[q], upper)) {
+          stopped += kBlockRows;
+          break;
+        }
       }
-      report(rows, b, queries[q], q, upper, sink);
     }
   }
+  return stopped;
 }
 
 void scan_fp16(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,

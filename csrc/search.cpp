@@ -109,13 +109,15 @@ struct Worker : Sink {
   std::vector<double> centred;         // l2: a query less the segment's mean
   int64_t segment = -1;                // the panel's
   const ScanQuery* queries = nullptr;  // of the scan that runs, and what their errors multiply
+  const uint32_t* bounds = nullptr;    // of codes
   const float *errors = nullptr, *norms = nullptr;
   std::vector<Collector> collectors;
   uint32_t chunk_segment = 0;
   int64_t opened = 0;  // in these blocks, by queries that had a threshold
   int64_t seen = 0;    // blocks
   int level = kInt8, hold = 0, patience = 8;
-  bool trusted = true;  // the level has paid since it was taken
+  int unstopped = 0, pause = 1;  // chunks that are read to their ends; then how many
+  bool trusted = true;           // the level has paid since it was taken
   Stats stats;
 };
 
@@ -140,7 +142,8 @@ Scratch& scratch() {
 // How far below its upper bound a row's score may lie (kernels.h).
 double spread(const Worker& w, int query, size_t row) {
   const ScanQuery& q = w.queries[query];
-  const double n = w.norms[row], error = w.errors ? w.errors[row] : 1;
+  const double n = w.norms[row];
+  const double error = w.bounds ? residual_of(w.bounds[row]) : w.errors ? w.errors[row] : 1;
   return 2 * (q.err * error + q.err_norm * n + q.slack - 0x1p-18 * q.sq * n * n);
 }
 
@@ -291,6 +294,8 @@ class GroupSearch {
     w.level = task_.scan == Scan::fp16 ? kFp16 : kInt8;
     w.hold = 0;
     w.patience = 8;
+    w.unstopped = 0;
+    w.pause = 1;
     w.trusted = true;
     w.seen = 0;
     w.stats = Stats();
@@ -329,6 +334,8 @@ class GroupSearch {
       f.values = s_.values.data() + i * pad_;
       f.offset = 0;
       f.offsets = nullptr;
+      std::fill_n(f.rest, kStops, 0);
+      std::fill_n(f.left, kStops, 0.0f);
       f.mul = static_cast<float>(row_scale);
       f.err = round_up((float_sum + 0x1p-20) * norm * row_scale);
       f.err_norm = 0;
@@ -372,6 +379,7 @@ class GroupSearch {
       q.values = nullptr;
       q.offset = c.offset;
       q.offsets = windows_ ? (l2 ? p.offsets.data() : s_.offsets.data()) + at * windows_ : nullptr;
+      fill_stops(q, l2 ? centred.data() : v, row_scale);
       q.mul = static_cast<float>(c.step * row_scale);
       q.err = round_up((c.norm + c.error + arithmetic) * row_scale);
       q.err_norm = round_up((c.error + arithmetic) * row_scale);
@@ -379,6 +387,23 @@ class GroupSearch {
       const double rounding = exact * c.norm * (c.norm + codes.mean_norm * row_scale) + kSpeck;
       q.base = round_up(base + 0x1p-20 * std::fabs(base) + rounding);
       q.slack = round_up(0x1p-19 * std::fabs(base) + rounding);
+    }
+  }
+
+  // What is left of a query v, coded in q, from each stop on.
+  void fill_stops(ScanQuery& q, const double* v, double row_scale) const {
+    double square = 0;
+    int sum = 0;
+    int64_t end = dim_;
+    for (int stop = kStops - 1; stop >= 0; --stop) {
+      const int64_t begin = stop_group(code_groups(dim_), stop) * kBlockDims;
+      for (int64_t j = begin; j < end; ++j) {
+        square += v[j] * v[j];
+        sum += q.codes[j];
+      }
+      end = begin;
+      q.rest[stop] = 128 * sum;
+      q.left[stop] = round_up(std::sqrt(square) * row_scale * (1 + 0x1p-18) / 255);
     }
   }
 
@@ -432,13 +457,18 @@ class GroupSearch {
       ++w.stats.chunks_int8;
       rows.codes = view.codes->codes.as<uint8_t>();
       rows.scale = view.codes->scale.as<float>();
-      rows.residual = view.codes->residual.as<float>();
+      rows.bounds = view.codes->bounds.as<uint32_t>();
       rows.norm = view.codes->norm.as<float>();
-      w.errors = rows.residual;
+      rows.stops = w.unstopped == 0 && stop_group(rows.groups, 0) > 0;
+      w.bounds = rows.bounds;
       w.norms = rows.norm;
-      kernels_.scan_int8(rows, begin, end, queries.data(), static_cast<int>(n_), l2, &w);
+      const int64_t stopped =
+          kernels_.scan_int8(rows, begin, end, queries.data(), static_cast<int>(n_), l2, &w);
+      w.stats.rows_stopped += stopped;
+      judge_stops(w, rows.stops, stopped, pairs);
     } else {
       ++w.stats.chunks_fp16;
+      w.bounds = nullptr;
       w.errors = task_.metric == Metric::cosine ? nullptr : rows.row_norm;
       w.norms = rows.row_norm;
       kernels_.scan_fp16(rows, begin, end, queries.data(), static_cast<int>(n_), l2,
@@ -455,6 +485,18 @@ class GroupSearch {
       w.trusted = w.level == kCanonical;
       w.hold = w.patience;
       w.patience = std::min(w.patience * 2, 256);
+    }
+  }
+
+  // Stops cost a tenth of a scan where no row is left at one: then they are tried now and then.
+  void judge_stops(Worker& w, bool tested, int64_t stopped, int64_t pairs) {
+    if (!tested) {
+      w.unstopped -= w.unstopped > 0;
+    } else if (stopped * 5 >= pairs) {
+      w.pause = 1;
+    } else {
+      w.unstopped = w.pause;
+      w.pause = std::min(w.pause * 2, 32);
     }
   }
 

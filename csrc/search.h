@@ -22,6 +22,7 @@ inline Stats& operator+=(Stats& total, const Stats& s) {
   total.searches += s.searches;
   total.queries += s.queries;
   total.rows_scanned += s.rows_scanned;
+  total.rows_stopped += s.rows_stopped;
   total.rows_opened += s.rows_opened;
   total.rows_rescored += s.rows_rescored;
   total.chunks_int8 += s.chunks_int8;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cmath>
+#include <cstring>
 #include <new>
 #include <system_error>
 
@@ -73,7 +74,7 @@ std::shared_ptr<Codes> make_codes(const Segment& segment, int64_t dim, int64_t n
   c->codes =
       Buffer::reserve(rows * static_cast<size_t>(code_groups(dim)) * kBlockDims + kCodesSlack);
   c->scale = Buffer::reserve(rows * 4);
-  c->residual = Buffer::reserve(rows * 4);
+  c->bounds = Buffer::reserve(rows * 4);
   c->norm = Buffer::reserve(rows * 4);
   c->mean_rows = n;
   c->mean.resize(static_cast<size_t>(dim));
@@ -96,6 +97,25 @@ std::shared_ptr<Codes> make_codes(const Segment& segment, int64_t dim, int64_t n
   return c;
 }
 
+// A row's word of bounds. What rounding took from y is at most ρ.
+static uint32_t bounds_of(float residual, float norm, const float* y, int64_t dim) {
+  residual = std::nextafter(residual, INFINITY);
+  uint32_t word;
+  std::memcpy(&word, &residual, 4);
+  word = (word + 0xffff) & 0xffff0000;
+  double square = 0;
+  int64_t end = dim;
+  for (int stop = kStops - 1; stop >= 0; --stop) {
+    const int64_t begin = stop_group(code_groups(dim), stop) * kBlockDims;
+    for (int64_t j = begin; j < end; ++j) square += static_cast<double>(y[j]) * y[j];
+    end = begin;
+    const double rest = (std::sqrt(square) + static_cast<double>(residual)) * (1 + 1e-6);
+    const double share = norm > 0 ? std::ceil(255 * rest / static_cast<double>(norm)) : 255;
+    word |= static_cast<uint32_t>(std::min(share, 255.0)) << (8 * (kStops - 1 - stop));
+  }
+  return word;
+}
+
 void quantize_blocks(const Segment& segment, Codes& codes, int64_t dim, uint32_t begin,
                      uint32_t end, bool cosine) {
   constexpr uint32_t kTask = 32;
@@ -109,12 +129,13 @@ void quantize_blocks(const Segment& segment, Codes& codes, int64_t dim, uint32_t
     for (uint32_t b = first; b < std::min(end, first + kTask); ++b)
       for (uint32_t r = 0; r < kBlockRows; ++r) {
         const int64_t row = static_cast<int64_t>(b) * kBlockRows + r;
-        float* residual = codes.residual.as<float>() + row;
+        float* norm = codes.norm.as<float>() + row;
+        float residual = 0;
         k.quantize_row(segment.rows.as<uint16_t>() + row * dim, row_factor(segment, row, cosine),
                        codes.mean.data(), static_cast<int>(dim), y.data(),
                        codes.codes.as<uint8_t>() + b * block_bytes + r * kBlockDims,
-                       codes.scale.as<float>() + row, residual, codes.norm.as<float>() + row);
-        *residual = std::nextafter(*residual + slack, INFINITY);
+                       codes.scale.as<float>() + row, &residual, norm);
+        codes.bounds.as<uint32_t>()[row] = bounds_of(residual + slack, *norm, y.data(), dim);
       }
   });
 }

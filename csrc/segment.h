@@ -15,13 +15,16 @@
 //   codes     uint8, [block][group][16 rows][4 dims], c + 128 with c in [-127, 127]; the last group
 //             is filled with 128. Blocks follow each other; 1 KiB may be read past the last.
 //   scale     float a, so that y ≈ a·c
-//   residual  float ρ >= ‖y - a·c‖, rounded up
+//   bounds    uint32: the upper half is ρ >= ‖y - a·c‖ as bfloat16, rounded up; bytes 1 and 0 are
+//   the
+//             shares of ν, in 255ths rounded up, in the groups from the first and second stop on
 //   norm      float ν, ‖y‖ to 2^-20 relative (rounding of the float sum included)
 //
 // Bound. With a query q (scaled by a power of two; cosine: q/‖q‖; l2: q - μ) and its own int8 form
 // q = b·p + w, δ = ‖w‖:   q·y = a·b·(c·p) + err,   |err| <= (‖q‖+δ)·ρ + δ·ν + arithmetic,
 // and   ip, cosine: s = q·μ + q·y,    l2: -s/2 = q·y - ν²/2 - ‖q‖²/2.
 // A row whose upper bound lies below a certified threshold is proved out; all others are rescored.
+// At a stop (kernels.h) c·p runs over the groups so far, and the rest is at most ‖q_rest‖·‖y_rest‖.
 #pragma once
 
 #include <cstdint>
@@ -83,11 +86,12 @@ class Buffer {
 constexpr size_t kCodesSlack = 1024;  // readable bytes after the last block
 
 struct Codes {
-  std::vector<float> mean;       // [dim]
-  double mean_norm = 0;          // ‖μ‖
-  int64_t mean_rows = 0;         // rows in the segment when μ was taken
-  Buffer codes;                  // uint8
-  Buffer scale, residual, norm;  // float
+  std::vector<float> mean;  // [dim]
+  double mean_norm = 0;     // ‖μ‖
+  int64_t mean_rows = 0;    // rows in the segment when μ was taken
+  Buffer codes;             // uint8
+  Buffer scale, norm;       // float
+  Buffer bounds;            // uint32
 };
 
 struct Segment {

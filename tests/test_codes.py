@@ -22,7 +22,7 @@ def make_rows(rng, n, d):
 
 
 def stored(folder):
-    """The one segment of a saved index: x, row_norm, mean, scale, residual, norm, codes [n, d]."""
+    """The one segment of a saved index: x, row_norm, mean, scale, bounds, norm, codes [n, d]."""
     index = json.loads((folder / "manifest.json").read_text())["index"]
     (segment,) = index["segments"]
     n, d = segment["rows"], index["dim"]
@@ -42,7 +42,9 @@ def test_codes_keep_their_bound(tmp_path, seed, d, metric):
     index = Index(d, metric=metric, scan="int8")
     index.add(x)
     index.save(tmp_path / "index")
-    kept, row_norm, mean, scale, residual, norm, codes = stored(tmp_path / "index")
+    kept, row_norm, mean, scale, bounds, norm, codes = stored(tmp_path / "index")
+    bounds = bounds.view(np.uint32)
+    residual = (bounds & 0xFFFF0000).view(np.float32)
     np.testing.assert_array_equal(kept, x)
     wide = x.astype(np.float64)
     size = np.sqrt((wide**2).sum(1))
@@ -58,5 +60,12 @@ def test_codes_keep_their_bound(tmp_path, seed, d, metric):
     assert (left <= residual).all()
     # No looser than rounding asks for: half a step for each element.
     step = 0.5 * scale.astype(np.float64) * np.sqrt(d)
-    assert (residual <= step * (1 + 1e-4) + 4e-6 * length + 2e-6 + 2e-18 * d).all()
+    rounded = 1 + 2**-7 + 1e-4
+    assert (residual <= (step + 4e-6 * length + 2e-6 + 2e-18 * d) * rounded).all()
+    # What is left of a row behind each stop, in 255ths of its norm.
+    for stop, share in ((3, bounds >> 8 & 255), (5, bounds & 255)):
+        rest = np.sqrt((y[:, -(-d // 4) // 32 * 4 * stop * 4 :] ** 2).sum(1))
+        size = norm.astype(np.float64) * (1 + 2**-18)
+        assert ((rest <= share / 255 * size) | (share == 255)).all()
+        assert ((share - 1) / 255 * norm <= (rest + residual) * (1 + 1e-5)).all()
     np.testing.assert_allclose(norm, length, rtol=2**-20, atol=1e-6 if metric == "cosine" else 0)

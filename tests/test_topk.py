@@ -19,6 +19,7 @@ from knnfast.search import Index, set_num_threads
 METRICS = ("ip", "cosine", "l2")
 SCANS = ("fp16", "int8", "auto")
 ISAS = ("portable", "avx2", "avx512", "avx512vnni", "amx")
+STOPPING = ("portable", "avx512", "avx512vnni")  # amx: for up to three queries
 
 
 def assert_topk(index, x, q, k, ids=None):
@@ -78,6 +79,50 @@ def test_matches_reference(kind, metric, seed):
         index.add(x[: n // 3])
         index.add(x[n // 3 :])
         assert_topk(index, x, q, k)
+
+
+def stopping_rows(kind, n, d, rng):
+    """Rows of which most are left after a part of their codes, and queries that decide late."""
+    centres = rng.standard_normal((40, d))
+    x = centres[rng.integers(0, 40, n)] + 0.3 * rng.standard_normal((n, d))
+    q = centres[rng.integers(0, 40, 64)] + 0.3 * rng.standard_normal((64, d))
+    tail = slice(3 * d // 8 // 4 * 4, d)
+    if kind == "late":  # most of a score lies behind the stops
+        x[:, : tail.start] *= 0.1
+        q[:, : tail.start] *= 0.1
+    elif kind == "parallel":  # the rest of every second row is all that Cauchy and Schwarz allow
+        x[::2, tail] = (
+            q[rng.integers(0, 64, len(x[::2])), tail] * rng.uniform(0.5, 1, (n + 1) // 2)[:, None]
+        )
+    elif kind == "uneven":
+        x[:, d // 2 :] *= 10.0 ** rng.uniform(-3, 1, (n, 1))
+    elif kind == "mean":
+        x += 20 * rng.standard_normal(d)
+    return x.astype(np.float16), q.astype(np.float32)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", ["clusters", "late", "parallel", "uneven", "mean"])
+def test_stops(kind, metric, seed):
+    """Rows may be left before all their codes are read; the answers stay."""
+    rng = np.random.default_rng(seed)
+    stopped = 0
+    for d, scan in ((128, "int8"), (131, "auto"), (512, "int8"), (516, "auto")):
+        x, q = stopping_rows(kind, 3000, d, rng)
+        ids = np.arange(len(x))
+        index = Index(d, metric, scan=scan)
+        index.add(x[:1000])
+        index.add(x[1000:])
+        gone = rng.choice(ids, 400, replace=False)
+        kept = np.setdiff1d(ids, gone)
+        for m, k in ((1, 10), (3, 1), (20, 5)):
+            assert_topk(index, x, q[:m], k)
+        index.remove(gone)
+        for m, k in ((2, 3), (9, 10)):
+            assert_topk(index, x[kept], q[:m], k, torch.as_tensor(kept))
+        stopped += index.stats["rows_stopped"]
+    if _C.isa() in STOPPING and kind == "clusters":
+        assert stopped > 0
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -271,6 +316,7 @@ def test_instruction_sets(isa):
     tests = [
         "test_matches_reference",
         "test_extreme_products",
+        "test_stops",
         "test_query_types",
         f"test_pairwise[{names.index(isa) % PARTS}]",
         "test_codes_keep_their_bound",

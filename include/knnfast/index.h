@@ -53,6 +53,7 @@ struct Stats {
   int64_t searches = 0;       // calls
   int64_t queries = 0;        // queries in them
   int64_t rows_scanned = 0;   // (row, query) pairs that met a bound, or a canonical score at once
+  int64_t rows_stopped = 0;   // of these, left after a part of their codes
   int64_t rows_opened = 0;    // pairs whose bound reached the threshold
   int64_t rows_rescored = 0;  // pairs that got a canonical score
   int64_t chunks_int8 = 0, chunks_fp16 = 0, chunks_canonical = 0;  // how chunks were scanned
