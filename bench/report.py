@@ -440,8 +440,9 @@ def summary(found: list[dict[str, Any]]) -> str:
         about = result["machine"]
         place = about.get("gpu", about["cpu"])
         parts += [
-            f"p50 in milliseconds (and over ours), {shape['n']:,} x {shape['d']}, k {shape['k']}, "
-            f"answers checked, FAISS at its best threads and with BLAS where faster; {place}, "
+            f"p50 in milliseconds (and its time over ours, median over rounds), {shape['n']:,} x "
+            f"{shape['d']}, k {shape['k']}, answers checked, FAISS at its best threads and with "
+            f"BLAS where faster; {place}, "
             f"{about['threads']} threads, {about['isa']}, {about['date']}. On your machine: "
             "`knnfast bench`.",
             table(["batch", *names],

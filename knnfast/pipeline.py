@@ -161,6 +161,10 @@ class KNNDiffusion:
 
     @database.setter
     def database(self, value: Databases) -> None:
+        if value is None:
+            raise TypeError(
+                "database: expected a Database, a name, a folder or a mapping, got None"
+            )
         self._database = self.find_database(value)
 
     def find_database(self, value: Databases | None) -> Database | Mixture:

@@ -54,6 +54,13 @@ def query(colour):
     return ColourEncoder().encode_images([Image.new("RGB", (8, 8), colour)])
 
 
+def test_sixteen_bits_of_grey_are_scaled(tmp_path):
+    grey = np.linspace(0, 65535, 4096).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    pixels = np.asarray(read_image(tmp_path / "grey.png"))
+    np.testing.assert_array_equal(pixels, np.repeat((grey / 257).round()[..., None], 3, 2))
+
+
 def test_build_names_groups_and_sources(built):
     assert sorted((x.name, x.group, x.source) for x in built) == [
         ("blue", "cold", "cold/blue.webp"),

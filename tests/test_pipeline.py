@@ -50,6 +50,13 @@ def test_a_prompts_images_do_not_depend_on_the_batch(pipe):
     np.testing.assert_array_equal(together, apart)
 
 
+def test_no_database_is_no_swap(pipe):
+    before = pipe.database
+    with pytest.raises(TypeError, match=r"database: .* got None"):
+        pipe.database = None
+    assert pipe.database is before
+
+
 def test_databases_swap(pipe):
     def found(out):
         return {n.item.name for n in out.neighbours[0]}

@@ -22,7 +22,7 @@ from knnfast.diffusion.distributed import Processes, processes
 from knnfast.diffusion.levels import DECAY, HITS, Levels
 from knnfast.diffusion.pairs import ConditionConfig, ConditionSampler, Pairs, nearest
 from knnfast.diffusion.runlog import FIELDS, RunLog
-from knnfast.diffusion.trainer import STATE_FILE, TrainConfig, Trainer, ahead
+from knnfast.diffusion.trainer import STATE_FILE, TrainConfig, Trainer, ahead, fit
 from knnfast.diffusion.training import denoiser_trainer, train
 
 TESTS = Path(__file__).parent
@@ -182,6 +182,16 @@ def test_a_run_goes_on_only_as_itself(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a complete checkpoint"):
         load()
+
+
+def test_a_run_is_not_shortened(tmp_path: Path) -> None:
+    trainer = denoiser_trainer(TINY, QUICK, pairs())
+    trainer.advance()
+    trainer.advance()
+    trainer.save(tmp_path)
+    shorter = denoiser_trainer(TINY, replace(QUICK, steps=1), pairs())
+    with pytest.raises(ValueError, match=r"steps: .* has made 2 already, got 1"):
+        fit(shorter, tmp_path, "denoiser", lambda _: Image.new("RGB", (1, 1)))
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, full_disk) -> None:

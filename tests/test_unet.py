@@ -83,6 +83,26 @@ def test_the_mean_is_the_posterior_over_paintings():
     assert not torch.allclose(away[1], prepared.paintings[1, 2], atol=0.1)  # it is off
 
 
+def test_pure_noise_is_given_to_the_neighbour_nearest_to_the_query():
+    net = made()
+    cond, mask = condition(3, 2)
+    cond[:, 2] = F.normalize(cond[:, 0] + 0.1 * cond[:, 1], dim=-1)  # nearer than the first
+    mask[1, 0] = False
+    mask[2] = False
+    prior = net.prepare(cond, mask).prior
+    cosine = (cond[0] * cond[0, :1]).sum(-1) * TINY.affinity
+    torch.testing.assert_close(prior[0], torch.stack([cosine[2], cosine[1], cosine[2]]))
+    assert prior[1, 0] == 0  # off; the first neighbour stands for it
+    assert float(prior[1, 1]) == pytest.approx(TINY.affinity, rel=1e-6)
+    assert not prior[2].any()
+    x_T, alpha, total = torch.randn(3, 3, 4, 4), torch.zeros(1, 1, 1, 1), torch.ones(3, 1, 1, 1)
+    painted = net._mix(x_T, alpha, total, net.prepare(cond, mask))
+    shares = prior[0].softmax(0)
+    want = torch.einsum("k,kchw->chw", shares, net.prepare(cond, mask).paintings[0])
+    torch.testing.assert_close(painted[0], want)
+    assert shares[1] < shares[2]
+
+
 def test_conditions_reach_the_output_and_masked_ones_do_not():
     net = made()
     x_t, t = torch.randn(3, 3, 4, 4), torch.tensor([3, 20, 45])

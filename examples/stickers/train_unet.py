@@ -21,8 +21,7 @@ from knnfast.diffusion.training import train
 from knnfast.diffusion.unet import UNetConfig, UNetDenoiser
 
 CONFIG = TrainConfig(
-    steps=760, batch=32, lr=1e-3, warmup=50, decay=0.4, ema=0.99, checkpoint_every=100,
-    log_every=10, bf16=False,
+    steps=9000, batch=32, lr=1e-3, decay=0.4, checkpoint_every=500, log_every=50, bf16=False,
     # As in the discrete backbone's training.
     condition=ConditionConfig(
         k=10, semantic=256, text_like=0.7, noise=1.5, confuse=0.5, exclude=0.3
@@ -37,7 +36,7 @@ def export(run: Path, bundle: Path) -> None:
     model, config = record.pop("model"), record.pop("config")
     with (run / "log.csv").open(encoding="utf-8", newline="") as f:
         rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
-    log = [row for row in rows if row["step"] % 50 == 0 and row["step"] <= record["steps"]]
+    log = [row for row in rows if row["step"] % 500 == 0 and row["step"] <= record["steps"]]
     record |= {"model": model, "config": config, "log": log}
     text = json.dumps(record, indent=1) + "\n"
     (bundle / "training.json").write_text(text, encoding="utf-8")

@@ -398,12 +398,15 @@ def fit(
         The record that is also written to `training.json`.
 
     Raises:
+        ValueError: fewer steps than the run has made.
         FloatingPointError: the loss is no longer finite; the last checkpoint is from before that.
         OSError: a file could not be written (a full disk, say); the last checkpoint is unharmed.
     """
     cfg, main = trainer.config, trainer.processes.main
     if (folder / STATE_FILE).is_file():
         trainer.load(folder)
+    if trainer.step > cfg.steps:
+        raise ValueError(f"steps: {folder} has made {trainer.step} already, got {cfg.steps}")
     (folder / "grids").mkdir(parents=True, exist_ok=True)
     log = RunLog(folder, trainer.step) if main else None
     bar = tqdm(

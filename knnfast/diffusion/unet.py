@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from knnfast.diffusion.backbone import Backbone
@@ -34,6 +35,8 @@ class UNetConfig:
         ranks: neighbours told apart by rank; later ones share the last rank.
         num_steps: T of the noise schedule.
         beta_schedule: diffusers' name of that schedule.
+        affinity: how much likelier a picture is whose embedding is nearer to the query's, per
+            cosine.
     """
 
     num_codes: int = 512
@@ -48,6 +51,7 @@ class UNetConfig:
     ranks: int = 10
     num_steps: int = 1000
     beta_schedule: str = "squaredcos_cap_v2"
+    affinity: float = 80.0
 
     def __post_init__(self) -> None:
         if len(self.widths) < 2:
@@ -80,6 +84,7 @@ class UNetCondition(NamedTuple):
 
     tokens: Tensor  # [B, k+1, cond_width]
     paintings: Tensor  # [B, k+1, C, h, w]
+    prior: Tensor  # log of how likely each painting is before anything is seen of it, [B, k+1]
     mask: Tensor  # which are on, [B, k+1] bool
 
 
@@ -93,10 +98,13 @@ class UNetDenoiser(Backbone):
     `NeighbourAttnProcessor`. Beside that each embedding paints a guess P_j of its picture (one
     linear map), and x_t says whose picture it is likely to be:
 
-        w_j ~ exp(-c |x_t - alpha P_j|^2 / (sigma^2 + alpha^2 s^2)),   m = sum_j w_j P_j
+        w_j ~ exp(a_j - c |x_t - alpha P_j|^2 / (sigma^2 + alpha^2 s^2)),   m = sum_j w_j P_j
         v = sigma (alpha (1 - s^2) x_t - m) / (sigma^2 + alpha^2 s^2) + U-Net(x_t, m, t, tokens)
 
-    where the first term is the optimal v for x_0 ~ N(m, s^2); the network learns what is left.
+    where a_j is `affinity` times the cosine of embedding j and the query's (the query itself counts
+    as its nearest neighbour does; without one, the first neighbour stands for it): pure noise x_T
+    does not say whose picture it is. The first term of v is the optimal v for x_0 ~ N(m, s^2); the
+    network learns what is left.
     Without any embedding m = 0 and s = 1, and the first term is 0.
 
     Args:
@@ -198,7 +206,17 @@ class UNetDenoiser(Backbone):
         rank = torch.arange(cond.shape[1], device=cond.device).clamp_max(cfg.ranks)
         tokens = self.cond_norm(self.cond_in(scaled) + self.cond_mark[rank])
         paintings = self.canvas(scaled).view(*cond.shape[:2], cfg.code_dim, *cfg.grid)
-        return UNetCondition(tokens, paintings, cond_mask)
+        return UNetCondition(tokens, paintings, self._prior(cond, cond_mask), cond_mask)
+
+    def _prior(self, cond: Tensor, mask: Tensor) -> Tensor:
+        """a_j of the paintings, [B, k+1]; 0 where an embedding is off."""
+        unit = F.normalize(cond.float(), dim=-1)
+        anchor = mask.int().argmax(1)  # the first that is on
+        cosine = torch.einsum("bkd,bd->bk", unit, unit[torch.arange(len(unit)), anchor])
+        cosine = cosine.masked_fill(~mask, 0.0)
+        if cosine.shape[1] > 1:  # the query
+            cosine[:, 0] = torch.where(mask[:, 0], cosine[:, 1:].amax(1), 0.0)
+        return self.config.affinity * cosine
 
     def forward(
         self, x_t: Tensor, t: Tensor, cond: Tensor | UNetCondition, cond_mask: Tensor | None = None
@@ -235,7 +253,7 @@ class UNetDenoiser(Backbone):
     def _mix(self, x_t: Tensor, alpha: Tensor, total: Tensor, cond: UNetCondition) -> Tensor:
         """The paintings, averaged by how likely each is x_t's picture: m, [B, C, h, w]."""
         distance = (x_t[:, None] - alpha[:, None] * cond.paintings).square().mean((2, 3, 4))
-        score = -self.log_trust.exp() * distance / total.view(-1, 1)
+        score = cond.prior - self.log_trust.exp() * distance / total.view(-1, 1)
         some = cond.mask.any(1, keepdim=True)
         score = score.masked_fill(~cond.mask & some, -torch.inf)
         share = score.softmax(1) * some
