@@ -21,7 +21,7 @@ constexpr int kWindowSum = 258, kPairSum = 128;
 static_assert(127 * kWindowSum <= 32767 && 255 * kPairSum <= 32767, "sums of 16 bits");
 
 // A scan of codes may stop after three or five eighths of a row's groups, where what is left of the
-// row cannot lift it to tau any more. Rows of fewer than 128 dimensions have no stops.
+// row cannot lift it to tau any more. Rows of fewer than 32 groups have no stops.
 constexpr int kStops = 2;
 static inline int stop_group(int groups, int stop) { return groups / 32 * 4 * (2 * stop + 3); }
 

@@ -55,8 +55,8 @@ def check_size(image: Image.Image) -> None:
 def flatten(image: Image.Image) -> Image.Image:
     """RGB with transparency laid on white; ValueError for a picture without pixels."""
     check_size(image)
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
-        grey = np.asarray(image).astype(np.float64).clip(0, 65535)
+    if image.mode.startswith("I;16"):  # 16 bits of grey, which Pillow would clip at 255
+        grey = np.asarray(image).astype(np.float64)
         return Image.fromarray((grey / 257).round().astype(np.uint8)).convert("RGB")
     if image.mode == "P" or "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")

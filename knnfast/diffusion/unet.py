@@ -35,8 +35,8 @@ class UNetConfig:
         ranks: neighbours told apart by rank; later ones share the last rank.
         num_steps: T of the noise schedule.
         beta_schedule: diffusers' name of that schedule.
-        affinity: how much likelier a picture is whose embedding is nearer to the query's, per
-            cosine.
+        affinity: log of how much likelier a neighbour's picture is for a cosine to the query that
+            is larger by 1.
     """
 
     num_codes: int = 512
@@ -104,8 +104,7 @@ class UNetDenoiser(Backbone):
     where a_j is `affinity` times the cosine of embedding j and the query's (the query itself counts
     as its nearest neighbour does; without one, the first neighbour stands for it): pure noise x_T
     does not say whose picture it is. The first term of v is the optimal v for x_0 ~ N(m, s^2); the
-    network learns what is left.
-    Without any embedding m = 0 and s = 1, and the first term is 0.
+    network learns what is left. Without any embedding m = 0 and s = 1, and the first term is 0.
 
     Args:
         config: sizes.
@@ -212,7 +211,8 @@ class UNetDenoiser(Backbone):
         """a_j of the paintings, [B, k+1]; 0 where an embedding is off."""
         unit = F.normalize(cond.float(), dim=-1)
         anchor = mask.int().argmax(1)  # the first that is on
-        cosine = torch.einsum("bkd,bd->bk", unit, unit[torch.arange(len(unit)), anchor])
+        each = torch.arange(len(unit), device=unit.device)
+        cosine = torch.einsum("bkd,bd->bk", unit, unit[each, anchor])
         cosine = cosine.masked_fill(~mask, 0.0)
         if cosine.shape[1] > 1:  # the query
             cosine[:, 0] = torch.where(mask[:, 0], cosine[:, 1:].amax(1), 0.0)
