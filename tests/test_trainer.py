@@ -91,8 +91,7 @@ def test_shares() -> None:
 
 
 TWO = """
-import json, sys
-from dataclasses import replace
+import json, os, time
 from test_trainer import LONG
 from test_training import TINY, pairs
 from knnfast.diffusion.distributed import processes
@@ -102,12 +101,15 @@ with processes() as these:
     losses = [float(trainer.advance()["loss"]) for _ in range(50)]
     if these.main:
         print("LOSSES", these.count, json.dumps(losses))
+deadline = time.monotonic() + 30  # joined threads are listed for a moment longer
+while len(os.listdir("/proc/self/task")) > 1:
+    assert time.monotonic() < deadline, "the group's threads go on"
 """
 LONG = replace(QUICK, steps=50, batch=16, accumulate=2, importance=True)
 
 
 def test_two_processes_train_as_one(tmp_path: Path, one_thread: None) -> None:
-    """Torchrun with two processes (gloo): the losses of one process, over 50 steps."""
+    """Torchrun with two processes (gloo): the losses of one, over 50 steps; no thread is left."""
     file = tmp_path / "two.py"
     file.write_text(TWO)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -30,6 +30,7 @@ class Processes:
     rank: int = 0
     count: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009
+    _wrapped: list[DistributedDataParallel] = field(default_factory=list, repr=False)
 
     @property
     def main(self) -> bool:
@@ -52,7 +53,8 @@ class Processes:
         if self.count == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids)
+        self._wrapped.append(DistributedDataParallel(module, device_ids=ids))
+        return self._wrapped[-1]
 
     def gather(self, rows: Tensor) -> Tensor:
         """Every process's `rows` [n, ...], in the order of the ranks: [count * n, ...]."""
@@ -66,6 +68,17 @@ class Processes:
         """Return when every process has come here."""
         if self.count > 1:
             dist.barrier()
+
+    def leave(self) -> None:
+        """Leave the group: wrapped modules are of no more use, and its threads have ended.
+
+        They end with the last reference to the group. A module that held it to the end of the
+        process would leave a thread that lets go of a tensor while Python itself ends: it aborts.
+        """
+        for module in self._wrapped:
+            module.reducer = module.logger = module.process_group = None
+        self._wrapped.clear()
+        dist.destroy_process_group()
 
 
 @contextmanager
@@ -84,10 +97,11 @@ def processes(device: str | torch.device = "cpu") -> Iterator[Processes]:
         yield Processes(rank, count, chosen)
         return
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    these = Processes(rank, count, chosen)
     try:
-        yield Processes(rank, count, chosen)
+        yield these
     finally:
-        dist.destroy_process_group()
+        these.leave()
 
 
 def has_bf16(device: str | torch.device) -> bool:
