@@ -7,6 +7,37 @@
 
 namespace knnfast {
 
+void Floors::start(size_t k) {
+  k_ = k;
+  values_.clear();
+  values_.reserve(2 * std::min<size_t>(k, 256));  // a search allocates nothing (see Collector)
+}
+
+float Floors::take(std::vector<float>& fresh) {
+  const std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
+  if (!lock) return kNoThreshold;
+  values_.insert(values_.end(), fresh.begin(), fresh.end());
+  fresh.clear();
+  if (values_.size() < k_) return kNoThreshold;
+  const auto last = values_.begin() + static_cast<std::ptrdiff_t>(k_) - 1;
+  std::nth_element(values_.begin(), last, values_.end(), std::greater<float>());
+  values_.resize(k_);
+  return values_.back();
+}
+
+void Query::start(size_t k) {
+  tau.store(kNoThreshold, std::memory_order_relaxed);
+  bounds.start(k);
+  scores.start(k);
+}
+
+void Query::raise(float threshold) {
+  float shared = tau.load(std::memory_order_relaxed);
+  while (shared < threshold &&
+         !tau.compare_exchange_weak(shared, threshold, std::memory_order_relaxed)) {
+  }
+}
+
 void Collector::start(const SegmentView* segments, const CanonicalKeys& keys, Query* query,
                       size_t k) {
   segments_ = segments;
@@ -19,11 +50,13 @@ void Collector::start(const SegmentView* segments, const CanonicalKeys& keys, Qu
   wide_.resize(keys.stride);
   tau_ = kNoThreshold;
   pending_.clear();
-  floors_.clear();
+  fresh_bounds_.clear();
+  fresh_scores_.clear();
   // So that searches after the first allocate nothing, unless they ask for very many rows.
   const size_t most = std::min<size_t>(k, 256);
   pending_.reserve(std::min(capacity_, 16 * most));
-  floors_.reserve(most + 1);
+  fresh_bounds_.reserve(most + 1);
+  fresh_scores_.reserve(most + 1);
   best_.reserve(most + 1);
   best_.clear();
   opened = rescored = 0;
@@ -58,29 +91,15 @@ void Collector::rescore(uint32_t segment, uint32_t row) {
   offer(key, [&] { return s.id(row); });
 }
 
-void Collector::floor(float lower) {
-  if (range_ || !(lower > tau_)) return;
-  floors_.push_back(lower);
-  std::push_heap(floors_.begin(), floors_.end(), std::greater<float>());
-  if (floors_.size() < k_) return;
-  if (floors_.size() > k_) {
-    std::pop_heap(floors_.begin(), floors_.end(), std::greater<float>());
-    floors_.pop_back();
-  }
-  raise_to(floors_.front());
+void Collector::share(Floors& floors, std::vector<float>& fresh) {
+  query_->raise(floors.take(fresh));
+  refresh();
 }
 
 void Collector::raise() {
-  if (!range_ && best_.size() >= k_) raise_to(round_down(best_.front().key * query_->key_scale));
-}
-
-void Collector::raise_to(float tau) {
-  if (!(tau > tau_)) return;
-  tau_ = tau;
-  float shared = query_->tau.load(std::memory_order_relaxed);
-  while (shared < tau &&
-         !query_->tau.compare_exchange_weak(shared, tau, std::memory_order_relaxed)) {
-  }
+  if (range_) return;
+  if (!fresh_bounds_.empty()) share(query_->bounds, fresh_bounds_);
+  if (!fresh_scores_.empty()) share(query_->scores, fresh_scores_);
 }
 
 void Collector::drop_below() {
@@ -123,7 +142,7 @@ void Collector::shrink() {
     rescore_first(k_);
     drop_below();
   }
-  if (pending_.size() > capacity_ / 2) rescore_first(pending_.size());
+  if (pending_.size() > capacity_ * 3 / 4) rescore_first(pending_.size());
 }
 
 void Collector::take(Collector& other) {
@@ -132,7 +151,7 @@ void Collector::take(Collector& other) {
   else
     for (const Found& f : other.best_)
       if (better(f, worst_)) keep(f);
-  for (const float lower : other.floors_) floor(lower);
+  other.raise();
   raise();
   drop_below();
   for (const Candidate& c : other.pending_)
@@ -143,6 +162,7 @@ void Collector::take(Collector& other) {
 
 const std::vector<Found>& Collector::finish() {
   capacity_ = 0;
+  raise();
   shrink();
   std::sort(best_.begin(), best_.end(), better);
   return best_;

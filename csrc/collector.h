@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <mutex>
 #include <vector>
 
 #include "knnfast/index.h"
@@ -15,12 +16,36 @@ namespace knnfast {
 
 constexpr float kNoThreshold = -std::numeric_limits<float>::infinity();
 
+// The largest float <= x.
+inline float round_down(double x) {
+  const float f = static_cast<float>(x);
+  return static_cast<double>(f) > x ? std::nextafter(f, kNoThreshold) : f;
+}
+inline float round_up(double x) { return -round_down(-x); }
+
+// What is certain of different rows' scores, from all threads: the k best of it.
+class Floors {
+ public:
+  void start(size_t k);
+  // Moves `fresh` here and returns the k-th best; while another thread is at it, does nothing.
+  float take(std::vector<float>& fresh);
+
+ private:
+  std::mutex busy_;
+  size_t k_ = 0;
+  std::vector<float> values_;
+};
+
 struct Query {
   const double* q = nullptr;             // [dim] and zeros: what the canonical score takes
   double norm = 0;                       // √qq
   double scale = 1;                      // q is scanned as q·scale
   double key_scale = 1;                  // key · key_scale is the score as the scan sees it
   std::atomic<float> tau{kNoThreshold};  // the best certified threshold of any thread
+  Floors bounds, scores;                 // of rows opened, of rows rescored
+
+  void start(size_t k);
+  void raise(float threshold);  // tau
 };
 
 // The canonical key: larger is better, the score, or minus the squared distance.
@@ -59,11 +84,11 @@ struct Candidate {
   uint32_t segment, row;
 };
 
-// Keeps rows whose upper bound reaches tau, the k-th best *lower* bound so far: while rows are
-// scanned no row itself is read. When the buffer fills with rows that tau cannot drop, the best k
-// of it are rescored, which raises tau to the k-th canonical score so far, and then what is left;
-// so the memory is bounded whatever the data. With `radius` it keeps all rows above a fixed
-// threshold instead.
+// Keeps rows whose upper bound reaches tau, the k-th best *lower* bound that any thread has found
+// so far: while rows are scanned no row itself is read. When the buffer fills with rows that tau
+// cannot drop, the best k of it are rescored, which raises tau to the k-th canonical score so far,
+// and then what is left; so the memory is bounded whatever the data. With `radius` it keeps all
+// rows above a fixed threshold instead.
 class Collector {
  public:
   void start(const SegmentView* segments, const CanonicalKeys& keys, Query* query, size_t k);
@@ -73,7 +98,11 @@ class Collector {
   float tau() const { return tau_; }
   void add(float lower, float upper, uint32_t segment, uint32_t row) {
     pending_.push_back({upper, segment, row});
-    floor(lower);
+    __builtin_prefetch(pending_.data() + pending_.size() + 5, 1);  // the next line: for later
+    if (!range_ && lower > tau_) {
+      fresh_bounds_.push_back(lower);
+      if (2 * fresh_bounds_.size() >= k_) share(query_->bounds, fresh_bounds_);
+    }
     if (pending_.size() >= capacity_) shrink();
   }
   // A canonical key, and how to find the row's id. Only a damaged file holds rows that score NaN:
@@ -85,11 +114,14 @@ class Collector {
       if (key > radius_key_) best_.push_back({key, id()});
     } else if (key >= worst_.key) {
       const Found found{key, id()};
-      if (better(found, worst_)) keep(found);
+      if (!better(found, worst_)) return;
+      keep(found);
+      const float floor = round_down(key * query_->key_scale);
+      if (floor > tau_) fresh_scores_.push_back(floor);
     }
   }
   void refresh() { tau_ = std::max(tau_, query_->tau.load(std::memory_order_relaxed)); }
-  void raise();                 // tau to the k-th best of what is certain so far
+  void raise();                 // tau to what is certain by now
   void take(Collector& other);  // moves everything found by another thread here
   // Rescores what still matters; the result, best first.
   const std::vector<Found>& finish();
@@ -99,8 +131,7 @@ class Collector {
 
  private:
   void keep(const Found& found);
-  void floor(float lower);  // one more row scores at least this
-  void raise_to(float tau);
+  void share(Floors& floors, std::vector<float>& fresh);
   void shrink();
   void rescore(uint32_t segment, uint32_t row);
   void rescore_first(size_t count);  // of pending_, and forget them
@@ -116,15 +147,9 @@ class Collector {
   float tau_ = kNoThreshold;
   std::vector<Candidate> pending_;
   AlignedVector<double> wide_;  // a row as doubles
-  std::vector<float> floors_;   // the k best lower bounds, a heap with the worst on top
-  std::vector<Found> best_;     // a heap with the worst on top (range: a list)
+  // Above tau, and not shared yet.
+  std::vector<float> fresh_bounds_, fresh_scores_;
+  std::vector<Found> best_;  // a heap with the worst on top (range: a list)
 };
-
-// The largest float <= x.
-inline float round_down(double x) {
-  const float f = static_cast<float>(x);
-  return static_cast<double>(f) > x ? std::nextafter(f, kNoThreshold) : f;
-}
-inline float round_up(double x) { return -round_down(-x); }
 
 }  // namespace knnfast

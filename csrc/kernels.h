@@ -53,6 +53,7 @@ struct ScanRows {
 // At a stop c·p runs over the groups so far, and left·share·norm is added, the share in 255ths.
 struct ScanQuery {
   const int8_t* codes;  // p, [groups·4] and zeros
+  const int8_t* tiles;  // of this and the next 15 queries, where the kernel takes tiles
   const float* values;  // v, [dim] and zeros
   int32_t offset;       // -128·Σp: codes are stored plus 128
   // With windows: -128·Σp of each window's halves, modulo 2^16, two in a word; `offset` is unused.
@@ -63,6 +64,11 @@ struct ScanQuery {
   float tau;  // rows with u < tau are out
 };
 
+// A kernel may take the codes of batches of kTileBatch queries and more as tiles: 16 queries' codes
+// of 64 dimensions, side by side, then the next 64 dimensions.
+constexpr int kTileQueries = 16, kTileBatch = 4;
+static_assert(kQueryPad == 64, "tiles are whole");
+
 // Gets the rows whose bound reached tau; returns the query's new tau.
 struct Sink {
   float (*hit)(Sink* self, int query, uint32_t block, const float* upper, uint32_t mask);
@@ -71,6 +77,7 @@ struct Sink {
 struct Kernels {
   const char* name;
   int window;  // of scan_int8 (see above); 0: it sums in 32 bits
+  bool tiles;  // scan_int8 takes tiles
   // Bounds of the rows of blocks [begin, end) for `nq` queries. The one over codes returns how many
   // pairs it left at a stop.
   int64_t (*scan_int8)(const ScanRows&, uint32_t begin, uint32_t end, ScanQuery*, int nq, bool l2,

@@ -341,8 +341,16 @@ void to_float(const uint16_t* x, float* out, int64_t n) {
 
 }  // namespace
 
-extern const Kernels kAvx2 = {
-    "avx2",          kWindow, scan_int8, scan_fp16, canonical<false>,
-    canonical<true>, widen,   to_half,   to_float,  quantize_row_plain<to_float>};
+extern const Kernels kAvx2 = {"avx2",
+                              kWindow,
+                              false,
+                              scan_int8,
+                              scan_fp16,
+                              canonical<false>,
+                              canonical<true>,
+                              widen,
+                              to_half,
+                              to_float,
+                              quantize_row_plain<to_float>};
 
 }  // namespace knnfast

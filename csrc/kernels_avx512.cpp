@@ -4,6 +4,6 @@
 
 namespace knnfast {
 extern const Kernels kAvx512 = {
-    "avx512",        0,     scan_int8<false>, scan_fp16, canonical<false>,
-    canonical<true>, widen, to_half,          to_float,  quantize_row};
+    "avx512",        0,     false,   scan_int8<false>, scan_fp16,   canonical<false>,
+    canonical<true>, widen, to_half, to_float,         quantize_row};
 }  // namespace knnfast

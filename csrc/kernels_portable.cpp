@@ -155,8 +155,16 @@ void to_float(const uint16_t* x, float* out, int64_t n) {
 
 }  // namespace
 
-extern const Kernels kPortable = {
-    "portable",     0,     scan_int8, scan_fp16, one_by_one<dot>,
-    one_by_one<l2>, widen, to_half,   to_float,  quantize_row_plain<to_float>};
+extern const Kernels kPortable = {"portable",
+                                  0,
+                                  false,
+                                  scan_int8,
+                                  scan_fp16,
+                                  one_by_one<dot>,
+                                  one_by_one<l2>,
+                                  widen,
+                                  to_half,
+                                  to_float,
+                                  quantize_row_plain<to_float>};
 
 }  // namespace knnfast

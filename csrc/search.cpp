@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kGroup = 256;            // queries that go through the rows together
 constexpr size_t kChunkBytes = 256 << 10;  // of codes, handed to a thread at a time
 constexpr int64_t kWarmUp = 32;            // times k rows, before a scan is judged
+constexpr int64_t kOpening = 8;            // times k are opened of as many rows as went before
 constexpr double kSpeck = 1e-30;           // over everything that underflows in a scan
 
 enum Level { kInt8, kFp16, kCanonical };
@@ -28,8 +29,9 @@ struct Chunk {
 
 // A group of queries against one segment, as the kernels take them.
 struct Panel {
-  AlignedVector<int8_t> codes;   // l2 only: the codes depend on the segment's mean
-  std::vector<int32_t> offsets;  // of the codes
+  AlignedVector<int8_t> codes;  // l2 only: the codes depend on the segment's mean
+  AlignedVector<int8_t> tiles;  // of them (kernels.h)
+  std::vector<int32_t> offsets;
   std::vector<ScanQuery> int8, fp16;
 };
 
@@ -94,6 +96,16 @@ QueryCodes quantize_query(const double* v, int64_t dim, int window, int8_t* p, i
   return c;
 }
 
+// Codes [n, stride], n a multiple of 16, as tiles (kernels.h).
+void to_tiles(const AlignedVector<int8_t>& codes, size_t stride, AlignedVector<int8_t>& tiles) {
+  tiles.resize(codes.size());
+  int8_t* out = tiles.data();
+  for (size_t first = 0; first < codes.size(); first += kTileQueries * stride)
+    for (size_t j = 0; j < stride; j += kQueryPad)
+      for (size_t q = 0; q < kTileQueries; ++q, out += kQueryPad)
+        std::memcpy(out, codes.data() + first + q * stride + j, kQueryPad);
+}
+
 // Σ q·q in the canonical order.
 double canonical_norm2(const double* q, int64_t dim) {
   double lanes[32] = {};
@@ -114,7 +126,7 @@ struct Worker : Sink {
   std::vector<Collector> collectors;
   uint32_t chunk_segment = 0;
   int64_t opened = 0;  // in these blocks, by queries that had a threshold
-  int64_t seen = 0;    // blocks
+  int64_t seen = 0;    // rows
   int level = kInt8, hold = 0, patience = 8;
   int unstopped = 0, pause = 1;  // chunks that are read to their ends; then how many
   bool trusted = true;           // the level has paid since it was taken
@@ -122,10 +134,11 @@ struct Worker : Sink {
 };
 
 struct Scratch {
-  AlignedVector<double> q, v;    // [group, padded]: as given, as scanned
-  AlignedVector<float> values;   // v as float
-  AlignedVector<int8_t> codes;   // of v (ip, cosine)
-  std::vector<int32_t> offsets;  // of the codes (kernels.h)
+  AlignedVector<double> q, v;   // [group, padded]: as given, as scanned
+  AlignedVector<float> values;  // v as float
+  AlignedVector<int8_t> codes;  // of v (ip, cosine)
+  AlignedVector<int8_t> tiles;  // of them (kernels.h)
+  std::vector<int32_t> offsets;
   std::vector<QueryCodes> quantized;
   std::unique_ptr<Query[]> queries;
   int64_t capacity = 0;
@@ -139,18 +152,20 @@ Scratch& scratch() {
   return s;
 }
 
-// How far below its upper bound a row's score may lie (kernels.h).
-double spread(const Worker& w, int query, size_t row) {
+// A lower bound of a row's score from its upper one (kernels.h): all terms are of one sign, so that
+// a float's rounding is within these margins.
+float lower_bound(const Worker& w, int query, size_t row, float upper) {
   const ScanQuery& q = w.queries[query];
-  const double n = w.norms[row];
-  const double error = w.bounds ? residual_of(w.bounds[row]) : w.errors ? w.errors[row] : 1;
-  return 2 * (q.err * error + q.err_norm * n + q.slack - 0x1p-18 * q.sq * n * n);
+  const float n = w.norms[row];
+  const float error = w.bounds ? residual_of(w.bounds[row]) : w.errors ? w.errors[row] : 1;
+  const float spread = 2 * (q.err * error + q.err_norm * n + q.slack - 0x1p-18f * q.sq * n * n);
+  const float lower = upper - spread * (1 + 0x1p-20f);
+  return lower - std::fabs(lower) * 0x1p-22f;
 }
 
 float on_hit(Sink* sink, int query, uint32_t block, const float* upper, uint32_t mask) {
   Worker& w = *static_cast<Worker*>(sink);
   Collector& c = w.collectors[static_cast<size_t>(query)];
-  c.refresh();
   const int count = __builtin_popcount(mask);
   c.opened += count;
   if (c.tau() > kNoThreshold) w.opened += count;
@@ -158,7 +173,7 @@ float on_hit(Sink* sink, int query, uint32_t block, const float* upper, uint32_t
     const int r = __builtin_ctz(mask);
     const uint32_t row = block * kBlockRows + static_cast<uint32_t>(r);
     if (upper[r] >= c.tau())
-      c.add(round_down(upper[r] - spread(w, query, row)), upper[r], w.chunk_segment, row);
+      c.add(lower_bound(w, query, row, upper[r]), upper[r], w.chunk_segment, row);
   }
   return c.tau();
 }
@@ -173,6 +188,7 @@ class GroupSearch {
         pad_(padded(task.dim)),
         s_(scratch()),
         kernels_(kernels()),
+        tiles_(kernels_.tiles && count >= kTileBatch),
         windows_(kernels_.window ? pad_ / (static_cast<size_t>(kernels_.window) * kBlockDims) : 0),
         keys_{&kernels_, task.metric, static_cast<int>(task.dim), pad_} {
     prepare(task.queries + first * dim_);
@@ -185,6 +201,7 @@ class GroupSearch {
     if (work < 2) threads = 1;
     if (static_cast<int>(s_.workers.size()) < threads)
       s_.workers.resize(static_cast<size_t>(threads));
+    for (int64_t q = 0; q < n_; ++q) s_.queries[static_cast<size_t>(q)].start(k);
     for (int t = 0; t < threads; ++t) start(s_.workers[static_cast<size_t>(t)], k, radius);
     {
       const TraceRange range("knnfast.scan");
@@ -263,7 +280,6 @@ class GroupSearch {
         query.scale = std::ldexp(1.0, -std::max(0, exponent - 20));
         query.key_scale = query.scale * query.scale / 2;
       }
-      query.tau.store(kNoThreshold, std::memory_order_relaxed);
       for (int64_t j = 0; j < dim_; ++j) {
         v[j] = q[j] * query.scale;
         s_.values[static_cast<size_t>(i) * pad_ + static_cast<size_t>(j)] =
@@ -274,6 +290,7 @@ class GroupSearch {
             quantize_query(v, dim_, kernels_.window, s_.codes.data() + i * pad_,
                            s_.offsets.data() + static_cast<size_t>(i) * windows_);
     }
+    if (tiles_ && task_.metric != Metric::l2) to_tiles(s_.codes, pad_, s_.tiles);
   }
 
   void plan_chunks() {
@@ -330,7 +347,7 @@ class GroupSearch {
       const bool l2 = task_.metric == Metric::l2;
       const double row_scale = l2 ? query.scale : 1;
       ScanQuery& f = p.fp16[static_cast<size_t>(i)];
-      f.codes = nullptr;
+      f.codes = f.tiles = nullptr;
       f.values = s_.values.data() + i * pad_;
       f.offset = 0;
       f.offsets = nullptr;
@@ -351,8 +368,10 @@ class GroupSearch {
     const bool l2 = task_.metric == Metric::l2;
     if (l2) {
       p.codes.assign(s_.codes.size(), 0);
+      p.tiles.resize(s_.codes.size());
       p.offsets.resize(s_.offsets.size());
     }
+    const AlignedVector<int8_t>& tiles = l2 ? p.tiles : s_.tiles;
     std::vector<double>& centred = w.centred;
     centred.resize(static_cast<size_t>(dim_));
     for (int64_t i = 0; i < n_; ++i) {
@@ -376,6 +395,7 @@ class GroupSearch {
       const double arithmetic = 0x1p-18 * (c.norm + c.error);
       ScanQuery& q = p.int8[at];
       q.codes = (l2 ? p.codes.data() : s_.codes.data()) + at * pad_;
+      q.tiles = tiles.data() + (tiles_ ? at / kTileQueries * kTileQueries * pad_ : 0);
       q.values = nullptr;
       q.offset = c.offset;
       q.offsets = windows_ ? (l2 ? p.offsets.data() : s_.offsets.data()) + at * windows_ : nullptr;
@@ -388,6 +408,7 @@ class GroupSearch {
       q.base = round_up(base + 0x1p-20 * std::fabs(base) + rounding);
       q.slack = round_up(0x1p-19 * std::fabs(base) + rounding);
     }
+    if (tiles_ && l2) to_tiles(p.codes, pad_, p.tiles);
   }
 
   // What is left of a query v, coded in q, from each stop on.
@@ -475,10 +496,12 @@ class GroupSearch {
                          task_.metric == Metric::cosine, &w);
     }
     // A scan that opens most of what it reads does not pay: take the next finer one for a while.
-    // Only the first rows cannot be judged: most of them are among the k best so far.
-    w.seen += end - begin;
-    if (task_.scan != Scan::automatic || w.seen * kBlockRows < kWarmUp * k_) return;
-    const double share = static_cast<double>(w.opened) / static_cast<double>(pairs);
+    // Only the first rows cannot be judged: most of them are among the k best so far. For long
+    // after, of as many rows as have been seen, a few times k are.
+    w.seen += (end - begin) * kBlockRows;
+    if (task_.scan != Scan::automatic || w.seen < kWarmUp * k_) return;
+    const double share = static_cast<double>(w.opened) / static_cast<double>(pairs) -
+                         static_cast<double>(kOpening * k_) / static_cast<double>(w.seen);
     w.trusted = share <= (level == kFp16 ? 0.5 : n_ < 4 ? 0.2 : 0.08);
     if (!w.trusted) {
       w.level = level + 1;
@@ -544,6 +567,7 @@ class GroupSearch {
   const size_t pad_;
   Scratch& s_;
   const Kernels& kernels_;
+  const bool tiles_;      // of the queries' codes
   const size_t windows_;  // of a query's codes
   const CanonicalKeys keys_;
   int64_t k_ = 0;
