@@ -1,7 +1,9 @@
 """FAISS's flat indexes by their own names: `from knnfast import faiss_api as faiss`.
 
-IndexFlatIP, IndexFlatL2 and IndexIDMap over `knnfast.Index`. Rows are kept as FP16, scores are
-exact for those rows; files are knnfast's folders, not FAISS's format.
+IndexFlat, IndexFlatIP, IndexFlatL2 and IndexIDMap over `knnfast.Index`, selectors of ids, and
+`knn`. Rows are kept as FP16, scores are exact for those rows; files are knnfast's folders, not
+FAISS's format. What FAISS has beyond this (quantizers, graphs, GPU resources) is not here, and its
+names raise AttributeError.
 """
 
 from __future__ import annotations
@@ -18,31 +20,147 @@ from knnfast.search.index import Index
 METRIC_INNER_PRODUCT = 0
 METRIC_L2 = 1
 
+_METRICS = {METRIC_INNER_PRODUCT: "ip", METRIC_L2: "l2"}
 _KIND = "faiss_api.json"  # beside the index's files: which class it was
 _FORMAT = "knnfast-faiss-api"
 
 __all__ = [
     "METRIC_INNER_PRODUCT",
     "METRIC_L2",
+    "IDSelector",
+    "IDSelectorAll",
+    "IDSelectorAnd",
+    "IDSelectorArray",
+    "IDSelectorBatch",
+    "IDSelectorBitmap",
+    "IDSelectorNot",
+    "IDSelectorOr",
+    "IDSelectorRange",
+    "IndexFlat",
     "IndexFlatIP",
     "IndexFlatL2",
     "IndexIDMap",
     "IndexIDMap2",
+    "SearchParameters",
+    "index_factory",
+    "knn",
     "normalize_L2",
     "read_index",
     "write_index",
 ]
 
 
-def _rows(x: Any) -> np.ndarray:
-    return np.ascontiguousarray(x, dtype=np.float32)
+class IDSelector:
+    """Which labels take part."""
+
+    def members(self, ids: np.ndarray) -> np.ndarray:
+        """A bool for each id."""
+        raise NotImplementedError
+
+    def is_member(self, id: int) -> bool:
+        """Whether this one does."""
+        return bool(self.members(np.array([id]))[0])
+
+
+class IDSelectorAll(IDSelector):
+    """All of them."""
+
+    def members(self, ids: np.ndarray) -> np.ndarray:
+        """A bool for each id."""
+        return np.ones(len(ids), bool)
+
+
+class IDSelectorBatch(IDSelector):
+    """Those in a list."""
+
+    def __init__(self, ids: Any) -> None:
+        self._ids = np.asarray(ids, np.int64)
+
+    def members(self, ids: np.ndarray) -> np.ndarray:
+        """A bool for each id."""
+        return np.isin(ids, self._ids)
+
+
+IDSelectorArray = IDSelectorBatch
+
+
+class IDSelectorRange(IDSelector):
+    """Those in [imin, imax)."""
+
+    def __init__(self, imin: int, imax: int) -> None:
+        self._imin, self._imax = imin, imax
+
+    def members(self, ids: np.ndarray) -> np.ndarray:
+        """A bool for each id."""
+        return (ids >= self._imin) & (ids < self._imax)
+
+
+class IDSelectorBitmap(IDSelector):
+    """Those whose bit is set: bit i % 8 of byte i // 8."""
+
+    def __init__(self, bitmap: Any) -> None:
+        self._bits = np.unpackbits(np.asarray(bitmap, np.uint8), bitorder="little").astype(bool)
+
+    def members(self, ids: np.ndarray) -> np.ndarray:
+        """A bool for each id."""
+        inside = (ids >= 0) & (ids < len(self._bits))
+        found = np.zeros(len(ids), bool)
+        found[inside] = self._bits[ids[inside]]
+        return found
+
+
+class IDSelectorNot(IDSelector):
+    """Those that another selector leaves out."""
+
+    def __init__(self, sel: IDSelector) -> None:
+        self._sel = sel
+
+    def members(self, ids: np.ndarray) -> np.ndarray:
+        """A bool for each id."""
+        return ~self._sel.members(ids)
+
+
+class IDSelectorAnd(IDSelector):
+    """Those that two selectors agree on."""
+
+    def __init__(self, lhs: IDSelector, rhs: IDSelector) -> None:
+        self._lhs, self._rhs = lhs, rhs
+
+    def members(self, ids: np.ndarray) -> np.ndarray:
+        """A bool for each id."""
+        return self._lhs.members(ids) & self._rhs.members(ids)
+
+
+class IDSelectorOr(IDSelectorAnd):
+    """Those of either selector."""
+
+    def members(self, ids: np.ndarray) -> np.ndarray:
+        """A bool for each id."""
+        return self._lhs.members(ids) | self._rhs.members(ids)
+
+
+class SearchParameters:
+    """Options of one search: which labels take part."""
+
+    def __init__(self, sel: IDSelector | None = None) -> None:
+        self.sel = sel
+
+
+def _rows(name: str, x: Any) -> np.ndarray:
+    rows = np.ascontiguousarray(x, dtype=np.float32)
+    if rows.ndim != 2:
+        raise ValueError(f"{name} must be a matrix [n, d], got shape {rows.shape}")
+    return rows
+
+
+def _metric(metric: int) -> str:
+    if metric not in _METRICS:
+        raise ValueError(f"metric must be METRIC_INNER_PRODUCT or METRIC_L2, got {metric!r}")
+    return _METRICS[metric]
 
 
 class _Flat:
-    metric = "ip"
-
-    def __init__(self, d: int) -> None:
-        self._index = Index(d, metric=self.metric)
+    _index: Index
 
     @property
     def d(self) -> int:
@@ -71,36 +189,93 @@ class _Flat:
         """Remove all rows."""
         self._index = Index(self.d, metric=self._index.metric)
 
-    def search(self, x: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Distances and labels of the k best rows, [n, k]."""
-        return self._index.search(_rows(x), k)
+    def _allowed(self, params: SearchParameters | None) -> np.ndarray | None:
+        if params is None or params.sel is None:
+            return None
+        ids = self._index.ids
+        return ids[params.sel.members(ids)]
 
-    def range_search(self, x: Any, thresh: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def search(
+        self,
+        x: Any,
+        k: int,
+        *,
+        params: SearchParameters | None = None,
+        D: np.ndarray | None = None,
+        I: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Distances and labels of the k best rows, [n, k]; into D and I where they are given.
+
+        Where there are fewer rows, label -1 and the float32 that is worst.
+        """
+        distances, labels = self._index.search(_rows("x", x), k, allow=self._allowed(params))
+        worst = np.finfo(np.float32).max * (-1 if self._index.metric == "ip" else 1)
+        distances[labels < 0] = worst
+        for name, out, found in (("D", D, distances), ("I", I, labels)):
+            if out is not None and out.shape != found.shape:
+                raise ValueError(f"{name} must have shape {found.shape}, got {out.shape}")
+        if D is not None:
+            D[:] = distances
+        if I is not None:
+            I[:] = labels
+        return distances if D is None else D, labels if I is None else I
+
+    def assign(self, x: Any, k: int = 1) -> np.ndarray:
+        """Labels of the k best rows, [n, k]."""
+        return self.search(x, k)[1]
+
+    def search_and_reconstruct(
+        self, x: Any, k: int, *, params: SearchParameters | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Distances, labels and the rows themselves, [n, k, d]; NaN where there is none."""
+        distances, labels = self.search(x, k, params=params)
+        rows = np.full((*labels.shape, self.d), np.nan, np.float32)
+        rows[labels >= 0] = self.reconstruct_batch(labels[labels >= 0])
+        return distances, labels, rows
+
+    def range_search(
+        self, x: Any, thresh: float, *, params: SearchParameters | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Lims, distances and labels of all rows above (L2: below) the threshold."""
-        return self._index.range_search(_rows(x), thresh)
+        return self._index.range_search(_rows("x", x), thresh, allow=self._allowed(params))
 
     def reconstruct(self, key: int) -> np.ndarray:
         """One stored row as float32."""
         return self.reconstruct_batch([key])[0]
 
-    def reconstruct_batch(self, keys: Any) -> np.ndarray:
+    def reconstruct_batch(self, key: Any) -> np.ndarray:
         """Stored rows as float32."""
-        return self._index.vectors(keys).astype(np.float32)
+        return self._index.vectors(key).astype(np.float32)
 
     def reconstruct_n(self, n0: int = 0, ni: int = -1) -> np.ndarray:
-        """Stored rows n0 to n0 + ni, in order, as float32."""
+        """Stored rows n0 to n0 + ni, in order, as float32; ni = -1: to the last one."""
         ids = self._index.ids
-        return self.reconstruct_batch(ids[n0 : len(ids) if ni < 0 else n0 + ni])
+        end = len(ids) if ni == -1 else n0 + ni
+        if not 0 <= n0 <= end <= len(ids):
+            raise ValueError(f"n0 and ni: rows [{n0}, {end}) of {len(ids)}")
+        return self.reconstruct_batch(ids[n0:end])
+
+    def remove_ids(self, x: Any) -> int:
+        """Remove rows by label: a list of labels or a selector."""
+        if isinstance(x, IDSelector):
+            ids = self._index.ids
+            x = ids[x.members(ids)]
+        return self._index.remove(x)
 
 
-class _Sequential(_Flat):
+class IndexFlat(_Flat):
+    """Exact search: squared Euclidean distance or inner product."""
+
+    def __init__(self, d: int, metric: int = METRIC_L2) -> None:
+        self._index = Index(d, metric=_metric(metric))
+
     def add(self, x: Any) -> None:
         """Append rows; labels count up from 0."""
-        self._index.add(_rows(x))
+        self._index.add(_rows("x", x))
 
-    def remove_ids(self, ids: Any) -> int:
+    def remove_ids(self, x: Any) -> int:
         """Remove rows; as in FAISS, the labels of those behind them move down."""
-        removed = self._index.remove(ids)
+        removed = super().remove_ids(x)
         if removed:
             kept = self._index.vectors(self._index.ids)
             self.reset()
@@ -108,34 +283,61 @@ class _Sequential(_Flat):
         return removed
 
 
-class IndexFlatIP(_Sequential):
+class IndexFlatIP(IndexFlat):
     """Exact inner product."""
 
+    def __init__(self, d: int) -> None:
+        super().__init__(d, METRIC_INNER_PRODUCT)
 
-class IndexFlatL2(_Sequential):
+
+class IndexFlatL2(IndexFlat):
     """Exact squared Euclidean distance."""
 
-    metric = "l2"
+    def __init__(self, d: int) -> None:
+        super().__init__(d, METRIC_L2)
 
 
 class IndexIDMap(_Flat):
-    """A flat index with labels of one's own. Takes over an empty IndexFlatIP or IndexFlatL2."""
+    """A flat index with labels of one's own. Takes over an empty flat index, its `index`."""
 
-    def __init__(self, index: _Flat) -> None:
+    def __init__(self, index: IndexFlat) -> None:
+        if not isinstance(index, IndexFlat):
+            raise TypeError(f"index must be a flat index, got {type(index).__name__}")
         if index.ntotal:
-            raise ValueError("index must be empty")
-        self._index = index._index
+            raise ValueError(f"index must be empty, got {index.ntotal} rows")
+        self.index = index
+
+    @property
+    def _index(self) -> Index:
+        return self.index._index
+
+    @_index.setter
+    def _index(self, index: Index) -> None:
+        self.index._index = index
 
     def add_with_ids(self, x: Any, ids: Any) -> None:
         """Append rows under these unique labels."""
-        self._index.add(_rows(x), ids)
-
-    def remove_ids(self, ids: Any) -> int:
-        """Remove rows by label."""
-        return self._index.remove(ids)
+        self._index.add(_rows("x", x), ids)
 
 
 IndexIDMap2 = IndexIDMap
+
+
+def index_factory(d: int, description: str, metric: int = METRIC_L2) -> _Flat:
+    """A flat index by its description: `Flat`, `IDMap,Flat` or `IDMap2,Flat`."""
+    if description == "Flat":
+        return IndexFlat(d, metric)
+    if description in ("IDMap,Flat", "IDMap2,Flat"):
+        return IndexIDMap(IndexFlat(d, metric))
+    raise ValueError(f"description must be Flat, IDMap,Flat or IDMap2,Flat, got {description!r}")
+
+
+def knn(xq: Any, xb: Any, k: int, *, metric: int = METRIC_L2) -> tuple[np.ndarray, np.ndarray]:
+    """Distances and positions of the k rows of xb that are best for each row of xq, [n, k]."""
+    rows = _rows("xb", xb)
+    index = IndexFlat(rows.shape[1], metric)
+    index.add(rows)
+    return index.search(_rows("xq", xq), k)
 
 
 def write_index(index: _Flat, path: str | os.PathLike[str]) -> None:
@@ -155,7 +357,7 @@ def read_index(path: str | os.PathLike[str]) -> _Flat:
     opened = Index.open(path)
     if opened.metric == "cosine":
         raise ValueError(f"{path}: FAISS has no cosine metric; open it with knnfast.Index.open")
-    flat: _Flat = IndexFlatIP(opened.dim) if opened.metric == "ip" else IndexFlatL2(opened.dim)
+    flat: Any = IndexFlatIP(opened.dim) if opened.metric == "ip" else IndexFlatL2(opened.dim)
     kind = Path(path) / _KIND
     own = kind.is_file() and _files.read_json(kind, _FORMAT).get("labels") == "own"
     if own or not np.array_equal(opened.ids, np.arange(len(opened))):

@@ -98,6 +98,64 @@ def test_faiss_names(tmp_path):
     np.testing.assert_array_equal(*found)
 
 
+def use_flat(module, x):
+    """What code for FAISS's flat indexes does, beyond the basics: everything that comes back."""
+    flat = module.index_factory(16, "Flat", module.METRIC_INNER_PRODUCT)
+    flat.add(x[:20])
+    odd = module.IDSelectorBatch(np.arange(1, 20, 2))
+    inner = module.IDSelectorRange(4, 9)
+    bits = module.IDSelectorBitmap(np.packbits(np.arange(24) % 3 == 0, bitorder="little"))
+    out = np.empty((2, 3), np.float32), np.empty((2, 3), np.int64)
+    results = [*flat.search(x[:2], 3, D=out[0], I=out[1]), *out, flat.assign(x[:3], 2)]
+    for sel in (odd, inner, bits, module.IDSelectorNot(odd), module.IDSelectorAll(),
+                module.IDSelectorAnd(odd, inner), module.IDSelectorOr(bits, inner)):  # fmt: skip
+        results += flat.search(x[:3], 8, params=module.SearchParameters(sel=sel))
+        results += [sel.is_member(5), sel.is_member(6)]
+    lims, _, labels = flat.range_search(x[:1], 0.0, params=module.SearchParameters(sel=odd))
+    results += [lims, np.sort(labels)]
+    few = module.IndexFlat(16)
+    few.add(x[:3])
+    assert few.metric_type == module.METRIC_L2
+    results += [*few.search(x[5:7], 5), *few.search_and_reconstruct(x[5:7], 5)]
+    results += module.knn(x[:4], x[4:40], 6)
+    results += module.knn(x[:4], x[4:40], 6, metric=module.METRIC_INNER_PRODUCT)
+    mapped = module.IndexIDMap(module.IndexFlatL2(16))
+    mapped.add_with_ids(x[:10], np.arange(10) * 10)
+    results += [mapped.remove_ids(module.IDSelectorRange(15, 45)), mapped.search(x[:2], 7)[1]]
+    results += [mapped.index.ntotal, module.index_factory(16, "IDMap,Flat").metric_type]
+    mapped.reset()
+    return [*results, mapped.ntotal, mapped.index.ntotal]
+
+
+def test_faiss_names_beyond_the_basics():
+    faiss = pytest.importorskip("faiss")
+    x = np.random.default_rng(1).standard_normal((60, 16)).astype(np.float16).astype(np.float32)
+    for theirs, ours in zip(use_flat(faiss, x), use_flat(faiss_api, x), strict=True):
+        if isinstance(theirs, np.ndarray) and theirs.dtype == np.float32:
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+        else:
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_faiss_names_with_bad_input():
+    flat = faiss_api.IndexFlatL2(4)
+    flat.add(np.ones((3, 4)))
+    with pytest.raises(ValueError, match=r"x must be a matrix \[n, d\], got shape \(4,\)"):
+        flat.search(np.ones(4), 1)
+    with pytest.raises(ValueError, match=r"n0 and ni: rows \[2, 4\) of 3"):
+        flat.reconstruct_n(2, 2)
+    with pytest.raises(ValueError, match=r"I must have shape \(1, 2\), got \(2, 1\)"):
+        flat.search(np.ones((1, 4)), 2, I=np.zeros((2, 1), np.int64))
+    with pytest.raises(ValueError, match="index must be empty, got 3 rows"):
+        faiss_api.IndexIDMap(flat)
+    with pytest.raises(TypeError, match="index must be a flat index, got int"):
+        faiss_api.IndexIDMap(4)
+    with pytest.raises(ValueError, match="metric must be METRIC_INNER_PRODUCT or METRIC_L2, got 2"):
+        faiss_api.IndexFlat(4, 2)
+    with pytest.raises(ValueError, match=r"description must be Flat, .* got 'HNSW32'"):
+        faiss_api.index_factory(4, "HNSW32")
+
+
 def test_faiss_names_have_no_cosine(tmp_path):
     Index(4, "cosine").save(tmp_path / "cosine")
     with pytest.raises(ValueError, match="cosine: FAISS has no cosine metric"):

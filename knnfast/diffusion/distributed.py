@@ -76,7 +76,8 @@ class Processes:
         process would leave a thread that lets go of a tensor while Python itself ends: it aborts.
         """
         for module in self._wrapped:
-            module.reducer = module.logger = module.process_group = None
+            for name in ("reducer", "logger", "process_group"):
+                setattr(module, name, None)
         self._wrapped.clear()
         dist.destroy_process_group()
 
