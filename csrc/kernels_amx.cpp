@@ -107,7 +107,10 @@ void scan_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* 
 
 int64_t scan_int8_amx(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries,
                       int nq, bool l2, Sink* sink) {
-  if (nq < kTileBatch) return scan_int8<true>(rows, begin, end, queries, nq, l2, sink);
+  // A tile ends at a stop only where none of its pairs goes on: with 32 queries hardly ever.
+  constexpr int kStopBatch = 16;
+  if (nq < kTileBatch || (rows.stops && nq <= kStopBatch))
+    return scan_int8<true>(rows, begin, end, queries, nq, l2, sink);
   auto* scan = l2 ? scan_metric<true> : scan_metric<false>;
   scan(rows, begin, end, queries, nq, sink);
   return 0;

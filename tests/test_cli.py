@@ -75,6 +75,28 @@ def test_generate_json(tmp_path):
         assert image.size == (64, 64)
 
 
+def test_database_is_replaced_only_when_told_to(folder, tmp_path):
+    build = ("build", folder, "--encoder", "stickers")
+    for name in ("all", "two"):
+        assert invoke("database", *build, "--out", tmp_path / name).exit_code == 0
+        (folder / "blue-2.png").unlink(missing_ok=True)
+    out = tmp_path / "all"
+    for command in (build, ("merge", tmp_path / "two")):
+        refused = invoke("database", *command, "--out", out)
+        assert refused.exit_code == 2
+        assert f"--out: {out} is a database already; --replace writes over it" in refused.stderr
+        assert json.loads(invoke("database", "info", out, "--json").stdout)["images"] == 3
+    assert invoke("database", "merge", tmp_path / "two", "--out", out, "--replace").exit_code == 0
+    assert json.loads(invoke("database", "info", out, "--json").stdout)["images"] == 2
+
+
+def test_database_info_of_a_model():
+    found = json.loads(invoke("database", "info", "stickers", "--json").stdout)
+    assert [Path(each["path"]).name for each in found] == ["animals", "stickers"]
+    for each in found:
+        assert json.loads(invoke("database", "info", each["path"], "--json").stdout) == each
+
+
 def test_database_build_info_merge(folder, tmp_path):
     out = tmp_path / "db"
     result = invoke("database", "build", folder, "--encoder", "stickers", "--out", out)

@@ -173,6 +173,8 @@ def test_rejects():
         ops.sample_head(features, weight, bias.half(), x_t, weights, seed=0)
     with pytest.raises(ValueError, match="null_features"):
         ops.sample_head(features, weight, bias, x_t, weights, seed=0, null_features=null[:1])
+    with pytest.raises(ValueError, match=r"guidance: must be 1 without null_features, got 2\.0"):
+        ops.sample_head(features, weight, bias, x_t, weights, seed=0, guidance=2.0)
     with pytest.raises(ValueError, match="num_codes"):
         ops.sample_head(features, lambda r: r, None, x_t, weights, seed=0)
     with pytest.raises(TypeError, match="features"):

@@ -442,6 +442,7 @@ def test_correlated_tokens_mismatch_is_one_over_2n(n, seed):
         ({"weights": [0.0] * 7}, TypeError, "weights: must be a tensor, got list"),
         ({"guidance": float("nan")}, ValueError, "guidance: must be finite, got nan"),
         ({"guidance": "3"}, TypeError, "guidance: must be a number, got '3'"),
+        ({"guidance": 3.0}, ValueError, "guidance: must be 1 without null_logits, got 3.0"),
         ({"temperature": 0.0}, ValueError, "temperature"),
         ({"temperature": "warm"}, TypeError, "temperature: must be a number, got 'warm'"),
         ({"temperature": float("inf")}, ValueError, "temperature: must be finite"),

@@ -5,10 +5,31 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from knnfast.cli._shared import check_folder, device_option, find_encoder
+
+_replace = click.option("--replace", is_flag=True, help="Write over a database that is there.")
+
+
+def _check_out(out: Path, replace: bool) -> None:
+    """Refuse a place that cannot be written, or where a database is that nobody gave up."""
+    from knnfast.database import Database
+
+    check_folder("--out", out)
+    Database.check_place(out)
+    if (out / "database.json").is_file() and not replace:
+        raise ValueError(f"--out: {out} is a database already; --replace writes over it")
+
+
+def _databases(path: Path) -> list[Path]:
+    """A database's folder, or those of a model: a folder, or a bundle by its name."""
+    from knnfast.pipeline import BUNDLES
+
+    inside = (path if path.exists() else BUNDLES / path) / "databases"
+    return sorted(inside.iterdir()) if inside.is_dir() else [path]
 
 
 @click.group()
@@ -24,11 +45,18 @@ def database() -> None:
     help="A model bundle (stickers), an encoder's folder, or open_clip:MODEL/PRETRAINED.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@_replace
 @click.option("--batch-size", default=64, show_default=True)
 @device_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def database_build(
-    folder: Path, encoder: str, out: Path, batch_size: int, device: str, as_json: bool
+    folder: Path,
+    encoder: str,
+    out: Path,
+    replace: bool,
+    batch_size: int,
+    device: str,
+    as_json: bool,
 ) -> None:
     """Embed every png, jpg and webp below FOLDER into a database."""
     from knnfast.database import Database
@@ -36,8 +64,7 @@ def database_build(
 
     # Wrong paths are told before an encoder is loaded.
     list_images(folder)
-    check_folder("--out", out)
-    Database.check_place(out)
+    _check_out(out, replace)
     skipped: list[dict[str, str]] = []
 
     def on_skip(path: Path, reason: str) -> None:
@@ -60,37 +87,40 @@ def database_build(
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def database_info(path: Path, as_json: bool) -> None:
-    """Describe a saved database."""
+    """Describe a saved database, or those of a model (a bundle's name or a folder)."""
     from knnfast.database import Database
 
-    db = Database.open(path)
-    info = {
-        "path": str(path),
-        "images": len(db),
-        "encoder": db.encoder.to_dict(),
-        "metric": db.index.metric,
-        "bytes": db.index.nbytes,
-        "groups": db.groups,
-    }
+    found: list[dict[str, Any]] = []
+    for folder in _databases(path):
+        db = Database.open(folder)
+        found.append({
+            "path": str(folder),
+            "images": len(db),
+            "encoder": db.encoder.to_dict(),
+            "metric": db.index.metric,
+            "bytes": db.index.nbytes,
+            "groups": db.groups,
+        })  # fmt: skip
+        if as_json:
+            continue
+        click.echo(f"{folder}: {len(db):,} images, {db.index.nbytes / 2**20:.1f} MiB of embeddings")
+        click.echo(f"encoder {db.encoder.name}, {db.encoder.dim} numbers, {db.encoder.sha256[:12]}")
+        for group, count in db.groups.items():
+            click.echo(f"{count:8,}  {group or '(no group)'}")
     if as_json:
-        click.echo(json.dumps(info, indent=1))
-        return
-    click.echo(f"{path}: {len(db):,} images, {db.index.nbytes / 2**20:.1f} MiB of embeddings")
-    click.echo(f"encoder {db.encoder.name}, {db.encoder.dim} numbers, {db.encoder.sha256[:12]}")
-    for group, count in db.groups.items():
-        click.echo(f"{count:8,}  {group or '(no group)'}")
+        click.echo(json.dumps(found[0] if len(found) == 1 else found, indent=1))
 
 
 @database.command("merge")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path))
-def database_merge(paths: tuple[Path, ...], out: Path) -> None:
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@_replace
+def database_merge(paths: tuple[Path, ...], out: Path, replace: bool) -> None:
     """Merge databases made by one encoder."""
     from knnfast.database import Database
     from knnfast.diffusion.data import identity
 
-    check_folder("--out", out)
-    Database.check_place(out)
+    _check_out(out, replace)
     databases: dict[str, tuple[Path, Database]] = {}
     for path in paths:
         database = Database.open(path)

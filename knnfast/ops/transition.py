@@ -58,7 +58,7 @@ def transition_step(
         image_indices: [B] int64 in [0, 2^32), each image's place in the random counters; 0..B-1
             when None.
         null_logits: the unconditional pass, like logits: l = null + guidance (logits - null).
-        guidance: 1 means none.
+        guidance: 1 means none, and is all there can be without null_logits.
         temperature: > 0, divides the logits.
         top_r: keep the classes that hold this mass; 1 keeps all.
         top_k: keep this many classes; 0 keeps all.
@@ -84,6 +84,7 @@ def transition_step(
     x_t, weights, image_indices, seed = _check_step(
         logits, B, L, K, x_t, weights, image_indices, seed, guidance, temperature, top_r, top_k
     )
+    _check_null("null_logits", null_logits, guidance)
     if purity is not None:
         check_number("purity", purity)
         if purity < 0:
@@ -153,6 +154,7 @@ def sample_head(
         features, B, L, num_codes, x_t, weights, image_indices, seed, guidance, temperature, top_r,
         top_k,
     )  # fmt: skip
+    _check_null("null_features", null_features, guidance)
     options = float(guidance), float(temperature), float(top_r), int(top_k)
     if isinstance(weight, Tensor):
         return torch.ops.knnfast.sample_head(
@@ -241,6 +243,11 @@ def _check_step(
     else:
         seed = torch.full((1,), seed, dtype=torch.int64, device=like.device)
     return x_t, weights, image_indices, seed.reshape(1)
+
+
+def _check_null(name: str, null: Tensor | None, guidance: float) -> None:
+    if null is None and guidance != 1:
+        raise ValueError(f"guidance: must be 1 without {name}, got {guidance}")
 
 
 # ---------------------------------------------------------------------------------------------
