@@ -36,6 +36,7 @@ __all__ = [
     "IDSelectorNot",
     "IDSelectorOr",
     "IDSelectorRange",
+    "IDSelectorXOr",
     "IndexFlat",
     "IndexFlatIP",
     "IndexFlatL2",
@@ -99,7 +100,9 @@ class IDSelectorBitmap(IDSelector):
     """Those whose bit is set: bit i % 8 of byte i // 8."""
 
     def __init__(self, bitmap: Any) -> None:
-        self._bits = np.unpackbits(np.asarray(bitmap, np.uint8), bitorder="little").astype(bool)
+        if np.asarray(bitmap).dtype != np.uint8:
+            raise TypeError(f"bitmap must be bytes (uint8), got {np.asarray(bitmap).dtype}")
+        self._bits = np.unpackbits(np.asarray(bitmap), bitorder="little").astype(bool)
 
     def members(self, ids: np.ndarray) -> np.ndarray:
         """A bool for each id."""
@@ -139,10 +142,20 @@ class IDSelectorOr(IDSelectorAnd):
         return self._lhs.members(ids) | self._rhs.members(ids)
 
 
+class IDSelectorXOr(IDSelectorAnd):
+    """Those of exactly one of two selectors."""
+
+    def members(self, ids: np.ndarray) -> np.ndarray:
+        """A bool for each id."""
+        return self._lhs.members(ids) ^ self._rhs.members(ids)
+
+
 class SearchParameters:
     """Options of one search: which labels take part."""
 
     def __init__(self, sel: IDSelector | None = None) -> None:
+        if sel is not None and not isinstance(sel, IDSelector):
+            raise TypeError(f"sel must be an IDSelector, got {type(sel).__name__}")
         self.sel = sel
 
 
@@ -190,7 +203,12 @@ class _Flat:
         self._index = Index(self.d, metric=self._index.metric)
 
     def _allowed(self, params: SearchParameters | None) -> np.ndarray | None:
-        if params is None or params.sel is None:
+        if params is None:
+            return None
+        if not isinstance(params, SearchParameters):
+            kind = type(params).__name__
+            raise TypeError(f"params must be SearchParameters(sel=...), got {kind}")
+        if params.sel is None:
             return None
         ids = self._index.ids
         return ids[params.sel.members(ids)]
@@ -212,7 +230,12 @@ class _Flat:
         worst = np.finfo(np.float32).max * (-1 if self._index.metric == "ip" else 1)
         distances[labels < 0] = worst
         for name, out, found in (("D", D, distances), ("I", I, labels)):
-            if out is not None and out.shape != found.shape:
+            if out is None:
+                continue
+            if not isinstance(out, np.ndarray) or out.dtype != found.dtype:
+                kind = getattr(out, "dtype", type(out).__name__)
+                raise TypeError(f"{name} must be an array of {found.dtype}, got {kind}")
+            if out.shape != found.shape:
                 raise ValueError(f"{name} must have shape {found.shape}, got {out.shape}")
         if D is not None:
             D[:] = distances
@@ -332,7 +355,7 @@ def index_factory(d: int, description: str, metric: int = METRIC_L2) -> _Flat:
     raise ValueError(f"description must be Flat, IDMap,Flat or IDMap2,Flat, got {description!r}")
 
 
-def knn(xq: Any, xb: Any, k: int, *, metric: int = METRIC_L2) -> tuple[np.ndarray, np.ndarray]:
+def knn(xq: Any, xb: Any, k: int, metric: int = METRIC_L2) -> tuple[np.ndarray, np.ndarray]:
     """Distances and positions of the k rows of xb that are best for each row of xq, [n, k]."""
     rows = _rows("xb", xb)
     index = IndexFlat(rows.shape[1], metric)
@@ -367,6 +390,10 @@ def read_index(path: str | os.PathLike[str]) -> _Flat:
 
 
 def normalize_L2(x: np.ndarray) -> None:
-    """Scale the rows of x to length 1, in place; zero rows stay."""
+    """Scale the rows of x [n, d] float32 to length 1, in place; zero rows stay."""
+    if not isinstance(x, np.ndarray) or x.dtype != np.float32:
+        raise TypeError(
+            f"x must be an array of float32, got {getattr(x, 'dtype', type(x).__name__)}"
+        )
     norms = np.linalg.norm(x, axis=1, keepdims=True)
     x /= np.where(norms > 0, norms, 1)

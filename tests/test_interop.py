@@ -108,7 +108,8 @@ def use_flat(module, x):
     out = np.empty((2, 3), np.float32), np.empty((2, 3), np.int64)
     results = [*flat.search(x[:2], 3, D=out[0], I=out[1]), *out, flat.assign(x[:3], 2)]
     for sel in (odd, inner, bits, module.IDSelectorNot(odd), module.IDSelectorAll(),
-                module.IDSelectorAnd(odd, inner), module.IDSelectorOr(bits, inner)):  # fmt: skip
+                module.IDSelectorAnd(odd, inner), module.IDSelectorOr(bits, inner),
+                module.IDSelectorXOr(bits, inner)):  # fmt: skip
         results += flat.search(x[:3], 8, params=module.SearchParameters(sel=sel))
         results += [sel.is_member(5), sel.is_member(6)]
     lims, _, labels = flat.range_search(x[:1], 0.0, params=module.SearchParameters(sel=odd))
@@ -146,6 +147,18 @@ def test_faiss_names_with_bad_input():
         flat.reconstruct_n(2, 2)
     with pytest.raises(ValueError, match=r"I must have shape \(1, 2\), got \(2, 1\)"):
         flat.search(np.ones((1, 4)), 2, I=np.zeros((2, 1), np.int64))
+    with pytest.raises(TypeError, match="I must be an array of int64, got uint8"):
+        flat.search(np.ones((1, 4)), 2, I=np.zeros((1, 2), np.uint8))
+    with pytest.raises(TypeError, match="D must be an array of float32, got list"):
+        flat.search(np.ones((1, 4)), 2, D=[[0, 0]])
+    with pytest.raises(TypeError, match=r"params must be SearchParameters\(sel=...\), got int"):
+        flat.search(np.ones((1, 4)), 2, params=5)
+    with pytest.raises(TypeError, match="sel must be an IDSelector, got list"):
+        faiss_api.SearchParameters(sel=[1])
+    with pytest.raises(TypeError, match=r"bitmap must be bytes \(uint8\), got int64"):
+        faiss_api.IDSelectorBitmap([300])
+    with pytest.raises(TypeError, match="x must be an array of float32, got float16"):
+        faiss_api.normalize_L2(np.ones((3, 2), np.float16))
     with pytest.raises(ValueError, match="index must be empty, got 3 rows"):
         faiss_api.IndexIDMap(flat)
     with pytest.raises(TypeError, match="index must be a flat index, got int"):

@@ -1,6 +1,7 @@
 """The search returns reference.topk's bits, whatever the data, scan, order of work and machine."""
 
 import itertools
+import math
 import os
 import random
 import subprocess
@@ -282,6 +283,19 @@ def test_opcheck():
     for got, want in zip(ops.topk(q, x, 30, "cosine", ids), reference.topk(q, x, 30, "cosine", ids),
                          strict=True):  # fmt: skip
         assert torch.equal(got, want)
+
+
+def test_parallel_rows_tie_as_the_reference_says():
+    """Cosine divides by two square roots: an ulp off, as torch's may be, is another order."""
+    x = np.outer(np.arange(1, 600), [1, 1, 0]).astype(np.float16)
+    q = np.array([[1, 0, 0], [2, 3, 1]], np.float32)
+    index = Index(3, "cosine")
+    index.add(x)
+    scores, ids = reference.topk(torch.from_numpy(q), torch.from_numpy(x), 300, "cosine")
+    for got, wanted in zip(index.search(q, 300), (scores, ids), strict=True):
+        np.testing.assert_array_equal(got, wanted.numpy())
+    exact = reference.exact_sqrt(torch.arange(1.0, 10_001, dtype=torch.float64)).tolist()
+    assert exact == [math.sqrt(i) for i in range(1, 10_001)]
 
 
 def test_reference_keeps_to_the_device():

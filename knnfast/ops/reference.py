@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -411,6 +412,11 @@ def canonical_sum(terms: Tensor) -> Tensor:
     return lanes[..., 0]
 
 
+def exact_sqrt(x: Tensor) -> Tensor:
+    """The square root that IEEE 754 asks for; torch's on a CPU may be a vector library's."""
+    return torch.as_tensor(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
+
+
 def canonical_scores(q: Tensor, x: Tensor, metric: str = "ip") -> Tensor:
     """The FP64 scores of queries q [M, D] against rows x [N, D], in the fixed order: [M, N]."""
     q = q.float().double()
@@ -423,7 +429,7 @@ def canonical_scores(q: Tensor, x: Tensor, metric: str = "ip") -> Tensor:
             continue
         dot = canonical_sum(x * query)
         if metric == "cosine":
-            norms = canonical_sum(x * x).sqrt() * canonical_sum(query * query).sqrt()
+            norms = exact_sqrt(canonical_sum(x * x)) * exact_sqrt(canonical_sum(query * query))
             dot = torch.where(norms > 0, dot / norms, 0.0)
         rows.append(dot)
     return torch.stack(rows) if rows else q.new_zeros(0, len(x))
