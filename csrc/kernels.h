@@ -9,6 +9,7 @@
 
 namespace knnfast {
 
+constexpr int kGroup = 256;     // queries at most that a scan takes through the rows together
 constexpr int kBlockRows = 16;  // rows of a block of codes
 constexpr int kBlockDims = 4;   // dimensions of a group, side by side for one dot-product unit
 constexpr int kQueryPad = 64;   // a query's codes and values are zero-filled to a multiple of this

@@ -15,6 +15,7 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// The blocks that come next go to the second cache: the first one is full of queries and codes.
 template <int NA, int NB>
 inline void multiply(const ScanRows& rows, uint32_t block, const int8_t* queries,
                      const int8_t* next, Ahead& ahead, int32_t (*sums)[NA * kTile][kBlockRows]) {
@@ -35,7 +36,7 @@ inline void multiply(const ScanRows& rows, uint32_t block, const int8_t* queries
       _tile_dpbsud(2, 5, 6);
       if (NB > 1) _tile_dpbsud(3, 5, 7);
     }
-    ahead.ask<1>();
+    ahead.ask<1, _MM_HINT_T1>();
   }
   _tile_stored(0, sums[0][0], 64);
   if (NB > 1) _tile_stored(1, sums[1][0], 64);
@@ -43,65 +44,129 @@ inline void multiply(const ScanRows& rows, uint32_t block, const int8_t* queries
   if (NA > 1 && NB > 1) _tile_stored(3, sums[1][kTile], 64);
 }
 
-// A tile's tests do not branch on what they find, which nobody could foresee and which would hold
-// up the next tile's sums: what reaches tau is written down first.
-template <bool L2, int NA, int NB>
-void amx_tile(const ScanRows& rows, uint32_t block, ScanQuery* queries, int index, int nq,
-              const BlockTerms* terms, Ahead& ahead, Sink* sink) {
-  alignas(64) int32_t sums[NB][NA * kTile][kBlockRows];
-  alignas(64) float upper[NB * NA * kTile + 1][kBlockRows];
-  uint32_t found[NB * NA * kTile + 1];  // mask, query << 16, block << 24
-  multiply<NA, NB>(rows, block, queries[0].tiles, queries[NA > 1 ? kTile : 0].tiles, ahead, sums);
-  size_t count = 0;
-#pragma GCC unroll 1
-  for (uint32_t b = 0; b < NB; ++b) {
-    const BlockTerms t = terms[b];
-    uint32_t at = b << 24;
-#pragma GCC unroll 1
-    for (int q = 0; q < nq; ++q, at += 1 << 16) {
-      const __m512i sum =
-          _mm512_add_epi32(_mm512_load_si512(sums[b][q]), _mm512_set1_epi32(queries[q].offset));
-      const __m512 u = bound<L2>(t, sum, queries[q]);
-      const uint32_t mask =
-          _mm512_mask_cmp_ps_mask(t.live, u, _mm512_set1_ps(queries[q].tau), _CMP_GE_OQ);
-      _mm512_store_ps(upper[count], u);
-      found[count] = at | mask;
-      count += mask != 0;
+// Bounds of all pairs would cost as much as their sums. So a pair first has to pass a test of three
+// operations. Divided by mul·scale, u >= tau (kernels.h) says
+//   c·p >= (tau - base)/mul · 1/scale - (err·residual + err_norm·norm + sq·norm²)/mul · 1/scale
+// and with the largest err/mul, err_norm/mul and sq/mul of kQueries queries the second term is one
+// of the block's alone. Every term here is on the safe side by 2^-18 of itself, more than the
+// rounding of floats can take away, here and in bound().
+struct FirstTest {
+  static constexpr int kQueries = 2 * kTile;
+  float need[kQueries], rest[kQueries];  // (tau - base)/mul; -offset
+  float err, err_norm, sq;               // over mul, the largest
+
+  void start(const ScanQuery* queries, int nq) {
+    err = err_norm = 0;
+    sq = -INFINITY;
+    for (int q = 0; q < nq; ++q) {
+      const ScanQuery& s = queries[q];
+      const float offset = static_cast<float>(s.offset);
+      rest[q] = -offset - fabsf(offset) * 0x1p-18f - 1;
+      err = fmaxf(err, s.err / s.mul * (1 + 0x1p-18f));
+      err_norm = fmaxf(err_norm, s.err_norm / s.mul * (1 + 0x1p-18f));
+      sq = fmaxf(sq, s.sq / s.mul * (1 - 0x1p-18f));
+      raise(q, s);
     }
   }
-  for (size_t i = 0; i < count; ++i) {
-    const int q = found[i] >> 16 & 255;
-    queries[q].tau =
-        sink->hit(sink, index + q, block + (found[i] >> 24), upper[i], found[i] & 0xffff);
+  void raise(int q, const ScanQuery& s) {
+    const float rounding = (fabsf(s.tau) + fabsf(s.base)) * 0x1p-18f;
+    const float quotient = (s.tau - s.base - rounding) / s.mul;
+    need[q] = quotient - fabsf(quotient) * 0x1p-18f;
+  }
+};
+
+// What passed in two blocks of rows: bounds that reached tau, as the sink takes them.
+struct Found {
+  static constexpr int kMost = 2 * kGroup;
+  alignas(64) float upper[kMost + 1][kBlockRows];
+  struct {
+    int query;
+    uint32_t block, mask;
+  } line[kMost + 1];
+  int count = 0;
+};
+
+template <bool L2, int NA, int NB>
+void amx_tile(const ScanRows& rows, uint32_t block, ScanQuery* queries, int index, int nq,
+              const BlockTerms* terms, const FirstTest& test, Ahead& ahead, Found& found) {
+  alignas(64) int32_t sums[NB][NA * kTile][kBlockRows];
+  alignas(64) uint16_t masks[NB][2 * kTile] = {};
+  multiply<NA, NB>(rows, block, queries[0].tiles, queries[NA > 1 ? kTile : 0].tiles, ahead, sums);
+#pragma GCC unroll 2
+  for (int b = 0; b < NB; ++b) {
+    const BlockTerms& t = terms[b];
+    const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1), t.scale);
+    __m512 gap = _mm512_mul_ps(t.norm, _mm512_set1_ps(test.err_norm));
+    gap = _mm512_fmadd_ps(t.residual, _mm512_set1_ps(test.err), gap);
+    if (L2) gap = _mm512_fmadd_ps(_mm512_mul_ps(t.norm, t.norm), _mm512_set1_ps(test.sq), gap);
+    gap = _mm512_mul_ps(gap, inverse);
+#pragma GCC unroll 8
+    for (int q = 0; q < NA * kTile; ++q) {
+      __m512 least = _mm512_fmsub_ps(inverse, _mm512_set1_ps(test.need[q]), gap);
+      least = _mm512_add_ps(least, _mm512_set1_ps(test.rest[q]));
+      // Not "less than": rows of scale 0 give a NaN.
+      masks[b][q] =
+          _mm512_cmp_ps_mask(_mm512_cvtepi32_ps(_mm512_load_si512(sums[b][q])), least, _CMP_NLT_UQ);
+    }
+  }
+  for (int b = 0; b < NB; ++b) {
+    const __m512i mask = _mm512_load_si512(masks[b]);
+    uint32_t passed = _mm512_test_epi16_mask(mask, mask);
+    if (nq < 2 * kTile) passed &= (1u << nq) - 1;
+    for (; passed; passed &= passed - 1) {
+      const int q = __builtin_ctz(passed);
+      const ScanQuery& s = queries[q];
+      const __m512i sum =
+          _mm512_add_epi32(_mm512_load_si512(sums[b][q]), _mm512_set1_epi32(s.offset));
+      const __m512 u = bound<L2>(terms[b], sum, s);
+      const uint32_t reached =
+          _mm512_mask_cmp_ps_mask(terms[b].live, u, _mm512_set1_ps(s.tau), _CMP_GE_OQ);
+      _mm512_store_ps(found.upper[found.count], u);
+      found.line[found.count] = {index + q, block + static_cast<uint32_t>(b), reached};
+      found.count += reached != 0;
+    }
   }
 }
 
+// Every other pair of blocks meets the queries in reverse: the last ones are still at hand.
 template <bool L2, int NB>
-void amx_blocks(const ScanRows& rows, uint32_t block, ScanQuery* queries, int nq, Sink* sink) {
+void amx_blocks(const ScanRows& rows, uint32_t block, bool reverse, ScanQuery* queries, int nq,
+                FirstTest* tests, Found& found, Sink* sink) {
   BlockTerms terms[NB];
   for (int b = 0; b < NB; ++b) terms[b] = load_terms(rows, block + b);
   const size_t bytes = static_cast<size_t>(rows.groups) * 64;
   const uint8_t* next = rows.codes + (block + NB) * bytes;
   const int tiles = (nq + 2 * kTile - 1) / (2 * kTile);
   Ahead ahead{next, next + NB * bytes, 0, (NB * 16 + tiles - 1) / tiles};
-  for (int q = 0; q < nq; q += 2 * kTile) {
-    const int left = nq - q;
+  for (int i = 0; i < tiles; ++i) {
+    const int tile = reverse ? tiles - 1 - i : i, q = tile * 2 * kTile, left = nq - q;
     if (left > kTile)
-      amx_tile<L2, 2, NB>(rows, block, queries + q, q, left < 2 * kTile ? left : 2 * kTile, terms,
-                          ahead, sink);
+      amx_tile<L2, 2, NB>(rows, block, queries + q, q, left, terms, tests[tile], ahead, found);
     else
-      amx_tile<L2, 1, NB>(rows, block, queries + q, q, left, terms, ahead, sink);
+      amx_tile<L2, 1, NB>(rows, block, queries + q, q, left, terms, tests[tile], ahead, found);
   }
+  for (int i = 0; i < found.count; ++i) {
+    const int q = found.line[i].query;
+    queries[q].tau = sink->hit(sink, q, found.line[i].block, found.upper[i], found.line[i].mask);
+    tests[q / FirstTest::kQueries].raise(q % FirstTest::kQueries, queries[q]);
+  }
+  found.count = 0;
 }
 
 template <bool L2>
 void scan_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
                  Sink* sink) {
+  FirstTest tests[kGroup / FirstTest::kQueries];
+  for (int q = 0; q < nq; q += FirstTest::kQueries)
+    tests[q / FirstTest::kQueries].start(
+        queries + q, nq - q < FirstTest::kQueries ? nq - q : FirstTest::kQueries);
+  Found found;
   const TileConfig config;
   _tile_loadconfig(&config);
   uint32_t b = begin;
-  for (; b + 2 <= end; b += 2) amx_blocks<L2, 2>(rows, b, queries, nq, sink);
-  for (; b < end; ++b) amx_blocks<L2, 1>(rows, b, queries, nq, sink);
+  for (; b + 2 <= end; b += 2)
+    amx_blocks<L2, 2>(rows, b, (b - begin) & 2, queries, nq, tests, found, sink);
+  for (; b < end; ++b) amx_blocks<L2, 1>(rows, b, false, queries, nq, tests, found, sink);
   _tile_release();
 }
 

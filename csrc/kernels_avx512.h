@@ -72,14 +72,14 @@ struct Ahead {
   size_t stride = 0;
   int lines = 0;
 
-  template <int N>
+  template <int N, _mm_hint Cache = _MM_HINT_T0>
   void ask() {
     if (at >= end) return;
 #pragma GCC unroll 1
     for (int i = 0; i < lines; ++i, at += 64)
 #pragma GCC unroll 4
       for (int b = 0; b < N; ++b)
-        _mm_prefetch(reinterpret_cast<const char*>(at + b * stride), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(at + b * stride), Cache);
   }
 };
 

@@ -15,7 +15,6 @@
 namespace knnfast {
 namespace {
 
-constexpr int64_t kGroup = 256;            // queries that go through the rows together
 constexpr size_t kChunkBytes = 256 << 10;  // of codes, handed to a thread at a time
 constexpr int64_t kWarmUp = 32;            // times k rows, before a scan is judged
 constexpr int64_t kOpening = 8;            // times k are opened of as many rows as went before

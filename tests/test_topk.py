@@ -319,6 +319,48 @@ def test_op_rejects(change, error, match):
         ops.topk(**({"q": torch.ones(1, 2), "x": torch.ones(4, 2), "k": 1} | change))
 
 
+OPENED = """
+import numpy as np
+from knnfast.search import Index
+from test_codes import make_rows
+
+rng = np.random.default_rng(3)
+for d in (64, 100, 512):
+    q = rng.standard_normal((40, d)) * 2.0 ** rng.integers(-8, 9, (40, 1))
+    q[::7] = 0
+    q[::5, 3] += 2**9
+    q = q.astype(np.float32)
+    normal, equal = rng.standard_normal((2000, d)), np.ones((2000, d))
+    for rows in (make_rows(rng, 2000, d), normal.astype(np.float16), equal.astype(np.float16)):
+        for metric in ("ip", "cosine", "l2"):
+            index = Index(d, metric=metric, scan="int8")
+            index.add(rows)
+            index.remove(np.arange(0, 2000, 11))
+            for part in (q[:1], np.repeat(q[1:2], 20, 0), q):
+                scores = index.search(part, 1500)[0][:, [0, 9, 99, 999]]
+                before = index.stats["rows_opened"]
+                for radius in scores[::6].flatten().tolist():
+                    index.range_search(part, radius)
+                print(index.stats["rows_opened"] - before)
+"""
+
+
+def test_instruction_sets_open_the_same_rows():
+    """Those with 16 lanes have one bound: what they test before it loses no row that reaches it."""
+    names = [isa for isa in ISAS[2:] if ISAS.index(isa) <= ISAS.index(_C.isa())]
+    if len(names) < 2 or os.environ.get("KNNFAST_ISA"):
+        pytest.skip(f"this machine's instruction sets of 16 lanes, unchosen: {names}")
+    opened = [
+        subprocess.run(
+            [sys.executable, "-c", OPENED], env={**os.environ, "KNNFAST_ISA": isa},
+            cwd=Path(__file__).parent, check=True, capture_output=True, text=True,
+        ).stdout.split()
+        for isa in names
+    ]  # fmt: skip
+    assert max(map(int, opened[0])) > 1000
+    assert opened == opened[:1] * len(names)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_instruction_sets(isa):
     """The suite's core under each set of kernels that this machine has."""
