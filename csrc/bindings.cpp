@@ -166,6 +166,7 @@ py::dict stats(const Index& ix) {
   py::dict d;
   d["searches"] = s.searches;
   d["queries"] = s.queries;
+  d["queries_repeated"] = s.queries_repeated;
   d["rows_scanned"] = s.rows_scanned;
   d["rows_stopped"] = s.rows_stopped;
   d["rows_opened"] = s.rows_opened;

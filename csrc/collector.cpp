@@ -27,7 +27,7 @@ float Floors::take(std::vector<float>& fresh) {
 
 void Query::start(size_t k) {
   tau.store(kNoThreshold, std::memory_order_relaxed);
-  bounds.start(k);
+  floors.start(k);
   scores.start(k);
 }
 
@@ -50,12 +50,12 @@ void Collector::start(const SegmentView* segments, const CanonicalKeys& keys, Qu
   wide_.resize(keys.stride);
   tau_ = kNoThreshold;
   pending_.clear();
-  fresh_bounds_.clear();
+  fresh_floors_.clear();
   fresh_scores_.clear();
   // So that searches after the first allocate nothing, unless they ask for very many rows.
   const size_t most = std::min<size_t>(k, 256);
   pending_.reserve(std::min(capacity_, 16 * most));
-  fresh_bounds_.reserve(most + 1);
+  fresh_floors_.reserve(most + 1);
   fresh_scores_.reserve(most + 1);
   best_.reserve(most + 1);
   best_.clear();
@@ -98,7 +98,7 @@ void Collector::share(Floors& floors, std::vector<float>& fresh) {
 
 void Collector::raise() {
   if (range_) return;
-  if (!fresh_bounds_.empty()) share(query_->bounds, fresh_bounds_);
+  if (!fresh_floors_.empty()) share(query_->floors, fresh_floors_);
   if (!fresh_scores_.empty()) share(query_->scores, fresh_scores_);
 }
 
@@ -166,6 +166,12 @@ const std::vector<Found>& Collector::finish() {
   shrink();
   std::sort(best_.begin(), best_.end(), better);
   return best_;
+}
+
+bool Collector::certain() const {
+  const float tau = query_->tau.load(std::memory_order_relaxed);
+  return range_ || tau == kNoThreshold ||
+         (best_.size() == k_ && best_.back().key * query_->key_scale >= tau);
 }
 
 }  // namespace knnfast

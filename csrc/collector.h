@@ -23,7 +23,7 @@ inline float round_down(double x) {
 }
 inline float round_up(double x) { return -round_down(-x); }
 
-// What is certain of different rows' scores, from all threads: the k best of it.
+// What is held of different rows' scores, from all threads: the k best of it.
 class Floors {
  public:
   void start(size_t k);
@@ -41,8 +41,8 @@ struct Query {
   double norm = 0;                       // √qq
   double scale = 1;                      // q is scanned as q·scale
   double key_scale = 1;                  // key · key_scale is the score as the scan sees it
-  std::atomic<float> tau{kNoThreshold};  // the best certified threshold of any thread
-  Floors bounds, scores;                 // of rows opened, of rows rescored
+  std::atomic<float> tau{kNoThreshold};  // the best threshold of any thread
+  Floors floors, scores;                 // of rows opened, of rows rescored
 
   void start(size_t k);
   void raise(float threshold);  // tau
@@ -84,11 +84,12 @@ struct Candidate {
   uint32_t segment, row;
 };
 
-// Keeps rows whose upper bound reaches tau, the k-th best *lower* bound that any thread has found
-// so far: while rows are scanned no row itself is read. When the buffer fills with rows that tau
-// cannot drop, the best k of it are rescored, which raises tau to the k-th canonical score so far,
-// and then what is left; so the memory is bounded whatever the data. With `radius` it keeps all
-// rows above a fixed threshold instead.
+// Keeps rows whose upper bound reaches tau, the k-th best *floor* that any thread has found so far:
+// while rows are scanned no row itself is read. When the buffer fills with rows that tau cannot
+// drop, the best k of it are rescored, which raises tau to the k-th canonical score so far, and
+// then what is left; so the memory is bounded whatever the data. A floor is a score's lower bound,
+// or a value that the score hardly lies below: then `certain` says whether the result stands. With
+// `radius` it keeps all rows above a fixed threshold instead.
 class Collector {
  public:
   void start(const SegmentView* segments, const CanonicalKeys& keys, Query* query, size_t k);
@@ -96,12 +97,12 @@ class Collector {
                    double radius_key);
 
   float tau() const { return tau_; }
-  void add(float lower, float upper, uint32_t segment, uint32_t row) {
+  void add(float floor, float upper, uint32_t segment, uint32_t row) {
     pending_.push_back({upper, segment, row});
     __builtin_prefetch(pending_.data() + pending_.size() + 5, 1);  // the next line: for later
-    if (!range_ && lower > tau_) {
-      fresh_bounds_.push_back(lower);
-      if (2 * fresh_bounds_.size() >= k_) share(query_->bounds, fresh_bounds_);
+    if (!range_ && floor > tau_) {
+      fresh_floors_.push_back(floor);
+      if (2 * fresh_floors_.size() >= k_) share(query_->floors, fresh_floors_);
     }
     if (pending_.size() >= capacity_) shrink();
   }
@@ -121,11 +122,13 @@ class Collector {
     }
   }
   void refresh() { tau_ = std::max(tau_, query_->tau.load(std::memory_order_relaxed)); }
-  void raise();                 // tau to what is certain by now
+  void raise();                 // tau to what is known by now
   void take(Collector& other);  // moves everything found by another thread here
   // Rescores what still matters; the result, best first.
   const std::vector<Found>& finish();
   const std::vector<Found>& result() const { return best_; }
+  // Whether no row that tau kept out could be in the result: tau was never above its last score.
+  bool certain() const;
 
   int64_t opened = 0, rescored = 0;
 
@@ -148,7 +151,7 @@ class Collector {
   std::vector<Candidate> pending_;
   AlignedVector<double> wide_;  // a row as doubles
   // Above tau, and not shared yet.
-  std::vector<float> fresh_bounds_, fresh_scores_;
+  std::vector<float> fresh_floors_, fresh_scores_;
   std::vector<Found> best_;  // a heap with the worst on top (range: a list)
 };
 

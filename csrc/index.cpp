@@ -305,7 +305,7 @@ static void search_now(const Index::Impl& impl, const void* queries, DType dtype
   }
   Stats stats;
   run(SearchTask{snapshot.get(), filtered ? &filter : nullptr, floats, m, impl.dim, impl.metric,
-                 impl.scan},
+                 impl.scan, &impl.doubt},
       stats);
   std::lock_guard<std::mutex> lock(impl.stats_mutex);
   impl.stats += stats;

@@ -37,6 +37,7 @@ struct Index::Impl {
   std::string folder;            // where it was opened from or saved to last
   std::vector<FileEntry> files;  // its payloads there
 
+  mutable std::atomic<int> doubt{0};  // search.h
   mutable std::mutex stats_mutex;
   mutable Stats stats;
 

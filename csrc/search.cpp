@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <utility>
 
 #include "collector.h"
 #include "thread_pool.h"
@@ -18,7 +19,8 @@ namespace {
 constexpr size_t kChunkBytes = 256 << 10;  // of codes, handed to a thread at a time
 constexpr int64_t kWarmUp = 32;            // times k rows, before a scan is judged
 constexpr int64_t kOpening = 8;            // times k are opened of as many rows as went before
-constexpr double kSpeck = 1e-30;           // over everything that underflows in a scan
+constexpr int kDoubt = 256;       // searches without trust after one that had to be repeated
+constexpr double kSpeck = 1e-30;  // over everything that underflows in a scan
 
 enum Level { kInt8, kFp16, kCanonical };
 
@@ -122,6 +124,7 @@ struct Worker : Sink {
   const ScanQuery* queries = nullptr;  // of the scan that runs, and what their errors multiply
   const uint32_t* bounds = nullptr;    // of codes
   const float *errors = nullptr, *norms = nullptr;
+  float trust = 0;  // so much of the bounds' distance is kept
   std::vector<Collector> collectors;
   uint32_t chunk_segment = 0;
   int64_t opened = 0;  // in these blocks, by queries that had a threshold
@@ -151,15 +154,23 @@ Scratch& scratch() {
   return s;
 }
 
-// A lower bound of a row's score from its upper one (kernels.h): all terms are of one sign, so that
-// a float's rounding is within these margins.
-float lower_bound(const Worker& w, int query, size_t row, float upper) {
+// How far below its upper bound a row's floor is taken, as a share of the bounds' distance. 1 is
+// the lower bound. But that is for rows whose code's error is parallel to the query; in `dim`
+// dimensions errors are about 1/sqrt(dim) of that, and nearly all scores lie close to the middle.
+float trusted_share(int64_t dim) {
+  const double margin = std::max(0.25, 2 / std::sqrt(static_cast<double>(dim)));
+  return static_cast<float>(0.5 + 0.5 * std::min(1.0, margin));
+}
+
+// A row's floor from its upper bound (kernels.h). All terms are of one sign, so that where all of
+// the distance is kept a float's rounding is within these margins.
+float floor_of(const Worker& w, int query, size_t row, float upper) {
   const ScanQuery& q = w.queries[query];
   const float n = w.norms[row];
   const float error = w.bounds ? residual_of(w.bounds[row]) : w.errors ? w.errors[row] : 1;
   const float spread = 2 * (q.err * error + q.err_norm * n + q.slack - 0x1p-18f * q.sq * n * n);
-  const float lower = upper - spread * (1 + 0x1p-20f);
-  return lower - std::fabs(lower) * 0x1p-22f;
+  const float floor = upper - w.trust * spread * (1 + 0x1p-20f);
+  return floor - std::fabs(floor) * 0x1p-22f;
 }
 
 float on_hit(Sink* sink, int query, uint32_t block, const float* upper, uint32_t mask) {
@@ -172,7 +183,7 @@ float on_hit(Sink* sink, int query, uint32_t block, const float* upper, uint32_t
     const int r = __builtin_ctz(mask);
     const uint32_t row = block * kBlockRows + static_cast<uint32_t>(r);
     if (upper[r] >= c.tau())
-      c.add(lower_bound(w, query, row, upper[r]), upper[r], w.chunk_segment, row);
+      c.add(floor_of(w, query, row, upper[r]), upper[r], w.chunk_segment, row);
   }
   return c.tau();
 }
@@ -193,8 +204,10 @@ class GroupSearch {
     prepare(task.queries + first * dim_);
   }
 
-  void run(int threads, size_t k, const double* radius) {
+  // `trust`: floors may be taken that are no bounds.
+  void run(int threads, size_t k, const double* radius, bool trust) {
     k_ = static_cast<int64_t>(k);
+    trust_ = trust ? trusted_share(dim_) : 1;
     plan_chunks();
     const int64_t work = static_cast<int64_t>(s_.chunks.size());
     if (work < 2) threads = 1;
@@ -233,6 +246,16 @@ class GroupSearch {
   const std::vector<Found>& found(int64_t q) {
     return s_.workers[0].collectors[static_cast<size_t>(q)].result();
   }
+  // From the first to the last query whose result may lack rows.
+  std::pair<int64_t, int64_t> uncertain() const {
+    int64_t first = 0, last = n_;
+    const auto certain = [this](int64_t q) {
+      return s_.workers[0].collectors[static_cast<size_t>(q)].certain();
+    };
+    while (first < last && certain(first)) ++first;
+    while (first < last && certain(last - 1)) --last;
+    return {first, last};
+  }
 
   void add_stats(Stats& total) const {
     for (int64_t q = 0; q < n_; ++q) {
@@ -241,7 +264,6 @@ class GroupSearch {
       total.rows_rescored += c.rescored;
     }
     for (int t = 0; t < threads_; ++t) total += s_.workers[static_cast<size_t>(t)].stats;
-    total.queries += n_;
   }
 
  private:
@@ -313,6 +335,7 @@ class GroupSearch {
     w.unstopped = 0;
     w.pause = 1;
     w.trusted = true;
+    w.trust = trust_;
     w.seen = 0;
     w.stats = Stats();
     if (w.collectors.size() < static_cast<size_t>(n_)) w.collectors.resize(static_cast<size_t>(n_));
@@ -570,6 +593,7 @@ class GroupSearch {
   const size_t windows_;  // of a query's codes
   const CanonicalKeys keys_;
   int64_t k_ = 0;
+  float trust_ = 1;
   int threads_ = 1;
 };
 
@@ -580,12 +604,25 @@ void for_groups(const SearchTask& task, size_t k, const double* radius, Stats& s
   for (const SegmentView& s : *task.snapshot) rows += s.n;
   const int threads = num_threads();
   const bool small = rows * task.dim < (int64_t{1} << 20);  // too little to share
+  const bool trust = !radius && task.doubt->load(std::memory_order_relaxed) <= 0;
+  if (!radius && !trust) task.doubt->fetch_sub(1, std::memory_order_relaxed);
   auto run = [&](int64_t first, int64_t size, int with, Stats& into) {
-    const int64_t count = std::min(size, task.m - first);
+    int64_t count = std::min(size, task.m - first);
     GroupSearch search(task, first, count);
-    search.run(with, k, radius);
+    search.run(with, k, radius, trust);
     emit(search, first, count);
     search.add_stats(into);
+    into.queries += count;
+    const auto [from, to] = search.uncertain();
+    if (from == to) return;
+    first += from;
+    count = to - from;
+    task.doubt->store(kDoubt, std::memory_order_relaxed);
+    GroupSearch again(task, first, count);
+    again.run(with, k, radius, false);
+    emit(again, first, count);
+    again.add_stats(into);
+    into.queries_repeated += count;
   };
   if (small && task.m > 16 && threads > 1) {
     const int64_t size = std::min<int64_t>(kGroup, (task.m + threads - 1) / threads);

@@ -2,6 +2,7 @@
 // One search over one snapshot: scan, threshold, open, rescore.
 #pragma once
 
+#include <atomic>
 #include <vector>
 
 #include "knnfast/index.h"
@@ -16,11 +17,13 @@ struct SearchTask {
   int64_t m, dim;
   Metric metric;
   Scan scan;
+  std::atomic<int>* doubt;  // the index's: so many searches from now on take nothing on trust
 };
 
 inline Stats& operator+=(Stats& total, const Stats& s) {
   total.searches += s.searches;
   total.queries += s.queries;
+  total.queries_repeated += s.queries_repeated;
   total.rows_scanned += s.rows_scanned;
   total.rows_stopped += s.rows_stopped;
   total.rows_opened += s.rows_opened;

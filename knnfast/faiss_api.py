@@ -86,9 +86,9 @@ IDSelectorArray = IDSelectorBatch
 
 
 class IDSelectorRange(IDSelector):
-    """Those in [imin, imax)."""
+    """Those in [imin, imax). `assume_sorted`, FAISS's hint, changes nothing."""
 
-    def __init__(self, imin: int, imax: int) -> None:
+    def __init__(self, imin: int, imax: int, assume_sorted: bool = False) -> None:
         self._imin, self._imax = imin, imax
 
     def members(self, ids: np.ndarray) -> np.ndarray:
@@ -172,6 +172,23 @@ def _metric(metric: int) -> str:
     return _METRICS[metric]
 
 
+def _check_out(name: str, out: Any, found: np.ndarray) -> None:
+    if out is None:
+        return
+    if not isinstance(out, np.ndarray) or out.dtype != found.dtype:
+        kind = getattr(out, "dtype", type(out).__name__)
+        raise TypeError(f"{name} must be an array of {found.dtype}, got {kind}")
+    if out.shape != found.shape:
+        raise ValueError(f"{name} must have shape {found.shape}, got {out.shape}")
+
+
+def _into(out: np.ndarray | None, found: np.ndarray) -> np.ndarray:
+    if out is None:
+        return found
+    out[:] = found
+    return out
+
+
 class _Flat:
     _index: Index
 
@@ -230,22 +247,14 @@ class _Flat:
         worst = np.finfo(np.float32).max * (-1 if self._index.metric == "ip" else 1)
         distances[labels < 0] = worst
         for name, out, found in (("D", D, distances), ("I", I, labels)):
-            if out is None:
-                continue
-            if not isinstance(out, np.ndarray) or out.dtype != found.dtype:
-                kind = getattr(out, "dtype", type(out).__name__)
-                raise TypeError(f"{name} must be an array of {found.dtype}, got {kind}")
-            if out.shape != found.shape:
-                raise ValueError(f"{name} must have shape {found.shape}, got {out.shape}")
-        if D is not None:
-            D[:] = distances
-        if I is not None:
-            I[:] = labels
-        return distances if D is None else D, labels if I is None else I
+            _check_out(name, out, found)
+        return _into(D, distances), _into(I, labels)
 
-    def assign(self, x: Any, k: int = 1) -> np.ndarray:
-        """Labels of the k best rows, [n, k]."""
-        return self.search(x, k)[1]
+    def assign(self, x: Any, k: int = 1, labels: np.ndarray | None = None) -> np.ndarray:
+        """Labels of the k best rows, [n, k]; into `labels` where it is given."""
+        found = self.search(x, k)[1]
+        _check_out("labels", labels, found)
+        return _into(labels, found)
 
     def search_and_reconstruct(
         self, x: Any, k: int, *, params: SearchParameters | None = None
@@ -259,12 +268,17 @@ class _Flat:
     def range_search(
         self, x: Any, thresh: float, *, params: SearchParameters | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Lims, distances and labels of all rows above (L2: below) the threshold."""
-        return self._index.range_search(_rows("x", x), thresh, allow=self._allowed(params))
+        """Lims (uint64), distances and labels of all rows above (L2: below) the threshold."""
+        lims, distances, labels = self._index.range_search(
+            _rows("x", x), thresh, allow=self._allowed(params)
+        )
+        return lims.astype(np.uint64), distances, labels
 
-    def reconstruct(self, key: int) -> np.ndarray:
-        """One stored row as float32."""
-        return self.reconstruct_batch([key])[0]
+    def reconstruct(self, key: int, x: np.ndarray | None = None) -> np.ndarray:
+        """One stored row as float32; into x where it is given."""
+        row = self.reconstruct_batch([key])[0]
+        _check_out("x", x, row)
+        return _into(x, row)
 
     def reconstruct_batch(self, key: Any) -> np.ndarray:
         """Stored rows as float32."""
@@ -365,6 +379,8 @@ def knn(xq: Any, xb: Any, k: int, metric: int = METRIC_L2) -> tuple[np.ndarray, 
 
 def write_index(index: _Flat, path: str | os.PathLike[str]) -> None:
     """Save to a folder (knnfast's format)."""
+    if not isinstance(index, _Flat):
+        raise TypeError(f"index must be one of this module's, got {type(index).__name__}")
     index._index.save(path)
     kind = {"format": _FORMAT, "labels": "own" if isinstance(index, IndexIDMap) else "sequential"}
     _files.write_json(Path(path) / _KIND, kind)

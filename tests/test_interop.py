@@ -103,7 +103,7 @@ def use_flat(module, x):
     flat = module.index_factory(16, "Flat", module.METRIC_INNER_PRODUCT)
     flat.add(x[:20])
     odd = module.IDSelectorBatch(np.arange(1, 20, 2))
-    inner = module.IDSelectorRange(4, 9)
+    inner = module.IDSelectorRange(4, 9, True)
     bits = module.IDSelectorBitmap(np.packbits(np.arange(24) % 3 == 0, bitorder="little"))
     out = np.empty((2, 3), np.float32), np.empty((2, 3), np.int64)
     results = [*flat.search(x[:2], 3, D=out[0], I=out[1]), *out, flat.assign(x[:3], 2)]
@@ -113,7 +113,9 @@ def use_flat(module, x):
         results += flat.search(x[:3], 8, params=module.SearchParameters(sel=sel))
         results += [sel.is_member(5), sel.is_member(6)]
     lims, _, labels = flat.range_search(x[:1], 0.0, params=module.SearchParameters(sel=odd))
-    results += [lims, np.sort(labels)]
+    results += [lims, lims.dtype, np.sort(labels)]
+    labels, row = np.empty((3, 2), np.int64), np.empty(16, np.float32)
+    results += [flat.assign(x[:3], 2, labels), labels, flat.reconstruct(4, row), row]
     few = module.IndexFlat(16)
     few.add(x[:3])
     assert few.metric_type == module.METRIC_L2
@@ -159,6 +161,12 @@ def test_faiss_names_with_bad_input():
         faiss_api.IDSelectorBitmap([300])
     with pytest.raises(TypeError, match="x must be an array of float32, got float16"):
         faiss_api.normalize_L2(np.ones((3, 2), np.float16))
+    with pytest.raises(TypeError, match="x must be an array of float32, got float64"):
+        flat.reconstruct(0, np.ones(4))
+    with pytest.raises(ValueError, match=r"labels must have shape \(1, 1\), got \(2, 1\)"):
+        flat.assign(np.ones((1, 4)), 1, np.zeros((2, 1), np.int64))
+    with pytest.raises(TypeError, match="index must be one of this module's, got int"):
+        faiss_api.write_index(5, "nowhere")
     with pytest.raises(ValueError, match="index must be empty, got 3 rows"):
         faiss_api.IndexIDMap(flat)
     with pytest.raises(TypeError, match="index must be a flat index, got int"):

@@ -126,6 +126,32 @@ def test_stops(kind, metric, seed):
         assert stopped > 0
 
 
+@pytest.mark.parametrize("d", [64, 256])
+@pytest.mark.parametrize("m", [1, 20])
+def test_trust_is_checked(d, m, seed):
+    """Rows whose codes overstate them set a threshold above better rows, which must come back.
+
+    Codes are whole numbers here, rows that are listed first have 7/16 less everywhere: all of their
+    error is parallel to the query. Every row has its negative beside it, so that the mean is 0.
+    """
+    rng = np.random.default_rng(seed)
+    k, n = 10, 2048
+    rows = rng.integers(-9, 10, (n, d)).astype(np.float64)
+    rows[: 3 * k] = 20 - 7 / 16
+    better = rng.choice(np.arange(n // 4, n // 2), k, replace=False)
+    rows[better] = 19
+    rows[better, d // 3 :] = 20
+    rows[:, 0] = 127
+    x = np.stack([rows, -rows], 1).reshape(2 * n, d).astype(np.float16)
+    q = np.repeat(np.ones((1, d), np.float32), m, 0)
+    q[1:] *= rng.choice([1, 2, 4], (m - 1, 1))
+    index = Index(d, scan="int8")
+    index.add(x)
+    assert_topk(index, x, q, k)
+    assert set(index.search(q, k)[1].flatten()) == set(2 * better)
+    assert index.stats["queries_repeated"] == m  # and not again: the index has learnt
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("d", [1, 2, 15, 16, 17, 64, 500, 1024])
 def test_extreme_products(d, metric, seed):
@@ -373,6 +399,7 @@ def test_instruction_sets(isa):
         "test_matches_reference",
         "test_extreme_products",
         "test_stops",
+        "test_trust_is_checked",
         "test_query_types",
         f"test_pairwise[{names.index(isa) % PARTS}]",
         "test_codes_keep_their_bound",
