@@ -332,7 +332,7 @@ SegmentView load_segment(const std::string& folder, const Json& j, int64_t versi
     if (version == 1)  // nothing is known of the norms behind the stops
       for (uint64_t i = 0; i < whole; ++i) {
         uint32_t& bounds = v.codes->bounds.as<uint32_t>()[i];
-        bounds = ((bounds + 0xffff) & 0xffff0000) | 0xffff;
+        bounds = residual_up(bounds) | 0xffff;
       }
     v.codes->codes = std::move(*load(folder, codes, map));
   }

@@ -26,7 +26,8 @@ static_assert(127 * kWindowSum <= 32767 && 255 * kPairSum <= 32767, "sums of 16 
 constexpr int kStops = 2;
 static inline int stop_group(int groups, int stop) { return groups / 32 * 4 * (2 * stop + 3); }
 
-// A row's word of bounds (segment.h): its residual.
+// A row's word of bounds (segment.h): its residual, a bfloat16, and how one is rounded up to it.
+static inline uint32_t residual_up(uint32_t word) { return (word + 0xffff) & 0xffff0000; }
 static inline float residual_of(uint32_t bounds) {
   bounds &= 0xffff0000;
   float residual;

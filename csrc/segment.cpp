@@ -102,7 +102,7 @@ static uint32_t bounds_of(float residual, float norm, const float* y, int64_t di
   residual = std::nextafter(residual, INFINITY);
   uint32_t word;
   std::memcpy(&word, &residual, 4);
-  word = (word + 0xffff) & 0xffff0000;
+  word = residual_up(word);
   double square = 0;
   int64_t end = dim;
   for (int stop = kStops - 1; stop >= 0; --stop) {

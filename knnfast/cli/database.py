@@ -80,7 +80,8 @@ def database_build(
     if as_json:
         click.echo(json.dumps({"path": str(out), "images": len(db), "skipped": skipped}, indent=1))
     else:
-        click.echo(f"{out}: {len(db):,} images, {len(skipped):,} damaged files skipped")
+        files = "file" if len(skipped) == 1 else "files"
+        click.echo(f"{out}: {len(db):,} images, {len(skipped):,} damaged {files} skipped")
 
 
 @database.command("info")

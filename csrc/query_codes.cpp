@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "query_codes.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "collector.h"
+
+namespace knnfast {
+
+size_t padded(int64_t dim) {
+  return static_cast<size_t>((dim + kQueryPad - 1) / kQueryPad * kQueryPad);
+}
+
+// The smallest step that keeps a query's codes in range (kernels.h), rounding included.
+static double query_step(const double* v, int64_t dim, int window) {
+  if (window == 0) {
+    double top = 0;
+    for (int64_t j = 0; j < dim; ++j) top = std::max(top, std::fabs(v[j]));
+    return top / 127;
+  }
+  static_assert(kBlockDims == 4, "a half of a window: the first or the last two of each group");
+  double pair = 0, sum = 0;
+  for (int64_t first = 0; first < dim; first += window * kBlockDims) {
+    double halves[2] = {};
+    for (int64_t j = first; j < std::min(dim, first + window * kBlockDims); j += 2) {
+      const double both = std::fabs(v[j]) + (j + 1 < dim ? std::fabs(v[j + 1]) : 0);
+      halves[j / 2 % 2] += both;
+      pair = std::max(pair, both);
+    }
+    sum = std::max(sum, std::max(halves[0], halves[1]));
+  }
+  return std::max(pair / (kPairSum - 1), sum / (kWindowSum - window));
+}
+
+QueryCodes quantize_query(const double* v, int64_t dim, int window, int8_t* p, int32_t* offsets) {
+  const double least = query_step(v, dim, window);
+  const bool tiny = !(least > 1e-27);
+  QueryCodes c{tiny ? 1.0 : least, 0, 0, 0};
+  const double inverse = tiny ? 0.0 : 1 / least;
+  double norm = 0, error = 0;
+  int32_t sum = 0;
+  for (int64_t j = 0; j < dim; ++j) {
+    const double t = v[j] * inverse;
+    const int code = static_cast<int>(t + (t < 0 ? -0.5 : 0.5));
+    const double w = v[j] - c.step * code;
+    norm += v[j] * v[j];
+    error += w * w;
+    sum += code;
+    p[j] = static_cast<int8_t>(code);
+  }
+  c.norm = std::sqrt(norm) * (1 + 1e-9);
+  c.error = std::sqrt(error) * (1 + 1e-9);
+  c.offset = -128 * sum;
+  if (window == 0) return c;
+  for (int64_t first = 0; first < dim; first += window * kBlockDims, ++offsets) {
+    int halves[2] = {};
+    for (int64_t j = first; j < std::min(dim, first + window * kBlockDims); ++j)
+      halves[j / 2 % 2] += p[j];
+    *offsets = static_cast<int32_t>((static_cast<uint32_t>(-128 * halves[0]) & 0xffff) |
+                                    static_cast<uint32_t>(-128 * halves[1]) << 16);
+  }
+  return c;
+}
+
+void fill_stops(ScanQuery& q, const double* v, int64_t dim, double row_scale) {
+  double square = 0;
+  int sum = 0;
+  int64_t end = dim;
+  for (int stop = kStops - 1; stop >= 0; --stop) {
+    const int64_t begin = stop_group(code_groups(dim), stop) * kBlockDims;
+    for (int64_t j = begin; j < end; ++j) {
+      square += v[j] * v[j];
+      sum += q.codes[j];
+    }
+    end = begin;
+    q.rest[stop] = 128 * sum;
+    q.left[stop] = round_up(std::sqrt(square) * row_scale * (1 + 0x1p-18) / 255);
+  }
+}
+
+void to_tiles(const AlignedVector<int8_t>& codes, size_t stride, AlignedVector<int8_t>& tiles) {
+  tiles.resize(codes.size());
+  int8_t* out = tiles.data();
+  for (size_t first = 0; first < codes.size(); first += kTileQueries * stride)
+    for (size_t j = 0; j < stride; j += kQueryPad)
+      for (size_t q = 0; q < kTileQueries; ++q, out += kQueryPad)
+        std::memcpy(out, codes.data() + first + q * stride + j, kQueryPad);
+}
+
+}  // namespace knnfast
