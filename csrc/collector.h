@@ -23,7 +23,7 @@ inline float round_down(double x) {
 }
 inline float round_up(double x) { return -round_down(-x); }
 
-// What is held of different rows' scores, from all threads: the k best of it.
+// Floors of different rows' scores, from all threads: the k best.
 class Floors {
  public:
   void start(size_t k);

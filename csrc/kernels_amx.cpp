@@ -53,7 +53,7 @@ inline void multiply(const ScanRows& rows, uint32_t block, const int8_t* queries
 struct FirstTest {
   static constexpr int kQueries = 2 * kTile;
   float need[kQueries], rest[kQueries];  // (tau - base)/mul; -offset
-  float err, err_norm, sq;               // over mul, the largest
+  float err, err_norm, sq;               // over mul, the largest (sq is negative)
 
   void start(const ScanQuery* queries, int nq) {
     err = err_norm = 0;
@@ -61,7 +61,7 @@ struct FirstTest {
     for (int q = 0; q < nq; ++q) {
       const ScanQuery& s = queries[q];
       const float offset = static_cast<float>(s.offset);
-      rest[q] = -offset - fabsf(offset) * 0x1p-18f - 1;
+      rest[q] = -offset - fabsf(offset) * 0x1p-18f - 1;  // 1: of sums of small terms, too
       err = fmaxf(err, s.err / s.mul * (1 + 0x1p-18f));
       err_norm = fmaxf(err_norm, s.err_norm / s.mul * (1 + 0x1p-18f));
       sq = fmaxf(sq, s.sq / s.mul * (1 - 0x1p-18f));

@@ -7,7 +7,6 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
-#include <utility>
 
 #include "collector.h"
 #include "query_codes.h"
@@ -88,7 +87,7 @@ Scratch& scratch() {
 // the lower bound. But that is for rows whose code's error is parallel to the query; in `dim`
 // dimensions errors are about 1/sqrt(dim) of that, and nearly all scores lie close to the middle.
 float trusted_share(int64_t dim) {
-  const double margin = std::max(0.25, 2 / std::sqrt(static_cast<double>(dim)));
+  const double margin = std::max(0.25, 4 / std::sqrt(static_cast<double>(dim)));
   return static_cast<float>(0.5 + 0.5 * std::min(1.0, margin));
 }
 
@@ -176,15 +175,9 @@ class GroupSearch {
   const std::vector<Found>& found(int64_t q) {
     return s_.workers[0].collectors[static_cast<size_t>(q)].result();
   }
-  // From the first to the last query whose result may lack rows.
-  std::pair<int64_t, int64_t> uncertain() const {
-    int64_t first = 0, last = n_;
-    const auto certain = [this](int64_t q) {
-      return s_.workers[0].collectors[static_cast<size_t>(q)].certain();
-    };
-    while (first < last && certain(first)) ++first;
-    while (first < last && certain(last - 1)) --last;
-    return {first, last};
+  // Whether no row can be missing in it.
+  bool certain(int64_t q) const {
+    return s_.workers[0].collectors[static_cast<size_t>(q)].certain();
   }
 
   void add_stats(Stats& total) const {
@@ -517,25 +510,33 @@ void for_groups(const SearchTask& task, size_t k, const double* radius, Stats& s
   for (const SegmentView& s : *task.snapshot) rows += s.n;
   const int threads = num_threads();
   const bool small = rows * task.dim < (int64_t{1} << 20);  // too little to share
-  const bool trust = !radius && task.doubt->load(std::memory_order_relaxed) <= 0;
-  if (!radius && !trust) task.doubt->fetch_sub(1, std::memory_order_relaxed);
+  const auto doubted = [&] { return task.doubt->load(std::memory_order_relaxed) > 0; };
+  if (doubted()) task.doubt->fetch_sub(1, std::memory_order_relaxed);
   auto run = [&](int64_t first, int64_t size, int with, Stats& into) {
-    int64_t count = std::min(size, task.m - first);
+    const int64_t count = std::min(size, task.m - first);
     GroupSearch search(task, first, count);
-    search.run(with, k, radius, trust);
-    emit(search, first, count);
+    search.run(with, k, radius, !radius && !doubted());
     search.add_stats(into);
     into.queries += count;
-    const auto [from, to] = search.uncertain();
-    if (from == to) return;
-    first += from;
-    count = to - from;
+    std::vector<int64_t> again;
+    std::vector<float> queries;
+    for (int64_t q = 0; q < count; ++q) {
+      emit(search, q, first + q);
+      if (search.certain(q)) continue;
+      const float* at = task.queries + (first + q) * task.dim;
+      again.push_back(first + q);
+      queries.insert(queries.end(), at, at + task.dim);
+    }
+    if (again.empty()) return;
     task.doubt->store(kDoubt, std::memory_order_relaxed);
-    GroupSearch again(task, first, count);
-    again.run(with, k, radius, false);
-    emit(again, first, count);
-    again.add_stats(into);
-    into.queries_repeated += count;
+    SearchTask rest = task;
+    rest.queries = queries.data();
+    rest.m = static_cast<int64_t>(again.size());
+    GroupSearch certain(rest, 0, rest.m);
+    certain.run(with, k, radius, false);
+    certain.add_stats(into);
+    into.queries_repeated += rest.m;
+    for (int64_t q = 0; q < rest.m; ++q) emit(certain, q, again[static_cast<size_t>(q)]);
   };
   if (small && task.m > 16 && threads > 1) {
     const int64_t size = std::min<int64_t>(kGroup, (task.m + threads - 1) / threads);
@@ -563,17 +564,15 @@ void search_topk(const SearchTask& task, int64_t k, float* scores, int64_t* ids,
   int64_t rows = 0;
   for (const SegmentView& s : *task.snapshot) rows += s.n;
   const size_t wanted = static_cast<size_t>(std::min(k, std::max<int64_t>(rows, 1)));
-  for_groups(task, wanted, nullptr, stats, [&](GroupSearch& search, int64_t first, int64_t count) {
-    for (int64_t q = 0; q < count; ++q) {
-      const std::vector<Found>& found = search.found(q);
-      const int64_t at = (first + q) * k, n = static_cast<int64_t>(found.size());
-      for (int64_t i = 0; i < k; ++i) {
-        const Found* f = i < n ? &found[static_cast<size_t>(i)] : nullptr;
-        const double score = f ? score_of(task.metric, f->key) : static_cast<double>(missing);
-        scores[at + i] = static_cast<float>(score);
-        ids[at + i] = f ? f->id : -1;
-        if (exact) exact[at + i] = score;
-      }
+  for_groups(task, wanted, nullptr, stats, [&](GroupSearch& search, int64_t q, int64_t query) {
+    const std::vector<Found>& found = search.found(q);
+    const int64_t at = query * k, n = static_cast<int64_t>(found.size());
+    for (int64_t i = 0; i < k; ++i) {
+      const Found* f = i < n ? &found[static_cast<size_t>(i)] : nullptr;
+      const double score = f ? score_of(task.metric, f->key) : static_cast<double>(missing);
+      scores[at + i] = static_cast<float>(score);
+      ids[at + i] = f ? f->id : -1;
+      if (exact) exact[at + i] = score;
     }
   });
   ++stats.searches;
@@ -581,8 +580,8 @@ void search_topk(const SearchTask& task, int64_t k, float* scores, int64_t* ids,
 
 RangeResult search_range(const SearchTask& task, double radius, Stats& stats) {
   std::vector<std::vector<Found>> all(static_cast<size_t>(task.m));
-  for_groups(task, 0, &radius, stats, [&](GroupSearch& search, int64_t first, int64_t count) {
-    for (int64_t q = 0; q < count; ++q) all[static_cast<size_t>(first + q)] = search.found(q);
+  for_groups(task, 0, &radius, stats, [&](GroupSearch& search, int64_t q, int64_t query) {
+    all[static_cast<size_t>(query)] = search.found(q);
   });
   RangeResult r;
   r.lims.push_back(0);
