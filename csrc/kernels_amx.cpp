@@ -88,14 +88,15 @@ struct Found {
 
 template <bool L2, int NA, int NB>
 void amx_tile(const ScanRows& rows, uint32_t block, ScanQuery* queries, int index, int nq,
-              const BlockTerms* terms, const FirstTest& test, Ahead& ahead, Found& found) {
+              const BlockTerms* terms, const __m512* inverses, const FirstTest& test, Ahead& ahead,
+              Found& found) {
   alignas(64) int32_t sums[NB][NA * kTile][kBlockRows];
   alignas(64) uint16_t masks[NB][2 * kTile] = {};
   multiply<NA, NB>(rows, block, queries[0].tiles, queries[NA > 1 ? kTile : 0].tiles, ahead, sums);
 #pragma GCC unroll 2
   for (int b = 0; b < NB; ++b) {
     const BlockTerms& t = terms[b];
-    const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1), t.scale);
+    const __m512 inverse = inverses[b];
     __m512 gap = _mm512_mul_ps(t.norm, _mm512_set1_ps(test.err_norm));
     gap = _mm512_fmadd_ps(t.residual, _mm512_set1_ps(test.err), gap);
     if (L2) gap = _mm512_fmadd_ps(_mm512_mul_ps(t.norm, t.norm), _mm512_set1_ps(test.sq), gap);
@@ -133,7 +134,11 @@ template <bool L2, int NB>
 void amx_blocks(const ScanRows& rows, uint32_t block, bool reverse, ScanQuery* queries, int nq,
                 FirstTest* tests, Found& found, Sink* sink) {
   BlockTerms terms[NB];
-  for (int b = 0; b < NB; ++b) terms[b] = load_terms(rows, block + b);
+  __m512 inverses[NB];  // of the scales
+  for (int b = 0; b < NB; ++b) {
+    terms[b] = load_terms(rows, block + b);
+    inverses[b] = _mm512_div_ps(_mm512_set1_ps(1), terms[b].scale);
+  }
   const size_t bytes = static_cast<size_t>(rows.groups) * 64;
   const uint8_t* next = rows.codes + (block + NB) * bytes;
   const int tiles = (nq + 2 * kTile - 1) / (2 * kTile);
@@ -141,9 +146,11 @@ void amx_blocks(const ScanRows& rows, uint32_t block, bool reverse, ScanQuery* q
   for (int i = 0; i < tiles; ++i) {
     const int tile = reverse ? tiles - 1 - i : i, q = tile * 2 * kTile, left = nq - q;
     if (left > kTile)
-      amx_tile<L2, 2, NB>(rows, block, queries + q, q, left, terms, tests[tile], ahead, found);
+      amx_tile<L2, 2, NB>(rows, block, queries + q, q, left, terms, inverses, tests[tile], ahead,
+                          found);
     else
-      amx_tile<L2, 1, NB>(rows, block, queries + q, q, left, terms, tests[tile], ahead, found);
+      amx_tile<L2, 1, NB>(rows, block, queries + q, q, left, terms, inverses, tests[tile], ahead,
+                          found);
   }
   for (int i = 0; i < found.count; ++i) {
     const int q = found.line[i].query;

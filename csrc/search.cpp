@@ -532,11 +532,11 @@ void for_groups(const SearchTask& task, size_t k, const double* radius, Stats& s
     SearchTask rest = task;
     rest.queries = queries.data();
     rest.m = static_cast<int64_t>(again.size());
-    GroupSearch certain(rest, 0, rest.m);
-    certain.run(with, k, radius, false);
-    certain.add_stats(into);
+    GroupSearch second(rest, 0, rest.m);
+    second.run(with, k, radius, false);
+    second.add_stats(into);
     into.queries_repeated += rest.m;
-    for (int64_t q = 0; q < rest.m; ++q) emit(certain, q, again[static_cast<size_t>(q)]);
+    for (int64_t q = 0; q < rest.m; ++q) emit(second, q, again[static_cast<size_t>(q)]);
   };
   if (small && task.m > 16 && threads > 1) {
     const int64_t size = std::min<int64_t>(kGroup, (task.m + threads - 1) / threads);
