@@ -148,8 +148,11 @@ def test_trust_is_checked(d, m, seed):
     index = Index(d, scan="int8")
     index.add(x)
     assert_topk(index, x, q, k)
+    # All of a group are repeated; a group that begins after another's failure is not.
+    repeated = index.stats["queries_repeated"]
+    assert m / 2 <= repeated <= m
     assert set(index.search(q, k)[1].flatten()) == set(2 * better)
-    assert index.stats["queries_repeated"] == m  # and not again: the index has learnt
+    assert index.stats["queries_repeated"] == repeated  # the index has learnt
 
 
 @pytest.mark.parametrize("metric", METRICS)
