@@ -7,20 +7,55 @@
 
 namespace knnfast {
 
+namespace {
+
+// Moves values that pass the test to the front, and returns where they end: no branch but the loop.
+template <class Test>
+float* front(float* begin, float* end, Test passes) {
+  float* split = begin;
+  for (float* i = begin; i < end; ++i) {
+    const float value = *i;
+    *i = *split;
+    *split = value;
+    split += passes(value);
+  }
+  return split;
+}
+
+// std::nth_element, so that x[k - 1] is the k-th largest of n: that one branches on every value,
+// and half of its branches are mispredicted.
+void select(float* x, size_t n, size_t k) {
+  float *begin = x, *end = x + n, *last = x + k - 1;
+  for (int round = 0; end - begin > 8 && round < 48; ++round) {
+    const float a = *begin, b = begin[(end - begin) / 2], c = end[-1];
+    const float pivot = std::max(std::min(a, b), std::min(std::max(a, b), c));
+    float* const larger = front(begin, end, [=](float v) { return v > pivot; });
+    if (larger > last) {
+      end = larger;
+      continue;
+    }
+    begin = front(larger, end, [=](float v) { return v == pivot; });
+    if (begin > last) return;
+  }
+  std::nth_element(begin, last, end, std::greater<float>());
+}
+
+}  // namespace
+
 void Floors::start(size_t k) {
   k_ = k;
   values_.clear();
   values_.reserve(2 * std::min<size_t>(k, 256));  // a search allocates nothing (see Collector)
 }
 
-float Floors::take(std::vector<float>& fresh) {
+float Floors::take(FreshFloors& fresh) {
   const std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
   if (!lock) return kNoThreshold;
-  values_.insert(values_.end(), fresh.begin(), fresh.end());
-  fresh.clear();
+  const auto begin = fresh.values.begin();
+  values_.insert(values_.end(), begin, begin + static_cast<std::ptrdiff_t>(fresh.count));
+  fresh.count = 0;
   if (values_.size() < k_) return kNoThreshold;
-  const auto last = values_.begin() + static_cast<std::ptrdiff_t>(k_) - 1;
-  std::nth_element(values_.begin(), last, values_.end(), std::greater<float>());
+  select(values_.data(), values_.size(), k_);
   values_.resize(k_);
   return values_.back();
 }
@@ -47,19 +82,17 @@ void Collector::start(const SegmentView* segments, const CanonicalKeys& keys, Qu
   range_ = false;
   worst_ = {-std::numeric_limits<double>::infinity(), INT64_MAX};
   capacity_ = std::max<size_t>(512, 16 * k);
-  wide_.resize(keys.stride);
   tau_ = kNoThreshold;
   pending_.clear();
-  fresh_floors_.clear();
-  fresh_scores_.clear();
+  fresh_floors_.count = fresh_scores_.count = 0;
   // So that searches after the first allocate nothing, unless they ask for very many rows.
   const size_t most = std::min<size_t>(k, 256);
   pending_.reserve(std::min(capacity_, 16 * most));
-  fresh_floors_.reserve(most + 1);
-  fresh_scores_.reserve(most + 1);
+  fresh_floors_.values.resize(std::max(fresh_floors_.values.size(), most + 1));
+  fresh_scores_.values.resize(std::max(fresh_scores_.values.size(), most + 1));
   best_.reserve(most + 1);
   best_.clear();
-  opened = rescored = 0;
+  opened = rescored_ = 0;
 }
 
 void Collector::start_range(const SegmentView* segments, const CanonicalKeys& keys, Query* query,
@@ -85,21 +118,18 @@ void Collector::keep(const Found& found) {
 void Collector::rescore(uint32_t segment, uint32_t row) {
   const SegmentView& s = segments_[segment];
   const uint16_t* x = s.segment->rows.as<uint16_t>() + static_cast<size_t>(row) * keys_.dim;
-  double key;
-  keys_.kernels->widen(x, keys_.dim, wide_.data());
-  keys_(wide_.data(), 1, query_, 1, &key);
-  offer(key, [&] { return s.id(row); });
+  offer(keys_(x, *query_), [&] { return s.id(row); });
 }
 
-void Collector::share(Floors& floors, std::vector<float>& fresh) {
+void Collector::share(Floors& floors, FreshFloors& fresh) {
   query_->raise(floors.take(fresh));
   refresh();
 }
 
 void Collector::raise() {
   if (range_) return;
-  if (!fresh_floors_.empty()) share(query_->floors, fresh_floors_);
-  if (!fresh_scores_.empty()) share(query_->scores, fresh_scores_);
+  if (fresh_floors_.count > 0) share(query_->floors, fresh_floors_);
+  if (fresh_scores_.count > 0) share(query_->scores, fresh_scores_);
 }
 
 void Collector::drop_below() {
@@ -113,20 +143,25 @@ void Collector::drop_below() {
 
 void Collector::rescore_first(size_t count) {
   const TraceRange range("knnfast.rescore");
-  // Rows lie anywhere in memory: ask for the ones after next while this one is summed.
-  constexpr size_t kAhead = 3;
+  // Rows lie anywhere in memory, so they are asked for ahead: all lines a few rows before a row is
+  // summed, and one line long before that, since what waits for a page's address (a miss of the
+  // TLB) holds up all that is asked for after it. They come to the second cache (2): the first one
+  // has fewer lines on their way.
+  constexpr size_t kPage = 16, kRow = 4;
   // Inlined always: GCC takes a function that only prefetches for one without effect, and drops it.
-  const auto fetch = [&](const Candidate& c) __attribute__((always_inline)) {
+  const auto fetch = [&](const Candidate& c, int bytes) __attribute__((always_inline)) {
     const char* x = reinterpret_cast<const char*>(
         segments_[c.segment].segment->rows.as<uint16_t>() + static_cast<size_t>(c.row) * keys_.dim);
-    for (int line = 0; line < std::min(keys_.dim * 2, 4096); line += 64)
-      __builtin_prefetch(x + line);
+    for (int line = 0; line < bytes; line += 64) __builtin_prefetch(x + line, 0, 2);
   };
-  for (size_t i = 0; i < std::min(kAhead, count); ++i) fetch(pending_[i]);
-  for (size_t i = 0; i < count; ++i) {
-    if (i + kAhead < count) fetch(pending_[i + kAhead]);
-    if (pending_[i].upper >= tau_) rescore(pending_[i].segment, pending_[i].row);
-    if (i % 64 == 63) raise();
+  const int row_bytes = std::min(keys_.dim * 2, 4096);
+  for (size_t i = 0; i < count + kPage; ++i) {
+    if (i < count) fetch(pending_[i], 1);
+    const size_t row = i - (kPage - kRow), now = i - kPage;  // not yet: beyond count
+    if (row < count) fetch(pending_[row], row_bytes);
+    if (now < count && pending_[now].upper >= tau_)
+      rescore(pending_[now].segment, pending_[now].row);
+    if (now < count && now % 64 == 63) raise();
   }
   pending_.erase(pending_.begin(), pending_.begin() + static_cast<std::ptrdiff_t>(count));
   raise();
@@ -157,7 +192,7 @@ void Collector::take(Collector& other) {
   for (const Candidate& c : other.pending_)
     if (c.upper >= tau_) pending_.push_back(c);
   opened += other.opened;
-  rescored += other.rescored;
+  rescored_ += other.rescored_;
 }
 
 const std::vector<Found>& Collector::finish() {

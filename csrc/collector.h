@@ -23,12 +23,25 @@ inline float round_down(double x) {
 }
 inline float round_up(double x) { return -round_down(-x); }
 
-// Floors of different rows' scores, from all threads: the k best.
+// Floors of different rows' scores that one thread has found and the others do not know yet.
+struct FreshFloors {
+  std::vector<float> values;
+  size_t count = 0;
+
+  // No branch on floors: about half of them reach the threshold.
+  void offer(float floor, float tau) {
+    if (count == values.size()) values.resize(2 * count + 64);
+    values[count] = floor;
+    count += floor > tau;
+  }
+};
+
+// The k best floors from all threads.
 class Floors {
  public:
   void start(size_t k);
   // Moves `fresh` here and returns the k-th best; while another thread is at it, does nothing.
-  float take(std::vector<float>& fresh);
+  float take(FreshFloors& fresh);
 
  private:
   std::mutex busy_;
@@ -63,11 +76,21 @@ struct CanonicalKeys {
     for (int r = 0; r < nx; ++r, rows += stride, keys += nq) {
       double norm2 = 0;
       if (!l2) kernels->dot(rows, 1, rows, 1, stride, dim, &norm2);
-      for (int i = 0; i < nq; ++i) {
-        const double norms = std::sqrt(norm2) * queries[i].norm;
-        keys[i] = l2 ? -keys[i] : norms > 0 ? keys[i] / norms : 0.0;
-      }
+      for (int i = 0; i < nq; ++i) keys[i] = l2 ? -keys[i] : cosine(keys[i], norm2, queries[i]);
     }
+  }
+  // Of one row as it lies.
+  double operator()(const uint16_t* row, const Query& query) const {
+    if (metric == Metric::l2) return -kernels->l2_row(row, query.q, dim);
+    const double dot = kernels->dot_row(row, query.q, dim);
+    if (metric == Metric::ip) return dot;
+    return cosine(dot, kernels->norm2_row(row, nullptr, dim), query);
+  }
+
+ private:
+  static double cosine(double dot, double norm2, const Query& query) {
+    const double norms = std::sqrt(norm2) * query.norm;
+    return norms > 0 ? dot / norms : 0.0;
   }
 };
 
@@ -90,7 +113,7 @@ struct Candidate {
 // then what is left; so the memory is bounded whatever the data. A floor is a score's lower bound,
 // or a value that the score hardly lies below: then `certain` says whether the result stands. With
 // `radius` it keeps all rows above a fixed threshold instead.
-class Collector {
+class alignas(64) Collector {
  public:
   void start(const SegmentView* segments, const CanonicalKeys& keys, Query* query, size_t k);
   void start_range(const SegmentView* segments, const CanonicalKeys& keys, Query* query,
@@ -100,9 +123,9 @@ class Collector {
   void add(float floor, float upper, uint32_t segment, uint32_t row) {
     pending_.push_back({upper, segment, row});
     __builtin_prefetch(pending_.data() + pending_.size() + 5, 1);  // the next line: for later
-    if (!range_ && floor > tau_) {
-      fresh_floors_.push_back(floor);
-      if (2 * fresh_floors_.size() >= k_) share(query_->floors, fresh_floors_);
+    if (!range_) {
+      fresh_floors_.offer(floor, tau_);
+      if (2 * fresh_floors_.count >= k_) share(query_->floors, fresh_floors_);
     }
     if (pending_.size() >= capacity_) shrink();
   }
@@ -110,15 +133,14 @@ class Collector {
   // they are left out.
   template <class Id>
   void offer(double key, Id id) {
-    ++rescored;
+    ++rescored_;
     if (range_) {
       if (key > radius_key_) best_.push_back({key, id()});
     } else if (key >= worst_.key) {
       const Found found{key, id()};
       if (!better(found, worst_)) return;
       keep(found);
-      const float floor = round_down(key * query_->key_scale);
-      if (floor > tau_) fresh_scores_.push_back(floor);
+      fresh_scores_.offer(round_down(key * query_->key_scale), tau_);
     }
   }
   void refresh() { tau_ = std::max(tau_, query_->tau.load(std::memory_order_relaxed)); }
@@ -129,29 +151,32 @@ class Collector {
   const std::vector<Found>& result() const { return best_; }
   // Whether no row that tau kept out could be in the result: tau was never above its last score.
   bool certain() const;
+  int64_t rescored() const { return rescored_; }
 
-  int64_t opened = 0, rescored = 0;
+  int64_t opened = 0;  // first: see below
 
  private:
   void keep(const Found& found);
-  void share(Floors& floors, std::vector<float>& fresh);
+  void share(Floors& floors, FreshFloors& fresh);
   void shrink();
   void rescore(uint32_t segment, uint32_t row);
   void rescore_first(size_t count);  // of pending_, and forget them
   void drop_below();
 
+  // What a row that is opened touches lies side by side.
+  float tau_ = kNoThreshold;
+  bool range_ = false;
+  std::vector<Candidate> pending_;
+  FreshFloors fresh_floors_;  // of rows opened
+  size_t k_ = 0, capacity_ = 0;
+
+  FreshFloors fresh_scores_;  // of rows rescored
   const SegmentView* segments_ = nullptr;
   CanonicalKeys keys_;
   Query* query_ = nullptr;
-  size_t k_ = 0, capacity_ = 0;
-  bool range_ = false;
   double radius_key_ = 0;
-  Found worst_{};  // of best_, as soon as there are k
-  float tau_ = kNoThreshold;
-  std::vector<Candidate> pending_;
-  AlignedVector<double> wide_;  // a row as doubles
-  // Above tau, and not shared yet.
-  std::vector<float> fresh_floors_, fresh_scores_;
+  int64_t rescored_ = 0;
+  Found worst_{};            // of best_, as soon as there are k
   std::vector<Found> best_;  // a heap with the worst on top (range: a list)
 };
 

@@ -94,6 +94,10 @@ struct Kernels {
   void (*l2)(const double* x, int nx, const double* q, int nq, size_t stride, int dim,
              double* sums);
   void (*widen)(const uint16_t* x, int dim, double* out);  // one row for them
+  // The same sums of one FP16 row as it lies: with a query, and with itself.
+  double (*dot_row)(const uint16_t* x, const double* q, int dim);
+  double (*l2_row)(const uint16_t* x, const double* q, int dim);
+  double (*norm2_row)(const uint16_t* x, const double* q, int dim);  // q is unused
   // Conversions. to_half returns false if a value is NaN or beyond ±65504 after rounding.
   bool (*to_half)(const float* x, uint16_t* out, int64_t n);
   void (*to_float)(const uint16_t* x, float* out, int64_t n);

@@ -110,22 +110,24 @@ void amx_tile(const ScanRows& rows, uint32_t block, ScanQuery* queries, int inde
           _mm512_cmp_ps_mask(_mm512_cvtepi32_ps(_mm512_load_si512(sums[b][q])), least, _CMP_NLT_UQ);
     }
   }
+  uint64_t passed = 0;
   for (int b = 0; b < NB; ++b) {
     const __m512i mask = _mm512_load_si512(masks[b]);
-    uint32_t passed = _mm512_test_epi16_mask(mask, mask);
-    if (nq < 2 * kTile) passed &= (1u << nq) - 1;
-    for (; passed; passed &= passed - 1) {
-      const int q = __builtin_ctz(passed);
-      const ScanQuery& s = queries[q];
-      const __m512i sum =
-          _mm512_add_epi32(_mm512_load_si512(sums[b][q]), _mm512_set1_epi32(s.offset));
-      const __m512 u = bound<L2>(terms[b], sum, s);
-      const uint32_t reached =
-          _mm512_mask_cmp_ps_mask(terms[b].live, u, _mm512_set1_ps(s.tau), _CMP_GE_OQ);
-      _mm512_store_ps(found.upper[found.count], u);
-      found.line[found.count] = {index + q, block + static_cast<uint32_t>(b), reached};
-      found.count += reached != 0;
-    }
+    uint32_t some = _mm512_test_epi16_mask(mask, mask);
+    if (nq < 2 * kTile) some &= (1u << nq) - 1;
+    passed |= uint64_t{some} << (2 * kTile * b);
+  }
+  for (; passed; passed &= passed - 1) {
+    const int at = __builtin_ctzll(passed), q = at % (2 * kTile), b = at / (2 * kTile);
+    const ScanQuery& s = queries[q];
+    const __m512i sum =
+        _mm512_add_epi32(_mm512_load_si512(sums[b][q]), _mm512_set1_epi32(s.offset));
+    const __m512 u = bound<L2>(terms[b], sum, s);
+    const uint32_t reached =
+        _mm512_mask_cmp_ps_mask(terms[b].live, u, _mm512_set1_ps(s.tau), _CMP_GE_OQ);
+    _mm512_store_ps(found.upper[found.count], u);
+    found.line[found.count] = {index + q, block + static_cast<uint32_t>(b), reached};
+    found.count += reached != 0;
   }
 }
 
@@ -154,7 +156,9 @@ void amx_blocks(const ScanRows& rows, uint32_t block, bool reverse, ScanQuery* q
   }
   for (int i = 0; i < found.count; ++i) {
     const int q = found.line[i].query;
-    queries[q].tau = sink->hit(sink, q, found.line[i].block, found.upper[i], found.line[i].mask);
+    const float tau = sink->hit(sink, q, found.line[i].block, found.upper[i], found.line[i].mask);
+    if (tau == queries[q].tau) continue;
+    queries[q].tau = tau;
     tests[q / FirstTest::kQueries].raise(q % FirstTest::kQueries, queries[q]);
   }
   found.count = 0;
@@ -191,7 +195,8 @@ int64_t scan_int8_amx(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQu
 }  // namespace
 
 extern const Kernels kAmx = {
-    "amx",           0,     true,    scan_int8_amx, scan_fp16,   canonical<false>,
-    canonical<true>, widen, to_half, to_float,      quantize_row};
+    "amx",           0,           true,          scan_int8_amx, scan_fp16,       canonical<false>,
+    canonical<true>, widen,       row_sum<kDot>, row_sum<kL2>,  row_sum<kNorm2>, to_half,
+    to_float,        quantize_row};
 
 }  // namespace knnfast

@@ -304,6 +304,38 @@ void canonical(const double* x, int nx, const double* q, int nq, size_t stride, 
   for (; r < nx; ++r) canonical_queries<1, L2>(x + r * stride, q, nq, stride, dim, sums + r * nq);
 }
 
+enum RowSum { kDot, kL2, kNorm2 };
+
+// Eight elements of a row and a query onto two of the sums.
+template <RowSum Kind>
+inline void add_eight(__m256 f, const double* q, __m256d* lanes) {
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; ++h) {
+    const __m256d v = _mm256_cvtps_pd(h ? _mm256_extractf128_ps(f, 1) : _mm256_castps256_ps128(f));
+    const __m256d w = Kind == kNorm2 ? v : _mm256_load_pd(q + 4 * h);
+    if (Kind == kL2) {  // never fused
+      const __m256d t = _mm256_sub_pd(w, v);
+      lanes[h] = _mm256_add_pd(lanes[h], _mm256_mul_pd(t, t));
+    } else {  // exact products: fused or not, the same bits
+      lanes[h] = _mm256_fmadd_pd(v, w, lanes[h]);
+    }
+  }
+}
+
+template <RowSum Kind>
+double row_sum(const uint16_t* x, const double* q, int dim) {
+  __m256d lanes[8];
+  for (__m256d& lane : lanes) lane = _mm256_setzero_pd();
+  int j = 0;
+  for (; j + 32 <= dim; j += 32)
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p)
+      add_eight<Kind>(load8(x, j + 8 * p, dim), q + j + 8 * p, lanes + 2 * p);
+  for (int p = 0; j < dim; ++p, j += 8) add_eight<Kind>(load8(x, j, dim), q + j, lanes + 2 * p);
+  for (int l = 0; l < 4; ++l) lanes[l] = _mm256_add_pd(lanes[l], lanes[l + 4]);
+  return sum4(_mm256_add_pd(_mm256_add_pd(lanes[0], lanes[2]), _mm256_add_pd(lanes[1], lanes[3])));
+}
+
 void widen(const uint16_t* x, int dim, double* out) {
   int j = 0;
   for (; j < dim; j += 8) {
@@ -341,16 +373,12 @@ void to_float(const uint16_t* x, float* out, int64_t n) {
 
 }  // namespace
 
-extern const Kernels kAvx2 = {"avx2",
-                              kWindow,
-                              false,
-                              scan_int8,
-                              scan_fp16,
-                              canonical<false>,
-                              canonical<true>,
-                              widen,
-                              to_half,
-                              to_float,
-                              quantize_row_plain<to_float>};
+extern const Kernels kAvx2 = {"avx2",          kWindow,
+                              false,           scan_int8,
+                              scan_fp16,       canonical<false>,
+                              canonical<true>, widen,
+                              row_sum<kDot>,   row_sum<kL2>,
+                              row_sum<kNorm2>, to_half,
+                              to_float,        quantize_row_plain<to_float>};
 
 }  // namespace knnfast

@@ -3,7 +3,11 @@
 #include "kernels_avx512.h"
 
 namespace knnfast {
-extern const Kernels kAvx512 = {
-    "avx512",        0,     false,   scan_int8<false>, scan_fp16,   canonical<false>,
-    canonical<true>, widen, to_half, to_float,         quantize_row};
+extern const Kernels kAvx512 = {"avx512",        0,
+                                false,           scan_int8<false>,
+                                scan_fp16,       canonical<false>,
+                                canonical<true>, widen,
+                                row_sum<kDot>,   row_sum<kL2>,
+                                row_sum<kNorm2>, to_half,
+                                to_float,        quantize_row};
 }  // namespace knnfast

@@ -369,6 +369,35 @@ void canonical(const double* x, int nx, const double* q, int nq, size_t stride, 
   for (; i < nq; ++i) canonical_rows<1, L2>(x, nx, q + i * stride, nq, stride, dim, sums + i);
 }
 
+enum RowSum { kDot, kL2, kNorm2 };
+
+// 32 elements of a row and a query onto the 32 lanes; `m`: of the row's elements, those there are.
+template <RowSum Kind>
+inline void add_row(const uint16_t* x, const double* q, __mmask32 m, __m512d* lanes) {
+#pragma GCC unroll 4
+  for (int p = 0; p < 4; ++p) {
+    const __m128i h = _mm_maskz_loadu_epi16(static_cast<__mmask8>(m >> (8 * p)), x + 8 * p);
+    const __m512d v = _mm512_cvtps_pd(_mm256_cvtph_ps(h));
+    const __m512d w = Kind == kNorm2 ? v : _mm512_load_pd(q + 8 * p);
+    if (Kind == kL2) {  // never fused
+      const __m512d t = _mm512_sub_pd(w, v);
+      lanes[p] = _mm512_add_pd(lanes[p], _mm512_mul_pd(t, t));
+    } else {  // exact products: fused or not, the same bits
+      lanes[p] = _mm512_fmadd_pd(v, w, lanes[p]);
+    }
+  }
+}
+
+template <RowSum Kind>
+double row_sum(const uint16_t* x, const double* q, int dim) {
+  __m512d lanes[4];
+  for (__m512d& lane : lanes) lane = _mm512_setzero_pd();
+  int j = 0;
+  for (; j + 32 <= dim; j += 32) add_row<Kind>(x + j, q + j, ~0u, lanes);
+  if (j < dim) add_row<Kind>(x + j, q + j, (1u << (dim - j)) - 1, lanes);
+  return sum8(_mm512_add_pd(_mm512_add_pd(lanes[0], lanes[2]), _mm512_add_pd(lanes[1], lanes[3])));
+}
+
 void widen(const uint16_t* x, int dim, double* out) {
   for (int j = 0; j < dim; j += 32)
 #pragma GCC unroll 2

@@ -126,6 +126,25 @@ double l2(const double* x, const double* q, int dim) {
   return canonical(dim, [&](int j) { return (q[j] - x[j]) * (q[j] - x[j]); });
 }
 
+double dot_row(const uint16_t* x, const double* q, int dim) {
+  return canonical(
+      dim, [&](int j) { return j < dim ? static_cast<double>(half_to_float(x[j])) * q[j] : 0; });
+}
+
+double l2_row(const uint16_t* x, const double* q, int dim) {
+  return canonical(dim, [&](int j) {
+    const double t = j < dim ? q[j] - static_cast<double>(half_to_float(x[j])) : 0;
+    return t * t;
+  });
+}
+
+double norm2_row(const uint16_t* x, const double*, int dim) {
+  return canonical(dim, [&](int j) {
+    const double v = j < dim ? static_cast<double>(half_to_float(x[j])) : 0;
+    return v * v;
+  });
+}
+
 // Canonical sums pair by pair.
 template <double (*Sum)(const double*, const double*, int)>
 void one_by_one(const double* x, int nx, const double* q, int nq, size_t stride, int dim,
@@ -155,16 +174,12 @@ void to_float(const uint16_t* x, float* out, int64_t n) {
 
 }  // namespace
 
-extern const Kernels kPortable = {"portable",
-                                  0,
-                                  false,
-                                  scan_int8,
-                                  scan_fp16,
-                                  one_by_one<dot>,
-                                  one_by_one<l2>,
-                                  widen,
-                                  to_half,
-                                  to_float,
-                                  quantize_row_plain<to_float>};
+extern const Kernels kPortable = {"portable",     0,
+                                  false,          scan_int8,
+                                  scan_fp16,      one_by_one<dot>,
+                                  one_by_one<l2>, widen,
+                                  dot_row,        l2_row,
+                                  norm2_row,      to_half,
+                                  to_float,       quantize_row_plain<to_float>};
 
 }  // namespace knnfast

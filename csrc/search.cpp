@@ -87,7 +87,7 @@ Scratch& scratch() {
 // the lower bound. But that is for rows whose code's error is parallel to the query; in `dim`
 // dimensions errors are about 1/sqrt(dim) of that, and nearly all scores lie close to the middle.
 float trusted_share(int64_t dim) {
-  const double margin = std::max(0.25, 4 / std::sqrt(static_cast<double>(dim)));
+  const double margin = std::max(0.125, 4 / std::sqrt(static_cast<double>(dim)));
   return static_cast<float>(0.5 + 0.5 * std::min(1.0, margin));
 }
 
@@ -184,7 +184,7 @@ class GroupSearch {
     for (int64_t q = 0; q < n_; ++q) {
       const Collector& c = s_.workers[0].collectors[static_cast<size_t>(q)];
       total.rows_opened += c.opened;
-      total.rows_rescored += c.rescored;
+      total.rows_rescored += c.rescored();
     }
     for (int t = 0; t < threads_; ++t) total += s_.workers[static_cast<size_t>(t)].stats;
   }
