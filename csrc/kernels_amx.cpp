@@ -6,7 +6,7 @@
 namespace knnfast {
 namespace {
 
-constexpr int kTile = kTileQueries;
+constexpr int kTile = kTileQueries, kStreams = 4;
 
 // Tiles 0-3: sums [query tile][block]; 4, 5: queries; 6, 7: codes. All are 16 rows of 64 bytes.
 struct alignas(64) TileConfig {
@@ -16,6 +16,8 @@ struct alignas(64) TileConfig {
 };
 
 // The blocks that come next go to the second cache: the first one is full of queries and codes.
+// They are asked for in kStreams places at a time, as the hardware follows streams, none past a
+// page.
 template <int NA, int NB>
 inline void multiply(const ScanRows& rows, uint32_t block, const int8_t* queries,
                      const int8_t* next, Ahead& ahead, int32_t (*sums)[NA * kTile][kBlockRows]) {
@@ -36,7 +38,7 @@ inline void multiply(const ScanRows& rows, uint32_t block, const int8_t* queries
       _tile_dpbsud(2, 5, 6);
       if (NB > 1) _tile_dpbsud(3, 5, 7);
     }
-    ahead.ask<1, _MM_HINT_T1>();
+    ahead.ask<kStreams, _MM_HINT_T1>();
   }
   _tile_stored(0, sums[0][0], 64);
   if (NB > 1) _tile_stored(1, sums[1][0], 64);
@@ -144,7 +146,8 @@ void amx_blocks(const ScanRows& rows, uint32_t block, bool reverse, ScanQuery* q
   const size_t bytes = static_cast<size_t>(rows.groups) * 64;
   const uint8_t* next = rows.codes + (block + NB) * bytes;
   const int tiles = (nq + 2 * kTile - 1) / (2 * kTile);
-  Ahead ahead{next, next + NB * bytes, 0, (NB * 16 + tiles - 1) / tiles};
+  const size_t stream = NB * bytes / kStreams;
+  Ahead ahead{next, next + stream, stream, (NB * 16 / kStreams + tiles - 1) / tiles};
   for (int i = 0; i < tiles; ++i) {
     const int tile = reverse ? tiles - 1 - i : i, q = tile * 2 * kTile, left = nq - q;
     if (left > kTile)
