@@ -199,12 +199,12 @@ Index::~Index() = default;
 Index::Index(Index&&) noexcept = default;
 Index& Index::operator=(Index&&) noexcept = default;
 
-void Index::add(const void* rows, DType dtype, int64_t n, const int64_t* ids, int64_t* ids_out,
+void Index::add(const void* vectors, DType dtype, int64_t n, const int64_t* ids, int64_t* ids_out,
                 int64_t stride) {
   Impl& m = *impl_;
-  if (n < 0) refuse("rows: a negative number of rows");
+  if (n < 0) refuse("vectors: a negative number of rows");
   if (n == 0) return;
-  if (!rows) refuse("rows: no data");
+  if (!vectors) refuse("vectors: no data");
   if (stride == 0) stride = m.dim;
   const ExactFloats exact;
   std::lock_guard<std::mutex> one(m.writer);
@@ -239,9 +239,9 @@ void Index::add(const void* rows, DType dtype, int64_t n, const int64_t* ids, in
     }
     SegmentView& v = next.back();
     const int64_t count = std::min(n - first, v.segment->capacity - v.n);
-    const int64_t bad = store_rows(*v.segment, m.dim, v.n, rows, dtype, first, count, stride);
+    const int64_t bad = store_rows(*v.segment, m.dim, v.n, vectors, dtype, first, count, stride);
     if (bad >= 0)
-      refuse("rows: row " + std::to_string(bad) +
+      refuse("vectors: row " + std::to_string(bad) +
              " holds NaN, infinity or a value beyond FP16's 65504");
     const bool runs_on = !ids && !v.ids && v.first_id + v.n == m.next_id + first;
     if (!runs_on) {  // ids one by one from here on; those so far are written out

@@ -219,9 +219,12 @@ int num_threads() {
   return hardware;
 }
 
-void set_num_threads(int n) {
-  if (n < 1) throw std::invalid_argument("n must be at least 1, got " + std::to_string(n));
-  g_threads.store(n, std::memory_order_relaxed);
+void set_num_threads(int64_t n) {
+  constexpr int kMostThreads = 1024;
+  if (n < 1 || n > kMostThreads)
+    throw std::invalid_argument("n must be 1 to " + std::to_string(kMostThreads) + ", got " +
+                                std::to_string(n));
+  g_threads.store(static_cast<int>(n), std::memory_order_relaxed);
 }
 
 Turn::Turn(bool wait) : line_(wait ? &owner().line : nullptr) {

@@ -75,6 +75,8 @@ class Collection:
             groups = [groups]
         if not (groups is None or isinstance(groups, Iterable)):
             raise TypeError(f"groups: expected names, got {groups!r}")
+        if not (where is None or callable(where)):
+            raise TypeError(f"where: expected a function of an image, got {where!r}")
         wanted = None if groups is None else set(groups)
         if wanted is not None and (unknown := wanted - set(self.groups)):
             raise ValueError(f"groups: {sorted(unknown)} not in this database: {list(self.groups)}")

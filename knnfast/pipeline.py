@@ -344,6 +344,8 @@ class KNNDiffusion:
 
 def find_model(name_or_path: str | Path) -> Path:
     """Folder of a bundle of the package (by name) or of a saved model (by path)."""
+    if not isinstance(name_or_path, str | Path):
+        raise TypeError(f"name_or_path: expected a name or a folder, got {name_or_path!r}")
     bundled = BUNDLES / str(name_or_path)
     if isinstance(name_or_path, str) and (bundled / "model.json").is_file():
         return bundled

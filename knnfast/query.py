@@ -51,7 +51,10 @@ def mix(*parts: tuple[Source, float], label: str | None = None) -> Query:
     """
     if not parts:
         raise ValueError("mix: at least one (what, weight) is needed, got none")
-    for source, weight in parts:
+    for part in parts:
+        if not (isinstance(part, tuple | list) and len(part) == 2):
+            raise TypeError(f"mix: a part must be a pair (what, weight), got {part!r}")
+        source, weight = part
         _check_source(source)
         if isinstance(weight, bool) or not isinstance(weight, int | float | np.number):
             raise TypeError(f"mix: a weight must be a number, got {weight!r}")

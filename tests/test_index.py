@@ -49,7 +49,11 @@ def one_buffer(x):
     [
         (lambda i, x: i.add(x[:, :3]), ValueError, "vectors must have shape"),
         (lambda i, x: i.add(x.astype(np.float64)), TypeError, "vectors must be float16"),
-        (lambda i, x: i.add(np.full((1, 24), np.nan, np.float32)), ValueError, "NaN"),
+        (
+            lambda i, x: i.add(np.full((1, 24), np.nan, np.float32)),
+            ValueError,
+            "vectors: row 0 holds NaN",
+        ),
         (lambda i, x: i.add(np.full((1, 24), 65520, np.float32)), ValueError, "65504"),
         (lambda i, x: i.add(x[:2], [1000, 1000]), ValueError, "1000 is taken"),
         (lambda i, x: i.add(x[:2], [1000, 3]), ValueError, "3 is taken"),
@@ -92,6 +96,8 @@ def one_buffer(x):
         (lambda i, x: i.save(5), TypeError, "path must be a str or an os.PathLike, got int"),
         (lambda i, x: Index.open(None), TypeError, "path must be a str .* got NoneType"),
         (lambda i, x: set_num_threads("a"), TypeError, "n must be a whole number, got 'a'"),
+        (lambda i, x: set_num_threads(0), ValueError, "n must be 1 to 1024, got 0"),
+        (lambda i, x: set_num_threads(2**40), ValueError, "n must be 1 to 1024, got 1099511627776"),
         (lambda i, x: Index(3, device="tpu"), ValueError, "device: must be cpu, cuda or cuda:N"),
         (lambda i, x: i.to("cuda:x"), ValueError, "device: must be cpu, .* got 'cuda:x'"),
         (lambda i, x: i.to("cpu:1"), ValueError, "device: must be cpu, .* got 'cpu:1'"),

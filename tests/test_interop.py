@@ -140,6 +140,14 @@ def test_faiss_names_beyond_the_basics():
             np.testing.assert_array_equal(ours, theirs)
 
 
+def test_tensors_without_rows_in_memory():
+    index = Index(4)
+    with pytest.raises(TypeError, match="vectors must be a dense tensor, got a meta tensor"):
+        index.add(torch.ones(3, 4, device="meta"))
+    with pytest.raises(TypeError, match="queries must be a dense tensor, got layout"):
+        index.search(torch.ones(3, 4).to_sparse(), 1)
+
+
 def test_faiss_names_with_bad_input():
     flat = faiss_api.IndexFlatL2(4)
     flat.add(np.ones((3, 4)))

@@ -136,6 +136,7 @@ def test_saved_and_loaded_gives_the_same_images(pipe, tmp_path):
         ({"database": "nowhere"}, "database"),
         ({"groups": ["nowhere"]}, "groups"),
         ({"groups": 3}, "groups: expected names, got 3"),
+        ({"where": 5}, "where: expected a function of an image, got 5"),
         ({"use_query": "no"}, "use_query: expected True or False, got 'no'"),
         ({"image": np.zeros((4, 4, 3))}, "image: expected one, or a list of them, got ndarray"),
         ({"prompt": 3}, "prompt: expected one, or a list of them, got int"),
@@ -165,6 +166,11 @@ def test_rejects_another_encoders_database(pipe, tmp_path):
 def test_rejects_devices(device, message):
     with pytest.raises(ValueError, match=message):
         KNNDiffusion.from_pretrained("stickers", device=device)
+
+
+def test_rejects_what_is_no_name():
+    with pytest.raises(TypeError, match="name_or_path: expected a name or a folder, got None"):
+        KNNDiffusion.from_pretrained(None)
 
 
 def test_every_damaged_file_is_named(tmp_path):

@@ -99,6 +99,7 @@ def test_as_queries_names_them():
         (lambda: as_queries("x", None, 0.5, None, Toy()), "give both"),
         (lambda: as_queries(None, red(), 0.5, None, Toy()), "give both"),
         (lambda: as_queries(["x", "y"], [red()], 0.5, None, Toy()), "beside 2"),
+        (lambda: mix("a"), r"mix: a part must be a pair \(what, weight\), got 'a'"),
         (
             lambda: as_queries(
                 None, None, None, Embeddings(np.eye(3), EncoderCard("b", 3, "c", 8)), Toy()

@@ -73,9 +73,9 @@ class KNNFAST_API Index {
   Index(Index&&) noexcept;
   Index& operator=(Index&&) noexcept;
 
-  // Appends n rows (row i at rows + i * stride elements; stride 0 means dim). ids null: automatic.
+  // Appends n rows (row i at vectors + i * stride elements; stride 0 means dim). ids null: automatic.
   // The ids in use go to ids_out when it is given. A rejected call changes nothing.
-  void add(const void* rows, DType dtype, int64_t n, const int64_t* ids = nullptr,
+  void add(const void* vectors, DType dtype, int64_t n, const int64_t* ids = nullptr,
            int64_t* ids_out = nullptr, int64_t stride = 0);
 
   // The k best rows of each of m queries: [m, k] scores and ids, best first; missing: id -1 with
@@ -118,7 +118,7 @@ class KNNFAST_API Index {
   std::unique_ptr<Impl> impl_;
 };
 
-KNNFAST_API void set_num_threads(int n);  // threads of one search; n >= 1
+KNNFAST_API void set_num_threads(int64_t n);  // threads of one search, 1 to 1024
 KNNFAST_API int num_threads();
 KNNFAST_API const char* isa();  // the instruction set in use: portable|avx2|avx512|avx512vnni|amx
 

@@ -18,7 +18,7 @@ DamagedFile = _C.DamagedFile
 
 
 def set_num_threads(n: int) -> None:
-    """Use at most n threads (n >= 1) for one search or add; the default is the machine's."""
+    """Use at most n threads (1 to 1024) for one search or add; the default is the machine's."""
     _C.set_num_threads(interop.as_int(n, "n"))
 
 

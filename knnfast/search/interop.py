@@ -68,6 +68,9 @@ def _checked(array: np.ndarray, name: str) -> np.ndarray:
 def _from_torch(torch: Any, given: Any, name: str) -> Rows:
     if given.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(f"{name} must be float16, bfloat16 or float32, got {given.dtype}")
+    if given.layout != torch.strided or given.is_meta:
+        kind = "a meta tensor" if given.is_meta else f"layout {given.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
     device = given.device
     host = given.detach().cpu()
     bf16 = host.dtype == torch.bfloat16
