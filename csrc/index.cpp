@@ -323,7 +323,7 @@ void Index::search(const void* queries, DType dtype, int64_t m, int64_t k, float
 
 RangeResult Index::range_search(const void* queries, DType dtype, int64_t m, double radius,
                                 const SearchOptions& options, int64_t stride) const {
-  if (std::isnan(radius)) refuse("radius is NaN");
+  if (std::isnan(radius)) refuse("radius must be a number, got NaN");
   RangeResult found;
   search_now(*impl_, queries, dtype, m, options, stride, [&](const SearchTask& task, Stats& stats) {
     found = search_range(task, radius, stats);

@@ -528,7 +528,7 @@ void for_groups(const SearchTask& task, size_t k, const double* radius, Stats& s
       queries.insert(queries.end(), at, at + task.dim);
     }
     if (again.empty()) return;
-    task.doubt->store(kDoubt, std::memory_order_relaxed);
+    task.doubt->store(kDoubt + 1, std::memory_order_relaxed);  // a search takes one off first
     SearchTask rest = task;
     rest.queries = queries.data();
     rest.m = static_cast<int64_t>(again.size());

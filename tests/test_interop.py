@@ -140,12 +140,26 @@ def test_faiss_names_beyond_the_basics():
             np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_tensors_without_rows_in_memory():
     index = Index(4)
     with pytest.raises(TypeError, match="vectors must be a dense tensor, got a meta tensor"):
         index.add(torch.ones(3, 4, device="meta"))
-    with pytest.raises(TypeError, match="queries must be a dense tensor, got layout"):
+    with pytest.raises(TypeError, match="vectors must be a dense tensor, got a nested tensor"):
+        index.add(torch.nested.nested_tensor([torch.ones(3, 4)]))
+    for dtype in (torch.int64, torch.uint8):
+        with pytest.raises(TypeError, match="allow must be a dense tensor, got a meta tensor"):
+            index.search(torch.ones(3, 4), 1, allow=torch.ones(3, dtype=dtype, device="meta"))
+    with pytest.raises(TypeError, match="queries must be a dense tensor, got torch"):
         index.search(torch.ones(3, 4).to_sparse(), 1)
+
+
+def test_lazily_negated_tensors():
+    """Their memory holds the values before the sign was changed."""
+    x = torch.complex(torch.zeros(3, 4), torch.arange(12.0).reshape(3, 4)).conj().imag
+    index = Index(4)
+    index.add(x)
+    assert np.array_equal(index.vectors([0, 1, 2]), -np.arange(12).reshape(3, 4))
 
 
 def test_faiss_names_with_bad_input():

@@ -20,7 +20,7 @@ from knnfast.search import Index, set_num_threads
 METRICS = ("ip", "cosine", "l2")
 SCANS = ("fp16", "int8", "auto")
 ISAS = ("portable", "avx2", "avx512", "avx512vnni", "amx")
-STOPPING = ("portable", "avx512", "avx512vnni")  # amx: for up to three queries
+STOPPING = ("portable", "avx512", "avx512vnni")  # amx: at small batches
 
 
 def assert_topk(index, x, q, k, ids=None):

@@ -73,8 +73,8 @@ class KNNFAST_API Index {
   Index(Index&&) noexcept;
   Index& operator=(Index&&) noexcept;
 
-  // Appends n rows (row i at vectors + i * stride elements; stride 0 means dim). ids null: automatic.
-  // The ids in use go to ids_out when it is given. A rejected call changes nothing.
+  // Appends n rows (row i at vectors + i * stride elements; stride 0 means dim). ids null:
+  // automatic. The ids in use go to ids_out when it is given. A rejected call changes nothing.
   void add(const void* vectors, DType dtype, int64_t n, const int64_t* ids = nullptr,
            int64_t* ids_out = nullptr, int64_t stride = 0);
 

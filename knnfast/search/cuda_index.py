@@ -145,7 +145,7 @@ class CudaIndex(Index):
         """Find all rows better than `radius`; see `Index.range_search`. Waits for the device."""
         radius = interop.as_float(radius, "radius")
         if np.isnan(radius):
-            raise ValueError("radius is NaN")
+            raise ValueError("radius must be a number, got NaN")
         q = self._rows(queries, "queries")
         filters = interop.as_filter(allow, "allow"), interop.as_filter(deny, "deny")
         found = self._core.range_search(

@@ -92,7 +92,12 @@ class Index:
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counters of all searches so far: rows scanned, opened, rescored; chunks by scan."""
+        """Counters of all searches so far (docs/search.md).
+
+        searches, queries, and of these queries_repeated, which were searched twice; pairs of a row
+        and a query: rows_scanned, rows_stopped, rows_opened, rows_rescored; chunks_int8,
+        chunks_fp16 and chunks_canonical, by the scan that went through them.
+        """
         return self._core.stats()
 
     @property

@@ -68,11 +68,8 @@ def _checked(array: np.ndarray, name: str) -> np.ndarray:
 def _from_torch(torch: Any, given: Any, name: str) -> Rows:
     if given.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(f"{name} must be float16, bfloat16 or float32, got {given.dtype}")
-    if given.layout != torch.strided or given.is_meta:
-        kind = "a meta tensor" if given.is_meta else f"layout {given.layout}"
-        raise TypeError(f"{name} must be a dense tensor, got {kind}")
     device = given.device
-    host = given.detach().cpu()
+    host = _on_host(torch, given, name)
     bf16 = host.dtype == torch.bfloat16
 
     def back(array: np.ndarray) -> Any:
@@ -86,11 +83,19 @@ def _from_torch(torch: Any, given: Any, name: str) -> Rows:
     return Rows(host.numpy(), False, back)
 
 
+def _on_host(torch: Any, given: Any, name: str) -> Any:
+    """A tensor that numpy can view."""
+    if given.is_meta or given.is_nested or given.layout != torch.strided:
+        kinds = {given.is_meta: "a meta tensor", given.is_nested: "a nested tensor"}
+        raise TypeError(f"{name} must be a dense tensor, got {kinds.get(True, given.layout)}")
+    return given.detach().cpu().resolve_conj().resolve_neg()
+
+
 def as_ids(given: Any, name: str) -> np.ndarray:
     """A flat int64 array of ids; other integers are widened, anything else is a TypeError."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(given, torch.Tensor):
-        given = given.detach().cpu().numpy()
+        given = _on_host(torch, given, name).numpy()
     elif hasattr(given, "__cuda_array_interface__") and "cupy" in sys.modules:
         given = sys.modules["cupy"].asnumpy(given)
     array = np.asarray(given)
@@ -110,7 +115,10 @@ def as_filter(given: Any, name: str) -> np.ndarray | None:
     if given is None:
         return None
     if getattr(given, "dtype", None) is not None and str(given.dtype) in ("uint8", "torch.uint8"):
-        array = given.detach().cpu().numpy() if hasattr(given, "detach") else np.asarray(given)
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(given, torch.Tensor):
+            given = _on_host(torch, given, name).numpy()
+        array = np.asarray(given)
         if array.ndim != 1:
             raise ValueError(f"{name} as a bitset must be flat, got shape {list(array.shape)}")
         return np.ascontiguousarray(array)
