@@ -92,7 +92,7 @@ void Collector::start(const SegmentView* segments, const CanonicalKeys& keys, Qu
   fresh_scores_.values.resize(std::max(fresh_scores_.values.size(), most + 1));
   best_.reserve(most + 1);
   best_.clear();
-  opened = rescored_ = 0;
+  opened = rescored = 0;
 }
 
 void Collector::start_range(const SegmentView* segments, const CanonicalKeys& keys, Query* query,
@@ -192,7 +192,7 @@ void Collector::take(Collector& other) {
   for (const Candidate& c : other.pending_)
     if (c.upper >= tau_) pending_.push_back(c);
   opened += other.opened;
-  rescored_ += other.rescored_;
+  rescored += other.rescored;
 }
 
 const std::vector<Found>& Collector::finish() {

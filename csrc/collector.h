@@ -133,7 +133,7 @@ class alignas(64) Collector {
   // they are left out.
   template <class Id>
   void offer(double key, Id id) {
-    ++rescored_;
+    ++rescored;
     if (range_) {
       if (key > radius_key_) best_.push_back({key, id()});
     } else if (key >= worst_.key) {
@@ -151,9 +151,8 @@ class alignas(64) Collector {
   const std::vector<Found>& result() const { return best_; }
   // Whether no row that tau kept out could be in the result: tau was never above its last score.
   bool certain() const;
-  int64_t rescored() const { return rescored_; }
 
-  int64_t opened = 0;  // first: see below
+  int64_t opened = 0, rescored = 0;
 
  private:
   void keep(const Found& found);
@@ -175,7 +174,6 @@ class alignas(64) Collector {
   CanonicalKeys keys_;
   Query* query_ = nullptr;
   double radius_key_ = 0;
-  int64_t rescored_ = 0;
   Found worst_{};            // of best_, as soon as there are k
   std::vector<Found> best_;  // a heap with the worst on top (range: a list)
 };

@@ -184,7 +184,7 @@ class GroupSearch {
     for (int64_t q = 0; q < n_; ++q) {
       const Collector& c = s_.workers[0].collectors[static_cast<size_t>(q)];
       total.rows_opened += c.opened;
-      total.rows_rescored += c.rescored();
+      total.rows_rescored += c.rescored;
     }
     for (int t = 0; t < threads_; ++t) total += s_.workers[static_cast<size_t>(t)].stats;
   }
