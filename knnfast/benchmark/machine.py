@@ -34,13 +34,8 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     not the FAISS that a user has. `blas` holds the kernels that the loaded BLAS libraries chose
     (with the package threadpoolctl).
     """
-    name = platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = info.read_text().splitlines()
-        name = next((row.split(":")[1].strip() for row in lines if "model name" in row), name)
     about: dict[str, Any] = {
-        "cpu": name, "cores": os.cpu_count(), "isa": _C.isa(), "threads": _C.num_threads(),
+        "cpu": processor(), "cores": os.cpu_count(), "isa": _C.isa(), "threads": _C.num_threads(),
         "memory_gib": round(memory_bytes() / 2**30), "device": device,
         "settings": {name: os.environ[name] for name in KERNEL_SETTINGS if name in os.environ},
         "blas": _blas(),
@@ -63,6 +58,18 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
     versions["knnfast"] = __version__
     return about | {"versions": versions, "commit": commit(), "date": time.strftime("%Y-%m-%d")}
+
+
+def processor() -> str:
+    """The processor's name, and on x86 its family and model: some hosts hide the rest."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.is_file() else ""
+    pairs = [line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line]
+    first = {key.strip(): value.strip() for key, value in pairs}
+    name = first.get("model name", platform.machine())
+    if "cpu family" not in first:
+        return name
+    return f"{name} (family {first['cpu family']} model {first['model']})"
 
 
 def stolen_seconds() -> float:
