@@ -94,7 +94,7 @@ Workspace carve(const TopkPlan& plan, const IndexView& index, void* memory, size
   w.upper = reinterpret_cast<float*>(take(chunk * bins * sizeof(float)));
   w.lower = reinterpret_cast<float*>(take(chunk * (bins >> plan.lower_shift) * sizeof(float)));
   w.threshold = reinterpret_cast<float*>(take(chunk * sizeof(float)));
-  w.counts = reinterpret_cast<int*>(take(chunk * plan.shares * sizeof(int)));
+  w.counts = reinterpret_cast<int*>(take(chunk * sizeof(int)));
   w.candidates =
       reinterpret_cast<Candidate*>(take(chunk * plan.shares * plan.k * sizeof(Candidate)));
   if (bytes) *bytes = used;
@@ -136,8 +136,9 @@ TopkPlan plan_topk(const IndexView& index, int batch, int k, const Device& devic
   // The largest round that fits the memory, in whole panels.
   plan.chunk = batch < kMostQueries ? batch : kMostQueries;
   for (;;) {
-    const int most = 4 * device.multiprocessors / plan.chunk;
-    const int enough = plan.bins / 512;
+    // Two blocks fit on a multiprocessor; twice as many even out where the open bins lie. A share
+    // of fewer than 64 bins is not worth a block.
+    const int most = 4 * device.multiprocessors / plan.chunk, enough = plan.bins / 64;
     plan.shares = most < enough ? most : enough;
     if (plan.shares < 1) plan.shares = 1;
     carve(plan, index, nullptr, &plan.workspace_bytes);
