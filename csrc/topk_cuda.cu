@@ -82,7 +82,7 @@ int64_t round_cost(const TopkPlan& plan, int64_t tiles, int panels) {
   if (panels == 0) return 0;
   constexpr int kLaunches = 4;  // the other launches of a round, about 20 µs
   const int64_t work = plan.kernel == Kernel::kTiled ? 2 * tiles : tiles;
-  const int waves = ceil_div(panels, plan.grid);
+  const int64_t waves = ceil_div(panels, plan.grid);
   return kLaunches + waves * ceil_div(work, walkers_of(plan, tiles, panels));
 }
 
@@ -188,6 +188,7 @@ TopkPlan plan_topk(const IndexView& index, int batch, int k, const Device& devic
   int panels = ceil_div(batch < kMostQueries ? batch : kMostQueries, plan.columns);
   for (set_panels(panels); panels > 1 && plan.workspace_bytes > memory;) set_panels(--panels);
   if (plan.kernel != Kernel::kStream) set_panels(choose_panels(plan, tiles, all, panels));
+  if (plan.workspace_bytes > memory) set_panels(panels);  // fewer queries may have more shares
   return plan;
 }
 
