@@ -395,6 +395,7 @@ bool thresholds(std::string& why) {
       for (float& v : lower)
         v = random.below(50) ? static_cast<float>(random.below(40) - 20) / 3
                              : static_cast<float>(random.normal() * 1e30);
+      if (count) lower.back() = 1e32f;  // the last one counts
       DeviceArray<float> bounds(lower), threshold(kBatch);
       DeviceArray<int> counts(kBatch);
       Workspace w{};
