@@ -15,15 +15,19 @@
    cudaGetLastError())
 
 // As much shared memory as the device gives, whatever this launch needs: the attribute belongs to
-// the kernel, and a smaller one set beside it would make another thread's launch fail.
+// the kernel, and a smaller one set beside it would make another thread's launch fail. Rings take
+// all of it from the L1 cache, which their copies pass by.
 template <class Kernel>
-inline cudaError_t allow_shared(Kernel kernel) {
+inline cudaError_t allow_shared(Kernel kernel, bool ring = false) {
   int device = 0, most = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error != cudaSuccess || !ring) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                              cudaSharedmemCarveoutMaxShared);
 }
 
 __device__ __forceinline__ float half_bits_to_float(uint16_t h) {
@@ -82,6 +86,10 @@ __device__ __forceinline__ void mbarrier_init(uint64_t* bar, unsigned arrivals) 
 // Makes the initialised barriers visible to the copy engine.
 __device__ __forceinline__ void mbarrier_fence_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// Orders this thread's reads and writes of shared memory before copies that it lets start.
+__device__ __forceinline__ void async_proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* bar) {

@@ -34,6 +34,14 @@ Memory::~Memory() {
   cudaSetDevice(before);
 }
 
+// Memory of zeros: scans read whole tiles, the rows that are not there yet included, and leave them
+// out afterwards.
+static Memory zeros(int device, size_t bytes, void* stream) {
+  Memory memory(device, bytes);
+  check(cudaMemsetAsync(memory.as<void>(), 0, bytes, as_stream(stream)), "cudaMemsetAsync");
+  return memory;
+}
+
 CudaIndex::CudaIndex(int dim, Metric metric, Scan scan, int device, int64_t segment_rows)
     : dim_(dim), metric_(metric), scan_(scan), device_(device), segment_rows_(segment_rows) {
   if (dim < 1 || dim > kMaxDim)
@@ -184,8 +192,9 @@ void CudaIndex::recentre(void* stream) {
   std::vector<std::shared_ptr<Memory>> codes, terms;
   const size_t cap = static_cast<size_t>(segment_rows_);
   for (size_t i = 0; i < segments_.size(); ++i) {
-    codes.push_back(std::make_shared<Memory>(device_, cap * code_slices(dim_) * kSlice));
-    terms.push_back(std::make_shared<Memory>(device_, cap * sizeof(CodeTerm)));
+    codes.push_back(
+        std::make_shared<Memory>(zeros(device_, cap * code_slices(dim_) * kSlice, stream)));
+    terms.push_back(std::make_shared<Memory>(zeros(device_, cap * sizeof(CodeTerm), stream)));
   }
   {
     const std::unique_lock lock(mutex_);
@@ -233,16 +242,15 @@ std::vector<int64_t> CudaIndex::add(const void* rows, DType dtype, int64_t n, in
     const size_t index = static_cast<size_t>(position / segment_rows_);
     if (index == segments.size()) {
       auto s = std::make_shared<Segment>();
-      s->half = Memory(device_, cap * half_slices(dim_) * kSlice);
-      s->half_terms = Memory(device_, cap * sizeof(HalfTerm));
+      s->half = zeros(device_, cap * half_slices(dim_) * kSlice, stream);
+      s->half_terms = zeros(device_, cap * sizeof(HalfTerm), stream);
       if (mean_) {
-        s->codes = std::make_shared<Memory>(device_, cap * code_slices(dim_) * kSlice);
-        s->code_terms = std::make_shared<Memory>(device_, cap * sizeof(CodeTerm));
+        s->codes =
+            std::make_shared<Memory>(zeros(device_, cap * code_slices(dim_) * kSlice, stream));
+        s->code_terms = std::make_shared<Memory>(zeros(device_, cap * sizeof(CodeTerm), stream));
       }
-      s->alive = std::make_shared<Memory>(device_, cap / 8);
+      s->alive = std::make_shared<Memory>(zeros(device_, cap / 8, stream));
       s->alive_bits.assign(cap / 32, 0);
-      check(cudaMemsetAsync(s->alive->as<void>(), 0, cap / 8, as_stream(stream)),
-            "cudaMemsetAsync");
       segments.push_back(std::move(s));
     }
     const auto& s = segments[index];

@@ -25,28 +25,45 @@ __device__ __forceinline__ double tree(double v) {
   return v;
 }
 
-// A whole warp; `row` counts inside the tile whose first byte is `tile`. q: FP32 values.
+// A whole warp; `rows` count inside the tile whose first byte is `tile`. q: FP32 values. The loads
+// and sums of several rows hide each other's latency.
+template <int N>
+__device__ __forceinline__ void canonical_scores(const unsigned char* tile, const int (&rows)[N],
+                                                 const float* q, int dim, Metric metric,
+                                                 double q_norm, double (&scores)[N]) {
+  double sums[N] = {}, squares[N] = {};
+  for (int j = threadIdx.x % 32; j < dim; j += 32) {
+    const unsigned char* slice = tile + static_cast<int64_t>(j / 64) * kTileRows * kSlice;
+    const double y = q[j];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const unsigned char* unit = slice + unit_offset(rows[i], j % 64 / 8);
+      const double x = half_bits_to_float(reinterpret_cast<const uint16_t*>(unit)[j % 8]);
+      if (metric == kL2) {
+        const double t = __dsub_rn(y, x);
+        sums[i] = __dadd_rn(sums[i], __dmul_rn(t, t));
+      } else {
+        sums[i] = __dadd_rn(sums[i], __dmul_rn(x, y));
+        if (metric == kCosine) squares[i] = __dadd_rn(squares[i], __dmul_rn(x, x));
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) scores[i] = tree(sums[i]);
+  if (metric != kCosine) return;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const double x_norm = __dsqrt_rn(tree(squares[i]));
+    scores[i] = x_norm == 0 || q_norm == 0 ? 0.0 : __ddiv_rn(scores[i], __dmul_rn(x_norm, q_norm));
+  }
+}
+
 __device__ __forceinline__ double canonical_score(const unsigned char* tile, int row,
                                                   const float* q, int dim, Metric metric,
                                                   double q_norm) {
-  double sum = 0, squares = 0;
-  for (int j = threadIdx.x % 32; j < dim; j += 32) {
-    const unsigned char* slice = tile + static_cast<int64_t>(j / 64) * kTileRows * kSlice;
-    const uint16_t h =
-        *reinterpret_cast<const uint16_t*>(slice + unit_offset(row, j % 64 / 8) + j % 8 * 2);
-    const double x = half_bits_to_float(h), y = q[j];
-    if (metric == kL2) {
-      const double t = __dsub_rn(y, x);
-      sum = __dadd_rn(sum, __dmul_rn(t, t));
-    } else {
-      sum = __dadd_rn(sum, __dmul_rn(x, y));
-      if (metric == kCosine) squares = __dadd_rn(squares, __dmul_rn(x, x));
-    }
-  }
-  sum = tree(sum);
-  if (metric != kCosine) return sum;
-  const double x_norm = __dsqrt_rn(tree(squares));
-  return x_norm == 0 || q_norm == 0 ? 0.0 : __ddiv_rn(sum, __dmul_rn(x_norm, q_norm));
+  double score[1];
+  canonical_scores(tile, {row}, q, dim, metric, q_norm, score);
+  return score[0];
 }
 
 }  // namespace cuda

@@ -69,6 +69,38 @@ bool fit_tiled(TopkPlan& plan, bool int8, const Device& device) {
   return false;
 }
 
+// Blocks that take the tiles of one panel; blocks of all panels walk the same tiles together, so
+// that L2 serves all but the first.
+int walkers_of(const TopkPlan& plan, int64_t tiles, int panels) {
+  const int64_t work = plan.kernel == Kernel::kTiled ? 2 * tiles : tiles;
+  const int64_t walkers = plan.grid / panels < work ? plan.grid / panels : work;
+  return walkers < 1 ? 1 : static_cast<int>(walkers);
+}
+
+// What a scan of `panels` panels takes, in the time of one block's tile.
+int64_t round_cost(const TopkPlan& plan, int64_t tiles, int panels) {
+  if (panels == 0) return 0;
+  constexpr int kLaunches = 4;  // the other launches of a round, about 20 µs
+  const int64_t work = plan.kernel == Kernel::kTiled ? 2 * tiles : tiles;
+  const int64_t waves = ceil_div(panels, plan.grid);
+  return kLaunches + waves * ceil_div(work, walkers_of(plan, tiles, panels));
+}
+
+// Panels of a round: of `most` down to half of it, where the fewest blocks idle: 66 panels take 132
+// multiprocessors, 67 would leave 65 of them without work.
+int choose_panels(const TopkPlan& plan, int64_t tiles, int all, int most) {
+  int best = most;
+  int64_t least = INT64_MAX;
+  for (int panels = most; 2 * panels > most; --panels) {
+    const int64_t cost =
+        all / panels * round_cost(plan, tiles, panels) + round_cost(plan, tiles, all % panels);
+    if (cost >= least) continue;
+    least = cost;
+    best = panels;
+  }
+  return best;
+}
+
 }  // namespace
 
 int padded_dim(const IndexView& index) {
@@ -94,7 +126,7 @@ Workspace carve(const TopkPlan& plan, const IndexView& index, void* memory, size
   w.upper = reinterpret_cast<float*>(take(chunk * bins * sizeof(float)));
   w.lower = reinterpret_cast<float*>(take(chunk * (bins >> plan.lower_shift) * sizeof(float)));
   w.threshold = reinterpret_cast<float*>(take(chunk * sizeof(float)));
-  w.counts = reinterpret_cast<int*>(take(chunk * plan.shares * sizeof(int)));
+  w.counts = reinterpret_cast<int*>(take(chunk * sizeof(int)));
   w.candidates =
       reinterpret_cast<Candidate*>(take(chunk * plan.shares * plan.k * sizeof(Candidate)));
   if (bytes) *bytes = used;
@@ -133,18 +165,6 @@ TopkPlan plan_topk(const IndexView& index, int batch, int k, const Device& devic
   // Fewer, coarser lower bounds save traffic where k of them still hardly ever share a bin.
   const int coarse = plan.kernel == Kernel::kSm90 ? 3 : plan.kernel == Kernel::kTiled ? 1 : 0;
   plan.lower_shift = (plan.bins >> coarse) >= 16 * k ? coarse : 0;
-  // The largest round that fits the memory, in whole panels.
-  plan.chunk = batch < kMostQueries ? batch : kMostQueries;
-  for (;;) {
-    const int most = 4 * device.multiprocessors / plan.chunk;
-    const int enough = plan.bins / 512;
-    plan.shares = most < enough ? most : enough;
-    if (plan.shares < 1) plan.shares = 1;
-    carve(plan, index, nullptr, &plan.workspace_bytes);
-    if (plan.workspace_bytes <= memory || plan.chunk <= plan.columns) break;
-    plan.chunk = ceil_div(plan.chunk, 2 * plan.columns) * plan.columns;
-  }
-  const int panels = ceil_div(plan.chunk, plan.columns);
   if (plan.kernel == Kernel::kStream) {
     const size_t shared =
         stream_shared_bytes(int8, plan.columns * plan.planes, slices, plan.columns, plan.stages);
@@ -152,12 +172,23 @@ TopkPlan plan_topk(const IndexView& index, int batch, int k, const Device& devic
     const int64_t blocks = static_cast<int64_t>(device.multiprocessors) * per_sm;
     plan.grid = static_cast<int>(blocks < 2 * tiles ? blocks : 2 * tiles);
   } else {
-    // Blocks of all panels walk the same tiles together, so that L2 serves all but the first.
-    int64_t walkers = device.multiprocessors / panels;
-    const int64_t work = plan.kernel == Kernel::kTiled ? 2 * tiles : tiles;
-    if (walkers > work) walkers = work;
-    plan.grid = static_cast<int>(walkers < 1 ? 1 : walkers) * panels;
+    plan.grid = device.multiprocessors;
   }
+  // The largest round that fits the memory, in whole panels.
+  const int all = ceil_div(batch, plan.columns);
+  auto set_panels = [&](int panels) {
+    plan.chunk = batch < panels * plan.columns ? batch : panels * plan.columns;
+    // Two blocks fit on a multiprocessor; twice as many even out where the open bins lie. A share
+    // of fewer than 64 bins is not worth a block.
+    const int most = 4 * device.multiprocessors / plan.chunk, enough = plan.bins / 64;
+    plan.shares = most < enough ? most : enough;
+    if (plan.shares < 1) plan.shares = 1;
+    carve(plan, index, nullptr, &plan.workspace_bytes);
+  };
+  int panels = ceil_div(batch < kMostQueries ? batch : kMostQueries, plan.columns);
+  for (set_panels(panels); panels > 1 && plan.workspace_bytes > memory;) set_panels(--panels);
+  if (plan.kernel != Kernel::kStream) set_panels(choose_panels(plan, tiles, all, panels));
+  if (plan.workspace_bytes > memory) set_panels(panels);  // fewer queries may have more shares
   return plan;
 }
 
@@ -183,12 +214,9 @@ int scan_round(const TopkPlan& plan, const IndexView& index, const Workspace& w,
   args.batch = count;
   args.panels_count = ceil_div(count, plan.columns);
   args.metric = index.metric;
-  // A last, smaller round has fewer panels: the grid stays a whole number of walkers.
   TopkPlan round = plan;
-  if (plan.kernel != Kernel::kStream) {
-    const int panels = ceil_div(plan.chunk, plan.columns);
-    round.grid = plan.grid / panels * args.panels_count;
-  }
+  if (plan.kernel != Kernel::kStream)
+    round.grid = walkers_of(plan, args.tiles, args.panels_count) * args.panels_count;
   return plan.kernel == Kernel::kStream  ? launch_stream_scan(round, args, int8, stream)
          : plan.kernel == Kernel::kTiled ? launch_tiled_scan(round, args, int8, stream)
                                          : launch_sm90_scan(round, args, int8, stream);

@@ -90,6 +90,15 @@ struct Bounds {
   float upper, lower;
 };
 
+// A row that may not be found: a NaN as its norm makes both bounds NaN, which fmaxf passes over.
+// One select a row instead of a branch that would keep the compiler from interleaving rows.
+template <class Term>
+__device__ __forceinline__ Term term_if(bool live, Term term) {
+  if (!live) term.norm = __uint_as_float(0x7fffffff);
+  return term;
+}
+
+// bounds<L2>: without L2 the metric is another one, and its shift, 0, is left out.
 struct HalfScan {
   using Term = HalfTerm;
   using Sum = float;
@@ -102,12 +111,17 @@ struct HalfScan {
     return s.half;
   }
   __device__ static __forceinline__ const Term* terms(const SegmentView& s) { return s.half_terms; }
+  template <bool L2 = true>
   __device__ static __forceinline__ Bounds bounds(float sum, const Term& row, const QueryState& q,
                                                   Metric metric) {
     const float factor = metric == kCosine ? row.weight : 1.0f;
-    const float shift = q.gamma * row.weight;  // 0 unless l2
-    const float value = sum * factor - shift;
-    const float error = (q.err_row * row.norm + q.err_fixed) * factor + 0x1p-22f * shift;
+    float value = sum * factor;
+    float error = (q.err_row * row.norm + q.err_fixed) * factor;
+    if (L2) {
+      const float shift = q.gamma * row.weight;
+      value -= shift;
+      error += 0x1p-22f * shift;
+    }
     return {value + error, value - error};
   }
 };
@@ -124,12 +138,16 @@ struct CodeScan {
     return s.codes;
   }
   __device__ static __forceinline__ const Term* terms(const SegmentView& s) { return s.code_terms; }
+  template <bool L2 = true>
   __device__ static __forceinline__ Bounds bounds(float sum, const Term& row, const QueryState& q,
                                                   Metric) {
-    const float shift = q.gamma * row.weight;
-    const float value = q.center + row.scale * q.scale * sum - shift;
-    const float error =
-        q.err_row * row.residual + q.err_code * row.norm + q.err_fixed + 0x1p-22f * shift;
+    float value = q.center + row.scale * q.scale * sum;
+    float error = q.err_row * row.residual + (q.err_code * row.norm + q.err_fixed);
+    if (L2) {
+      const float shift = q.gamma * row.weight;
+      value -= shift;
+      error += 0x1p-22f * shift;
+    }
     return {value + error, value - error};
   }
 };

@@ -85,7 +85,7 @@ struct TopkPlan {
   int bins, lower_shift;  // 32-row bins; 2^shift of them share one lower bound
   int shares;             // blocks that open bins for one query
   int stages;             // depth of the copy ring
-  int grid;               // blocks of the scan
+  int grid;               // most blocks of the scan at once
   int resident;           // sm90: query panel stays in shared memory
   size_t workspace_bytes;
 };

@@ -37,8 +37,8 @@ struct Workspace {
   float* upper;           // [chunk, bins]
   float* lower;           // [chunk, bins >> lower_shift]
   float* threshold;       // [chunk]
-  int* counts;            // [chunk, shares]
-  Candidate* candidates;  // [chunk, shares, k]
+  int* counts;            // [chunk] candidates; the threshold kernel sets them to 0
+  Candidate* candidates;  // [chunk, shares·k], in no order
 };
 Workspace carve(const TopkPlan& plan, const IndexView& index, void* memory, size_t* bytes);
 

@@ -10,7 +10,11 @@
 // Bytes: lower once, upper once, 128·slices·32 for an open bin, 2d for a rescored row (found in
 // cache in FP16 scans). Nothing is ever dropped for want of room: a block keeps the best k of what
 // it has rescored, sorting when its buffer fills, and hands on at most k. If every row ties, every
-// row is rescored: the exact answer at the price of one more pass. Never run on a GPU yet.
+// row is rescored: the exact answer at the price of one more pass, bound by FP64 conversions (16 a
+// clock of a multiprocessor, two an element or, of four rows at once, five for four). Never run on
+// a GPU yet.
+#include <type_traits>
+
 #include "topk_canonical.cuh"
 #include "topk_cuda.cuh"
 #include "topk_launch.h"
@@ -22,39 +26,48 @@ namespace {
 // --- threshold
 
 constexpr int kSelectThreads = 512;
-constexpr int kGroups = 8192;  // maxima held in shared memory
+constexpr int kGroups = 8192;
+constexpr int kHeld = kGroups / kSelectThreads;  // maxima a thread holds
+static_assert(kMaxK <= kGroups, "else the k-th largest maximum is not there");
 
-// Maxima of up to kGroups groups of bins (any partition gives a certified bound), then a radix
-// selection of the k-th largest, eight bits at a time.
+// Maxima of kGroups groups of bins (any partition gives a certified bound; a group without bins is
+// -inf), then a radix selection of the k-th largest, eight bits at a time. A thread's kHeld loads
+// are in flight together: with 32 KiB a block, latency does not bind.
 __global__ void __launch_bounds__(kSelectThreads)
-    topk_threshold_kernel(const float* lower, int count, int k, float* threshold) {
+    topk_threshold_kernel(const float* lower, int count, int k, float* threshold, int* counts) {
   KNN_DYN_SMEM(shared);
-  uint32_t* keys = reinterpret_cast<uint32_t*>(shared);
-  const int groups = min(count, kGroups);
-  int* histogram = reinterpret_cast<int*>(keys + groups);
+  int* histogram = reinterpret_cast<int*>(shared);
   uint32_t* found = reinterpret_cast<uint32_t*>(histogram + 256);  // prefix, what is left of k
   const float* values = lower + static_cast<int64_t>(blockIdx.x) * count;
   const int thread = threadIdx.x;
-  if (groups < k) {
-    if (thread == 0) threshold[blockIdx.x] = kMinusInf;
-    return;
+  float best[kHeld];
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) best[j] = kMinusInf;
+  for (int base = thread; base < count; base += kGroups) {
+    float next[kHeld];
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) {
+      const int i = base + j * kSelectThreads;
+      next[j] = i < count ? values[i] : kMinusInf;
+    }
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) best[j] = fmaxf(best[j], next[j]);
   }
-  for (int g = thread; g < groups; g += kSelectThreads) {
-    float best = kMinusInf;
-#pragma unroll 8
-    for (int i = g; i < count; i += kGroups) best = fmaxf(best, values[i]);
-    keys[g] = float_key(best);
-  }
+  uint32_t keys[kHeld];
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) keys[j] = float_key(best[j]);
   if (thread == 0) {
     found[0] = 0;
     found[1] = static_cast<uint32_t>(k);
+    counts[blockIdx.x] = 0;
   }
   for (int digit = 24; digit >= 0; digit -= 8) {
-    for (int i = thread; i < 256; i += kSelectThreads) histogram[i] = 0;
+    if (thread < 256) histogram[thread] = 0;
     __syncthreads();
     const uint32_t prefix = found[0], high = digit == 24 ? 0u : ~0u << (digit + 8);
-    for (int g = thread; g < groups; g += kSelectThreads)
-      if ((keys[g] & high) == prefix) atomicAdd(&histogram[keys[g] >> digit & 255], 1);
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j)
+      if ((keys[j] & high) == prefix) atomicAdd(&histogram[keys[j] >> digit & 255], 1);
     __syncthreads();
     if (thread < 32) {  // lane l sums bins 255-8l ... 248-8l
       int sums[8], total = 0;
@@ -84,10 +97,14 @@ __global__ void __launch_bounds__(kSelectThreads)
 // --- the k best of a stream, in shared memory
 
 constexpr int kThreads = 256;
+constexpr int kLoads = 4;                   // candidates a thread of the merge loads at a time
+constexpr int kMerged = kLoads * kThreads;  // of a round of the merge
+constexpr int kOpened = kThreads;           // of a round of the opening: a row a thread
 
-__host__ __device__ inline int buffer_size(int k) {
-  int size = 512;
-  while (size < k + kThreads) size *= 2;
+// Room for the k best and a round of candidates.
+__host__ __device__ inline int buffer_size(int k, int round) {
+  int size = 2 * round;
+  while (size < k + round) size *= 2;
   return size;
 }
 
@@ -96,7 +113,13 @@ struct Best {
   int64_t* ids;
   int* count;
   int capacity, k;
+  // The k-th best so far: what comes after it cannot enter.
+  uint64_t worst_key = 0;
+  int64_t worst_id = INT64_MAX;
 
+  __device__ bool enters(uint64_t key, int64_t id) const {
+    return key > worst_key || (key == worst_key && id < worst_id);
+  }
   __device__ bool before(int a, int b) const {
     return keys[a] > keys[b] || (keys[a] == keys[b] && ids[a] < ids[b]);
   }
@@ -104,6 +127,12 @@ struct Best {
     const int at = atomicAdd(count, 1);
     keys[at] = key;
     ids[at] = id;
+  }
+  // All threads, after each round.
+  __device__ __forceinline__ void make_room(int round) {
+    __syncthreads();
+    if (*count > capacity - round) settle();
+    __syncthreads();
   }
   // All threads: orders what is there and keeps the k best.
   __device__ __forceinline__ void settle() {
@@ -132,6 +161,10 @@ struct Best {
       }
     }
     __syncthreads();
+    if (n >= k) {
+      worst_key = keys[k - 1];
+      worst_id = ids[k - 1];
+    }
     if (threadIdx.x == 0) *count = min(n, k);
     __syncthreads();
   }
@@ -200,16 +233,22 @@ struct OpenArgs {
   int bins, shares, padded, k;
 };
 
+// The bounds of 1,024 queries over 10M rows are 1.3 GB, 0.3 ms at 4.3 TB/s: 16 KiB a block and two
+// blocks a multiprocessor in flight come near it.
+constexpr int kVectors = 4;                     // of upper bounds, that a thread loads at a time
+constexpr int kLook = kThreads * kVectors * 4;  // bins the block looks at before it meets
+constexpr int kOpenList = 2 * kThreads;         // bins found open that wait
+
 // One block a query and a share of its bins.
 template <class Scan>
-__global__ void __launch_bounds__(kThreads) topk_open_kernel(OpenArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) topk_open_kernel(OpenArgs a) {
   KNN_DYN_SMEM(shared);
-  const int capacity = buffer_size(a.k);
+  const int capacity = buffer_size(a.k, kOpened);
   Best best;
   best.keys = reinterpret_cast<uint64_t*>(shared);
   best.ids = reinterpret_cast<int64_t*>(best.keys + capacity);
-  int* open = reinterpret_cast<int*>(best.ids + capacity);  // bins found open: [2 · kThreads]
-  int* counters = open + 2 * kThreads;                      // candidates, open bins
+  int* open = reinterpret_cast<int*>(best.ids + capacity);  // [kOpenList]
+  int* counters = open + kOpenList;                         // candidates, open bins, place of them
   float* raw = reinterpret_cast<float*>(counters + 4);
   best.count = counters;
   best.capacity = capacity;
@@ -218,11 +257,7 @@ __global__ void __launch_bounds__(kThreads) topk_open_kernel(OpenArgs a) {
   const int m = blockIdx.y, share = blockIdx.x, thread = threadIdx.x;
   const int warp = thread / 32, lane = thread % 32;
   const QueryState state = a.states[m];
-  const int slot = m * a.shares + share;
-  if (state.bad) {
-    if (thread == 0) a.counts[slot] = 0;
-    return;
-  }
+  if (state.bad) return;
   const IndexView& index = a.index;
   const float threshold = a.threshold[m];
   const float* upper = a.upper + static_cast<int64_t>(m) * a.bins;
@@ -238,7 +273,6 @@ __global__ void __launch_bounds__(kThreads) topk_open_kernel(OpenArgs a) {
   if (thread < 2) counters[thread] = 0;
   __syncthreads();
 
-  uint64_t worst = 0;  // key of the k-th best so far: a row below it cannot enter
   auto open_bin = [&](int bin) {
     const SegmentView& segment = index.segments[bin / bins_per_segment];
     const int64_t row = bin % bins_per_segment * kBinRows;
@@ -252,45 +286,83 @@ __global__ void __launch_bounds__(kThreads) topk_open_kernel(OpenArgs a) {
     const Bounds b = Scan::bounds(sum, Scan::terms(segment)[row + mine], unrounded, index.metric);
     uint32_t reached = __ballot_sync(~0u, (alive >> mine & 1) && b.upper >= threshold);
     const unsigned char* tile = segment.half + slice_offset(tile_row, 0, half_of);
-    while (reached) {
-      const int judge = __ffs(static_cast<int>(reached)) - 1;
-      reached &= reached - 1;
-      const int r = judge % 8 * 4 + judge / 8;
-      const double score =
-          canonical_score(tile, in_tile + r, raw, index.dim, index.metric, state.norm);
+    auto rescore = [&](auto together) {  // the next so many rows
+      constexpr int kRows = decltype(together)::value;
+      int rows[kRows];
+      double scores[kRows];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i, reached &= reached - 1) {
+        const int judge = __ffs(static_cast<int>(reached)) - 1;
+        rows[i] = in_tile + judge % 8 * 4 + judge / 8;
+      }
+      canonical_scores(tile, rows, raw, index.dim, index.metric, state.norm, scores);
+      int r = rows[0];
+      double score = scores[0];
+#pragma unroll
+      for (int i = 1; i < kRows; ++i) {
+        r = lane == i ? rows[i] : r;
+        score = lane == i ? scores[i] : score;
+      }
       const uint64_t key = score_key(score, index.metric);
-      if (lane == 0 && key >= worst)
-        best.push(key, segment.ids ? segment.ids[row + r] : segment.first_id + row + r);
-    }
+      if (lane < kRows && key >= best.worst_key) {
+        const int64_t at = tile_row + r;
+        const int64_t id = segment.ids ? segment.ids[at] : segment.first_id + at;
+        if (best.enters(key, id)) best.push(key, id);
+      }
+    };
+    while (__popc(reached) >= 4) rescore(std::integral_constant<int, 4>{});
+    while (reached) rescore(std::integral_constant<int, 1>{});
   };
 
-  const int begin = static_cast<int>(static_cast<int64_t>(a.bins) * share / a.shares);
-  const int end = static_cast<int>(static_cast<int64_t>(a.bins) * (share + 1) / a.shares);
-  for (int base = begin; base < end; base += kThreads) {
-    const int bin = base + thread;
-    if (bin < end && upper[bin] >= threshold && upper[bin] > kMinusInf)
-      open[atomicAdd(&counters[1], 1)] = bin;
-    __syncthreads();
-    const int found = counters[1];
-    const bool last = base + kThreads >= end;
-    if (found >= kThreads || (last && found > 0)) {
-      for (int i = 0; i < found; i += kThreads / 32) {  // a bin a warp, at most 256 rows a round
-        if (i + warp < found) open_bin(open[i + warp]);
-        __syncthreads();
-        if (*best.count > capacity - kThreads) {
-          best.settle();
-          worst = best.keys[a.k - 1];
-        }
-        __syncthreads();
-      }
-      if (thread == 0) counters[1] = 0;
+  // Shares are whole tiles: a tile's bounds are two aligned vectors.
+  constexpr int kTileBins = kTileRows / kBinRows;
+  const int64_t tiles = a.bins / kTileBins;
+  const int begin = static_cast<int>(tiles * share / a.shares) * kTileBins;
+  const int end = static_cast<int>(tiles * (share + 1) / a.shares) * kTileBins;
+  for (int base = begin; base < end; base += kLook) {
+    float4 bounds[kVectors];
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int bin = base + (v * kThreads + thread) * 4;
+      bounds[v] = bin < end ? *reinterpret_cast<const float4*>(upper + bin)
+                            : float4{kMinusInf, kMinusInf, kMinusInf, kMinusInf};
     }
-    __syncthreads();
+    uint32_t reached = 0;  // bit 4v + e: element e of vector v
+    auto look = [&](float bound, int bit) {
+      if (bound >= threshold && bound > kMinusInf) reached |= 1u << bit;
+    };
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      look(bounds[v].x, v * 4);
+      look(bounds[v].y, v * 4 + 1);
+      look(bounds[v].z, v * 4 + 2);
+      look(bounds[v].w, v * 4 + 3);
+    }
+    const bool last = base + kLook >= end;
+    bool more;  // bins found open beyond the list's room wait for the next turn
+    do {
+      int at = reached ? atomicAdd(&counters[1], __popc(reached)) : kOpenList;
+      for (; reached && at < kOpenList; ++at, reached &= reached - 1) {
+        const int bit = __ffs(static_cast<int>(reached)) - 1;
+        open[at] = base + (bit / 4 * kThreads + thread) * 4 + bit % 4;
+      }
+      more = __syncthreads_or(reached != 0);
+      const int found = min(counters[1], kOpenList);
+      if (found >= kThreads || (last && found > 0)) {
+        for (int i = 0; i < found; i += kThreads / 32) {  // a bin a warp, at most 256 rows a round
+          if (i + warp < found) open_bin(open[i + warp]);
+          best.make_room(kOpened);
+        }
+        if (thread == 0) counters[1] = 0;
+      }
+      __syncthreads();
+    } while (more);
   }
   best.settle();
   const int count = *best.count;
-  if (thread == 0) a.counts[slot] = count;
-  Candidate* out = a.candidates + static_cast<int64_t>(slot) * a.k;
+  if (thread == 0) counters[2] = atomicAdd(&a.counts[m], count);
+  __syncthreads();
+  Candidate* out = a.candidates + static_cast<int64_t>(m) * a.shares * a.k + counters[2];
   for (int i = thread; i < count; i += kThreads) out[i] = {best.keys[i], best.ids[i]};
 }
 
@@ -309,38 +381,29 @@ struct MergeArgs {
 
 __global__ void __launch_bounds__(kThreads) topk_merge_kernel(MergeArgs a) {
   KNN_DYN_SMEM(shared);
-  const int capacity = buffer_size(a.k);
+  const int capacity = buffer_size(a.k, kMerged);
   Best best;
   best.keys = reinterpret_cast<uint64_t*>(shared);
   best.ids = reinterpret_cast<int64_t*>(best.keys + capacity);
-  int* counters = reinterpret_cast<int*>(best.ids + capacity);  // candidates, all of them
-  best.count = counters;
+  best.count = reinterpret_cast<int*>(best.ids + capacity);
   best.capacity = capacity;
   best.k = a.k;
   const int m = blockIdx.x, thread = threadIdx.x;
-  const int* counts = a.counts + m * a.shares;
+  const int total = a.counts[m];
   const Candidate* in = a.candidates + static_cast<int64_t>(m) * a.shares * a.k;
-  if (thread < 2) counters[thread] = 0;
+  if (thread == 0) *best.count = 0;
   __syncthreads();
-  for (int s = thread; s < a.shares; s += kThreads) atomicAdd(&counters[1], counts[s]);
-  __syncthreads();
-  if (counters[1] <= capacity) {  // all at once, a warp a share
-    for (int s = thread / 32; s < a.shares; s += kThreads / 32)
-      for (int i = thread % 32; i < counts[s]; i += 32) {
-        const Candidate c = in[static_cast<int64_t>(s) * a.k + i];
-        best.push(c.key, c.id);
-      }
-  } else {
-    for (int s = 0; s < a.shares; ++s)
-      for (int base = 0; base < counts[s]; base += kThreads) {
-        if (base + thread < counts[s]) {
-          const Candidate c = in[static_cast<int64_t>(s) * a.k + base + thread];
-          best.push(c.key, c.id);
-        }
-        __syncthreads();
-        if (*best.count > capacity - kThreads) best.settle();
-        __syncthreads();
-      }
+  for (int base = 0; base < total; base += kMerged) {
+    Candidate next[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int at = base + i * kThreads + thread;
+      next[i] = at < total ? in[at] : Candidate{0, INT64_MAX};
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i)
+      if (best.enters(next[i].key, next[i].id)) best.push(next[i].key, next[i].id);
+    best.make_room(kMerged);
   }
   best.settle();
   const int count = *best.count;
@@ -361,20 +424,19 @@ __global__ void __launch_bounds__(kThreads) topk_merge_kernel(MergeArgs a) {
 }  // namespace
 
 size_t open_shared_bytes(int dim, int k) {
-  return static_cast<size_t>(buffer_size(k)) * sizeof(Candidate) + 2 * kThreads * sizeof(int) +
-         4 * sizeof(int) + static_cast<size_t>(dim) * sizeof(float);
+  return static_cast<size_t>(buffer_size(k, kOpened)) * sizeof(Candidate) +
+         kOpenList * sizeof(int) + 4 * sizeof(int) + static_cast<size_t>(dim) * sizeof(float);
 }
 
 size_t merge_shared_bytes(int k) {
-  return static_cast<size_t>(buffer_size(k)) * sizeof(Candidate) + 4 * sizeof(int);
+  return static_cast<size_t>(buffer_size(k, kMerged)) * sizeof(Candidate) + sizeof(int);
 }
 
 int launch_threshold(const TopkPlan& plan, const Workspace& w, int count, void* stream) {
   const int bounds = plan.bins >> plan.lower_shift;
-  const int groups = bounds < kGroups ? bounds : kGroups;
-  const size_t shared = static_cast<size_t>(groups) * 4 + 256 * 4 + 8;
+  const size_t shared = 256 * 4 + 8;
   return KNN_LAUNCH(topk_threshold_kernel, static_cast<unsigned>(count), kSelectThreads, shared,
-                    stream, w.lower, bounds, plan.k, w.threshold);
+                    stream, w.lower, bounds, plan.k, w.threshold, w.counts);
 }
 
 int launch_open(const TopkPlan& plan, const TopkParams& params, const Workspace& w, int count,

@@ -47,7 +47,9 @@ __device__ __forceinline__ void product(int (&c)[128], unsigned char* a, unsigne
 }
 #endif
 
-template <class Scan, bool CoarseLower>
+// The metric is a constant, so that ip and cosine do without the arithmetic of l2: 64 rows times
+// two queries a thread, while its warpgroup's wgmma waits.
+template <class Scan, Metric kMetric, bool CoarseLower>
 __global__ void __launch_bounds__(kThreads, 1)
     sm90_topk_kernel(ScanArgs a, int stages, int resident) {
 #if defined(KNN_HAS_WGMMA)
@@ -173,16 +175,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int r = 0; r < 8; ++r) {
         const int row = r / 2 * 8 + lane % 4 * 2 + r % 2;
-        const Term term = terms[bin * kBinRows + row];
-        const bool live = alive >> row & 1;
+        const Term term = term_if(alive >> row & 1, terms[bin * kBinRows + row]);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float sum = static_cast<float>(sums[(bin * 4 + r / 2) * 4 + i * 2 + r % 2]);
-          const Bounds b = Scan::bounds(sum, term, q[i], a.metric);
-          if (live) {
-            best[i].upper = fmaxf(best[i].upper, b.upper);
-            best[i].lower = fmaxf(best[i].lower, b.lower);
-          }
+          const Bounds b = Scan::template bounds<kMetric == kL2>(sum, term, q[i], kMetric);
+          best[i].upper = fmaxf(best[i].upper, b.upper);
+          best[i].lower = fmaxf(best[i].lower, b.lower);
         }
       }
 #pragma unroll
@@ -200,8 +199,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
     }
+    // The terms have been read, with plain loads: a copy may now overwrite them.
+    async_proxy_fence();
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(&empty[previous]);  // the terms have been read
+    if (lane == 0) mbarrier_arrive(&empty[previous]);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (CoarseLower) {
@@ -222,15 +223,21 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-template <class Scan, bool CoarseLower>
-int launch(const TopkPlan& plan, const ScanArgs& args, void* stream) {
-  auto kernel = sm90_topk_kernel<Scan, CoarseLower>;
+template <class Scan, Metric kMetric, bool CoarseLower>
+int launch_one(const TopkPlan& plan, const ScanArgs& args, void* stream) {
+  auto kernel = sm90_topk_kernel<Scan, kMetric, CoarseLower>;
   const size_t shared =
       sm90_shared_bytes(Scan::kIsInt8, args.slices, plan.stages, plan.resident != 0);
-  const cudaError_t allowed = allow_shared(kernel);
+  const cudaError_t allowed = allow_shared(kernel, true);
   if (allowed != cudaSuccess) return allowed;
   const dim3 grid(static_cast<unsigned>(plan.grid));
   return KNN_LAUNCH(kernel, grid, kThreads, shared, stream, args, plan.stages, plan.resident);
+}
+
+template <class Scan, Metric kMetric>
+int launch(const TopkPlan& plan, const ScanArgs& args, void* stream) {
+  return args.lower_shift == 3 ? launch_one<Scan, kMetric, true>(plan, args, stream)
+                               : launch_one<Scan, kMetric, false>(plan, args, stream);
 }
 
 }  // namespace
@@ -243,12 +250,12 @@ size_t sm90_shared_bytes(bool int8, int slices, int stages, bool resident) {
 }
 
 int launch_sm90_scan(const TopkPlan& plan, const ScanArgs& args, bool int8, void* stream) {
-  const bool coarse = args.lower_shift == 3;
-  if (int8)
-    return coarse ? launch<CodeScan, true>(plan, args, stream)
-                  : launch<CodeScan, false>(plan, args, stream);
-  return coarse ? launch<HalfScan, true>(plan, args, stream)
-                : launch<HalfScan, false>(plan, args, stream);
+  if (int8)  // the codes of a cosine index are those of x/‖x‖: its bounds are ip's
+    return args.metric == kL2 ? launch<CodeScan, kL2>(plan, args, stream)
+                              : launch<CodeScan, kIp>(plan, args, stream);
+  return args.metric == kL2       ? launch<HalfScan, kL2>(plan, args, stream)
+         : args.metric == kCosine ? launch<HalfScan, kCosine>(plan, args, stream)
+                                  : launch<HalfScan, kIp>(plan, args, stream);
 }
 
 }  // namespace cuda

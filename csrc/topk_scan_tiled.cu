@@ -126,17 +126,14 @@ __global__ void __launch_bounds__(kThreads) topk_tiled_kernel(ScanArgs a, int st
 #pragma unroll
       for (int r = 0; r < 8; ++r) {
         const int row = r / 2 * 8 + lane % 4 * 2 + r % 2;
-        const Term term = terms[bin * kBinRows + row];
-        const bool live = alive >> row & 1;
+        const Term term = term_if(alive >> row & 1, terms[bin * kBinRows + row]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const QueryState& q = states[query_base + i * 8 + lane / 4];
           const float sum = static_cast<float>(sums[i / 2][bin * 4 + r / 2][i % 2 * 2 + r % 2]);
           const Bounds b = Scan::bounds(sum, term, q, a.metric);
-          if (live) {
-            best[i].upper = fmaxf(best[i].upper, b.upper);
-            best[i].lower = fmaxf(best[i].lower, b.lower);
-          }
+          best[i].upper = fmaxf(best[i].upper, b.upper);
+          best[i].lower = fmaxf(best[i].lower, b.lower);
         }
       }
 #pragma unroll
@@ -171,7 +168,7 @@ template <class Scan, bool CoarseLower>
 int launch(const TopkPlan& plan, const ScanArgs& args, void* stream) {
   auto kernel = topk_tiled_kernel<Scan, CoarseLower>;
   const size_t shared = tiled_shared_bytes(Scan::kIsInt8, plan.stages);
-  const cudaError_t allowed = allow_shared(kernel);
+  const cudaError_t allowed = allow_shared(kernel, true);
   if (allowed != cudaSuccess) return allowed;
   const dim3 grid(static_cast<unsigned>(plan.grid));
   return KNN_LAUNCH(kernel, grid, kThreads, shared, stream, args, plan.stages);

@@ -14,8 +14,8 @@
 #include "async_copy.h"
 #include "fibers.h"
 #include "intrinsics.h"
-#include "tensor_core.h"
 #include "runtime.h"
+#include "tensor_core.h"
 #include "types.h"
 #include "warp.h"
 
@@ -24,6 +24,6 @@
   ((void)(stream), ::emu::launch(kernel, grid, threads, shared, __VA_ARGS__))
 // Asks for more shared memory than the default on a device; any size goes here.
 template <class Kernel>
-cudaError_t allow_shared(Kernel) {
+cudaError_t allow_shared(Kernel, bool = false) {
   return cudaSuccess;
 }

@@ -322,10 +322,8 @@ bool refuses(std::string& why) {
 
 // Every plan of the shapes people use fits its device, copies deep enough, and is the kernel meant.
 bool plans(std::string& why) {
-  const Device devices[] = {{108, 163 * 1024, 80},
-                            {128, 99 * 1024, 89},
-                            {132, 227 * 1024, 90},
-                            {148, 227 * 1024, 100}};
+  const Device devices[] = {
+      {108, 163 * 1024, 80}, {128, 99 * 1024, 89}, {132, 227 * 1024, 90}, {148, 227 * 1024, 100}};
   for (const Device& device : devices)
     for (Scan scan : {kFp16, kInt8})
       for (int dim : {3, 64, 384, 512, 768, 1000, 1024, 4096, kMaxDim})
@@ -360,6 +358,142 @@ bool plans(std::string& why) {
                 std::to_string(batch) + ": " + fault;
           return false;
         }
+
+  // Rounds of panels that leave few multiprocessors idle; blocks enough to open a query's bins.
+  const auto planned = [&](int64_t rows, int batch) {
+    const IndexView index{nullptr, nullptr, nullptr, rows, 262144, 512, kIp, kFp16};
+    return plan_topk(index, batch, 10, devices[2], size_t{8} << 30);
+  };
+  const struct {
+    int64_t rows;
+    int panels, round;
+  } rounds[] = {{1000000, 3, 3},     {1000000, 66, 66}, {1000000, 67, 66}, {1000000, 90, 66},
+                {1000000, 133, 132}, {1000, 67, 67},    {1000, 250, 250}};
+  for (const auto& r : rounds) {
+    if (planned(r.rows, r.panels * 128).chunk == r.round * 128) continue;
+    why = "the round of " + std::to_string(r.panels) + " panels";
+    return false;
+  }
+  if (planned(1000000, 1).shares < 2 * 132 || planned(1000000, 528).shares != 1 ||
+      planned(0, 1).shares != 1) {
+    why = "shares";
+    return false;
+  }
+  return true;
+}
+
+// The threshold is the k-th largest maximum of groups: never above the k-th largest bound.
+bool thresholds(std::string& why) {
+  constexpr int kGroups = 8192, kBatch = 2;
+  Random random(emu::rng()());
+  for (int count : {0, 8, 511, 8191, 8192, 8193, 20000})
+    for (int k : {1, 9, 2000}) {
+      TopkPlan plan{};
+      plan.bins = count;
+      plan.k = k;
+      std::vector<float> lower(static_cast<size_t>(count * kBatch));
+      for (float& v : lower)
+        v = random.below(50) ? static_cast<float>(random.below(40) - 20) / 3
+                             : static_cast<float>(random.normal() * 1e30);
+      if (count) lower.back() = 1e32f;  // the last one counts
+      DeviceArray<float> bounds(lower), threshold(kBatch);
+      DeviceArray<int> counts(kBatch);
+      Workspace w{};
+      w.lower = bounds.get();
+      w.threshold = threshold.get();
+      w.counts = counts.get();
+      check(launch_threshold(plan, w, kBatch, nullptr));
+      for (int m = 0; m < kBatch; ++m) {
+        std::vector<float> best(kGroups, -std::numeric_limits<float>::infinity());
+        for (int i = 0; i < count; ++i) {
+          float& group = best[static_cast<size_t>(i % kGroups)];
+          group = std::max(group, lower[static_cast<size_t>(m * count + i)]);
+        }
+        std::sort(best.begin(), best.end(), std::greater<float>());
+        if (threshold.get()[m] == best[static_cast<size_t>(k - 1)] && counts.get()[m] == 0)
+          continue;
+        why = "threshold of " + std::to_string(count) + " bounds, k=" + std::to_string(k);
+        return false;
+      }
+    }
+  return true;
+}
+
+// Opening and merging alone, with bins declared open: lists that overflow, buffers that fill,
+// shares with and without candidates. All segments are the same rows under other ids.
+bool opens(std::string& why) {
+  constexpr int kDim = 3, kRows = 256, kBins = 10248, kBatch = 2, kAll = kBins * 32;
+  Random random(emu::rng()());
+  std::vector<float> values(kRows * kDim), queries(kBatch * kDim);
+  for (float& v : values) v = static_cast<float>(random.below(3) - 1);
+  for (float& v : queries) v = static_cast<float>(random.normal());
+  DeviceArray<float> device_rows(values), device_queries(queries);
+  DeviceArray<unsigned char> half(static_cast<size_t>(kRows * kSlice));
+  DeviceArray<HalfTerm> terms(kRows);
+  DeviceArray<uint32_t> alive(std::vector<uint32_t>(kRows / 32, 0));
+  DeviceArray<int> bad(std::vector<int>{0});
+  check(launch_pack({device_rows.get(), kF32, kDim, kRows, half.get(), terms.get(), alive.get(), 0,
+                     kDim, kIp, bad.get()},
+                    nullptr));
+  std::vector<SegmentView> views;
+  std::vector<uint16_t> rows;
+  std::vector<int64_t> ids;
+  for (int first = 0; first < kAll; first += kRows) {
+    views.push_back({half.get(), nullptr, terms.get(), nullptr, alive.get(), nullptr, first});
+    for (float v : values) rows.push_back(float_to_half_bits(v));
+    for (int i = 0; i < kRows; ++i) ids.push_back(first + i);
+  }
+  DeviceArray<SegmentView> device_views(views);
+  const IndexView index{device_views.get(), nullptr, nullptr, kAll, kRows, kDim, kIp, kFp16};
+
+  const struct {
+    const char* name;
+    std::function<bool(int)> open;
+  } patterns[] = {{"none", [](int) { return false; }},
+                  {"the last", [](int b) { return b == kBins - 1; }},
+                  {"every 300th", [](int b) { return b % 300 == 0; }},
+                  {"a run", [](int b) { return b >= 4000 && b < 4700; }}};
+  const struct {
+    int k, shares;
+  } sizes[] = {{1, 1}, {300, 7}, {2000, 3}, {5, 600}};
+  for (const auto& pattern : patterns)
+    for (const auto& size : sizes) {
+      TopkPlan plan = plan_topk(index, kBatch, size.k, {5, 227 * 1024, 90}, size_t{1} << 30);
+      plan.shares = size.shares;
+      const auto results = static_cast<size_t>(kBatch * size.k);
+      DeviceArray<float> scores(results);
+      DeviceArray<int64_t> out_ids(results);
+      carve(plan, index, nullptr, &plan.workspace_bytes);
+      DeviceArray<unsigned char> workspace(plan.workspace_bytes, 256);
+      const TopkParams params{index,        device_queries.get(), kF32,    kDim,
+                              scores.get(), out_ids.get(),        nullptr, workspace.get()};
+      const Workspace w = carve(plan, index, workspace.get(), nullptr);
+      const float inf = std::numeric_limits<float>::infinity();
+      std::vector<bool> found(kAll, false);
+      for (int i = 0; i < kBatch * kBins; ++i) {
+        w.upper[i] = pattern.open(i % kBins) ? inf : -inf;
+        w.lower[i] = -inf;
+      }
+      for (int i = 0; i < kAll; ++i) found[static_cast<size_t>(i)] = pattern.open(i / 32);
+      check(launch_prepare(plan, params, w, 0, kBatch, nullptr));
+      check(launch_threshold(plan, w, kBatch, nullptr));
+      check(launch_open(plan, params, w, kBatch, nullptr));
+      check(launch_merge(plan, params, w, 0, kBatch, nullptr));
+      for (int m = 0; m < kBatch; ++m) {
+        const auto want =
+            reference(rows, ids, found, &queries[static_cast<size_t>(m * kDim)], kDim, kIp);
+        for (int i = 0; i < size.k; ++i) {
+          const bool real = static_cast<size_t>(i) < want.size();
+          const auto at = static_cast<size_t>(m * size.k + i);
+          const int64_t id = real ? want[static_cast<size_t>(i)].id : -1;
+          const double score = real ? want[static_cast<size_t>(i)].score : -inf;
+          if (out_ids.get()[at] == id && scores.get()[at] == static_cast<float>(score)) continue;
+          why = std::string("open bins: ") + pattern.name + ", k=" + std::to_string(size.k) +
+                ", shares=" + std::to_string(size.shares) + ", place " + std::to_string(i);
+          return false;
+        }
+      }
+    }
   return true;
 }
 
@@ -458,6 +592,14 @@ std::vector<Case> cases() {
       c.shared = 99 * 1024;
       if (kernel == 1) add(c);  // two stages
     }
+    {  // all rows tie, over several shares
+      Case c{"", 4600, 8, 1, 40};
+      c.scan = scan;
+      c.data = "equal";
+      c.own_ids = true;
+      c.metric = metrics[next(3)];
+      add(c);
+    }
     // Coarse lower bounds, several rounds, streamed and resident panels, a small ring.
     for (int kernel : {1, 2}) {
       Case c{"", 4600, 8, 3, 1};
@@ -500,7 +642,8 @@ int main(int argc, char** argv) {
     std::printf("FAIL refusals: %s\n", why.c_str());
     ++failures;
   }
-  if (!plans(why)) {
+  for (const auto part : {plans, thresholds, opens}) {
+    if (part(why)) continue;
     std::printf("FAIL %s\n", why.c_str());
     ++failures;
   }
