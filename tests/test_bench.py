@@ -1,6 +1,8 @@
 """The harness: it finds what is slowed down, keeps its limits, and knows its queues."""
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -236,6 +238,37 @@ sys.exit(gpu.main())
     while status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z":
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_ncu_sees_every_search_kernel():
+    from nsight import commands
+
+    words = commands(Path("out"), "cuda")["ncu, top-k kernels"]
+    pattern = words[words.index("--kernel-name") + 1].removeprefix("regex:")
+    found = {
+        name
+        for path in (ROOT / "csrc").glob("*.cu")
+        for name in re.findall(r"__global__[^{;]*?(\w+_kernel)\(", path.read_text())
+    }
+    assert {"sm90_topk_kernel", "topk_tiled_kernel", "topk_merge_kernel"} <= found
+    assert all(re.search(pattern, name) for name in found)
+
+
+def test_sanitizer_goes_on_after_a_tool_that_fails(tmp_path):
+    """With a stand-in for compute-sanitizer."""
+    stand_in = tmp_path / "compute-sanitizer"
+    stand_in.write_text(
+        "#!/bin/sh\necho $2 >> $0.tools\ncase $2 in racecheck|synccheck) exit 1;; esac\n"
+    )
+    stand_in.chmod(0o755)
+    done = subprocess.run(
+        ["sh", "tests/cuda_sanitize.sh"], cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout.endswith("failed: racecheck synccheck\n")
+    tools = (tmp_path / "compute-sanitizer.tools").read_text().split()
+    assert tools == ["memcheck", "racecheck", "synccheck", "initcheck"]
 
 
 def test_gpu_script_ends_on_a_machine_without_a_gpu(tmp_path):
