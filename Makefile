@@ -7,6 +7,8 @@ PIP_FLAGS ?=
 BASE_REF ?= HEAD~1
 THRESHOLD ?= 1.10
 TRAIN ?=
+BUDGET ?=
+ONLY ?=
 ifeq ($(VENV),0)
   BIN :=
   BASE :=
@@ -28,8 +30,9 @@ test: $(READY)  ## everything that needs no GPU
 	OMP_WAIT_POLICY=passive $(BIN)pytest -q -n auto --maxprocesses 4 --dist loadfile --benchmark-disable
 	TRITON_INTERPRET=0 $(BIN)pytest -q -m compile tests/test_compile.py
 
-gpu: $(READY)  ## what a machine with a GPU can do, into out/gpu; TRAIN=1 trains the stickers, too
-	$(BIN)python3 bench/gpu.py $(if $(TRAIN),--train)
+# BUDGET=540 ends in so many seconds; ONLY=build,tests names stages; TRAIN=1 trains the stickers, too.
+gpu: $(READY)  ## what a machine with a GPU can do, into out/gpu and out/gpu.tar.gz
+	$(BIN)python3 bench/gpu.py $(BUDGET:%=--budget %) $(ONLY:%=--only %) $(if $(TRAIN),--train)
 
 regressions: $(READY)  ## no op slower than at BASE, both measured in one run
 	PYTHONPATH=. $(BIN)pytest -q bench --base $(BASE_REF) --threshold $(THRESHOLD)

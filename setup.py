@@ -11,7 +11,10 @@ from setuptools.command.build_ext import build_ext
 
 
 class CMakeBuild(build_ext):
-    """CMakeLists.txt is the one build list; `KNNFAST_CUDA=AUTO|ON|OFF` is handed through."""
+    """CMakeLists.txt is the one build list; `KNNFAST_CUDA=AUTO|ON|OFF` is handed through.
+
+    CMake itself reads CUDAARCHS and CUDACXX.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         """Configure once, build incrementally, and leave the module where setuptools wants it."""

@@ -1,17 +1,22 @@
 """What a machine with a GPU can do for this project: `make gpu`.
 
-    python bench/gpu.py [--out out/gpu] [--train] [--only STAGE ...]
+    python bench/gpu.py [--out out/gpu] [--budget SECONDS] [--only STAGE,...] [--train]
 
-Stages: build for the machine's architecture; the tests marked `gpu`; compute-sanitizer on the
-search kernels; every benchmark with whichever peers import; training of the sticker models when it
-is asked for. Each has a time limit, is skipped with a reason where it cannot run, and the script
-goes on; all of it lands in one folder of small files, `summary.json` first. Exit code 1 when a
-stage failed, 0 when all passed or were skipped.
+Stages, the most telling first: build for this machine's GPU alone; the tests marked `gpu`, then the
+others of the index; the benchmark of top-k and of every other op, with whichever peers import;
+compute-sanitizer on the search kernels; `knnfast bench`; training of the sticker models when it is
+asked for. Each has a time limit, is skipped with a reason where it cannot run or no longer fits
+into the budget, and the script goes on. All of it lands in one folder of small files,
+`summary.json` first, and in one archive beside it, out/gpu.tar.gz. SIGTERM and Ctrl-C end the
+running stage with everything it started; the summary and the archive are written then, too. Exit
+code 1 when a stage failed or was stopped, 0 when all passed or were skipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -29,6 +34,9 @@ from shapes import SHAPES
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
 LOG_LIMIT = 256 << 10  # bytes kept of a stage's output: its end
+GRACE = 10  # seconds in which a stage that is stopped may say what it has found
+LEAST = 20  # seconds that a stage must have to be worth its start
+CUDA_TOOLS = "/usr/local/cuda/bin"
 
 
 def no_gpu() -> str | None:
@@ -43,9 +51,7 @@ def no_gpu() -> str | None:
 
 
 def no_nvcc() -> str | None:
-    compiler = os.environ.get("CUDACXX", "nvcc")
-    cuda = Path("/usr/local/cuda/bin/nvcc")
-    if shutil.which(compiler) is None and not cuda.is_file():
+    if shutil.which(os.environ.get("CUDACXX", "nvcc")) is None:
         return "nvcc is not on PATH (and CUDACXX names none)"
     return None
 
@@ -71,6 +77,7 @@ class Stage:
         command: run in the repository's root; `{out}` is the folder of results.
         limit: seconds after which it is stopped, with everything it started.
         needs: checks that return why it cannot run.
+        environment: what it finds there beside ours.
     """
 
     name: str
@@ -79,53 +86,78 @@ class Stage:
     needs: tuple[Callable[[], str | None], ...] = ()
     environment: dict[str, str] | None = None
 
-    def run(self, out: Path) -> dict[str, Any]:
-        """Run or skip; the result says which, for how long and why."""
+    def run(self, out: Path, left: float = float("inf")) -> dict[str, Any]:
+        """Run or skip; the result says which, for how long and why. `left`: of the budget."""
         for check in self.needs:
             if reason := check():
                 return {"stage": self.name, "result": "skipped", "reason": reason}
+        limit = min(self.limit, left - GRACE)
+        if limit < min(self.limit, LEAST):
+            reason = f"{max(left, 0):.0f} s of the budget are left"
+            return {"stage": self.name, "result": "skipped", "reason": reason}
+        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        own = {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | (self.environment or {})
         words = [word.format(out=out) for word in self.command]
         log = out / f"{self.name}.log"
         start = time.perf_counter()
         with log.open("wb") as output:
             process = subprocess.Popen(
                 words, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                env=os.environ | {"PYTHONPATH": str(ROOT)} | (self.environment or {}),
+                env=os.environ | own,
             )  # fmt: skip
             try:
-                code: int | None = process.wait(timeout=self.limit)
+                code: int | None = process.wait(timeout=limit)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
                 code = None
+                os.killpg(process.pid, signal.SIGINT)  # pytest reports the failures so far
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=GRACE)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         text = log.read_bytes()
         if len(text) > LOG_LIMIT:
             log.write_bytes(b"[the beginning is left out]\n" + text[-LOG_LIMIT:])
         row: dict[str, Any] = {"stage": self.name, "seconds": round(time.perf_counter() - start, 1)}
         if code is None:
-            return row | {"result": "stopped", "reason": f"longer than its {self.limit:.0f} s"}
+            return row | {"result": "stopped", "reason": f"longer than its {limit:.0f} s"}
         return row | ({"result": "passed"} if code == 0 else {"result": "failed", "code": code})
 
 
+def architecture() -> dict[str, str]:
+    """CUDAARCHS of the GPU that is there, where it is not set; Hopper's kernel needs the `a`."""
+    if "CUDAARCHS" in os.environ or no_gpu():
+        return {}
+    import torch
+
+    number = "{}{}".format(*torch.cuda.get_device_capability())
+    return {"CUDAARCHS": f"{number}a-real" if number == "90" else f"{number}-real"}
+
+
 def stages(train: bool, scale: float) -> list[Stage]:
-    """All stages; `scale` multiplies their time limits."""
+    """All stages, the most telling first; `scale` multiplies their time limits."""
 
     def pytest(*words: str) -> list[str]:
-        return [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
+        # Warnings of other versions fail no test here; a kernel that hangs fails its own alone.
+        options = ["-q", "-p", "no:cacheprovider", "-W", "default"]
+        if importlib.util.find_spec("pytest_timeout"):
+            options += ["--timeout", "120", "--timeout-method", "thread"]
+        return [PYTHON, "-m", "pytest", *options, *words]
 
+    spread = ["-n", "auto", "--maxprocesses", "4"] if importlib.util.find_spec("xdist") else []
     every = [
         Stage("build", [PYTHON, "setup.py", "-q", "build_ext", "--inplace"], 600,
-              (no_gpu, no_nvcc), {"KNNFAST_CUDA": "ON"}),
-        Stage("tests", pytest("-m", "gpu"), 900, (no_gpu,)),
-        Stage("tests-index", pytest("tests/test_cuda_index.py", "tests/test_cuda_build.py"), 600,
-              (no_gpu,)),
-        Stage("sanitizer", ["sh", "tests/cuda_sanitize.sh"], 900, (no_gpu, no_sanitizer),
-              {"PYTHON": PYTHON}),
+              (no_gpu, no_nvcc), {"KNNFAST_CUDA": "ON"} | architecture()),
+        Stage("tests", pytest("-m", "gpu", *spread), 900, (no_gpu,)),
+        Stage("tests-index", pytest("-m", "not gpu", "tests/test_cuda_index.py"), 300, (no_gpu,)),
         *(
             Stage(f"bench-{op}", [PYTHON, "bench/run.py", "--op", op, "--device", "cuda",
                                   "--json", f"{{out}}/{op}.json"], 600, (no_gpu,))
-            for op in SHAPES
+            for op in SHAPES  # topk is the first
         ),
+        Stage("sanitizer", ["sh", "tests/cuda_sanitize.sh"], 600, (no_gpu, no_sanitizer),
+              {"PYTHON": PYTHON}),
         Stage("bench-faiss-reference",
               [PYTHON, "-c", "from knnfast.cli import main; main()", "bench", "--device", "cuda",
                "--plot", "{out}/bench.png"], 300, (no_gpu,)),
@@ -157,9 +189,17 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu")
     parser.add_argument("--train", action="store_true", help="train the sticker models, too")
-    parser.add_argument("--only", nargs="+", help="these stages alone")
+    parser.add_argument(
+        "--only", type=lambda names: names.split(","), metavar="STAGE,...",
+        help="these stages alone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), metavar="SECONDS", help="for all stages"
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all time limits")
     args = parser.parse_args()
+    end = time.monotonic() + args.budget
+    os.environ["PATH"] += os.pathsep + CUDA_TOOLS
     todo = stages(args.train, args.scale)
     if args.only:
         names = [stage.name for stage in todo]
@@ -168,14 +208,23 @@ def main() -> int:
         todo = [stage for stage in todo if stage.name in args.only]
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    summary: dict[str, Any] = {"device": device(), "stages": []}
-    for stage in todo:
-        row = stage.run(out)
-        summary["stages"].append(row)
+    rows: list[dict[str, Any]] = []
+    summary = {"device": device(), "stages": rows}
+
+    def write() -> None:
         (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-    print(f"everything is in {out}")
-    return int(any(row["result"] in ("failed", "stopped") for row in summary["stages"]))
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    with contextlib.suppress(KeyboardInterrupt):
+        for stage in todo:
+            rows.append({"stage": stage.name, "result": "stopped", "reason": "interrupted"})
+            write()
+            rows[-1] = stage.run(out, end - time.monotonic())
+            print(" ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
+    write()
+    archive = shutil.make_archive(str(out), "gztar", out.parent, out.name)
+    print(f"everything is in {out} and in {archive}")
+    return int(any(row["result"] in ("failed", "stopped") for row in rows))
 
 
 if __name__ == "__main__":

@@ -33,14 +33,15 @@ def commands(out: Path, device: str) -> dict[str, list[str]]:
     rows = [sys.executable, "bench/run.py", "--op", "topk", "--shape", "service-100k", "--peers",
             "none", "--turns", "3", "--device", device]  # fmt: skip
     nsys = ["nsys", "profile", "--trace", "cuda,nvtx,osrt", "--force-overwrite", "true"]
-    ncu = ["ncu", "--set", "full", "--launch-skip", "20", "--launch-count", "10",
-           "--force-overwrite"]  # fmt: skip
+    # With the clocks as they are, as bench/run.py measures; ncu would set the whole machine's.
+    ncu = ["ncu", "--set", "full", "--clock-control", "none", "--launch-skip", "20",
+           "--launch-count", "10", "--force-overwrite"]  # fmt: skip
     fused = "regex:(neighbour_attention|sample_head|transition)"
     return {
         "nsys, generation": [*nsys, "--output", str(out / "generate"), *program],
         "nsys, top-k": [*nsys, "--output", str(out / "topk"), *rows],
         "ncu, top-k kernels": [
-            *ncu, "--kernel-name", "regex:(scan|open|pack)", "--export", str(out / "topk"), *rows,
+            *ncu, "--kernel-name", "regex:topk_", "--export", str(out / "topk"), *rows,
         ],
         "ncu, fused kernels": [
             *ncu, "--kernel-name", fused, "--export", str(out / "fused"), *program,

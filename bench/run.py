@@ -5,11 +5,11 @@
 
 Order: the machine's ceilings (copy, read, matmul); then for each case: check against the
 reference, warm up, take turns with the peers, count the memory, free. A row holds op, shape, case,
-dtype, backend, p50/p90/p99, GB/s or TFLOP/s and its share of the measured ceiling, peak memory,
-exactness or error, and each peer with its time, its verdict, and its ratio to ours in the turns
-that the two took (above 1: ours is faster; `ours_p50_ms` is our time in them). Search peers get the
-better number of threads, FAISS's flat index the better of BLAS and its own loops (above batch 32:
-BLAS). Rows we lose stay.
+dtype, backend, p50/p90/p99, GB/s or TFLOP/s and its share of the measured ceiling, peak memory (on
+a GPU that of torch's allocator alone), exactness or error, and each peer with its time, its
+verdict, and its ratio to ours in the turns that the two took (above 1: ours is faster;
+`ours_p50_ms` is our time in them). Search peers get the better number of threads, FAISS's flat
+index the better of BLAS and its own loops (above batch 32: BLAS). Rows we lose stay.
 `--base REF` builds that commit beside this one and measures it in the same turns.
 """
 

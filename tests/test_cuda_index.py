@@ -62,6 +62,18 @@ def test_matches_reference(metric, scan, kind, seed):
 
 
 @pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("batch", [9, 130])
+@pytest.mark.parametrize("n", [512, 700])
+def test_batches(n, batch, scan, seed):
+    """Small and large batches have kernels of their own; 512 rows fill their tiles."""
+    g = torch.Generator().manual_seed(seed)
+    x, q = torch.randn(n, 100, generator=g).half(), torch.randn(batch, 100, generator=g)
+    index = knnfast.Index(100, "l2", device="cuda", scan=scan)
+    index.add(x.numpy())
+    expect(index, x, q, 10, "l2")
+
+
+@pytest.mark.parametrize("scan", SCANS)
 def test_ids_filters_removal_and_copies(scan, seed):
     g = torch.Generator().manual_seed(seed)
     x, q = torch.randn(400, 20, generator=g).half(), torch.randn(2, 20, generator=g)
@@ -251,6 +263,25 @@ def test_out():
 
 
 @gpu
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", ["normal", "scales", "zeros"])
+def test_reference_on_a_device(metric, kind, seed):
+    """The definition's own bits are the CPU's there; the large shapes below rely on it."""
+    g = torch.Generator().manual_seed(seed)
+    for dim in (1, 37, 384):
+        x, q = make(5000, dim, kind, g).half(), make(5, dim, kind, g)
+        want = reference.canonical_scores(q, x, metric)
+        got = reference.canonical_scores(q.cuda(), x.cuda(), metric)
+        assert torch.equal(got.cpu(), want)
+        for a, b in zip(
+            reference.topk(q.cuda(), x.cuda(), 99, metric),
+            reference.topk(q, x, 99, metric),
+            strict=True,
+        ):
+            assert torch.equal(a.cpu(), b)
+
+
+@gpu
 @pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize(
     ("n", "dim", "batch", "k"),
@@ -263,13 +294,13 @@ def test_out():
 def test_device_shapes(scan, n, dim, batch, k, seed):
     for metric, kind in zip(METRICS, ["normal", "mean", "scales"], strict=True):
         g = torch.Generator().manual_seed(seed)
-        x, q = make(n, dim, kind, g).half(), make(batch, dim, kind, g)
+        x, q = make(n, dim, kind, g).half().cuda(), make(batch, dim, kind, g).cuda()
         index = knnfast.Index(dim, metric, device="cuda", scan=scan)
-        index.add(x.cuda())
-        got = index.search(q.cuda(), k)
+        index.add(x)
+        got = index.search(q, k)
         want = reference.topk(q, x, k, metric)
-        assert torch.equal(got[1].cpu(), want[1])
-        assert torch.equal(got[0].cpu(), want[0])
+        assert torch.equal(got[1], want[1])
+        assert torch.equal(got[0], want[0])
 
 
 @gpu
@@ -283,7 +314,9 @@ def test_device_tensors_streams_and_out(dtype, seed):
     wide = torch.zeros(9, 128, dtype=dtype, device="cuda")
     wide[:, :96] = q.cuda()
     out = torch.empty(9, 10, device="cuda"), torch.empty(9, 10, dtype=torch.int64, device="cuda")
-    with torch.cuda.stream(torch.cuda.Stream()):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         index.search(wide[:, :96], 10, out=out)
     torch.cuda.synchronize()
     assert torch.equal(out[1].cpu(), want[1])
@@ -336,8 +369,8 @@ def test_plan_in_a_graph(batch, scan, seed):
     plan(queries)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    before = torch.cuda.memory_allocated()
     with torch.cuda.graph(graph):
+        before = torch.cuda.memory_allocated()  # with what every capture takes
         scores, ids = plan(queries)
     queries.copy_(q)
     graph.replay()

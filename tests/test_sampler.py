@@ -131,6 +131,7 @@ def test_a_graph_needs_a_device(tiny: Denoiser) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_cuda_graph_equals_the_loop(tiny: Denoiser, name: str, guidance: float) -> None:
@@ -140,8 +141,8 @@ def test_cuda_graph_equals_the_loop(tiny: Denoiser, name: str, guidance: float) 
     cond, mask = (v.cuda() for v in condition(5))
     index = torch.tensor([7, 1, 2, 30, 4], device="cuda")
     for seed, places in ((3, None), (2**64 - 1, index)):
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             got = graph(cond, mask, seed, places).clone()
         finally:
             torch.cuda.set_sync_debug_mode("default")

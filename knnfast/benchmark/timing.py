@@ -189,7 +189,8 @@ def peak_mib(call: Callable[[], Any], cuda: bool = False) -> float | None:
     """Memory that one call adds at its peak, in MiB.
 
     On the CPU: the growth of the resident set (Linux counts its peak; elsewhere None), after the
-    allocator gave back what it held. On a GPU: of torch's allocator.
+    allocator gave back what it held. On a GPU: of torch's allocator alone; what an index or another
+    library takes there from a pool of its own is not seen.
     """
     if cuda:
         import torch
