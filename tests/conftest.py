@@ -20,6 +20,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """The CPU, and in a test of its own a GPU."""
+    return request.param
+
+
 @pytest.fixture
 def poison():
     """Every tensor that torch leaves uninitialised holds NaN, or its integers' largest value."""

@@ -181,6 +181,17 @@ def test_rejects():
         ops.sample_head(features.double(), weight, bias, x_t, weights, seed=0)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
+def test_empty(shape, device):
+    features = torch.zeros(*shape, 24, device=device)
+    x_t = torch.zeros(shape, dtype=torch.int64, device=device)
+    weight, weights = torch.zeros(8, 24, device=device), weights_of("mask", 8, 50, 25).to(device)
+    for head in (weight, lambda rows: rows @ weight.T):
+        x_s = ops.sample_head(features, head, None, x_t, weights, seed=0, num_codes=8)
+        assert x_s.shape == shape
+        assert x_s.device == x_t.device
+
+
 @pytest.mark.parametrize("token", [-1, 9])
 def test_rejects_tokens_out_of_range(token):
     features, _null, weight, bias, x_t = make(8)
