@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,14 @@ class Output:
     timings: dict[str, float]
     seed: int
     labels: list[str] = field(default_factory=list)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while images are drawn; `output` holds those of the batches that were finished."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__(f"{len(output.images)} images were finished")
+        self.output = output
 
 
 class KNNDiffusion:
@@ -261,6 +270,7 @@ class KNNDiffusion:
 
         Raises:
             ValueError, TypeError: an argument out of its range; nothing has been computed.
+            Interrupted: a KeyboardInterrupt when at least one batch was finished.
         """
         queries = as_queries(prompt, image, image_weight, embedding, self.encoder)
         db = self.find_database(database)
@@ -289,12 +299,12 @@ class KNNDiffusion:
             cond, mask = self.condition(db, query, neighbours, k, use_query, use_neighbours)
         owner = np.repeat(np.arange(len(query)), num_images)
         index = np.tile(np.arange(num_images), len(query))
-        codes = []
+        codes: list[torch.Tensor] = []
         batches = range(0, len(owner), batch_size)
         draw: Callable[..., torch.Tensor] = self.denoiser.sample
         if callback is None and self._graphs.serves(self.denoiser):
             draw = partial(self._graphs, self.denoiser)
-        with clock("denoise"):
+        with clock("denoise"), finished_part(codes) as stopped:
             for n, start in enumerate(batches):
                 part = slice(start, start + batch_size)
                 told = {} if callback is None else {"callback": scaled(callback, n, len(batches))}
@@ -316,7 +326,10 @@ class KNNDiffusion:
             pixels = torch.cat([self.tokenizer.decode(c) for c in alone])
             arrays = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         labels = [q.label for q in queries]
-        return Output([Image.fromarray(a) for a in arrays], neighbours, timings, seed, labels)
+        output = Output([Image.fromarray(a) for a in arrays], neighbours, timings, seed, labels)
+        if stopped:
+            raise Interrupted(output)
+        return output
 
     edit = edit
 
@@ -352,6 +365,18 @@ class KNNDiffusion:
             cond[row, 1 : len(ids) + 1] = torch.from_numpy(db.vectors(ids))
             mask[row, 1 : len(ids) + 1] = use_neighbours
         return cond.to(self.device), mask.to(self.device)
+
+
+@contextmanager
+def finished_part(done: Sequence[Any]) -> Iterator[list[KeyboardInterrupt]]:
+    """Ends its block on Ctrl-C, which it lends then, where something is done already."""
+    stopped: list[KeyboardInterrupt] = []
+    try:
+        yield stopped
+    except KeyboardInterrupt as e:
+        if not done:
+            raise
+        stopped.append(e)
 
 
 def find_model(name_or_path: str | Path) -> Path:
