@@ -10,6 +10,8 @@ import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
+# cuBLAS warns otherwise where `poison` asks for deterministic algorithms; read at its first use.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not HAS_GPU:  # read when @triton.jit runs, so before any kernel file is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

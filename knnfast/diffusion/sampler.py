@@ -8,7 +8,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -266,7 +266,7 @@ class SamplingGraphs:
         self._kept: OrderedDict[tuple[Any, ...], _Kept | Literal[False] | None] = OrderedDict()
 
     @staticmethod
-    def serves(denoiser: Any) -> bool:
+    def serves(denoiser: Any) -> TypeGuard[Denoiser]:
         """Whether it is a plain `Denoiser` on CUDA: no hooks, no method replaced, no autocast."""
         from knnfast.diffusion.denoiser import Denoiser
 

@@ -194,8 +194,8 @@ class NeighbourAttnProcessor:
         weights = [p for m in layers for p in (m.weight, m.bias)]
         keep = not torch.is_grad_enabled()
         given = attention_mask if mask is None else mask
-        key = (cond._version, None if mask is None else mask._version)
-        key += tuple(None if w is None else (id(w), w._version) for w in weights)
+        versions = (None if w is None else (id(w), w._version) for w in weights)
+        key = (cond._version, None if mask is None else mask._version, *versions)
         if keep and self._folded is not None and self._key == key:
             assert self._source is not None
             if self._source() is cond and self._same_mask(given, mask is None):
