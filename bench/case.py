@@ -43,6 +43,7 @@ class Case:
         peers: given their names (None: all) yields (name, Rival), or (name, why there is none).
         bytes, flops: what any implementation has to move and to compute in one call.
         per: steps in one call; all times are given for one step.
+        graphs: on CUDA, ours is a graph, and peers are timed as graphs where they can be.
         facts: figures that are counted, not timed, taken after the timing.
     """
 
@@ -57,6 +58,7 @@ class Case:
     flops: float = 0.0
     per: int = 1
     cuda: bool = False
+    graphs: bool = False
     facts: Callable[[], dict[str, Any]] = field(default=dict)
 
 

@@ -9,7 +9,8 @@ dtype, backend, p50/p90/p99, GB/s or TFLOP/s and its share of the measured ceili
 a GPU that of torch's allocator alone), exactness or error, and each peer with its time, its
 verdict, and its ratio to ours in the turns that the two took (above 1: ours is faster;
 `ours_p50_ms` is our time in them). Search peers get the better number of threads, FAISS's flat
-index the better of BLAS and its own loops (above batch 32: BLAS). Rows we lose stay.
+index the better of BLAS and its own loops (above batch 32: BLAS). On CUDA short kernels are timed
+as CUDA graphs, ours and the peers that can be captured (`timed` says which). Rows we lose stay.
 `--base REF` builds that commit beside this one and measures it in the same turns.
 """
 
@@ -28,6 +29,7 @@ from typing import Any
 from base import Base, build
 from case import Case, Rival
 from cases import OPS, cases
+from graph import Graph, eager
 from shapes import SHAPES
 
 from knnfast import _C, _files
@@ -62,18 +64,31 @@ def scaled(timing: Timing, per: int) -> Timing:
 def beside(case: Case, ours: Local, rival: Rival, args: argparse.Namespace) -> dict[str, Any]:
     """A peer's part of the row: its times and verdict, and ours in the turns that the two took."""
     way = best_choice(rival.choices(args.threads), rival.call)
-    verdict = case.judge((rival.result or rival.call)())
+    call, note = recorded(case, rival)
+    verdict = case.judge((rival.result or call)())
     verdict |= {} if verdict.pop("ok") else {"answers": "differ"}
-    local = Local(rival.call, case.cuda, ours.clock)
+    local = Local(call, case.cuda, ours.clock)
     pair = interleave({"ours": ours, "theirs": local}, args.seconds, args.turns)
     mine, theirs = scaled(pair["ours"], case.per), scaled(pair["theirs"], rival.per or case.per)
     return (
         theirs.row()
         | {"ratio": ratio(theirs, mine), "ours_p50_ms": mine.percentile(50)}
         | way
+        | note
         | {"peak_mib": peak_mib(rival.call, case.cuda)}
         | verdict
     )
+
+
+def recorded(case: Case, rival: Rival) -> tuple[Any, dict[str, str]]:
+    """A peer's call as a graph where the case's are, else as it is, with a note that says why."""
+    if not (case.cuda and case.graphs):
+        return rival.call, {}
+    try:
+        return Graph(rival.call), {"timed": "graph"}
+    except Exception as error:  # whatever it is, the peer is measured
+        text = str(error).strip().splitlines() or [""]
+        return rival.call, {"timed": f"eager: no graph ({type(error).__name__}: {text[0]})"}
 
 
 def measure(
@@ -121,7 +136,7 @@ def measure(
                "backend": name, **timing.row(), **verdicts[name]}  # fmt: skip
         if case.bytes and args.clock == "wall":
             row |= share(case.bytes, case.flops, timing.percentile(50), limits)
-        row["peak_mib"] = peak_mib(case.ours[name], case.cuda)
+        row["peak_mib"] = peak_mib(eager(case.ours[name]), case.cuda)
         if name == main:
             row |= case.facts() | {"peers": peers}
         else:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +21,7 @@ from knnfast._device import check_torch_device
 from knnfast.database import Collection, Database, Item, Neighbour
 from knnfast.diffusion.backbone import Backbone
 from knnfast.diffusion.denoiser import Denoiser
+from knnfast.diffusion.sampler import SamplingGraphs
 from knnfast.diffusion.tokenizer import VQTokenizer
 from knnfast.diffusion.unet import UNetDenoiser
 from knnfast.edit import edit
@@ -47,11 +50,24 @@ class Output:
     labels: list[str] = field(default_factory=list)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while images are drawn; `output` holds those of the batches that were finished."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__(f"{len(output.images)} images were finished")
+        self.output = output
+
+
 class KNNDiffusion:
     """Text-to-image by retrieval: a diffusion model conditioned on nearest image embeddings.
 
     The model is trained on images alone; a prompt enters through the encoder's text tower and the
     images it finds (Sheynin et al. 2022, section 3).
+
+    On CUDA the discrete backbone's sampling is recorded as a CUDA graph when a call's batch, number
+    of neighbours, steps and options come a second time, and replayed from then on, with the same
+    images; the four last used are kept, with the memory of a run each. Calls with a `callback`,
+    edits and the continuous backbone run op by op.
 
     Args:
         encoder: makes the embeddings of prompts and images; the databases' own.
@@ -79,6 +95,7 @@ class KNNDiffusion:
             self.databases[name] = database
         self._database: Database | Mixture = next(iter(self.databases.values()))
         self.device = next(denoiser.parameters()).device
+        self._graphs = SamplingGraphs()
 
     # ---- loading and saving -----------------------------------------------------------------
 
@@ -253,6 +270,7 @@ class KNNDiffusion:
 
         Raises:
             ValueError, TypeError: an argument out of its range; nothing has been computed.
+            Interrupted: a KeyboardInterrupt when at least one batch was finished.
         """
         queries = as_queries(prompt, image, image_weight, embedding, self.encoder)
         db = self.find_database(database)
@@ -281,20 +299,24 @@ class KNNDiffusion:
             cond, mask = self.condition(db, query, neighbours, k, use_query, use_neighbours)
         owner = np.repeat(np.arange(len(query)), num_images)
         index = np.tile(np.arange(num_images), len(query))
-        codes = []
+        codes: list[torch.Tensor] = []
         batches = range(0, len(owner), batch_size)
-        with clock("denoise"):
+        draw: Callable[..., torch.Tensor] = self.denoiser.sample
+        if callback is None and self._graphs.serves(self.denoiser):
+            draw = partial(self._graphs, self.denoiser)
+        with clock("denoise"), finished_part(codes) as stopped:
             for n, start in enumerate(batches):
                 part = slice(start, start + batch_size)
+                told = {} if callback is None else {"callback": scaled(callback, n, len(batches))}
                 codes.append(
-                    self.denoiser.sample(
+                    draw(
                         cond[owner[part]],
                         mask[owner[part]],
                         steps=steps,
                         guidance=guidance,
                         seed=seed,
                         image_indices=torch.from_numpy(index[part]).to(self.device),
-                        callback=scaled(callback, n, len(batches)),
+                        **told,
                         **options,
                     )
                 )
@@ -304,7 +326,10 @@ class KNNDiffusion:
             pixels = torch.cat([self.tokenizer.decode(c) for c in alone])
             arrays = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         labels = [q.label for q in queries]
-        return Output([Image.fromarray(a) for a in arrays], neighbours, timings, seed, labels)
+        output = Output([Image.fromarray(a) for a in arrays], neighbours, timings, seed, labels)
+        if stopped:
+            raise Interrupted(output)
+        return output
 
     edit = edit
 
@@ -340,6 +365,18 @@ class KNNDiffusion:
             cond[row, 1 : len(ids) + 1] = torch.from_numpy(db.vectors(ids))
             mask[row, 1 : len(ids) + 1] = use_neighbours
         return cond.to(self.device), mask.to(self.device)
+
+
+@contextmanager
+def finished_part(done: Sequence[Any]) -> Iterator[list[KeyboardInterrupt]]:
+    """Ends its block on Ctrl-C, which it lends then, where something is done already."""
+    stopped: list[KeyboardInterrupt] = []
+    try:
+        yield stopped
+    except KeyboardInterrupt as e:
+        if not done:
+            raise
+        stopped.append(e)
 
 
 def find_model(name_or_path: str | Path) -> Path:

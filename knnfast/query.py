@@ -55,7 +55,7 @@ def mix(*parts: tuple[Source, float], label: str | None = None) -> Query:
         if not (isinstance(part, tuple | list) and len(part) == 2):
             raise TypeError(f"mix: a part must be a pair (what, weight), got {part!r}")
         source, weight = part
-        _check_source(source)
+        _check_source("mix", source)
         if isinstance(weight, bool) or not isinstance(weight, int | float | np.number):
             raise TypeError(f"mix: a weight must be a number, got {weight!r}")
         if not math.isfinite(weight):
@@ -75,8 +75,8 @@ def between(a: Source, b: Source, count: int) -> list[Query]:
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 2:
         raise ValueError(f"count: must be a whole number of at least 2, got {count!r}")
-    for source in (a, b):
-        _check_source(source)
+    for name, source in (("a", a), ("b", b)):
+        _check_source(name, source)
     return [
         Query(((a, 1.0), (b, 1.0)), f"{_label(a)} to {_label(b)} {u:.2f}", u)
         for u in (n / (count - 1) for n in range(count))
@@ -107,7 +107,7 @@ def as_queries(
     for text in prompts:
         if not isinstance(text, str | Query):
             raise TypeError(f"prompt: expected text, got {type(text).__name__}")
-        _check_source(text)
+        _check_source("prompt", text)
     pictures = _several("image", image, str | Path | Image.Image)
     rows = _check_embedding(embedding, encoder)
     if len(rows) and (prompts or pictures):
@@ -120,7 +120,7 @@ def as_queries(
         raise ValueError(f"image: {len(pictures)} images beside {len(prompts)} prompts")
     seen: list[Source] = [Path(p) if isinstance(p, str) else p for p in pictures]
     for picture in seen:
-        _check_source(picture)
+        _check_source("image", picture)
     if not pictures:
         return [q if isinstance(q, Query) else Query(((q, 1.0),), q) for q in prompts]
     if not prompts:
@@ -137,7 +137,7 @@ def _several(name: str, value: Any, one: Any) -> list[Any]:
         return []
     if isinstance(value, one):
         return [value]
-    if isinstance(value, np.ndarray) or not isinstance(value, Iterable):
+    if isinstance(value, np.ndarray | bytes | bytearray) or not isinstance(value, Iterable):
         raise TypeError(f"{name}: expected one, or a list of them, got {type(value).__name__}")
     return list(value)
 
@@ -216,12 +216,12 @@ def _label(source: Source) -> str:
     return "embedding" if isinstance(source, np.ndarray) else "image"
 
 
-def _check_source(source: object) -> None:
+def _check_source(name: str, source: object) -> None:
     if isinstance(source, str) and not source.strip():
-        raise ValueError(f"prompt: must hold at least one word, got {source!r}")
+        raise ValueError(f"{name}: must hold at least one word, got {source!r}")
     if not isinstance(source, str | Path | Image.Image | np.ndarray | Query):
         raise TypeError(
-            "query: expected a text, a Path, a PIL image, an array or a Query, "
+            f"{name}: expected a text, a Path, a PIL image, an array or a Query, "
             f"got {type(source).__name__}"
         )
     if isinstance(source, Image.Image):

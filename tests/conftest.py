@@ -10,6 +10,8 @@ import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
+# cuBLAS warns otherwise where `poison` asks for deterministic algorithms; read at its first use.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not HAS_GPU:  # read when @triton.jit runs, so before any kernel file is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -18,6 +20,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """The CPU, and in a test of its own a GPU."""
+    return request.param
 
 
 @pytest.fixture

@@ -147,6 +147,46 @@ def test_a_peer_that_fails_is_a_row_of_the_table():
     assert row["peers"]["agrees"]["ours_p50_ms"] > 0
 
 
+def test_a_peer_that_cannot_be_captured_is_timed_as_it_is(monkeypatch):
+    import run
+    from case import Case, Rival
+
+    def fails(call):
+        raise RuntimeError("called a synchronizing CUDA operation\nmore")
+
+    case = Case("op", "shape", "label", "fp16", {}, lambda result: {}, cuda=True, graphs=True)
+    rival = Rival(lambda: 1)
+    monkeypatch.setattr(run, "Graph", fails)
+    call, note = run.recorded(case, rival)
+    assert call is rival.call
+    why = "RuntimeError: called a synchronizing CUDA operation"
+    assert note == {"timed": f"eager: no graph ({why})"}
+    monkeypatch.setattr(run, "Graph", lambda call: "graph")
+    assert run.recorded(case, rival) == ("graph", {"timed": "graph"})
+    case.graphs = False
+    assert run.recorded(case, rival) == (rival.call, {})
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+def test_a_graph_gives_what_the_call_gives():
+    import torch
+    from graph import Graph, eager
+
+    x = torch.arange(8.0, device="cuda")
+
+    def call():
+        return x * 2
+
+    graph = Graph(call)
+    x += 1
+    assert torch.equal(graph(), call())
+    assert eager(graph) is eager(call) is call
+    with pytest.raises(RuntimeError, match="synchroniz"):
+        Graph(lambda: float(x.sum()))
+    assert torch.randn(4, device="cuda").isfinite().all()  # as before
+
+
 def test_stages_are_skipped_with_a_reason_and_stopped_at_their_limit(tmp_path):
     from gpu import Stage
 

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from knnfast import _C, KNNDiffusion
 from knnfast.cli import main
 
 
@@ -33,6 +34,27 @@ def test_generate_writes_images_and_a_sheet(tmp_path):
     assert "seed 4" in result.output
     for phase in ("encode", "search", "denoise", "decode"):
         assert phase in result.output
+
+
+def test_ctrl_c_keeps_the_images_that_are_finished(tmp_path, monkeypatch):
+    def interrupt(bar, done, total):
+        if done == at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("knnfast.cli._shared.Bar.__call__", interrupt)
+    words = ("generate", "pizza", "-n", 40, "--steps", 1, "--seed", 4, "--out")
+    at = 1  # of two batches
+    assert invoke(*words, tmp_path / "none").exit_code == 1
+    assert not (tmp_path / "none").exists()
+    at = 2
+    result = invoke(*words, tmp_path / "some")
+    assert result.exit_code == 130
+    assert "stopped: 32 of 40 images are written" in result.stderr
+    names = {path.name for path in (tmp_path / "some").iterdir()}
+    assert names == {f"pizza-4-{n}.png" for n in range(32)}
+    whole = KNNDiffusion.from_pretrained("stickers")("pizza", num_images=32, steps=1, seed=4)
+    with Image.open(tmp_path / "some" / "pizza-4-31.png") as image:
+        assert image.tobytes() == whole.images[31].tobytes()
 
 
 def test_prompts_with_one_slug_keep_their_pictures(tmp_path):
@@ -195,6 +217,8 @@ def test_train_on_a_folder_then_generate(folder, tmp_path):
 def test_info():
     report = json.loads(invoke("info", "--json").stdout)
     assert set(report["databases"]) == {"stickers", "animals"}
+    assert report["cpu_kernels"] == _C.isa()
+    assert report["threads"] == _C.num_threads()
 
 
 @pytest.mark.parametrize(

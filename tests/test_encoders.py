@@ -332,6 +332,13 @@ def test_unreadable_text_is_refused(folder, text):
         load_encoder(folder).encode_text(["cat", text])
 
 
+def test_all_unreadable_texts_are_named(folder):
+    with pytest.raises(
+        ValueError, match=r"text 0 \('日本'\), text 2 \('qqqq'\) \(2 of 3\) hold no"
+    ):
+        load_encoder(folder).encode_text(["日本", "cat", "qqqq"])
+
+
 def test_one_string_is_refused(folder):
     with pytest.raises(TypeError, match="got one string"):
         load_encoder(folder).encode_text("cat")

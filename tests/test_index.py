@@ -63,7 +63,8 @@ def one_buffer(x):
         (lambda i, x: i.add(x[:2], [7]), ValueError, "one id a row"),
         (lambda i, x: i.search(x, 0), ValueError, "k must be 1 to 2147483647, got 0"),
         (lambda i, x: i.search(x, 2**62), ValueError, "k must be 1 to 2147483647, got 46116"),
-        (lambda i, x: i.search(x, 2**64), ValueError, "k: 18446744073709551616 is no int64"),
+        (lambda i, x: i.search(x, 2**70), ValueError, "k must be 1 to 2147483647, got 11805"),
+        (lambda i, x: i.save("/"), ValueError, "path: / holds other files .* and no index"),
         (lambda i, x: i.search(x, 1, out=one_buffer(x)), ValueError, "must not share memory"),
         (lambda i, x: i.save("a\0b"), ValueError, "path holds a NUL byte"),
         (lambda i, x: Index.open("a\0b"), ValueError, "path holds a NUL byte"),
@@ -395,3 +396,22 @@ def test_fork():
 def test_imports_without_torch():
     code = "import sys, knnfast.search, knnfast.faiss_api; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_folder_of_other_files_is_no_place_for_an_index(tmp_path):
+    index = Index(4)
+    index.add(np.eye(4, dtype=np.float32))
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(
+        ValueError, match=r"path: .* holds other files \(letter\.txt\) and no index"
+    ):
+        index.save(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
+    folder = tmp_path / "index"
+    folder.mkdir()
+    (folder / "0123456789abcdef-0000.rows.f16").touch()  # of a first save that was killed
+    index.save(folder)
+    (folder / "letter.txt").write_text("mine")
+    index.save(folder)  # an index it is
+    assert len(Index.open(folder)) == 4
+    assert (folder / "letter.txt").exists()

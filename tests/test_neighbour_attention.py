@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 from transition_helpers import within_twice
 
 from knnfast import ops, reference
@@ -277,8 +278,10 @@ def test_modulation_of_another_type():
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's
-def test_opcheck_compile_autocast():
-    x, n, layer, fold, ada = make(2, 5, 64, 4, 5)
+def test_opcheck_compile_autocast(device):
+    x, n, layer, fold, ada = tree_map(
+        lambda v: v.to(device) if torch.is_tensor(v) else v, make(2, 5, 64, 4, 5)
+    )
     folded = ops.fold_neighbours(n, *layer, **fold, fold=True)
     torch.library.opcheck(
         torch.ops.knnfast.neighbour_attention.default,
@@ -311,11 +314,12 @@ def test_opcheck_compile_autocast():
 
     exported = torch.export.export(Layer(), (x, *folded))
     torch.testing.assert_close(exported.module()(x, *folded), eager)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         low = ops.neighbour_attention(x, folded, **ada)
         out = ops.neighbour_attention(x, folded, **ada, residual=False)
     assert low.dtype == torch.float32  # the residual stream keeps its type
     assert out.dtype == torch.bfloat16
-    assert torch.equal(low, x + out)
+    if device == "cpu":  # a kernel may add before it rounds
+        assert torch.equal(low, x + out)
     full = ops.neighbour_attention(x, folded, **ada)
     torch.testing.assert_close(low, full, rtol=0.1, atol=0.1)

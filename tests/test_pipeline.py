@@ -196,3 +196,18 @@ def test_contact_sheet_shows_every_sample(pipe):
     sheet = contact_sheet(out, pipe.database)
     assert isinstance(sheet, Image.Image)
     assert np.asarray(sheet).std() > 10
+
+
+@pytest.mark.gpu
+def test_cuda_draws_and_edits():
+    """Later calls are replays of a graph, with the images of the loop; then one edit."""
+    pipe = KNNDiffusion.from_pretrained("stickers-edit", device="cuda")
+    call = {"steps": 4, "num_images": 3, "seed": 7}
+    loop = pixels(pipe("a red heart", callback=lambda *_: None, **call))
+    for _ in range(3):
+        np.testing.assert_array_equal(pixels(pipe("a red heart", **call)), loop)
+    assert (pixels(pipe("a red heart", **call | {"seed": 8})) != loop).any()
+    assert (pixels(pipe("pizza", **call)) != loop).any()
+    out = pipe.edit(Image.fromarray(loop[0]), "with sunglasses", num_images=2, steps=4, seed=1)
+    assert len(out.images) == 2
+    assert out.images[0].size == (pipe.tokenizer.image_size, pipe.tokenizer.image_size)

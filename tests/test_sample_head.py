@@ -26,12 +26,12 @@ def make(K, B=2, L=40, D=24, dtype=torch.float32):
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("rule", [{}, {"guidance": 2.5}, {"top_r": 0.8, "top_k": 9}])
 @pytest.mark.parametrize("K", [2, 100, 512])
-def test_matches_reference_and_dense(name, rule, K):
-    features, null, weight, bias, x_t = make(K)
+def test_matches_reference_and_dense(name, rule, K, device):
+    features, null, weight, bias, x_t = (v.to(device) for v in make(K))
     if "guidance" in rule:
         rule = rule | {"null_features": null}
     for t, s in [(100, 96), (50, 49), (7, 0)]:
-        weights = weights_of(name, K, t, s)
+        weights = weights_of(name, K, t, s).to(device)
         got = ops.sample_head(features, weight, bias, x_t, weights, seed=9, **rule)
         expected = reference.sample_head(features, weight, bias, x_t, weights, seed=9, **rule)
         assert (got != expected).double().mean() < 2e-2
@@ -43,18 +43,22 @@ def test_matches_reference_and_dense(name, rule, K):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_equals_dense_on_identical_logits(name):
-    """A one-hot head makes both forms see the same bits: every token equal."""
+def test_equals_dense_on_identical_logits(name, device):
+    """A head that hands its rows on makes both forms see the same bits: every token equal."""
     K = 65
-    logits = torch.randn(4, 200, K) * 4
-    x_t = torch.where(torch.rand(4, 200) < 0.5, K, torch.randint(0, K, (4, 200)))
+    logits, null = (torch.randn(4, 200, K).to(device) * 4 for _ in range(2))
+    x_t = torch.where(torch.rand(4, 200) < 0.5, K, torch.randint(0, K, (4, 200))).to(device)
     for t, s in [(100, 60), (30, 29), (1, 0)]:
-        weights = weights_of(name, K, t, s)
-        for rule in ({}, {"top_r": 0.7, "temperature": 0.8}):
-            dense = ops.transition_step(logits, x_t, weights, seed=2, **rule)
-            sparse = ops.sample_head(
-                logits, lambda rows: rows.clone(), None, x_t, weights, seed=2, num_codes=K, **rule
+        weights = weights_of(name, K, t, s).to(device)
+        for rule in ({}, {"top_r": 0.7, "temperature": 0.8}, {"guidance": 2.0}):
+            guided = "guidance" in rule
+            dense = ops.transition_step(
+                logits, x_t, weights, seed=2, null_logits=null if guided else None, **rule
             )
+            sparse = ops.sample_head(
+                logits, lambda rows: rows.clone(), None, x_t, weights, seed=2, num_codes=K,
+                null_features=null if guided else None, **rule,
+            )  # fmt: skip
             assert torch.equal(dense, sparse)
 
 
@@ -110,6 +114,24 @@ def test_cuda_equals_cuda_dense(dtype):
     assert (got != dense).sum() <= 2
 
 
+def test_large_means_and_strided_inputs(device):
+    """Features far from 0, every other one of a wider tensor, and tokens that lie transposed."""
+    features, null, weight, bias, x_t = (v.to(device) for v in make(100, L=80))
+    wide = torch.stack([features + 100.0, null + 100.0], 2).flatten(1, 2)  # [B, 2 L, D]
+    far, far_null = wide[:, ::2], wide[:, 1::2]
+    turned = x_t.T.contiguous().T
+    assert not far.is_contiguous()
+    assert not turned.is_contiguous()
+    weights = weights_of("mask_replace", 100, 80, 30).to(device)
+    rule = {"null_features": far_null, "guidance": 2.0}
+    got = ops.sample_head(far, weight, bias, turned, weights, seed=4, **rule)
+    expected = reference.sample_head(far, weight, bias, x_t, weights, seed=4, **rule)
+    assert (got != expected).double().mean() < 2e-2
+    rule["null_features"] = far_null.contiguous()
+    dense = ops.sample_head(far.contiguous(), weight, bias, x_t, weights, seed=4, **rule)
+    assert torch.equal(got, dense)
+
+
 def test_rows_do_not_depend_on_each_other():
     """A token is the same to the bit whatever else is drawn: drawn alone, and among many."""
     features, null, weight, bias, x_t = make(300, B=4, L=50, D=130)
@@ -141,10 +163,10 @@ def test_logits_within_twice(K, D, dtype):
         within_twice(got, plain[rows], exact[rows], dtype)
 
 
-def test_compile_and_export():
-    features, null, weight, bias, x_t = make(16)
-    weights, key = weights_of("mask_replace", 16, 50, 25), torch.tensor([3])
-    args = features, null, weight, bias, x_t, weights, torch.arange(2), key
+def test_compile_and_export(device):
+    features, null, weight, bias, x_t = (v.to(device) for v in make(16))
+    weights, key = weights_of("mask_replace", 16, 50, 25).to(device), torch.tensor([3]).to(device)
+    args = features, null, weight, bias, x_t, weights, torch.arange(2).to(device), key
     torch.library.opcheck(torch.ops.knnfast.sample_head.default, (*args, 2.0, 1.0, 1.0, 0))
 
     class Head(torch.nn.Module):
@@ -158,7 +180,7 @@ def test_compile_and_export():
     eager = Head()(*args)
     assert torch.equal(torch.compile(Head(), fullgraph=True, backend="aot_eager")(*args), eager)
     assert torch.equal(torch.export.export(Head(), args).module()(*args), eager)
-    with torch.autocast("cpu", torch.bfloat16):  # the types given are the types used
+    with torch.autocast(device, torch.bfloat16):  # the types given are the types used
         assert torch.equal(Head()(*args), eager)
 
 
@@ -179,6 +201,17 @@ def test_rejects():
         ops.sample_head(features, lambda r: r, None, x_t, weights, seed=0)
     with pytest.raises(TypeError, match="features"):
         ops.sample_head(features.double(), weight, bias, x_t, weights, seed=0)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
+def test_empty(shape, device):
+    features = torch.zeros(*shape, 24, device=device)
+    x_t = torch.zeros(shape, dtype=torch.int64, device=device)
+    weight, weights = torch.zeros(8, 24, device=device), weights_of("mask", 8, 50, 25).to(device)
+    for head in (weight, lambda rows: rows @ weight.T):
+        x_s = ops.sample_head(features, head, None, x_t, weights, seed=0, num_codes=8)
+        assert x_s.shape == shape
+        assert x_s.device == x_t.device
 
 
 @pytest.mark.parametrize("token", [-1, 9])

@@ -1,13 +1,14 @@
 """The sampler: exact on a known posterior, bits fixed by seed and image index, bad input."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from transition_helpers import NoHostReads
 
 from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
-from knnfast.diffusion.sampler import Sampler, SamplingGraph, sample, signed
+from knnfast.diffusion.sampler import Sampler, SamplingGraph, SamplingGraphs, sample, signed
 from knnfast.diffusion.schedule import NAMES, Schedule
 
 K, L = 5, 1600
@@ -148,6 +149,92 @@ def test_cuda_graph_equals_the_loop(tiny: Denoiser, name: str, guidance: float) 
             torch.cuda.set_sync_debug_mode("default")
         assert torch.equal(got, sampler(cond, mask, seed, places))
         cond = cond.flip(0)
+
+
+class Drawn:
+    """In a graph's place: draws with the loop, and counts."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler, self.replays, self.waited = sampler, 0, 0
+        self.drawn = self
+
+    def synchronize(self) -> None:
+        self.waited += 1
+
+    def draw(self, *inputs: torch.Tensor) -> torch.Tensor:
+        self.replays += 1
+        return self.sampler(*inputs)
+
+
+def test_graphs_serve_what_comes_again(tiny: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call of a kind is the loop, the second records, the last kinds used are kept."""
+    made: list[Drawn] = []
+
+    def recorded(self, denoiser, cond, levels, guidance, truncation):
+        made.append(Drawn(Sampler(denoiser, denoiser.schedule, levels, guidance, truncation)))
+        return made[-1]
+
+    monkeypatch.setattr(SamplingGraphs, "_recorded", recorded)
+    graphs = SamplingGraphs(size=2)
+    cond, mask = condition(3)
+
+    def draw(steps: int, seed: int = 1, batch: int = 3) -> None:
+        inputs = cond[:batch], mask[:batch], steps, 3.0, seed, torch.arange(batch)
+        assert torch.equal(graphs(tiny, *inputs), tiny.sample(*inputs))
+
+    draw(4)
+    assert not made
+    for seed in (1, 2, 3):
+        draw(4, seed)
+    assert [graph.replays for graph in made] == [3]
+    draw(4, batch=2)
+    draw(5)  # the third kind: the first one goes
+    assert [graph.waited for graph in made] == [1]
+    draw(4)
+    assert len(made) == 1
+    draw(4)
+    assert len(made) == 2
+    tiny.head.weight.data = tiny.head.weight.data.clone()  # elsewhere: another kind
+    draw(4)
+    assert [graph.replays for graph in made] == [3, 1]
+    with pytest.raises(ValueError, match="steps must"):
+        draw(0)
+
+
+def test_graphs_serve_plain_denoisers_on_cuda(tiny: Denoiser) -> None:
+    assert not SamplingGraphs.serves(tiny)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_equal_the_loop(tiny: Denoiser) -> None:
+    tiny.cuda()
+    assert SamplingGraphs.serves(tiny)
+    graphs = SamplingGraphs()
+    cond, mask = (v.cuda() for v in condition(5))
+    index = torch.tensor([7, 1, 2, 30, 4], device="cuda")
+    expected = {
+        (seed, steps): tiny.sample(cond, mask, steps, 3.0, seed, index)
+        for seed in range(4)
+        for steps in (3, 4)
+    }
+
+    def draw(case: tuple[int, int]) -> bool:
+        seed, steps = case
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+            got = graphs(tiny, cond, mask, steps, 3.0, seed, index)
+            return torch.equal(got, expected[case])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(draw, 4 * list(expected)))
+    assert all(graphs._kept.values())
+    with torch.inference_mode():
+        for _ in range(2):
+            got = graphs(tiny, cond[:2], mask[:2], 3, 3.0, 0, index[:2])
+    assert torch.equal(graphs(tiny, cond[:2], mask[:2], 3, 3.0, 0, index[:2]), got)
+    handle = tiny.register_forward_hook(lambda *a: None)
+    assert not SamplingGraphs.serves(tiny)
+    handle.remove()
 
 
 @pytest.mark.gpu

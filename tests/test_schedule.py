@@ -114,3 +114,8 @@ def test_rejects() -> None:
     for t, s in ((5, 5), (4, 5), (11, 5), (5, -1)):
         with pytest.raises(ValueError, match="levels must satisfy 0 <= s < t <= 10"):
             reference.transition_weights(Schedule("mask", 10, 4), t, s, 4)
+
+
+def test_weights_are_of_the_schedules_codes() -> None:
+    with pytest.raises(ValueError, match="num_codes: the schedule is of 4, got 5"):
+        reference.transition_weights(Schedule("mask", 10, 4), 5, 4, 5)

@@ -22,6 +22,7 @@ from knnfast.diffusion.distributed import Processes, processes
 from knnfast.diffusion.levels import DECAY, HITS, Levels
 from knnfast.diffusion.pairs import ConditionConfig, ConditionSampler, Pairs, nearest
 from knnfast.diffusion.runlog import FIELDS, RunLog
+from knnfast.diffusion.schedule import NAMES
 from knnfast.diffusion.trainer import STATE_FILE, TrainConfig, Trainer, ahead, fit
 from knnfast.diffusion.training import denoiser_trainer, train
 
@@ -77,6 +78,18 @@ def test_accumulation_is_the_same_step() -> None:
         trainer = denoiser_trainer(TINY, replace(QUICK, accumulate=accumulate), pairs())
         losses.append([float(trainer.advance()["loss"]) for _ in range(10)])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("schedule", NAMES)
+def test_cuda_takes_the_same_steps(schedule: str) -> None:
+    """The draws are the host's: the losses of the first steps are the CPU's up to rounding."""
+    losses = []
+    for device in ("cpu", "cuda"):
+        with processes(device) as these:
+            trainer = denoiser_trainer(replace(TINY, schedule=schedule), QUICK, pairs(), these)
+            losses.append([float(trainer.advance()["loss"]) for _ in range(3)])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
 
 
 def test_shares() -> None:

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from scipy import stats
+from torch.utils._pytree import tree_leaves
+from transition_helpers import NoHostReads
 
 pytest.importorskip("diffusers")
 
-from knnfast import KNNDiffusion
+from knnfast import KNNDiffusion, ops
 from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
 from knnfast.diffusion.pairs import ConditionConfig, Pairs
 from knnfast.diffusion.trainer import STATE_FILE, TrainConfig
@@ -170,6 +172,44 @@ def test_an_image_does_not_depend_on_its_batch():
     assert together.dtype == torch.int64
     assert 0 <= together.min() <= together.max() < 11
     assert net.sample(cond[:0], mask[:0], steps=2).shape == (0, 16)
+
+
+class NoDeviceReads(NoHostReads):
+    """The same for a device with a host beside it, which may read its own tensors."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(torch.is_tensor(v) and v.device.type != "cpu" for v in tree_leaves((args, kwargs))):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("solver", ["dpm", "ddim"])
+def test_nothing_waits_for_the_device(solver, monkeypatch):
+    """A run on tensors without values: none is read, and each condition is folded once."""
+    folds = []
+    fold = ops.fold_neighbours
+    monkeypatch.setattr(ops, "fold_neighbours", lambda *a, **kw: folds.append(0) or fold(*a, **kw))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # knows no meta
+    net = made().to("meta")
+    cond, mask = (v.to("meta") for v in condition(2))
+    with NoDeviceReads({"meta", "cpu"}):
+        codes = net.sample(cond, mask, steps=4, solver=solver)
+    assert codes.shape == (2, 16)
+    assert len(folds) == sum("attn2" in name for name in net.unet.attn_processors)
+
+
+def test_a_changed_mask_is_folded_anew():
+    net = made()
+    cond, mask = condition(2)
+    prepared = net.prepare(cond, mask)
+    x_t, t = torch.randn(2, 3, 4, 4), torch.tensor([3, 20])
+    before = net(x_t, t, prepared)
+    mask[:, 1] = False
+    changed = net(x_t, t, prepared)
+    assert not torch.equal(changed, before)
+    kinds = {name: type(p)() for name, p in net.unet.attn_processors.items()}
+    net.unet.set_attn_processor(kinds)  # nothing kept
+    assert torch.equal(net(x_t, t, prepared), changed)
 
 
 def test_guidance():

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from case import Case, Rival, pick
+from graph import with_graphs
 
 from knnfast import ops, reference
 
@@ -73,7 +74,7 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
     yield Case(
         "neighbour_attention", shape, f"B {B}, L {L}, D {D}, H {H}, N {N}",
         str(dtype).removeprefix("torch."),
-        {"fused": lambda: attend(A)},
+        with_graphs({"fused": lambda: attend(A)}, device),
         judge,
         lambda names: pick(
             {
@@ -85,5 +86,5 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
         ),
         # x in, y out, A and C of every head and sample once; two products with H N columns.
         bytes=x.element_size() * 2.0 * B * D * (L + H * N), flops=4.0 * B * L * D * H * N,
-        cuda=cuda,
+        cuda=cuda, graphs=True,
     )  # fmt: skip

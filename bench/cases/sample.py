@@ -55,4 +55,5 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
         judge,
         lambda names: pick({"torch-plain": lambda: Rival(in_plain_torch)}, names),
         cuda=device != "cpu",
+        graphs=True,
     )  # fmt: skip

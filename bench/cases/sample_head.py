@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from case import Case, Rival, pick
+from graph import with_graphs
 
 from cases.runs import diffusers_step, drawn_rows, record
 from knnfast import ops, reference
@@ -44,7 +45,9 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
     bytes_each = run.weight.element_size()
     yield Case(
         "sample_head", shape, f"{size['schedule']}, {size['steps']} steps",
-        str(run.features.dtype).removeprefix("torch."), {"sparse": ours}, judge,
+        str(run.features.dtype).removeprefix("torch."),
+        with_graphs({"sparse": ours}, device),
+        judge,
         lambda names: pick(
             {
                 "torch head + transition_step": lambda: Rival(dense),
@@ -55,6 +58,6 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
             names,
         ),
         bytes=bytes_each * D * (K + drawn / len(steps)), flops=2.0 * K * D * drawn / len(steps),
-        per=len(steps), cuda=device != "cpu",
+        per=len(steps), cuda=device != "cpu", graphs=True,
         facts=lambda: {"rows_drawn": drawn / (len(steps) * run.features[..., 0].numel())},
     )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from case import Case, pick
+from graph import with_graphs
 
 from cases.runs import diffusers_step, record
 from knnfast import ops, reference
@@ -34,9 +35,9 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
 
     yield Case(
         "transition_step", shape, f"{size['schedule']}, {size['steps']} steps",
-        str(logits.dtype).removeprefix("torch."), {"dense": ours}, judge,
+        str(logits.dtype).removeprefix("torch."), with_graphs({"dense": ours}, device), judge,
         lambda names: pick({"diffusers": lambda: diffusers_step(run, size)}, names),
         # One pass over the logits; rows that are not drawn need not be read.
         bytes=float(logits.nbytes), flops=2.0 * logits.numel(), per=len(steps),
-        cuda=device != "cpu",
+        cuda=device != "cpu", graphs=True,
     )  # fmt: skip

@@ -18,6 +18,9 @@ import numpy as np
 # whoever comes next; before each turn they get this long to fall asleep. Seconds.
 SETTLE = 0.03
 
+# Cycles for which a device waits before a call, while the host queues it: about a millisecond.
+HEAD_START = 2_000_000
+
 # In seconds: the wall's, or this process's CPU time alone, which other work hardly changes.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -57,7 +60,8 @@ class Local:
     Args:
         call: what is timed; its result is thrown away.
         cuda: time on the device, between events, with a cold L2 cache (256 MiB are overwritten
-            before each call); otherwise on the host.
+            before each call); otherwise on the host. The device is kept busy for a millisecond
+            first: what the host needs to queue a call counts where it is longer than that.
         clock: of the host, in seconds: time.perf_counter, or time.process_time to count this
             process's CPU time alone, which other work on the machine hardly changes.
     """
@@ -99,8 +103,9 @@ def _cuda_clock() -> Iterator[Callable[[Callable[[], Any]], float]]:
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
 
     def timed(call: Callable[[], Any]) -> float:
-        flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        torch.cuda._sleep(HEAD_START)
         start.record()
         call()
         end.record()

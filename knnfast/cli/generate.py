@@ -56,8 +56,9 @@ def generate(
     """Generate images for PROMPTS, for pictures (--image), or for both.
 
     Writes one PNG per image and a sheet that shows each sample beside its retrieved neighbours.
+    Ctrl-C writes the images that are finished, and no sheet.
     """
-    from knnfast.pipeline import KNNDiffusion
+    from knnfast.pipeline import Interrupted, KNNDiffusion
     from knnfast.sheet import contact_sheet
 
     check_folder("--out", out)
@@ -68,20 +69,33 @@ def generate(
     pipe = KNNDiffusion.from_pretrained(model, device=device, backbone=backbone)
     if database is not None:
         pipe.database = database
-    with Bar("denoising", hidden=as_json) as bar:
-        result = pipe(
-            list(prompts) or None,
-            image=list(images) or None,
-            image_weight=image_weight,
-            num_images=num_images,
-            groups=list(groups) or None,
-            use_query=not no_query,
-            use_neighbours=not no_neighbours,
-            callback=bar,
-            **options,
-        )
+    stopped = False
+    try:
+        with Bar("denoising", hidden=as_json) as bar:
+            result = pipe(
+                list(prompts) or None,
+                image=list(images) or None,
+                image_weight=image_weight,
+                num_images=num_images,
+                groups=list(groups) or None,
+                use_query=not no_query,
+                use_neighbours=not no_neighbours,
+                callback=bar,
+                **options,
+            )
+    except Interrupted as e:
+        result, stopped = e.output, True
     stems = [f"{name}-{result.seed}" for name in _distinct(map(_slug, result.labels))]
     files = [out / f"{stem}-{n}.png" for stem in stems for n in range(num_images)]
+    if stopped:
+        done = len(result.images)
+        _save_pngs(files[:done], result.images)
+        click.echo(
+            f"stopped: {done} of {len(files)} images are written to {out}; --seed {result.seed} "
+            "draws them again, and the others",
+            err=True,
+        )
+        click.get_current_context().exit(130)
     sheet = sheet or out / f"{stems[0]}-sheet.png"
     _save_pngs([*files, sheet], [*result.images, contact_sheet(result, pipe.database)])
     if as_json:

@@ -22,6 +22,8 @@ def info(model: str, as_json: bool) -> None:
     pipe = KNNDiffusion.from_pretrained(model)
     report = {
         "knnfast": __version__,
+        "cpu_kernels": _C.isa(),
+        "threads": _C.num_threads(),
         "torch": torch.__version__,
         "cuda_built": _C.has_cuda,
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import threading
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -205,8 +208,16 @@ class SamplingGraph:
         device = weight.device
         if device.type != "cuda":
             raise ValueError(f"sampler: must be on a CUDA device, got {device}")
+        self.sampler = sampler  # its weights must stay where they are
+        # Inputs that a later call may overwrite, whatever mode this one is in.
+        with torch.inference_mode(False), torch.cuda.device(device):
+            self._record(sampler, batch, tokens, weight.dtype, device)
+
+    def _record(
+        self, sampler: Sampler, batch: int, tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         width = sampler.denoiser.config.embed_dim
-        self.cond = torch.zeros(batch, tokens, width, dtype=weight.dtype, device=device)
+        self.cond = torch.zeros(batch, tokens, width, dtype=dtype, device=device)
         self.mask = torch.ones(batch, tokens, dtype=torch.bool, device=device)
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
         self.indices = torch.arange(batch, device=device)
@@ -218,7 +229,8 @@ class SamplingGraph:
                 sampler(self.cond, self.mask, self.seed, self.indices)
         torch.cuda.current_stream(device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # Other threads may allocate meanwhile.
+        with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
             self.codes = sampler(self.cond, self.mask, self.seed, self.indices)
 
     def __call__(
@@ -234,6 +246,99 @@ class SamplingGraph:
             self.indices.copy_(image_indices)
         self.graph.replay()
         return self.codes
+
+
+class SamplingGraphs:
+    """Draws as `Denoiser.sample` does, from a CUDA graph where the same kind comes again.
+
+    A kind is a batch, a number of condition embeddings, the levels, the rule, and the place of the
+    weights in memory. Its first call runs op by op, the second is recorded (`SamplingGraph`); from
+    then on calls are replays, and give the tokens that the loop gives. The `size` kinds that were
+    used last are kept; each holds the memory of its run, copies of the inputs, and the network.
+
+    Any number of threads may call, on any streams; replays take turns.
+    """
+
+    def __init__(self, size: int = 4) -> None:
+        self.size = size
+        self._lock = threading.Lock()
+        # None: seen once. False: could not be recorded.
+        self._kept: OrderedDict[tuple[Any, ...], _Kept | Literal[False] | None] = OrderedDict()
+
+    @staticmethod
+    def serves(denoiser: Any) -> TypeGuard[Denoiser]:
+        """Whether it is a plain `Denoiser` on CUDA: no hooks, no method replaced, no autocast."""
+        from knnfast.diffusion.denoiser import Denoiser
+
+        if type(denoiser) is not Denoiser or denoiser.head.weight.device.type != "cuda":
+            return False
+        return not (
+            torch.is_autocast_enabled("cuda")
+            or torch.compiler.is_compiling()
+            or "sample" in vars(denoiser)
+            or "features" in vars(denoiser)
+            or any(m._forward_hooks or m._forward_pre_hooks for m in denoiser.modules())
+        )
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        cond: Tensor,
+        cond_mask: Tensor,
+        steps: int | Sequence[int] = 25,
+        guidance: float = 3.0,
+        seed: int = 0,
+        image_indices: Tensor | None = None,
+        truncation: float = 1.0,
+    ) -> Tensor:
+        """Draw codes, [B, L] int64; arguments and errors are those of `sample`."""
+        levels = check_rule(denoiser.schedule, steps, guidance, truncation)
+        rule = tuple(levels), float(guidance), float(truncation)
+        weights = tuple(each.data_ptr() for each in denoiser.parameters())
+        kind = (*cond.shape, cond.dtype, *rule, weights)
+        with self._lock:
+            known = kind in self._kept
+            kept = self._kept.pop(kind, None)
+            if known and kept is None:
+                kept = self._recorded(denoiser, cond, levels, guidance, truncation)
+            self._kept[kind] = kept
+            while len(self._kept) > self.size:
+                _, old = self._kept.popitem(last=False)
+                if old:
+                    old.drawn.synchronize()  # its memory goes to others
+            if kept:
+                return kept.draw(cond, cond_mask, seed, image_indices)
+        return denoiser.sample(
+            cond, cond_mask, levels, guidance, seed, image_indices, truncation=truncation
+        )
+
+    def _recorded(
+        self, denoiser: Denoiser, cond: Tensor, levels: list[int], guidance: float,
+        truncation: float,
+    ) -> _Kept | Literal[False]:  # fmt: skip
+        sampler = Sampler(denoiser, denoiser.schedule, levels, guidance, truncation)
+        try:
+            return _Kept(SamplingGraph(sampler, *cond.shape[:2]))
+        except RuntimeError as error:  # of memory, say: the loop needs less
+            warnings.warn(f"sampling runs op by op, without a CUDA graph: {error}", stacklevel=3)
+            return False
+
+
+class _Kept:
+    """A graph, and when the last result was taken from it."""
+
+    def __init__(self, graph: SamplingGraph) -> None:
+        self.graph, self.drawn = graph, torch.cuda.Event()
+
+    def draw(
+        self, cond: Tensor, cond_mask: Tensor, seed: int, image_indices: Tensor | None
+    ) -> Tensor:
+        """A result of one's own; a stream waits until that of the call before has taken its."""
+        stream = torch.cuda.current_stream(self.graph.cond.device)
+        stream.wait_event(self.drawn)
+        codes = self.graph(cond, cond_mask, seed, image_indices).clone()
+        self.drawn.record(stream)
+        return codes
 
 
 def sample(

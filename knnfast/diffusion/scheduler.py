@@ -142,6 +142,10 @@ class NeighbourAttnProcessor:
     The fold of a condition is kept while the same tensor comes back unchanged (all steps of a run)
     with a mask of the same values, and gradients are off. Self-attention, which has no condition,
     is diffusers' own.
+
+    A U-Net makes a new tensor of its `encoder_attention_mask` at every step, and to compare the
+    values waits for the device. A mask given as `cross_attention_kwargs={"neighbour_mask": mask}`,
+    [B, N] bool, comes through unchanged: then nothing is read.
     """
 
     def __init__(self) -> None:
@@ -158,6 +162,7 @@ class NeighbourAttnProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
+        neighbour_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Attend; the arguments are those of diffusers' processors."""
@@ -171,9 +176,10 @@ class NeighbourAttnProcessor:
             x = x.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
             x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
-        out = ops.neighbour_attention(
-            x, self._fold(attn, encoder_hidden_states, attention_mask), norm=False, residual=False
-        )
+        if neighbour_mask is not None and attention_mask is not None:
+            raise ValueError("neighbour_mask: is the mask of the condition; give no other one")
+        folded = self._fold(attn, encoder_hidden_states, attention_mask, neighbour_mask)
+        out = ops.neighbour_attention(x, folded, norm=False, residual=False)
         out = attn.to_out[1](out)
         if len(shape) == 4:
             out = out.transpose(1, 2).reshape(shape)
@@ -182,20 +188,21 @@ class NeighbourAttnProcessor:
         return out / attn.rescale_output_factor
 
     def _fold(
-        self, attn: Attention, cond: Tensor, attention_mask: Tensor | None
+        self, attn: Attention, cond: Tensor, attention_mask: Tensor | None, mask: Tensor | None
     ) -> ops.Folded | ops.Unfolded:
         layers: list[Any] = [attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]]
         weights = [p for m in layers for p in (m.weight, m.bias)]
         keep = not torch.is_grad_enabled()
-        key = (cond._version, *(None if w is None else (id(w), w._version) for w in weights))
+        given = attention_mask if mask is None else mask
+        versions = (None if w is None else (id(w), w._version) for w in weights)
+        key = (cond._version, None if mask is None else mask._version, *versions)
         if keep and self._folded is not None and self._key == key:
             assert self._source is not None
-            if self._source() is cond and _same(self._mask, attention_mask):
+            if self._source() is cond and self._same_mask(given, mask is None):
                 return self._folded
         n = cond
         if attn.norm_cross:
             n = attn.norm_encoder_hidden_states(n)
-        mask = None
         if attention_mask is not None:  # diffusers' additive bias, [B, 1, N]: off is -10000
             mask = attention_mask.reshape(len(n), -1, n.shape[1])[:, 0] > -5000.0
         wq, bq, wk, _, wv, bv, wo, bo = weights
@@ -206,10 +213,16 @@ class NeighbourAttnProcessor:
         )  # fmt: skip
         if keep:
             self._key, self._source, self._folded = key, weakref.ref(cond), folded
-            self._mask = attention_mask
+            self._mask = given
         return folded
 
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two masks hold the same values: a U-Net makes a new one at every step."""
-    return a is b or (a is not None and b is not None and torch.equal(a, b))
+    def _same_mask(self, given: Tensor | None, by_value: bool) -> bool:
+        """Whether a mask is the kept one; by value where a U-Net makes it anew at every step."""
+        kept = self._mask
+        return given is kept or (
+            by_value
+            and given is not None
+            and kept is not None
+            and given.dtype == kept.dtype
+            and torch.equal(given, kept)
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import replace
 from pathlib import Path
@@ -44,15 +45,20 @@ def corrupt(codes: Tensor, t: Tensor, schedule: Schedule, noise: Tensor) -> Tens
         noise: uniform numbers, [B, L] float64 in [0, 1): below A_t a code is kept, from 1 - C_t on
             it is masked, and in between each of the K codes has an interval of B_t.
     """
-    a, b, c = (
-        torch.tensor(x, device=t.device)[t][:, None] for x in (schedule.A, schedule.B, schedule.C)
-    )
+    a, b, c = (x[t][:, None] for x in _tables(schedule, t.device))
     k = schedule.num_codes
     x_t = codes
     if schedule.B[1:].any():
         replaced = ((noise - a) / b).clamp(0, k - 1).long()
         x_t = torch.where(noise < a, codes, replaced)
     return torch.where(noise < 1.0 - c, x_t, k)
+
+
+@functools.lru_cache(maxsize=8)
+def _tables(schedule: Schedule, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B and C on a device, made once: a copy from the host at each step would wait for it."""
+    A, B, C = (torch.tensor(x, device=device) for x in (schedule.A, schedule.B, schedule.C))
+    return A, B, C
 
 
 def masked_row_weight(schedule: Schedule, auxiliary: float) -> Tensor:

@@ -246,8 +246,9 @@ class UNetDenoiser(Backbone):
         m = self._mix(x_t, alpha, total, cond)
         guess = sigma * (alpha * (1 - spread) * x_t - m) / total
         left = self.unet(
-            torch.cat([x_t, m], 1), t, cond.tokens, encoder_attention_mask=cond.mask
-        ).sample
+            torch.cat([x_t, m], 1), t, cond.tokens,
+            cross_attention_kwargs={"neighbour_mask": cond.mask},
+        ).sample  # fmt: skip
         return guess + left
 
     def _mix(self, x_t: Tensor, alpha: Tensor, total: Tensor, cond: UNetCondition) -> Tensor:
@@ -316,7 +317,7 @@ class UNetDenoiser(Backbone):
     ) -> Iterator[Tensor]:
         """Every x_t of a sampling run, from x_T [B, C, h, w] to x_0."""
         scheduler = self.solver(solver)
-        scheduler.set_timesteps(steps, device=x.device)
+        scheduler.set_timesteps(steps)  # on the host, where the solver's tables are
         guided = guidance != 1.0
         if guided:
             cond, mask = condition
@@ -324,7 +325,8 @@ class UNetDenoiser(Backbone):
         prepared = self.prepare(*condition)
         for t in scheduler.timesteps:
             doubled = torch.cat([x, x]) if guided else x
-            v = self(doubled, t.expand(len(doubled)), prepared)
+            level = torch.full((len(doubled),), int(t), device=x.device)
+            v = self(doubled, level, prepared)
             if guided:
                 v, null = v.chunk(2)
                 v = null + guidance * (v - null)
@@ -341,7 +343,7 @@ def initial_noise(shape: tuple[int, ...], seed: int, image_indices: Tensor) -> T
         ValueError: seed out of range.
     """
     device = image_indices.device
-    key = torch.tensor(signed(seed), device=device)
+    key = torch.full((), signed(seed), device=device)  # no copy from the host
     place = torch.arange(math.prod(shape), device=device)
     zero = torch.zeros((), dtype=torch.int64, device=device)
     words = philox(zero, place[None], image_indices[:, None], counter(zero, NOISE), key)

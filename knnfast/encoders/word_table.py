@@ -133,6 +133,7 @@ class WordTable:
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Encode texts to unit rows, float32 [N, dim]."""
         out = np.zeros((len(texts), self.dim), np.float32)
+        unread: list[str] = []
         for i, text in enumerate(texts):
             parts = self.parts(text)
             if parts:
@@ -140,9 +141,14 @@ class WordTable:
                 out[i] = weights @ self.vectors([row for row, _ in parts])
             norm = float(np.linalg.norm(out[i]))
             if norm < 1e-6:
-                raise ValueError(
-                    f"text {i} ({text!r}) holds no word this encoder can read "
-                    "(it reads English words in Latin letters, and digits)"
-                )
+                unread.append(f"text {i} ({text!r})")
+                continue
             out[i] /= norm
+        if unread:
+            named = ", ".join(unread[:20]) + (", ..." if len(unread) > 20 else "")
+            hold = "holds" if len(unread) == 1 else f"({len(unread)} of {len(texts)}) hold"
+            raise ValueError(
+                f"{named} {hold} no word this encoder can read "
+                "(it reads English words in Latin letters, and digits)"
+            )
         return out

@@ -133,6 +133,9 @@ def transition_weights(
     if not 0 <= s < t < len(A):
         raise ValueError(f"levels must satisfy 0 <= s < t <= {len(A) - 1}, got t={t}, s={s}")
     K = num_codes
+    codes = getattr(schedule, "num_codes", K)
+    if codes != K:
+        raise ValueError(f"num_codes: the schedule is of {codes}, got {K}")
     _, b, c = stride(A, B, C, t, s)
     mask_p = c * A[s] / C[t] if C[t] > 0 else 0.0
     mask_u = c * K * B[s] / C[t] if C[t] > 0 else 0.0

@@ -160,6 +160,8 @@ def sample_head(
         return torch.ops.knnfast.sample_head(
             features, null_features, weight, bias, x_t, weights, image_indices, seed, *options
         )
+    if x_t.numel() == 0:
+        return x_t.clone()
     x_s, drawn = torch.ops.knnfast.transition_choose(x_t, weights, image_indices, seed, num_codes)
     if drawn.numel() == 0:
         return x_s

@@ -121,7 +121,10 @@ class _TransitionLoss(torch.autograd.Function):
         # `loss.backward()` hands in 1: the gradient itself then, not a copy of it.
         eager = grad.device.type == "cpu" and not torch.compiler.is_compiling()
         if not (eager and float(d_loss) == 1.0):
-            grad = grad * d_loss.to(grad.dtype)
+            # Three dimensions, so that an FP16 gradient is multiplied in FP32: GradScaler's 65,536
+            # is no FP16 number, its product with the gradient may be one.
+            out = torch.empty_like(grad)
+            grad = torch.mul(grad, d_loss.view(1, 1, 1), out=out)
         return grad, None, None, None, None, None, None
 
 

@@ -98,11 +98,9 @@ class CudaIndex(Index):
         self, queries: Any, k: int, allow: Any = None, deny: Any = None, out: Any = None
     ) -> tuple[Any, Any]:
         """Find the k best rows of every query; see `Index.search`."""
-        k = interop.as_int(k, "k")
+        k = interop.as_k(k, _C.cuda_max_k, " on a CUDA device")
         if out is not None:
             interop.check_pair(out, "out")
-        if not 1 <= k <= _C.cuda_max_k:
-            raise ValueError(f"k must be 1 to {_C.cuda_max_k} on a CUDA device, got {k}")
         q = self._rows(queries, "queries")
         filters = interop.as_filter(allow, "allow"), interop.as_filter(deny, "deny")
         shape = (k,) if q.single else (q.n, k)

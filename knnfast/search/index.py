@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ METRICS = ("ip", "cosine", "l2")
 SCANS = ("fp16", "int8", "auto")
 
 DamagedFile = _C.DamagedFile
+
+# Files of an index, as csrc/files.cpp names them: payloads, and a manifest that is being written.
+_OURS = re.compile(r"[0-9a-f]{16}-|manifest\.json\.[0-9a-f]{16}$")
 
 
 def set_num_threads(n: int) -> None:
@@ -146,7 +150,7 @@ class Index:
         Raises: ValueError shape, k, NaN or infinity; TypeError dtype, or k no whole number.
         """
         if type(k) is not int or not 0 < k < 2**31:
-            k = interop.as_int(k, "k")
+            k = interop.as_k(k)
         if type(queries) is np.ndarray and queries.dtype == np.float32 and out is None:
             if allow is None and deny is None:
                 return self._core.search(queries, k, False, None, None, None)
@@ -170,7 +174,7 @@ class Index:
     def _search_exact(self, queries: Any, k: int, allow: Any, deny: Any) -> tuple[Any, Any]:
         """`search` for a torch tensor [M, dim], with the FP64 scores that decide the order."""
         array, bf16, back = interop.as_rows(queries, "queries")
-        k = interop.as_int(k, "k")
+        k = interop.as_k(k)
         exact = np.empty((len(array), k), np.float64)
         filters = interop.as_filter(allow, "allow"), interop.as_filter(deny, "deny")
         ids = self._core.search(array, k, bf16, *filters, None, exact)[1]
@@ -224,8 +228,15 @@ class Index:
         return copy_index(self, device)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a folder, atomically: a kill leaves the old index there or the new one."""
-        self._core.save(interop.as_path(path, "path"))
+        """Write to a folder, atomically: a kill leaves the old index there or the new one.
+
+        Args:
+            path: a new or empty folder, or one that holds an index, which is replaced.
+        Raises: ValueError a folder of other files; OSError it cannot be written.
+        """
+        path = interop.as_path(path, "path")
+        _check_place(path)
+        self._core.save(path)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], device: str = "cpu", mmap: bool = True) -> Index:
@@ -260,6 +271,22 @@ class Index:
         from knnfast.search import faiss_bridge
 
         return faiss_bridge.to_faiss(self)
+
+
+def _check_place(path: str) -> None:
+    """Refuse a folder that holds other things and no index."""
+    try:
+        names = os.listdir(path)
+    except OSError:  # none yet, or the save says what is wrong
+        return
+    if "manifest.json" in names:
+        return
+    # A first save that was killed, or one that goes on, has left or is making such files.
+    others = sorted(name for name in names if not _OURS.match(name) and not name.startswith("."))
+    if others:
+        raise ValueError(
+            f"path: {path} holds other files ({others[0]}) and no index; give a new folder"
+        )
 
 
 class Plan:

@@ -127,15 +127,27 @@ def as_filter(given: Any, name: str) -> np.ndarray | None:
 
 def as_int(given: Any, name: str) -> int:
     """A whole number that fits into int64; anything else is a TypeError or a ValueError."""
-    try:
-        if isinstance(given, bool):
-            raise TypeError
-        value = operator.index(given)
-    except TypeError:
-        raise TypeError(f"{name} must be a whole number, got {given!r}") from None
+    value = _whole(given, name)
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name}: {value} is no int64")
     return value
+
+
+def as_k(given: Any, most: int = 2**31 - 1, where: str = "") -> int:
+    """How many rows are wanted: a whole number from 1 on; else a TypeError or a ValueError."""
+    k = _whole(given, "k")
+    if not 1 <= k <= most:
+        raise ValueError(f"k must be 1 to {most}{where}, got {k}")
+    return k
+
+
+def _whole(given: Any, name: str) -> int:
+    try:
+        if isinstance(given, bool):
+            raise TypeError
+        return operator.index(given)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {given!r}") from None
 
 
 def as_float(given: Any, name: str) -> float:
