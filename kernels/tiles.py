@@ -6,8 +6,10 @@ INTERPRET marks a run under Triton's interpreter, whose 16-bit `tl.dot` operands
 
 from __future__ import annotations
 
+import functools
 import os
 
+import torch
 import triton
 import triton.language as tl
 
@@ -23,6 +25,16 @@ def row_block(K, configs):
         if block_k <= limit:
             return block_k, warps
     raise ValueError(f"logits: K must be at most {configs[-1][0]} on CUDA, got {K}")
+
+
+@functools.lru_cache
+def multiprocessors(device):
+    """How many a CUDA device has, and whose tiles suit it: sm_90's, sm_80's or sm_86's."""
+    if device.type != "cuda":  # the interpreter
+        return 1, 80
+    found = torch.cuda.get_device_properties(device)
+    large = found.shared_memory_per_block_optin >= 160 << 10
+    return found.multi_processor_count, 90 if found.major == 9 else 80 if large else 86
 
 
 @triton.jit
