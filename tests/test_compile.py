@@ -79,7 +79,9 @@ CASES = {
     "step-8192": (
         lambda: step(HALF, 8192, null=True, rule=(2.0, 1.0, 1.0, 0)), 0, 255, 70_000, True,
     ),
-    "loss-4096": (lambda: loss(HALF, 4096), 0, 128, 20_000, True),
+    "loss-1024": (lambda: loss(FULL, 1024), 0, 255, 20_000, True),
+    "loss-4096": (lambda: loss(HALF, 4096), 0, 240, 20_000, True),
+    "loss-8192": (lambda: loss(HALF, 8192), 0, 255, 20_000, True),
     "choose": (lambda: head(HALF, 4096), 0, 96, 0, False),
     "head": (lambda: head(HALF, 4096), 1, 168, 100_000, True),
     "head-rows": (lambda: head(HALF, 4096), 2, 128, 40_000, True),
