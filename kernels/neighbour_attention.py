@@ -3,10 +3,14 @@
 y = x + [sum_h softmax(z A_h + a_h) C_h + b],  z = LN(x)(1 + scale) + shift
                                                                (reference.neighbour_attention)
 
-One program holds BLOCK_L tokens of an image. It reads x from memory once (mean, variance, scores
-and residual find it again in L2) and writes y once; A and C come from L2, shared by the image's
-programs. Bytes: 2 B D itemsize (L + H N); FLOPs: 4 B L D H ceil16(N), which binds above D = 512.
-Scores and sums in FP32, variance in two passes, probabilities rounded to the type of x for the dot.
+One program holds BLOCK_L tokens of an image. It reads x from memory once (its mean and variance,
+in one pass; scores and residual find it again in L2) and writes y once; A and C come from L2.
+Bytes: 2 B D itemsize (L + H N); FLOPs: 4 B L D H ceil16(N), at N = 11 and L = 1024 in FP16 218 a
+byte for 16 heads and 118 for 8: memory binds an H100, which turns at 295. What binds the kernel is
+L2, from which a program reads 2 D H N + 3 D BLOCK_L numbers, there 2 to 2.5 times the floor's
+bytes: at most some 60 % of the floor are to be expected; not measured. N and H are constants of the
+compiled kernel, or A would be read two bytes at a time.
+Scores and sums in FP32, variance about a mean, probabilities rounded to the type of x for the dot.
 """
 
 from __future__ import annotations
@@ -14,19 +18,29 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from knnfast.kernels.tiles import INTERPRET
+from knnfast.kernels.tiles import INTERPRET, multiprocessors
 
-# Scores held by a program, BLOCK_L * HN, and the depth of a chunk of D.
-CONFIGS = {"scores": 16384, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
+# (largest NP HP, BLOCK_L, BLOCK_D, num_stages) for two-byte numbers on sm_90, on other GPUs with
+# 160 KiB of shared memory, on those with 99 KiB, and for FP32. Eight warps hold the scores, without
+# spills. FP32 keeps below 64 tokens, where Triton would take sm_100's tensor cores: they round to
+# TF32 whatever the precision that is asked for.
+CONFIGS = {
+    90: ((128, 128, 32, 3), (256, 128, 64, 3), (512, 64, 32, 2), (1024, 32, 16, 3)),
+    80: ((128, 128, 32, 3), (256, 128, 32, 3), (512, 64, 32, 2), (1024, 32, 16, 3)),
+    86: ((128, 128, 32, 3), (256, 64, 32, 3), (512, 32, 32, 2), (1024, 16, 16, 2)),
+    32: ((256, 32, 32, 2), (1024, 16, 16, 2)),
+}
+WIDEST = (None, 16, 16, 1)
 
 
 @triton.jit
 def neighbour_attention_kernel(
     x_ptr, A_ptr, a_ptr, C_ptr, bias_ptr, mask_ptr, scale_ptr, shift_ptr, y_ptr,
-    L, D, N, H, eps,
+    L, D, eps,
     stride_xb, stride_xl, stride_scale, stride_shift,
     NORM: tl.constexpr, RESIDUAL: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
-    NP: tl.constexpr, HP: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    N: tl.constexpr, H: tl.constexpr, NP: tl.constexpr, HP: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_L tokens of one image; columns of the scores are (n, h) as in A's layout."""
     blocks = tl.cdiv(L, BLOCK_L)
@@ -42,31 +56,34 @@ def neighbour_attention_kernel(
     column = n * H + h
     d = tl.arange(0, BLOCK_D)
 
-    mean = tl.zeros((BLOCK_L,), tl.float32)
-    rstd = mean + 1.0
+    # Sums about the mean of the first chunk: the variance loses at most a factor 1 + D / BLOCK_D
+    # to cancellation, whatever the row, for that chunk alone adds its distance to the variance.
+    pivot = tl.zeros((BLOCK_L,), tl.float32)
+    mean = pivot  # from the pivot
+    rstd = pivot + 1.0
     if NORM:
-        for start in range(0, D, BLOCK_D):
+        x = tl.load(x_row + d[None, :], mask=live & (d < D)[None, :], other=0.0)
+        pivot = tl.sum(x.to(tl.float32), 1) / tl.minimum(D, BLOCK_D)
+        sums = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
+        squares = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
+        for start in tl.range(0, D, BLOCK_D, num_stages=4):
             inside = (start + d < D)[None, :]
             x = tl.load(x_row + (start + d)[None, :], mask=live & inside, other=0.0)
-            mean += tl.sum(x.to(tl.float32), 1)
-        mean = mean / D
-        square = tl.zeros((BLOCK_L,), tl.float32)
-        for start in range(0, D, BLOCK_D):
-            inside = (start + d < D)[None, :]
-            x = tl.load(x_row + (start + d)[None, :], mask=live & inside, other=0.0)
-            centred = tl.where(inside, x.to(tl.float32) - mean[:, None], 0.0)
-            square += tl.sum(centred * centred, 1)
-        rstd = 1.0 / tl.sqrt(square / D + eps)
+            off = tl.where(inside, x.to(tl.float32) - pivot[:, None], 0.0)
+            sums += off
+            squares += off * off
+        mean = tl.sum(sums, 1) / D
+        rstd = 1.0 / tl.sqrt(tl.maximum(tl.sum(squares, 1) / D - mean * mean, 0.0) + eps)
 
     score = tl.zeros((BLOCK_L, HN), tl.float32)
     for start in range(0, D, BLOCK_D):
         inner = start + d
         inside = inner < D
         x = tl.load(x_row + inner[None, :], mask=live & inside[None, :], other=0.0)
-        z = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]  # [BLOCK_L, BLOCK_D]
+        z = ((x.to(tl.float32) - pivot[:, None]) - mean[:, None]) * rstd[:, None]
         if HAS_SCALE:
             s = tl.load(scale_ptr + image * stride_scale + inner, mask=inside, other=0.0)
-            z = z * (1.0 + s.to(tl.float32))[None, :]
+            z = z * (1.0 + s.to(tl.float32))[None, :]  # [BLOCK_L, BLOCK_D]
         if HAS_SHIFT:
             s = tl.load(shift_ptr + image * stride_shift + inner, mask=inside, other=0.0)
             z = z + s.to(tl.float32)[None, :]
@@ -94,6 +111,9 @@ def neighbour_attention_kernel(
     for start in range(0, D, BLOCK_D):
         inner = start + d
         inside = inner < D
+        b = tl.load(bias_ptr + inner, mask=inside, other=0.0).to(tl.float32)
+        if RESIDUAL:  # before the product, which then hides its way from L2
+            x = tl.load(x_row + inner[None, :], mask=live & inside[None, :], other=0.0)
         C = tl.load(
             C_ptr + (image * (N * H) + column[:, None]) * D + inner[None, :],
             mask=real[:, None] & inside[None, :], other=0.0,
@@ -102,14 +122,24 @@ def neighbour_attention_kernel(
             out = tl.dot(p.to(tl.float32), C.to(tl.float32), input_precision="ieee")
         else:
             out = tl.dot(p, C, input_precision="ieee")
-        out += tl.load(bias_ptr + inner, mask=inside, other=0.0).to(tl.float32)[None, :]
-        out = tl.where(any_on, out, 0.0)
+        out = tl.where(any_on, out + b[None, :], 0.0)
         if RESIDUAL:
-            x = tl.load(x_row + inner[None, :], mask=live & inside[None, :], other=0.0)
             out += x.to(tl.float32)
         tl.store(
             y_row + inner[None, :], out.to(y_ptr.dtype.element_ty), mask=live & inside[None, :]
         )
+
+
+def tiles_of(columns, B, L, x):
+    """BLOCK_L, BLOCK_D and num_stages. A token is computed alone, whatever BLOCK_L."""
+    count, arch = multiprocessors(x.device)
+    table = CONFIGS[32 if x.dtype == torch.float32 else arch]
+    _, block_l, block_d, stages = next((c for c in table if columns <= c[0]), WIDEST)
+    block_l = max(16, min(block_l, triton.next_power_of_2(L)))
+    # Fewer tokens a program while twice the programs still run at once.
+    while block_l > 16 and 2 * B * triton.cdiv(L, block_l) <= count:
+        block_l //= 2
+    return block_l, block_d, stages
 
 
 def launch_neighbour_attention(x, A, a, C, bias, mask, scale, shift, norm, eps, residual):
@@ -126,20 +156,16 @@ def launch_neighbour_attention(x, A, a, C, bias, mask, scale, shift, norm, eps, 
     y = torch.empty((B, L, D), dtype=x.dtype, device=x.device)
     heads, embeddings = triton.next_power_of_2(H), triton.next_power_of_2(N)
     embeddings = max(embeddings, 16 // heads)  # tl.dot wants 16 columns
-    block_l = min(128, max(16, CONFIGS["scores"] // (heads * embeddings)))
-    block_l = max(16, min(block_l, triton.next_power_of_2(L)))
-    # Wide fp32 scores beside a full block of C would not fit an A100's shared memory.
-    wide = heads * embeddings * x.element_size() > 2048
+    block_l, block_d, stages = tiles_of(heads * embeddings, B, L, x)
     if x.numel():
         neighbour_attention_kernel[(triton.cdiv(L, block_l) * B,)](
             x_ptr=x, A_ptr=A, a_ptr=a, C_ptr=C, bias_ptr=bias, mask_ptr=mask,
             scale_ptr=x if scale is None else scale, shift_ptr=x if shift is None else shift,
-            y_ptr=y, L=L, D=D, N=N, H=H, eps=eps, stride_xb=x.stride(0), stride_xl=x.stride(1),
+            y_ptr=y, L=L, D=D, eps=eps, stride_xb=x.stride(0), stride_xl=x.stride(1),
             stride_scale=0 if scale is None or scale.dim() == 1 else D,
             stride_shift=0 if shift is None or shift.dim() == 1 else D,
             NORM=norm, RESIDUAL=residual, HAS_SCALE=scale is not None,
-            HAS_SHIFT=shift is not None, NP=embeddings, HP=heads, BLOCK_L=block_l,
-            BLOCK_D=16 if wide else CONFIGS["BLOCK_D"], num_warps=CONFIGS["num_warps"],
-            num_stages=CONFIGS["num_stages"],
+            HAS_SHIFT=shift is not None, N=N, H=H, NP=embeddings, HP=heads, BLOCK_L=block_l,
+            BLOCK_D=block_d, num_warps=8, num_stages=stages,
         )  # fmt: skip
     return y

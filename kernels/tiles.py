@@ -6,8 +6,10 @@ INTERPRET marks a run under Triton's interpreter, whose 16-bit `tl.dot` operands
 
 from __future__ import annotations
 
+import functools
 import os
 
+import torch
 import triton
 import triton.language as tl
 
@@ -23,6 +25,16 @@ def row_block(K, configs):
         if block_k <= limit:
             return block_k, warps
     raise ValueError(f"logits: K must be at most {configs[-1][0]} on CUDA, got {K}")
+
+
+@functools.lru_cache
+def multiprocessors(device):
+    """How many a CUDA device has, and whose tiles suit it: sm_90's, sm_80's or sm_86's."""
+    if device.type != "cuda":  # the interpreter
+        return 1, 80
+    found = torch.cuda.get_device_properties(device)
+    large = found.shared_memory_per_block_optin >= 160 << 10
+    return found.multi_processor_count, 90 if found.major == 9 else 80 if large else 86
 
 
 @triton.jit
@@ -46,23 +58,30 @@ def below(w0, w1, n):
 
 
 @triton.jit
-def gumbel(word):
-    """Map a word to -log(-log(1 - v)), v = (word + 1/2) 2^-32, exact at both ends in FP32."""
+def exponential(word):
+    """Map a word to -log(1 - v), v = (word + 1/2) 2^-32, exact at both ends in FP32."""
     scale: tl.constexpr = 2.3283064365386963e-10
     half: tl.constexpr = 1.1641532182693481e-10
     v = word.to(tl.float32) * scale + half
     u = (word ^ 0xFFFFFFFF).to(tl.float32) * scale + half
-    lost = tl.where(v < 0.5, ((1.0 - u) - v) / u, 0.0)
-    return -tl.log(-(tl.log(u) + lost))
+    # What u lost of 1 - v, over u; where it counts, v is small and 1 / u = 1 + v to half an ulp.
+    lost = tl.where(v < 0.5, ((1.0 - u) - v) * (1.0 + v), 0.0)
+    return -(tl.log(u) + lost)
 
 
 @triton.jit
-def class_noise(seed, position, image, t, BLOCK_K: tl.constexpr):
-    """Gumbel noise of classes 0 .. BLOCK_K - 1: one Philox block serves four classes."""
+def gumbel(word):
+    """Map a word to -log(-log(1 - v))."""
+    return -tl.log(exponential(word))
+
+
+@triton.jit
+def class_waits(seed, position, image, t, BLOCK_K: tl.constexpr):
+    """Exponentials, exp(-Gumbel), of classes 0 .. BLOCK_K - 1: a Philox block serves four."""
     block = tl.arange(0, BLOCK_K // 4)
     w0, w1, w2, w3 = words_at(seed, block, position, image, t, GUMBEL)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK_K / 4, 2, 2]: w0 w1, w2 w3
-    return gumbel(tl.reshape(words, (BLOCK_K,)))
+    return exponential(tl.reshape(words, (BLOCK_K,)))
 
 
 @triton.jit

@@ -3,8 +3,10 @@
 KL(q(x_s | x_t, x_0) || p_theta(x_s | x_t)) - lambda log p_theta(x_0)   (reference.transition_loss)
 
 With Q_j = u (delta_j + e0), P_j = u (p_j + e) away from x_t = i and Q_i = v (delta_i + f0),
-P_i = v (p_i + f), all classes but x_0 and i share their constants. Bytes: 2 B L K itemsize, which
-binds (about 40 FLOPs a class). FP32 per class, FP64 per row; sums over rows in a fixed order.
+P_i = v (p_i + f), all classes but x_0 and i share their constants. Bytes: 2 B L K itemsize. About
+80 instructions a class (a logarithm, an exponential, a reciprocal) and 1,300 a warp for the row,
+400 of them FP64: at FP16 and K = 4096 their issue takes an H100 3 times as long as its memory, so
+each thread holds 32 classes. FP32 per class, FP64 per row; sums over rows in a fixed order.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import triton
 import triton.language as tl
 from knnfast.kernels.tiles import row_block
 
-# (largest BLOCK_K, warps): a row stays in registers.
-CONFIGS = ((1024, 2), (2048, 8), (65536, 16))
+# (largest BLOCK_K, warps): a row stays in registers, above 8,192 classes it spills.
+CONFIGS = ((1024, 1), (2048, 2), (4096, 4), (8192, 8), (65536, 16))
 
 
 @triton.jit
@@ -42,19 +44,26 @@ def transition_loss_kernel(
 
     col = tl.arange(0, BLOCK_K)
     inside = col < K
-    l = tl.load(logits_ptr + row * stride_row + col, mask=inside, other=float("-inf"))
-    l = l.to(tl.float32)  # [BLOCK_K]
+    l_ptr = logits_ptr + row * stride_row
+    l = tl.load(l_ptr + col, mask=inside, other=float("-inf")).to(tl.float32)  # [BLOCK_K]
+    has_0, has_i = (x_0 >= 0) & (x_0 < K), (x_t >= 0) & real
+    l_0 = tl.load(l_ptr + x_0, mask=has_0, other=0.0).to(tl.float32)
+    l_i = tl.load(l_ptr + x_t, mask=has_i, other=0.0).to(tl.float32)
     top = tl.max(l, 0)
     ex = tl.exp(l - top)
     total = tl.sum(ex, 0)
-    p = ex / total
-    at_0, at_i = col == x_0, col == x_t
-    l_0 = tl.sum(tl.where(at_0, l - top, 0.0), 0).to(tl.float64)
+    inverse = 1.0 / total
+    at_0 = col == tl.where(has_0, x_0, -1).to(tl.int32)
+    at_i = col == tl.where(has_i, x_t, -1).to(tl.int32)
+    p = tl.where(at_0 | at_i, 0.0, ex * inverse)  # of the classes that share their constants
+    p_0 = tl.where(has_0, tl.exp(l_0 - top) * inverse, 0.0).to(tl.float64)
+    p_i = tl.where(has_i, tl.exp(l_i - top) * inverse, 0.0).to(tl.float64)
+    l_0 = tl.where(has_0, l_0 - top, 0.0).to(tl.float64)
     log_total = tl.log(total.to(tl.float64))
     nll = log_total - l_0
-    p_0 = tl.sum(tl.where(at_0, p, 0.0), 0).to(tl.float64)
-    p_i = tl.sum(tl.where(at_i, p, 0.0), 0).to(tl.float64)
-    rest = tl.sum(tl.where(at_i, 0.0, p), 0).to(tl.float64)  # 1 - p_i without cancellation
+    # 1 - p_i without cancellation: when i holds nearly everything, sum the others.
+    rest = tl.sum(p, 0).to(tl.float64) + tl.where(same, 0.0, p_0)
+    rest = tl.where(rest < 0.5, rest, 1.0 - p_i)
 
     ratio = B_s / A_s
     full = (ratio > 0.0) & (u > 0.0)
@@ -67,12 +76,12 @@ def transition_loss_kernel(
     # Where B_s = 0 the shared terms vanish: any positive constant keeps the logarithms finite.
     e_safe = tl.where(full, e, 1.0)
     es = e_safe.to(tl.float32)
-    other = inside & ~at_0 & ~at_i
     q = p + es
-    # As differences from p = 0, so that thousands of empty classes add exactly nothing.
-    logs = tl.sum(tl.where(other, tl.log(q) - tl.log(es), 0.0), 0).to(tl.float64)
-    inverses = tl.sum(tl.where(other, 1.0 / q - 1.0 / es, 0.0), 0).to(tl.float64)
-    shares = tl.sum(tl.where(other, p / q, 0.0), 0).to(tl.float64)
+    r = 1.0 / q
+    # As differences from p = 0, so that empty classes, and padding, add exactly nothing.
+    logs = tl.sum(tl.log(q) - tl.log(es), 0).to(tl.float64)
+    inverses = tl.sum(r - 1.0 / es, 0).to(tl.float64)
+    shares = tl.sum(p * r, 0).to(tl.float64)
     count = (K - tl.where(real & (x_0 != x_t), 2, 1)).to(tl.float64)
     inverses += count / e_safe
     one = e_safe * 0.0 + 1.0  # 1 in FP64
@@ -105,7 +114,7 @@ def transition_loss_kernel(
     beta = tl.where(full, weight * u * e0, 0.0)
     g_0 = weight * (-u * share_0 - auxiliary) + alpha * p_0
     g_i = weight * (through - v * share_i - tl.where(same, auxiliary, 0.0)) + alpha * p_i
-    g = p * (alpha.to(tl.float32) - beta.to(tl.float32) / q)
+    g = p * (alpha.to(tl.float32) - beta.to(tl.float32) * r)
     g = tl.where(at_0, g_0.to(tl.float32), g)
     g = tl.where(at_i, g_i.to(tl.float32), g)
 

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 
 import pytest
+import torch
 
 pytestmark = [
     pytest.mark.compile,
@@ -18,102 +19,116 @@ pytestmark = [
     ),
 ]
 
-F, H, B, D8, I8, I4 = "*fp32", "*fp16", "*bf16", "*fp64", "*i64", "*i32"
-STEP_ARGS = {
-    "null_ptr": None, "x_t_ptr": I8, "weights_ptr": D8, "image_ptr": I8, "seed_ptr": I8,
-    "rows_ptr": I8, "count_ptr": I8, "out_ptr": I8, "score_ptr": F, "best_ptr": F,
-    "chosen_ptr": I4, "L": "i32", "K": "i32", "stride_row": "i32", "stride_null": "i32",
-    "stride_weights": "i32", "guidance": "fp32", "inverse_temperature": "fp32", "top_r": "fp32",
-    "top_k": "i32", "purity": "fp32",
-}  # fmt: skip
+KINDS = {80: (108, 80), 86: (84, 86), 90: (132, 90), 100: (148, 80)}  # of `multiprocessors`
 
 
-def step(dtype, block_k, **flags):
-    constants = {"HAS_NULL": False, "TRUNCATE": False, "COMPACT": False, "MODE": 0} | flags
-    signature = {"logits_ptr": dtype} | STEP_ARGS | {"null_ptr": dtype}
-    return (
-        "transition_step", "transition_step_kernel", signature, constants | {"BLOCK_K": block_k}
+def attention(dtype, H, N, B=16, L=1024, D=1024):
+    from knnfast.kernels.neighbour_attention import launch_neighbour_attention
+
+    x, A, C = (torch.empty(s, dtype=dtype) for s in ((B, L, D), (B, D, N, H), (B, N, H, D)))
+    a, bias, ada = (torch.empty(s, dtype=dtype) for s in ((B, N, H), (D,), (B, D)))
+    mask = torch.ones(B, N, dtype=torch.bool)
+    launch_neighbour_attention(x, A, a, C, bias, mask, ada, ada, True, 1e-5, True)
+
+
+def tokens(B, L):
+    return torch.zeros(B, L, dtype=torch.int64)
+
+
+def draws(B):
+    """Weights, image indices and seed of a step."""
+    return torch.zeros(7, dtype=torch.float64), torch.arange(B), tokens(1, 1)[0]
+
+
+def step(dtype, K, B=1, L=1024, null=False, rule=(1.0, 1.0, 1.0, 0), purity=None):
+    from knnfast.kernels.transition_step import launch_transition_step
+
+    logits = torch.empty(B, L, K, dtype=dtype)
+    null = logits if null else None
+    launch_transition_step(logits, null, tokens(B, L), *draws(B), *rule, purity)
+
+
+def head(dtype, K, B=1, L=1024, D=1024):
+    from knnfast.kernels.sample_head import launch_sample_head
+
+    features, weight, bias = (torch.empty(s, dtype=dtype) for s in ((B, L, D), (K, D), (K,)))
+    launch_sample_head(
+        features, None, weight, bias, tokens(B, L), *draws(B), 1.0, 1.0, 1.0, 0
     )  # fmt: skip
 
 
-def attention(dtype, NP, HP, BLOCK_L, BLOCK_D=32):
-    pointers = ["x", "A", "a", "C", "bias", "mask", "scale", "shift", "y"]
-    signature = {f"{p}_ptr": dtype for p in pointers} | {"mask_ptr": "*u8"}
-    signature |= {"L": "i32", "D": "i32", "N": "i32", "H": "i32", "eps": "fp32"}
-    signature |= {f"stride_{s}": "i32" for s in ("xb", "xl", "scale", "shift")}
-    constants = {"NORM": True, "RESIDUAL": True, "HAS_SCALE": True, "HAS_SHIFT": True}
-    constants |= {"NP": NP, "HP": HP, "BLOCK_L": BLOCK_L, "BLOCK_D": BLOCK_D}
-    return "neighbour_attention", "neighbour_attention_kernel", signature, constants
+def loss(dtype, K, B=1, L=1024):
+    from knnfast.kernels.transition_loss import launch_transition_loss
+
+    logits, ones = torch.empty(B, L, K, dtype=dtype), torch.ones(B, dtype=torch.float64)
+    steps = torch.ones(B, 7, dtype=torch.float64)
+    launch_transition_loss(logits, None, tokens(B, L), tokens(B, L), steps, ones, ones)
 
 
-LOSS = {
-    "logits_ptr": H, "x_0_ptr": I8, "x_t_ptr": I8, "steps_ptr": D8, "weight_ptr": D8,
-    "auxiliary_ptr": D8, "grad_ptr": H, "kl_ptr": D8, "nll_ptr": D8, "L": "i32", "K": "i32",
-    "stride_row": "i32", "stride_grad": "i32",
-}  # fmt: skip
-CHOOSE = {
-    "x_t_ptr": I8, "weights_ptr": D8, "image_ptr": I8, "seed_ptr": I8, "out_ptr": I8,
-    "need_ptr": I8, "total": "i32", "L": "i32", "K": "i32", "stride_weights": "i32",
-}  # fmt: skip
-HEAD = {
-    "features_ptr": H, "weight_ptr": H, "bias_ptr": H, "rows_ptr": I8, "count_ptr": I8,
-    "out_ptr": F, "K": "i32", "D": "i32", "stride_f": "i32", "stride_w": "i32",
-}  # fmt: skip
+FULL, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
 
-# id: (file, kernel, signature, constants), warps, registers, shared bytes, a wide load is wanted
+# id: the call, which of its launches, registers, shared bytes, a wide load is wanted
 CASES = {
-    "step-fp16-4096": (step(H, 4096), 8, 128, 40_000, True),
-    "step-fp32-1024": (step(F, 1024), 1, 255, 20_000, True),
-    "step-guided-truncated": (step(H, 4096, HAS_NULL=True, TRUNCATE=True), 8, 160, 40_000, True),
-    "step-compact": (step(F, 4096, COMPACT=True), 8, 128, 40_000, True),
-    "step-purity-scores": (step(H, 4096, MODE=1), 8, 128, 40_000, False),
-    "step-purity-draws": (step(H, 4096, MODE=2), 8, 128, 40_000, False),
-    "step-8192": (step(H, 8192, HAS_NULL=True), 8, 255, 70_000, True),
-    "loss-4096": (
-        ("transition_loss", "transition_loss_kernel", LOSS, {"BLOCK_K": 4096}),
-        16, 128, 20_000, True,
+    "step-fp16-4096": (lambda: step(HALF, 4096), 1, 255, 40_000, True),
+    "step-fp32-1024": (lambda: step(FULL, 1024), 1, 255, 20_000, True),
+    "step-guided-truncated": (
+        lambda: step(HALF, 4096, null=True, rule=(2.0, 1.0, 0.9, 5)), 1, 255, 40_000, True,
     ),
-    "choose": (
-        ("sample_head", "transition_choose_kernel", CHOOSE, {"BLOCK": 256}), 4, 96, 0, False,
+    "step-purity-scores": (lambda: step(HALF, 4096, purity=1.0), 0, 255, 40_000, False),
+    "step-purity-draws": (lambda: step(HALF, 4096, purity=1.0), 1, 255, 40_000, False),
+    "step-8192": (
+        lambda: step(HALF, 8192, null=True, rule=(2.0, 1.0, 1.0, 0)), 1, 255, 70_000, True,
     ),
-    "head": (
-        (
-            "sample_head", "sample_head_kernel", HEAD,
-            {"HAS_BIAS": True, "BLOCK_R": 16, "BLOCK_K": 128, "BLOCK_D": 64},
-        ),
-        4, 168, 100_000, True,
-    ),
-    "attention-h16-n11": (attention(H, 16, 16, 64), 8, 255, 160_000, True),
-    "attention-bf16": (attention(B, 16, 16, 64), 8, 255, 160_000, True),
-    "attention-h8-n11": (attention(H, 16, 8, 128), 8, 255, 160_000, True),
-    "attention-h1-n1": (attention(H, 16, 1, 16), 8, 255, 160_000, False),
+    "loss-1024": (lambda: loss(FULL, 1024), 0, 255, 20_000, True),
+    "loss-4096": (lambda: loss(HALF, 4096), 0, 240, 20_000, True),
+    "loss-8192": (lambda: loss(HALF, 8192), 0, 255, 20_000, True),
+    "choose": (lambda: head(HALF, 4096), 0, 96, 4_096, False),
+    "head": (lambda: head(HALF, 4096), 1, 168, 100_000, True),
+    "head-rows": (lambda: head(HALF, 4096), 2, 255, 40_000, True),
+    "attention-h16-n11": (lambda: attention(HALF, 16, 11), 0, 255, 160_000, True),
+    "attention-h8-n11": (lambda: attention(HALF, 8, 11), 0, 176, 80_000, True),
+    "attention-bf16": (lambda: attention(BFLOAT, 16, 11), 0, 255, 160_000, True),
+    "attention-h1-n1": (lambda: attention(HALF, 1, 1, L=8, D=47), 0, 255, 160_000, False),
+    "attention-one-image": (lambda: attention(HALF, 16, 11, B=1), 0, 255, 160_000, True),
+    "attention-h16-n32": (lambda: attention(HALF, 16, 32), 0, 255, 160_000, True),
+    "attention-h16-n33": (lambda: attention(HALF, 16, 33), 0, 255, 160_000, True),
+    "attention-fp32-h8": (lambda: attention(FULL, 8, 11), 0, 255, 101_376, True),
+    "attention-fp32-h16": (lambda: attention(FULL, 16, 11), 0, 255, 101_376, True),
+    "attention-fp32-n32": (lambda: attention(FULL, 16, 32), 0, 255, 101_376, True),
+    "attention-fp32-n33": (lambda: attention(FULL, 16, 33), 0, 255, 160_000, True),
 }  # fmt: skip
 
 
-def build(case, arch, warps):
-    import importlib
+def launches(monkeypatch, arch, call):
+    """The launches of a call on CPU tensors as this GPU would see them: (kernel, its arguments)."""
+    from knnfast.kernels import neighbour_attention, sample_head, transition_step
+    from triton.runtime.jit import JITFunction
 
+    found = []
+
+    def run(kernel, *, grid, warmup, **arguments):
+        found.append((kernel, arguments))
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    for file in (neighbour_attention, sample_head, transition_step):
+        monkeypatch.setattr(file, "multiprocessors", lambda _: KINDS[arch])
+    call()
+    return found
+
+
+def build(kernel, arguments, arch):
+    """Compile what the JIT would: its own specialisation of the arguments."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
 
-    file, name, signature, constants = case
-    fn = getattr(importlib.import_module(f"knnfast.kernels.{file}"), name)
-    signature = {arg: signature.get(arg, "constexpr") for arg in fn.arg_names}
-    # What the JIT infers for torch's allocations and for sizes that are multiples of 16.
-    aligned = [
-        i for i, arg in enumerate(fn.arg_names)
-        if signature[arg].startswith("*")
-        or arg in ("K", "D", "stride_row", "stride_null", "stride_grad", "stride_f", "stride_w",
-                   "stride_xb", "stride_xl", "stride_scale", "stride_shift")
-    ]  # fmt: skip
-    source = ASTSource(
-        fn, signature, constexprs={(fn.arg_names.index(k),): v for k, v in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-    )  # fmt: skip
-    return triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": 2}
-    )
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, kinds, options = bind(**arguments)
+    options, *source = kernel._pack_args(backend, arguments, bound, kinds, options)
+    return triton.compile(ASTSource(kernel, *source), target=target, options=options.__dict__)
 
 
 def usage(compiled):
@@ -132,23 +147,28 @@ def usage(compiled):
     return int(found[1]), int(found[2]) + int(found[3])
 
 
-def test_the_widest_attention_fits():
-    """1,024 scores a token in fp32 (they may spill): within an A100's 163 KiB."""
-    assert build(attention(F, 64, 16, 16, BLOCK_D=16), 80, 8).metadata.shared <= 163 << 10
-
-
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("case", CASES)
-def test_compiles_within_budget(case, arch):
-    spec, warps, registers, shared, wide = CASES[case]
-    compiled = build(spec, arch, warps)
+def test_compiles_within_budget(monkeypatch, case, arch):
+    call, which, registers, shared, wide = CASES[case]
+    kernel, arguments = launches(monkeypatch, arch, call)[which]
+    compiled = build(kernel, arguments, arch)
     got, local = usage(compiled)
     print(case, arch, "registers", got, "local", local, "shared", compiled.metadata.shared)
     assert local == 0, "spills"
     assert got <= registers
     assert compiled.metadata.shared <= shared
+    ptx = compiled.asm["ptx"]
     if wide:
-        ptx = compiled.asm["ptx"]
         assert re.search(
             r"ld\.global\S*\.v[48]|cp\.async\.c[ag]\S* \[[^]]*\], \[[^]]*\], 0x10", ptx
         )
+    if "fp32" in case:
+        assert "tf32" not in ptx
+
+
+@pytest.mark.parametrize(("dtype", "N"), [(HALF, 11), (HALF, 32), (HALF, 33), (FULL, 11)])
+def test_attention_fits_small_shared_memories(monkeypatch, dtype, N):
+    """sm_86, sm_89 and sm_120 have 99 KiB."""
+    found = launches(monkeypatch, 86, lambda: attention(dtype, 16, N))
+    assert build(*found[0], 86).metadata.shared <= 99 << 10

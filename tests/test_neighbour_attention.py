@@ -91,6 +91,21 @@ def test_triton_matches_reference(shape, dtype):
     )  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("mean", [10.0, 1000.0])
+def test_triton_large_mean(mean, dtype):
+    if torch.cuda.is_available():
+        pytest.skip("compiled in this process; the gpu tests cover it")
+    from knnfast.kernels.neighbour_attention import launch_neighbour_attention
+
+    errors(
+        lambda x, f, ada: launch_neighbour_attention(
+            x, *f, ada["scale"], ada["shift"], True, 1e-5, True
+        ), (2, 9, 200, 8, 11), dtype, mean,
+    )  # fmt: skip
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)

@@ -165,6 +165,20 @@ def test_triton_matches_reference(name):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("scale", [0.1, 3.0, 30.0])
+def test_triton_within_twice(monkeypatch, name, scale):
+    if torch.cuda.is_available():
+        pytest.skip("compiled in this process; the gpu tests cover it")
+    from knnfast.kernels.transition_loss import launch_transition_loss
+
+    monkeypatch.setattr(
+        torch.ops.knnfast, "transition_loss", lambda l, *v: launch_transition_loss(l, None, *v)
+    )
+    compare(*make(name, 65, L=6, scale=scale), weight=torch.tensor([1.0, 0.5, 2.0, 3.0]))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
 def test_levels_out_of_range_give_nan_in_the_kernel(monkeypatch):
     """Where nothing may synchronise: NaN in the loss and in that image's gradient alone."""
     if torch.cuda.is_available():

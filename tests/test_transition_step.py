@@ -37,15 +37,13 @@ RULES = {
 
 def interpreted(logits, x_t, weights, *, seed, image_indices=None, null_logits=None, **rule):
     """Call the Triton kernel on CPU tensors through the interpreter."""
-    from knnfast.kernels.transition_step import launch_transition_step
+    from knnfast.ops.transition import _step_cuda
 
     if image_indices is None:
         image_indices = torch.arange(len(x_t))
     rule = {"guidance": 1.0, "temperature": 1.0, "top_r": 1.0, "top_k": 0, "purity": None} | rule
     seed = torch.tensor([seed])
-    return launch_transition_step(
-        logits, null_logits, x_t, weights, image_indices, seed, *rule.values()
-    )
+    return _step_cuda(logits, null_logits, x_t, weights, image_indices, seed, *rule.values())
 
 
 def make(K, B, L, rule, dtype=torch.float32, masked=0.5):
@@ -148,12 +146,13 @@ def test_lower_types(dtype):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
-@pytest.mark.parametrize("rule", ["plain", "all", "purity"])
+@pytest.mark.parametrize(("rule", "L"), [("plain", 9), ("plain", 200), ("all", 9), ("purity", 9)])
 @pytest.mark.parametrize("name", ["mask_replace", "mask"])
-def test_triton_matches_reference(name, rule):
+def test_triton_matches_reference(name, rule, L):
+    """L = 200: two blocks of choices, more rows than programs."""
     if torch.cuda.is_available():
         pytest.skip("compiled in this process; the gpu tests cover it")
-    logits, x_t, kw = make(13, 2, 9, RULES[rule])
+    logits, x_t, kw = make(13, 2, L, RULES[rule])
     weights = weights_of(name, 13, 100, 40)
     got = interpreted(logits, x_t, weights, seed=11, **kw)
     agree(got, logits, x_t, weights, seed=11, **kw)

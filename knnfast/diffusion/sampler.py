@@ -221,13 +221,17 @@ class SamplingGraph:
         self.mask = torch.ones(batch, tokens, dtype=torch.bool, device=device)
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
         self.indices = torch.arange(batch, device=device)
+        with torch.cuda.device(device):
+            self._capture(sampler)
+
+    def _capture(self, sampler: Sampler) -> None:
         # Before the capture, on a stream of its own: kernels are compiled and workspaces made.
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
                 sampler(self.cond, self.mask, self.seed, self.indices)
-        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         # Other threads may allocate meanwhile.
         with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):

@@ -337,7 +337,8 @@ def _attention_cpu(x, A, a, C, bias, mask, scale, shift, norm, eps, residual):
 def _attention_cuda(*args):
     from knnfast.kernels.neighbour_attention import launch_neighbour_attention
 
-    return launch_neighbour_attention(*args)
+    with torch.cuda.device_of(args[0]):
+        return launch_neighbour_attention(*args)
 
 
 library.impl("neighbour_attention", _attention_cpu, "CPU")

@@ -393,26 +393,30 @@ def _head_cpu(
 def _step_cuda(*args):
     from knnfast.kernels.transition_step import launch_transition_step
 
-    return launch_transition_step(*args)
+    with torch.cuda.device_of(args[0]):
+        return launch_transition_step(*args)
 
 
 def _head_cuda(*args):
     from knnfast.kernels.sample_head import launch_sample_head
 
-    return launch_sample_head(*args)
+    with torch.cuda.device_of(args[0]):
+        return launch_sample_head(*args)
 
 
 def _choose_cuda(x_t, weights, image_indices, seed, num_codes):
-    from knnfast.kernels.sample_head import launch_transition_choose
+    from knnfast.kernels.transition_step import launch_transition_choose
 
-    x_s, drawn, count = launch_transition_choose(x_t, weights, image_indices, seed, num_codes)
-    return x_s, drawn[: int(count)]
+    with torch.cuda.device_of(x_t):
+        x_s, drawn, count = launch_transition_choose(x_t, weights, image_indices, seed, num_codes)
+    return x_s, drawn[: int(count)].sort()[0]
 
 
 def _rows_cuda(*args):
     from knnfast.kernels.transition_step import launch_transition_rows
 
-    return launch_transition_rows(*args)
+    with torch.cuda.device_of(args[0]):
+        return launch_transition_rows(*args)
 
 
 for _name, _cpu, _cuda in (

@@ -205,13 +205,15 @@ def _loss_inplace_cpu(logits, *args):
 def _loss_cuda(logits, *args):
     from knnfast.kernels.transition_loss import launch_transition_loss
 
-    return launch_transition_loss(logits, None, *args)
+    with torch.cuda.device_of(logits):
+        return launch_transition_loss(logits, None, *args)
 
 
 def _loss_inplace_cuda(logits, *args):
     from knnfast.kernels.transition_loss import launch_transition_loss
 
-    return launch_transition_loss(logits, logits, *args)[:2]
+    with torch.cuda.device_of(logits):
+        return launch_transition_loss(logits, logits, *args)[:2]
 
 
 library.impl("transition_loss", _loss_cpu, "CPU")
