@@ -179,7 +179,7 @@ int64_t int8_blocks(const ScanRows& rows, uint32_t block, ScanQuery* queries, in
   const size_t bytes = static_cast<size_t>(rows.groups) * 64;
   const uint8_t* codes = rows.codes + (block + NB) * bytes;
   Ahead ahead, none;
-  if (nq >= 8)
+  if (nq >= (Stops ? 8 : 4))
     ahead = Stops ? Ahead{codes, codes + bytes, bytes, (kStep + tiles - 1) / tiles}
                   : Ahead{codes, codes + NB * bytes, 0, (NB * kStep + tiles - 1) / tiles};
   int64_t stopped = 0;
@@ -187,7 +187,8 @@ int64_t int8_blocks(const ScanRows& rows, uint32_t block, ScanQuery* queries, in
   for (; q + 8 <= nq; q += 8)
     stopped += int8_tile<VNNI, L2, Stops, NB, 8>(rows, block, 1, queries + q, q, sink, ahead);
   for (; q + 4 <= nq; q += 4)
-    stopped += int8_tile<VNNI, L2, Stops, NB, 4>(rows, block, 1, queries + q, q, sink, none);
+    stopped += int8_tile<VNNI, L2, Stops, NB, 4>(rows, block, 1, queries + q, q, sink,
+                                                 q == 0 ? ahead : none);
   for (; q < nq; ++q)
     stopped += int8_tile<VNNI, L2, Stops, NB, 1>(rows, block, 1, queries + q, q, sink, none);
   return stopped;
