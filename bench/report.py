@@ -326,6 +326,32 @@ def lost(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines) or "None."
 
 
+WHY_LOST = (
+    "The attention's rows here have more neighbours than folding is for (the paper's 10 give 11 "
+    "embeddings): beyond 0.9 D scores the op itself takes the unfolded path, and near that the "
+    "work of both forms is the same, which a library of matrix products does faster."
+)
+WHY_BROKEN = (
+    "Ratios depend on the machine as much as on us. One query reads the codes once, a quarter of "
+    "FP32's bytes and half of FP16's: where a peer gets all of the memory's rate, and rows have no "
+    "structure by which a scan could stop early, the ratio ends near 4 and 2. A batch of 64 "
+    "multiplies: against a BLAS at its full rate int8 gives the ratio of the two rates, 4 with "
+    "VNNI and somewhat less with AVX2, times what the peer needs beside its products; AMX "
+    "multiplies int8 another four times as fast."
+)
+
+
+def broken(found: list[dict[str, Any]]) -> str:
+    """Every promise of the search engine that does not hold."""
+    return "\n".join(
+        f"- {claim['claim']} ({result['machine']['isa']}): {claim['value']:.4g}, promised "
+        f"{claim['limit']}"
+        for result in found if result["kind"] == "claims"
+        for body in result["parts"].values()
+        for claim in body["claims"] if not claim["holds"]
+    ) or "None."  # fmt: skip
+
+
 def load_rows(found: list[dict[str, Any]], server: str, loop: str) -> list[dict[str, Any]]:
     return [row | {"isa": r["machine"]["isa"]} for r in found if r["kind"] == "load"
             for row in r["rows"] if row["server"] == server and row["loop"] == loop]  # fmt: skip
@@ -415,7 +441,11 @@ def performance(found: list[dict[str, Any]]) -> str:
         "## Targets",
         goals(found),
         "## Rows we lose",
+        WHY_LOST,
         lost(found),
+        "## Promises that do not hold",
+        WHY_BROKEN,
+        broken(found),
     ]
     sections: dict[str, Callable[[dict[str, Any]], str]] = {
         "faiss_reference": lambda r: faiss_section(r, Path(r["file"]).stem + ".png"),
