@@ -207,7 +207,8 @@ def main() -> int:
             parser.error(f"--only must be of {', '.join(names)}, got {', '.join(unknown)}")
         todo = [stage for stage in todo if stage.name in args.only]
     out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)  # an earlier run's
+    out.mkdir(parents=True)
     rows: list[dict[str, Any]] = []
     summary = {"device": device(), "stages": rows}
 

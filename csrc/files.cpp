@@ -168,10 +168,15 @@ bool generation_at(const std::string& name, size_t at) {
          name.find_first_not_of("0123456789abcdef", at) >= at + 16;  // npos, too
 }
 
-// Ours: a generation and a dash begin the name of every payload, and one ends a new manifest's.
+// Ours: the names of payloads as above, and a generation behind a new manifest's.
 bool payload_name(const std::string& name) {
-  return name.size() >= 18 && generation_at(name, 0) && name[16] == '-' &&
-         name.find('/') == std::string::npos && name.find('\0') == std::string::npos;
+  const char* const kKinds[] = {".rows.f16", ".ids.i64", ".live.u16", ".terms.f32", ".codes.u8"};
+  if (name.size() < 17 || !generation_at(name, 0) || name[16] != '-') return false;
+  const size_t end = name.find_first_not_of("0123456789", 17);
+  return end != std::string::npos && end >= 17 + 4 &&
+         std::any_of(std::begin(kKinds), std::end(kKinds), [&](const char* kind) {
+           return name.compare(end, std::string::npos, kind) == 0;
+         });
 }
 bool temporary_name(const std::string& name) {
   const std::string begin = std::string(kManifest) + ".";
@@ -438,43 +443,58 @@ void Index::save(const std::string& folder) const {
 
 Index Index::open(const std::string& folder, bool map) {
   const std::string path = folder + "/" + kManifest;
-  const Json j = read_manifest(path);
-  std::unique_ptr<Impl> impl(new Impl);
-  try {
-    if (j.kind != Json::object || j.at("format", Json::string).text != "knnfast-index")
-      throw std::runtime_error("not a knnfast index");
-    const int64_t version = j.integer_at("version", 1, kVersion);
-    impl->dim = j.integer_at("dim", 1, 65536);
-    impl->metric = Metric(index_of(j.at("metric", Json::string).text, kMetrics, "metric"));
-    impl->scan = Scan(index_of(j.at("scan", Json::string).text, kScans, "scan"));
-    impl->next_id = j.integer_at("next_id", 0, INT64_MAX);
-    auto snapshot = std::make_shared<Snapshot>();
-    for (const Json& segment : j.at("segments", Json::array).items)
-      snapshot->push_back(load_segment(folder, segment, version, impl->dim, map, impl->files));
-    for (const SegmentView& v : *snapshot)
-      for (uint32_t r = 0; r < v.n; ++r) {
-        const int64_t id = v.id(r);
-        if (id < 0 || id >= impl->next_id) throw std::runtime_error("an id is out of range");
-        impl->ascending = impl->ascending && id > impl->last_id;
-        impl->last_id = std::max(impl->last_id, id);
-        impl->live += v.alive(r);
-      }
-    if (!impl->ascending)
-      for (size_t s = 0; s < snapshot->size(); ++s)
-        for (uint32_t r = 0; r < (*snapshot)[s].n; ++r)
-          if ((*snapshot)[s].alive(r) &&
-              !impl->map.insert((*snapshot)[s].id(r), uint64_t{s} << 32 | r))
-            throw std::runtime_error("an id comes twice");
-    impl->current = snapshot;
-  } catch (const DamagedFile&) {
-    throw;
-  } catch (const std::system_error&) {
-    throw;
-  } catch (const std::runtime_error& e) {
-    damaged(path, e.what());
+  const auto once = [&] {
+    const Json j = read_manifest(path);
+    std::unique_ptr<Impl> impl(new Impl);
+    try {
+      if (j.kind != Json::object || j.at("format", Json::string).text != "knnfast-index")
+        throw std::runtime_error("not a knnfast index");
+      const int64_t version = j.integer_at("version", 1, kVersion);
+      impl->dim = j.integer_at("dim", 1, 65536);
+      impl->metric = Metric(index_of(j.at("metric", Json::string).text, kMetrics, "metric"));
+      impl->scan = Scan(index_of(j.at("scan", Json::string).text, kScans, "scan"));
+      impl->next_id = j.integer_at("next_id", 0, INT64_MAX);
+      auto snapshot = std::make_shared<Snapshot>();
+      for (const Json& segment : j.at("segments", Json::array).items)
+        snapshot->push_back(load_segment(folder, segment, version, impl->dim, map, impl->files));
+      for (const SegmentView& v : *snapshot)
+        for (uint32_t r = 0; r < v.n; ++r) {
+          const int64_t id = v.id(r);
+          if (id < 0 || id >= impl->next_id) throw std::runtime_error("an id is out of range");
+          impl->ascending = impl->ascending && id > impl->last_id;
+          impl->last_id = std::max(impl->last_id, id);
+          impl->live += v.alive(r);
+        }
+      if (!impl->ascending)
+        for (size_t s = 0; s < snapshot->size(); ++s)
+          for (uint32_t r = 0; r < (*snapshot)[s].n; ++r)
+            if ((*snapshot)[s].alive(r) &&
+                !impl->map.insert((*snapshot)[s].id(r), uint64_t{s} << 32 | r))
+              throw std::runtime_error("an id comes twice");
+      impl->current = snapshot;
+    } catch (const DamagedFile&) {
+      throw;
+    } catch (const std::system_error&) {
+      throw;
+    } catch (const std::runtime_error& e) {
+      damaged(path, e.what());
+    }
+    impl->folder = folder;
+    return Index(std::move(impl));
+  };
+  for (;;) {
+    struct stat before, after;
+    const bool there = stat(path.c_str(), &before) == 0;
+    try {
+      return once();
+    } catch (const std::system_error& e) {
+      // Another process has saved meanwhile, and removed what the manifest named?
+      const bool again =
+          there && e.code().value() == ENOENT && stat(path.c_str(), &after) == 0 &&
+          (before.st_ino != after.st_ino || before.st_mtim.tv_nsec != after.st_mtim.tv_nsec);
+      if (!again) throw;
+    }
   }
-  impl->folder = folder;
-  return Index(std::move(impl));
 }
 
 std::vector<std::string> Index::verify() const {

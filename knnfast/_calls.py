@@ -62,13 +62,13 @@ class Clock:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Writes the seconds of the block under a name."""
+        """Adds the seconds of the block to those under a name."""
         start = time.perf_counter()
         with phase(name):
             yield
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-        self.timings[name] = time.perf_counter() - start
+        self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
 
 
 def choose_neighbours(

@@ -289,12 +289,18 @@ class Database(Collection):
     # ---- files ------------------------------------------------------------------------------
 
     @staticmethod
+    def is_at(path: str | Path) -> bool:
+        """Whether a database is saved there, damaged or not."""
+        manifest = Path(path) / "database.json"
+        return manifest.is_file() and FORMAT.encode() in manifest.read_bytes()
+
+    @staticmethod
     def check_place(path: str | Path) -> None:
         """Refuse a path where something else than a database is."""
         root = Path(path)
         if root.exists() and not root.is_dir():
             raise ValueError(f"{root}: is a file; a database is saved as a folder")
-        if not root.is_dir() or (root / "database.json").is_file():
+        if not root.is_dir() or Database.is_at(root):
             return
         if not all(_PARTS.fullmatch(child.name) for child in root.iterdir()):  # a killed save's
             raise ValueError(f"{root}: is a folder with other content; give a new or empty one")

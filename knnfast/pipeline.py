@@ -299,17 +299,17 @@ class KNNDiffusion:
             cond, mask = self.condition(db, query, neighbours, k, use_query, use_neighbours)
         owner = np.repeat(np.arange(len(query)), num_images)
         index = np.tile(np.arange(num_images), len(query))
-        codes: list[torch.Tensor] = []
+        arrays: list[np.ndarray] = []
         batches = range(0, len(owner), batch_size)
         draw: Callable[..., torch.Tensor] = self.denoiser.sample
         if callback is None and self._graphs.serves(self.denoiser):
             draw = partial(self._graphs, self.denoiser)
-        with clock("denoise"), finished_part(codes) as stopped:
+        with finished_part(arrays) as stopped:
             for n, start in enumerate(batches):
                 part = slice(start, start + batch_size)
                 told = {} if callback is None else {"callback": scaled(callback, n, len(batches))}
-                codes.append(
-                    draw(
+                with clock("denoise"):
+                    codes = draw(
                         cond[owner[part]],
                         mask[owner[part]],
                         steps=steps,
@@ -319,12 +319,12 @@ class KNNDiffusion:
                         **told,
                         **options,
                     )
-                )
-        with clock("decode"):
-            # As in the sampler: on the CPU no image sees its batch, not even in a rounding.
-            alone = codes if self.device.type == "cuda" else torch.cat(codes).split(1)
-            pixels = torch.cat([self.tokenizer.decode(c) for c in alone])
-            arrays = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+                with clock("decode"):
+                    # As in the sampler: on the CPU no image sees its batch, even in a rounding.
+                    alone = [codes] if self.device.type == "cuda" else codes.split(1)
+                    pixels = torch.cat([self.tokenizer.decode(c) for c in alone]).clamp(0, 1)
+                    levels = (pixels * 255).round().byte().permute(0, 2, 3, 1)
+                    arrays.extend(levels.cpu().numpy())
         labels = [q.label for q in queries]
         output = Output([Image.fromarray(a) for a in arrays], neighbours, timings, seed, labels)
         if stopped:

@@ -1,5 +1,6 @@
 """The command line: what it writes, and one clear line with exit code 2 for bad input."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from PIL import Image
 
 from knnfast import _C, KNNDiffusion
 from knnfast.cli import main
+from knnfast.pipeline import Interrupted
 
 
 def invoke(*arguments):
@@ -55,6 +57,21 @@ def test_ctrl_c_keeps_the_images_that_are_finished(tmp_path, monkeypatch):
     whole = KNNDiffusion.from_pretrained("stickers")("pizza", num_images=32, steps=1, seed=4)
     with Image.open(tmp_path / "some" / "pizza-4-31.png") as image:
         assert image.tobytes() == whole.images[31].tobytes()
+
+
+def test_ctrl_c_while_pixels_are_made_keeps_the_batches_before(monkeypatch):
+    pipe = KNNDiffusion.from_pretrained("stickers")
+    decode, count = pipe.tokenizer.decode, itertools.count(1)
+
+    def interrupt(codes):
+        if next(count) == 5:
+            raise KeyboardInterrupt
+        return decode(codes)
+
+    monkeypatch.setattr(pipe.tokenizer, "decode", interrupt)
+    with pytest.raises(Interrupted, match="3 images were finished") as stopped:
+        pipe("pizza", num_images=7, batch_size=3, steps=1, seed=4)
+    assert len(stopped.value.output.images) == 3
 
 
 def test_prompts_with_one_slug_keep_their_pictures(tmp_path):

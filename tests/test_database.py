@@ -220,6 +220,10 @@ def test_saving_into_a_foreign_folder_is_refused(built, tmp_path):
     with pytest.raises(ValueError, match="other content"):
         built.save(tmp_path / "mine")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    (tmp_path / "mine" / "thesis.txt").rename(tmp_path / "mine" / "database.json")
+    with pytest.raises(ValueError, match="other content"):
+        built.save(tmp_path / "mine")
+    assert (tmp_path / "mine" / "database.json").read_text() == "years of work"
 
 
 @pytest.mark.parametrize("part", ["items", "thumbnails", "database"])

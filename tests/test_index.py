@@ -62,6 +62,7 @@ def one_buffer(x):
         (lambda i, x: i.add(x[:2], [1.5, 2.5]), TypeError, "integers"),
         (lambda i, x: i.add(x[:2], [7]), ValueError, "one id a row"),
         (lambda i, x: i.search(x, 0), ValueError, "k must be 1 to 2147483647, got 0"),
+        (lambda i, x: i.plan(2, 2**31), ValueError, "k must be 1 to 2147483647, got 21474"),
         (lambda i, x: i.search(x, 2**62), ValueError, "k must be 1 to 2147483647, got 46116"),
         (lambda i, x: i.search(x, 2**70), ValueError, "k must be 1 to 2147483647, got 11805"),
         (lambda i, x: i.save("/"), ValueError, "path: / holds other files .* and no index"),
@@ -411,7 +412,34 @@ def test_a_folder_of_other_files_is_no_place_for_an_index(tmp_path):
     folder.mkdir()
     (folder / "0123456789abcdef-0000.rows.f16").touch()  # of a first save that was killed
     index.save(folder)
-    (folder / "letter.txt").write_text("mine")
+    others = {"letter.txt", "0123456789abcdef-photo.jpg", "0123456789abcdef-0000.rows.f16.bak"}
+    for name in others:
+        (folder / name).write_text("mine")
     index.save(folder)  # an index it is
     assert len(Index.open(folder)) == 4
-    assert (folder / "letter.txt").exists()
+    assert all((folder / name).read_text() == "mine" for name in others)
+
+
+def test_a_manifest_of_something_else_stays(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"name": "an app"}')
+    with pytest.raises(ValueError, match=r"holds other files \(manifest\.json\) and no index"):
+        Index(4).save(tmp_path)
+    assert (tmp_path / "manifest.json").read_text() == '{"name": "an app"}'
+
+
+def test_opening_while_another_process_saves(tmp_path):
+    """What the manifest named is gone when it is opened: the new one is taken."""
+    index = Index(8)
+    index.add(np.random.default_rng(0).standard_normal((400, 8)).astype(np.float32))
+    index.save(tmp_path / "index")
+    code = (
+        "import sys; from knnfast import Index; index = Index.open(sys.argv[1])\n"
+        "for _ in range(150): index.save(sys.argv[1])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "index")]) as saving:
+        opened = 0
+        while saving.poll() is None:
+            assert len(Index.open(tmp_path / "index")) == 400
+            opened += 1
+    assert saving.returncode == 0
+    assert opened > 10

@@ -338,7 +338,7 @@ def test_reference_keeps_to_the_device():
         ({"q": torch.ones(3)}, ValueError, "q: shape"),
         ({"x": torch.ones(4, 3)}, ValueError, "one width"),
         ({"x": torch.ones(4, 2).int()}, TypeError, "x: dtype"),
-        ({"k": 0}, ValueError, "k: must be at least 1, got 0"),
+        ({"k": 0}, ValueError, "k must be 1 to 2147483647, got 0"),
         ({"metric": "dot"}, ValueError, "metric: must be one of"),
         ({"ids": torch.arange(3)}, ValueError, "ids: shape"),
     ],

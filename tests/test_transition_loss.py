@@ -120,19 +120,23 @@ def test_inplace_writes_the_gradient_over_the_logits():
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_loss_scale_beyond_fp16(device, compiled):
-    """GradScaler begins with 65,536, which FP16 does not hold; the scaled gradient fits."""
-    *args, schedule = make("mask_replace", 64, dtype=torch.float16)
+    """GradScaler begins with 65,536, which FP16 does not hold; the scaled gradient fits, and what
+    the scale lifts over FP16's least number was kept for it."""
+    *args, schedule = make("mask_replace", 1024, dtype=torch.float16)
     logits, *rest = (a.to(device) for a in args)
 
     def loss(logits):
         return ops.transition_loss(logits * 1.0, *rest, schedule)[0]
 
     call = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
-    plain, scaled = (logits.clone().requires_grad_() for _ in range(2))
-    loss(plain).backward()
-    (65536 * call(scaled)).backward()
+    wide, scaled = logits.float().requires_grad_(), logits.clone().requires_grad_()
+    expected = loss(wide)
+    expected.backward()
+    found = call(scaled)
+    (65536 * found).backward()
     assert float(scaled.grad.abs().max()) > 1
-    assert torch.equal(scaled.grad, (65536 * plain.grad.float()).half())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(scaled.grad.float(), 65536 * wide.grad, rtol=2e-3, atol=2**-24)
 
 
 def test_mask_schedule_is_weighted_cross_entropy():

@@ -20,7 +20,7 @@ def _check_out(out: Path, replace: bool) -> None:
 
     check_folder("--out", out)
     Database.check_place(out)
-    if (out / "database.json").is_file() and not replace:
+    if Database.is_at(out) and not replace:
         raise ValueError(f"--out: {out} is a database already; --replace writes over it")
 
 

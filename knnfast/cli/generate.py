@@ -56,7 +56,7 @@ def generate(
     """Generate images for PROMPTS, for pictures (--image), or for both.
 
     Writes one PNG per image and a sheet that shows each sample beside its retrieved neighbours.
-    Ctrl-C writes the images that are finished, and no sheet.
+    Images are drawn 32 at a time; Ctrl-C writes those that are finished, and no sheet.
     """
     from knnfast.pipeline import Interrupted, KNNDiffusion
     from knnfast.sheet import contact_sheet

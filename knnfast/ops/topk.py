@@ -8,6 +8,7 @@ from torch import Tensor
 from knnfast.ops._checks import LOGIT_TYPES, check_device, check_dtype, check_shape, library
 from knnfast.search import Index
 from knnfast.search.index import METRICS
+from knnfast.search.interop import as_k
 
 
 def topk(
@@ -37,8 +38,7 @@ def topk(
     check_device("x", x, q.device)
     if ids is not None:
         check_shape("ids", ids, (len(x),))
-    if k < 1:
-        raise ValueError(f"k: must be at least 1, got {k}")
+    k = as_k(k)
     if metric not in METRICS:
         raise ValueError(f"metric: must be one of {METRICS}, got {metric!r}")
     return torch.ops.knnfast.topk(q.detach(), x.detach(), k, metric, ids)

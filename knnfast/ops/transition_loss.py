@@ -60,7 +60,8 @@ def transition_loss(
     Raises: ValueError shape, device, and on the CPU a token or level out of range, NaN or +inf in
         logits, a weight that is not finite; TypeError dtype. On CUDA nothing synchronises: a level
         outside [1, T] makes the loss and its image's gradient NaN; tokens are not looked at.
-    Numerics: FP32 per class, FP64 per row.  Backends: triton, cpu, reference.
+    Numerics: FP32 per class, FP64 per row; an FP16 gradient is scaled in FP32.
+    Backends: triton, cpu, reference.
     Memory: the gradient, nothing with inplace.  Deterministic: yes.
     Differentiable: once, in logits.
     """
@@ -102,24 +103,31 @@ class _TransitionLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, x_0, x_t, steps, weight, factor, inplace):
+        # Of the mean over thousands of tokens most of the gradient is below FP16's least number. So
+        # in FP16 as large a multiple of it is kept as certainly fits (a class's share of a token's
+        # is at most 1 + |factor|), and divided when GradScaler's factor, in d_loss, comes to it.
+        multiple = torch.ones_like(weight.sum())
+        if logits.dtype == torch.float16 and x_0.numel():
+            largest = (weight.abs() * (1 + factor.abs())).amax()
+            multiple = x_0.numel() * torch.where(largest > 0, 32768 / largest, 1.0)
+        args = x_0, x_t, steps, weight * multiple, factor
         if inplace:
             data = logits.detach()
-            loss, kl = torch.ops.knnfast.transition_loss_(data, x_0, x_t, steps, weight, factor)
+            loss, kl = torch.ops.knnfast.transition_loss_(data, *args)
             grad = data
         else:
-            loss, kl, grad = torch.ops.knnfast.transition_loss(
-                logits.detach(), x_0, x_t, steps, weight, factor
-            )
-        ctx.save_for_backward(grad)
+            loss, kl, grad = torch.ops.knnfast.transition_loss(logits.detach(), *args)
+        ctx.save_for_backward(grad, multiple)
         ctx.mark_non_differentiable(kl)
-        return loss, kl
+        return (loss / multiple).to(loss.dtype), kl
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss, _):
-        (grad,) = ctx.saved_tensors
+        grad, multiple = ctx.saved_tensors
         # `loss.backward()` hands in 1: the gradient itself then, not a copy of it.
         eager = grad.device.type == "cpu" and not torch.compiler.is_compiling()
+        d_loss = (d_loss / multiple).to(d_loss.dtype)
         if not (eager and float(d_loss) == 1.0):
             # Three dimensions, so that an FP16 gradient is multiplied in FP32: GradScaler's 65,536
             # is no FP16 number, its product with the gradient may be one.

@@ -18,7 +18,10 @@ SCANS = ("fp16", "int8", "auto")
 DamagedFile = _C.DamagedFile
 
 # Files of an index, as csrc/files.cpp names them: payloads, and a manifest that is being written.
-_OURS = re.compile(r"[0-9a-f]{16}-|manifest\.json\.[0-9a-f]{16}$")
+_OURS = re.compile(
+    r"[0-9a-f]{16}-\d{4,}\.(rows\.f16|ids\.i64|live\.u16|terms\.f32|codes\.u8)"
+    r"|manifest\.json\.[0-9a-f]{16}"
+)
 
 
 def set_num_threads(n: int) -> None:
@@ -277,12 +280,14 @@ def _check_place(path: str) -> None:
     """Refuse a folder that holds other things and no index."""
     try:
         names = os.listdir(path)
+        if "manifest.json" in names:
+            with open(os.path.join(path, "manifest.json"), "rb") as manifest:
+                if b"knnfast-index" in manifest.read(200):
+                    return
     except OSError:  # none yet, or the save says what is wrong
         return
-    if "manifest.json" in names:
-        return
     # A first save that was killed, or one that goes on, has left or is making such files.
-    others = sorted(name for name in names if not _OURS.match(name) and not name.startswith("."))
+    others = sorted(n for n in names if not _OURS.fullmatch(n) and not n.startswith("."))
     if others:
         raise ValueError(
             f"path: {path} holds other files ({others[0]}) and no index; give a new folder"
@@ -297,9 +302,9 @@ class Plan:
     """
 
     def __init__(self, index: Index, batch: int, k: int) -> None:
-        batch, k = interop.as_int(batch, "batch"), interop.as_int(k, "k")
-        if batch < 1 or k < 1:
-            raise ValueError(f"batch and k must be at least 1, got {batch} and {k}")
+        batch, k = interop.as_int(batch, "batch"), interop.as_k(k)
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
         self._index = index
         self.scores = np.empty((batch, k), np.float32)
         self.ids = np.empty((batch, k), np.int64)
