@@ -183,6 +183,18 @@ def device() -> dict[str, Any]:
     return {"gpu": found, "python": sys.version.split()[0], "date": time.strftime("%Y-%m-%d")}
 
 
+def ours(out: Path) -> bool:
+    """Whether a folder is empty or holds an earlier run's results."""
+    if not out.is_dir():
+        return False
+    try:
+        return {"device", "stages"} == set(json.loads((out / "summary.json").read_text()))
+    except FileNotFoundError:
+        return not any(out.iterdir())
+    except (ValueError, TypeError):
+        return False
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -198,16 +210,23 @@ def main() -> int:
     )
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all time limits")
     args = parser.parse_args()
+    if not args.budget > 0:
+        parser.error(f"--budget must be above 0, got {args.budget}")
     end = time.monotonic() + args.budget
     os.environ["PATH"] += os.pathsep + CUDA_TOOLS
     todo = stages(args.train, args.scale)
     if args.only:
         names = [stage.name for stage in todo]
         if unknown := sorted(set(args.only) - set(names)):
-            parser.error(f"--only must be of {', '.join(names)}, got {', '.join(unknown)}")
+            parser.error(
+                f"--only must be of {', '.join(names)}, got {', '.join(map(repr, unknown))}"
+            )
         todo = [stage for stage in todo if stage.name in args.only]
     out = args.out.resolve()
-    shutil.rmtree(out, ignore_errors=True)  # an earlier run's
+    if out.exists():
+        if not ours(out):
+            parser.error(f"--out must be a new folder or an earlier run's, got {out}")
+        shutil.rmtree(out)
     out.mkdir(parents=True)
     rows: list[dict[str, Any]] = []
     summary = {"device": device(), "stages": rows}

@@ -36,6 +36,10 @@ def check_number(name: str, value: float) -> None:
     """Refuse what is no real number; its range is the caller's."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {value!r}")
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: must be within the range of a float") from None
 
 
 def check_flag(name: str, value: bool) -> None:

@@ -275,8 +275,10 @@ class KNNDiffusion:
         queries = as_queries(prompt, image, image_weight, embedding, self.encoder)
         db = self.find_database(database)
         k, allow = choose_neighbours(db, k, groups, where)
-        check_range("num_images", num_images, 1)
+        check_range("num_images", num_images, 1, 2**31 - 1)
         check_range("batch_size", batch_size, 1)
+        if not (callback is None or callable(callback)):
+            raise TypeError(f"callback: expected a function, got {callback!r}")
         check_flag("use_query", use_query)
         check_flag("use_neighbours", use_neighbours)
         check_number("guidance", guidance)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from knnfast._calls import check_number
+from knnfast._calls import check_number, check_range
 from knnfast.encoders import Embeddings, Encoder
 from knnfast.images import check_size, read_image
 
@@ -38,12 +38,15 @@ class Query:
 Source: TypeAlias = str | Path | Image.Image | np.ndarray | Query
 
 
+MOST_WEIGHT = 1e30
+
+
 def mix(*parts: tuple[Source, float], label: str | None = None) -> Query:
     """A query that lies between several: unit(sum_i w_i unit(e_i)).
 
     Args:
         parts: (what, weight): texts, pictures (PIL, or a file as `Path`), embeddings, queries.
-            Weights are finite; a negative one leads away from its part.
+            Weights lie within ±1e30; a negative one leads away from its part.
         label: its name; by default made of the parts.
 
     Raises:
@@ -56,10 +59,11 @@ def mix(*parts: tuple[Source, float], label: str | None = None) -> Query:
             raise TypeError(f"mix: a part must be a pair (what, weight), got {part!r}")
         source, weight = part
         _check_source("mix", source)
-        if isinstance(weight, bool) or not isinstance(weight, int | float | np.number):
-            raise TypeError(f"mix: a weight must be a number, got {weight!r}")
-        if not math.isfinite(weight):
-            raise ValueError(f"mix: a weight must be finite, got {weight}")
+        check_number("mix: a weight", weight)
+        if not abs(weight) <= MOST_WEIGHT:
+            raise ValueError(f"mix: a weight must lie within ±{MOST_WEIGHT:g}, got {weight}")
+    if not isinstance(label, str | None):
+        raise TypeError(f"label: expected a text, got {label!r}")
     if label is None:
         label = " + ".join(f"{weight:g} {_label(source)}" for source, weight in parts)
     return Query(tuple((source, float(weight)) for source, weight in parts), label)
@@ -73,8 +77,7 @@ def between(a: Source, b: Source, count: int) -> list[Query]:
     Raises:
         ValueError, TypeError: fewer than two, or an end that is no query.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or count < 2:
-        raise ValueError(f"count: must be a whole number of at least 2, got {count!r}")
+    check_range("count", count, 2)
     for name, source in (("a", a), ("b", b)):
         _check_source(name, source)
     return [
@@ -137,7 +140,8 @@ def _several(name: str, value: Any, one: Any) -> list[Any]:
         return []
     if isinstance(value, one):
         return [value]
-    if isinstance(value, np.ndarray | bytes | bytearray) or not isinstance(value, Iterable):
+    unordered = np.ndarray | bytes | bytearray | Mapping | Set
+    if isinstance(value, unordered) or not isinstance(value, Iterable):
         raise TypeError(f"{name}: expected one, or a list of them, got {type(value).__name__}")
     return list(value)
 
@@ -224,6 +228,8 @@ def _check_source(name: str, source: object) -> None:
             f"{name}: expected a text, a Path, a PIL image, an array or a Query, "
             f"got {type(source).__name__}"
         )
+    if isinstance(source, np.ndarray) and source.ndim != 1:
+        raise ValueError(f"{name}: an embedding must be [E], got {list(source.shape)}")
     if isinstance(source, Image.Image):
         check_size(source)
 
@@ -238,7 +244,10 @@ def _check_embedding(value: np.ndarray | Embeddings | None, encoder: Encoder) ->
                 f"embedding: made by encoder {value.card.name!r}, not by {encoder.card.name!r}"
             )
         value = value.vectors
-    rows = np.atleast_2d(np.asarray(value, np.float32))
+    try:
+        rows = np.atleast_2d(np.asarray(value, np.float32))
+    except (TypeError, ValueError):
+        raise TypeError(f"embedding: expected numbers, got {value!r}") from None
     if rows.ndim != 2 or not len(rows) or rows.shape[1] != encoder.dim:
         raise ValueError(
             f"embedding: must be [{encoder.dim}] or [P, {encoder.dim}], got {list(rows.shape)}"

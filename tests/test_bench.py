@@ -311,6 +311,15 @@ def test_sanitizer_goes_on_after_a_tool_that_fails(tmp_path):
     assert tools == ["memcheck", "racecheck", "synccheck", "initcheck"]
 
 
+def test_gpu_script_leaves_other_folders_alone(tmp_path):
+    (tmp_path / "letter.txt").write_text("mine")
+    words = [sys.executable, "bench/gpu.py", "--out", str(tmp_path)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--out must be a new folder or an earlier run's" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
 def test_gpu_script_ends_on_a_machine_without_a_gpu(tmp_path):
     import torch
 
