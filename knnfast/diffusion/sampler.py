@@ -211,20 +211,15 @@ class SamplingGraph:
         self.sampler = sampler  # its weights must stay where they are
         # Inputs that a later call may overwrite, whatever mode this one is in.
         with torch.inference_mode(False), torch.cuda.device(device):
-            self._record(sampler, batch, tokens, weight.dtype, device)
+            self._record(batch, tokens, weight)
 
-    def _record(
-        self, sampler: Sampler, batch: int, tokens: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def _record(self, batch: int, tokens: int, weight: Tensor) -> None:
+        sampler, device = self.sampler, weight.device
         width = sampler.denoiser.config.embed_dim
-        self.cond = torch.zeros(batch, tokens, width, dtype=dtype, device=device)
+        self.cond = torch.zeros(batch, tokens, width, dtype=weight.dtype, device=device)
         self.mask = torch.ones(batch, tokens, dtype=torch.bool, device=device)
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
         self.indices = torch.arange(batch, device=device)
-        with torch.cuda.device(device):
-            self._capture(sampler)
-
-    def _capture(self, sampler: Sampler) -> None:
         # Before the capture, on a stream of its own: kernels are compiled and workspaces made.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

@@ -51,8 +51,8 @@ def transition_loss(
         weight: [B] factors, e.g. of importance-sampled t; 1 when None.
         auxiliary: factor of -log p_theta(x_0).
         adaptive: f(t) = 2 - (t - 1) / T, else 1.
-        inplace: write the gradient over the logits (their values are lost; only when the backward
-            pass of whatever made them does not need them).
+        inplace: write the gradient (in FP16 a multiple of it) over the logits: their values are
+            lost; only when the backward pass of whatever made them does not need them.
 
     Returns:
         loss: scalar, fp32 (fp64 for fp64 logits).
@@ -106,7 +106,7 @@ class _TransitionLoss(torch.autograd.Function):
         # Of the mean over thousands of tokens most of the gradient is below FP16's least number. So
         # in FP16 as large a multiple of it is kept as certainly fits (a class's share of a token's
         # is at most 1 + |factor|), and divided when GradScaler's factor, in d_loss, comes to it.
-        multiple = torch.ones_like(weight.sum())
+        multiple = weight.new_ones(())
         if logits.dtype == torch.float16 and x_0.numel():
             largest = (weight.abs() * (1 + factor.abs())).amax()
             multiple = x_0.numel() * torch.where(largest > 0, 32768 / largest, 1.0)
