@@ -35,7 +35,8 @@ namespace knnfast {
 namespace {
 
 constexpr const char* kManifest = "manifest.json";
-constexpr int64_t kVersion = 2;  // 1: residuals as floats in the place of bounds
+// 1: residuals as floats in the place of bounds; 2: stops after 3/8 and 5/8 of the groups.
+constexpr int64_t kVersion = 3;
 
 struct CrcTables {
   uint32_t t[8][256];
@@ -334,10 +335,10 @@ SegmentView load_segment(const std::string& folder, const Json& j, int64_t versi
     v.codes->scale = copy_floats(f + n + d, whole);
     v.codes->bounds = copy_floats(f + n + d + whole, whole);
     v.codes->norm = copy_floats(f + n + d + 2 * whole, whole);
-    if (version == 1)  // nothing is known of the norms behind the stops
+    if (version < 3)  // nothing is known of the norms behind the stops
       for (uint64_t i = 0; i < whole; ++i) {
         uint32_t& bounds = v.codes->bounds.as<uint32_t>()[i];
-        bounds = residual_up(bounds) | 0xffff;
+        bounds = (version == 1 ? residual_up(bounds) : bounds) | 0xffff;
       }
     v.codes->codes = std::move(*load(folder, codes, map));
   }

@@ -21,10 +21,13 @@ constexpr int kQueryPad = 64;   // a query's codes and values are zero-filled to
 constexpr int kWindowSum = 258, kPairSum = 128;
 static_assert(127 * kWindowSum <= 32767 && 255 * kPairSum <= 32767, "sums of 16 bits");
 
-// A scan of codes may stop after three or five eighths of a row's groups, where what is left of the
-// row cannot lift it to tau any more. Rows of fewer than 32 groups have no stops.
+// A scan of codes may stop after five or ten sixteenths of a row's groups, rounded up to a multiple
+// of four, where what is left of the row cannot lift it to tau any more. Rows of fewer than 32
+// groups have no stops.
 constexpr int kStops = 2;
-static inline int stop_group(int groups, int stop) { return groups / 32 * 4 * (2 * stop + 3); }
+static inline int stop_group(int groups, int stop) {
+  return groups < 32 ? 0 : (groups * 5 * (stop + 1) + 63) / 64 * 4;
+}
 
 // A row's word of bounds (segment.h): its residual, a bfloat16, and how one is rounded up to it.
 static inline uint32_t residual_up(uint32_t word) { return (word + 0xffff) & 0xffff0000; }
@@ -44,7 +47,7 @@ struct ScanRows {
   const float* row_norm;
   const uint16_t* live;  // 16 bits a block, or null: all live
   int dim, groups;
-  bool stops;  // of a scan of codes: worth testing
+  int stop;  // of a scan of codes: the first one that is tested; kStops: none is
 };
 
 // One query prepared for one segment and one scan. The upper bound of a row's score is
@@ -61,7 +64,7 @@ struct ScanQuery {
   // With windows: -128·Σp of each window's halves, modulo 2^16, two in a word; `offset` is unused.
   const int32_t* offsets;
   int32_t rest[kStops];  // 128·Σp from each stop on
-  float left[kStops];    // 1/255 of what is left of the query's norm there
+  float left[kStops];    // 1/255 of what is left of the query's norm there, above 0
   float mul, err, err_norm, sq, base, slack;
   float tau;  // rows with u < tau are out
 };
@@ -80,10 +83,10 @@ struct Kernels {
   const char* name;
   int window;  // of scan_int8 (see above); 0: it sums in 32 bits
   bool tiles;  // scan_int8 takes tiles
-  // Bounds of the rows of blocks [begin, end) for `nq` queries. The one over codes returns how many
-  // pairs it left at a stop.
-  int64_t (*scan_int8)(const ScanRows&, uint32_t begin, uint32_t end, ScanQuery*, int nq, bool l2,
-                       Sink*);
+  // Bounds of the rows of blocks [begin, end) for `nq` queries. The one over codes adds to
+  // `stopped` how many pairs it left at each stop.
+  void (*scan_int8)(const ScanRows&, uint32_t begin, uint32_t end, ScanQuery*, int nq, bool l2,
+                    Sink*, int64_t* stopped);
   void (*scan_fp16)(const ScanRows&, uint32_t begin, uint32_t end, ScanQuery*, int nq, bool l2,
                     bool cosine, Sink*);
   // Canonical sums over d elements: 32 FP64 lanes, combined by the tree 16, 8, 4, 2, 1.

@@ -184,15 +184,14 @@ void scan_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* 
   _tile_release();
 }
 
-int64_t scan_int8_amx(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries,
-                      int nq, bool l2, Sink* sink) {
-  // A tile ends at a stop only where none of its pairs goes on: with 32 queries hardly ever.
+void scan_int8_amx(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
+                   bool l2, Sink* sink, int64_t* stopped) {
+  // Beyond, all codes are multiplied in less time than with stops.
   constexpr int kStopBatch = 16;
-  if (nq < kTileBatch || (rows.stops && nq <= kStopBatch))
-    return scan_int8<true>(rows, begin, end, queries, nq, l2, sink);
+  if (nq < kTileBatch || (rows.stop < kStops && nq <= kStopBatch))
+    return scan_int8<true>(rows, begin, end, queries, nq, l2, sink, stopped);
   auto* scan = l2 ? scan_metric<true> : scan_metric<false>;
   scan(rows, begin, end, queries, nq, sink);
-  return 0;
 }
 
 }  // namespace

@@ -65,8 +65,8 @@ inline void test_block(const BlockTerms& t, __m512i sum, ScanQuery& q, int index
 constexpr int kStep = 4;  // groups of an iteration
 
 // Cache lines to ask for while tiles are summed: `lines` per iteration, in each of N places that
-// lie `stride` bytes apart. With stops these are the blocks that come next, so that tiles that end
-// at one have asked for what the next tiles begin with.
+// lie `stride` bytes apart. With stops these are the blocks that come next, so that the sums up to
+// the first stop have asked for what the next ones begin with.
 struct Ahead {
   const uint8_t *at = nullptr, *end = nullptr;
   size_t stride = 0;
@@ -83,20 +83,19 @@ struct Ahead {
   }
 };
 
-// sums[b][q] += codes of block `block + b·apart` · codes of query q, groups [first, end).
+// sums[b][q] += codes of block `block + b·apart` · query codes at words[q], groups [first, end).
 // Everything is unrolled, so that the sums stay in registers; queries are zero-filled, so that
 // whole steps of four groups may run past the last one.
-template <bool VNNI, bool Stops, int NB, int NQ>
+template <bool VNNI, int Streams, int NB, int NQ>
 inline __attribute__((always_inline)) void int8_sums(const ScanRows& rows, uint32_t block,
-                                                     uint32_t apart, const ScanQuery* queries,
+                                                     uint32_t apart, const int8_t* (&words)[NQ],
                                                      int first, int end, Ahead& ahead_,
-                                                     __m512i (*sums)[NQ]) {
+                                                     __m512i (&sums)[NB][NQ]) {
   Ahead ahead = ahead_;
   const size_t bytes = static_cast<size_t>(rows.groups) * 64, stride = bytes * apart;
   const uint8_t* codes = rows.codes + block * bytes + static_cast<size_t>(first) * 64;
-  const int8_t* words[NQ];
 #pragma GCC unroll 8
-  for (int q = 0; q < NQ; ++q) words[q] = queries[q].codes + first * kBlockDims;
+  for (int q = 0; q < NQ; ++q) words[q] += first * kBlockDims;
   for (int left = end - first; left > 0; left -= kStep) {
 #pragma GCC unroll 4
     for (int i = 0; i < kStep; ++i) {
@@ -112,7 +111,7 @@ inline __attribute__((always_inline)) void int8_sums(const ScanRows& rows, uint3
         for (int b = 0; b < NB; ++b) sums[b][q] = dot_group<VNNI>(sums[b][q], c[b], w);
       }
     }
-    ahead.template ask<Stops ? NB : 1>();
+    ahead.template ask<Streams>();
     codes += kStep * 64;
 #pragma GCC unroll 8
     for (int q = 0; q < NQ; ++q) words[q] += kStep * kBlockDims;
@@ -120,112 +119,230 @@ inline __attribute__((always_inline)) void int8_sums(const ScanRows& rows, uint3
   ahead_.at = ahead.at;
 }
 
-// Whether any row of a tile may still reach its query's tau, at a stop.
-template <bool L2, int NB, int NQ>
-inline __attribute__((always_inline)) bool reaching(const ScanRows& rows, uint32_t block,
-                                                    uint32_t apart, const ScanQuery* queries,
-                                                    int stop, const __m512i (*sums)[NQ]) {
-  unsigned any = 0;
-#pragma GCC unroll 4
-  for (uint32_t b = 0; b < NB; ++b) {
-    const BlockTerms t = load_terms(rows, block + b * apart);
-    const __m512i share = _mm512_and_si512(stop == 0 ? _mm512_srli_epi32(t.bounds, 8) : t.bounds,
-                                           _mm512_set1_epi32(255));
-    const __m512 tail = _mm512_mul_ps(_mm512_cvtepi32_ps(share), t.norm);
-#pragma GCC unroll 8
-    for (int q = 0; q < NQ; ++q) {
-      const __m512i sum = _mm512_add_epi32(sums[b][q], _mm512_set1_epi32(queries[q].rest[stop]));
-      const __m512 u = _mm512_fmadd_ps(_mm512_set1_ps(queries[q].left[stop]), tail,
-                                       bound<L2>(t, sum, queries[q]));
-      any |= _mm512_mask_cmp_ps_mask(t.live, u, _mm512_set1_ps(queries[q].tau), _CMP_GE_OQ);
-    }
-  }
-  return any != 0;
-}
-
-// Returns how many pairs were left at a stop.
-template <bool VNNI, bool L2, bool Stops, int NB, int NQ>
-int int8_tile(const ScanRows& rows, uint32_t block, uint32_t apart, ScanQuery* queries, int index,
-              Sink* sink, Ahead& ahead) {
+// NB blocks, `apart` from each other, and NQ queries.
+template <bool VNNI, bool L2, int NB, int NQ>
+void int8_tile(const ScanRows& rows, uint32_t block, uint32_t apart, ScanQuery* queries, int index,
+               Sink* sink, Ahead& ahead) {
   __m512i sums[NB][NQ];
-#pragma GCC unroll 4
-  for (int b = 0; b < NB; ++b)
+  const int8_t* words[NQ];
 #pragma GCC unroll 8
-    for (int q = 0; q < NQ; ++q) sums[b][q] = _mm512_set1_epi32(queries[q].offset);
-  int done = 0;
-  if (Stops)
-#pragma GCC unroll 2
-    for (int stop = 0; stop < kStops; ++stop) {
-      const int to = stop_group(rows.groups, stop);
-      int8_sums<VNNI, Stops, NB, NQ>(rows, block, apart, queries, done, to, ahead, sums);
-      if (!reaching<L2, NB, NQ>(rows, block, apart, queries, stop, sums))
-        return NB * NQ * kBlockRows;
-      done = to;
-    }
-  int8_sums<VNNI, Stops, NB, NQ>(rows, block, apart, queries, done, rows.groups, ahead, sums);
+  for (int q = 0; q < NQ; ++q) {
+    words[q] = queries[index + q].codes;
+#pragma GCC unroll 4
+    for (int b = 0; b < NB; ++b) sums[b][q] = _mm512_set1_epi32(queries[index + q].offset);
+  }
+  int8_sums<VNNI, 1, NB, NQ>(rows, block, apart, words, 0, rows.groups, ahead, sums);
   for (uint32_t b = 0; b < NB; ++b) {
     const uint32_t at = block + b * apart;
     const BlockTerms t = load_terms(rows, at);
-    for (int q = 0; q < NQ; ++q) test_block<L2>(t, sums[b][q], queries[q], index + q, at, sink);
+    for (int q = 0; q < NQ; ++q)
+      test_block<L2>(t, sums[b][q], queries[index + q], index + q, at, sink);
   }
-  return 0;
 }
 
-// The first tile of queries waits for its codes, the others find them in L1: so all of them
-// together fetch the blocks that come next.
+// What is left of 16 rows behind a stop, in 255ths.
+inline __m512 rest_of(const BlockTerms& t, int stop) {
+  const __m512i share = _mm512_and_si512(stop == 0 ? _mm512_srli_epi32(t.bounds, 8) : t.bounds,
+                                         _mm512_set1_epi32(255));
+  return _mm512_mul_ps(_mm512_cvtepi32_ps(share), t.norm);
+}
+
+// StopTest's inequality, all but the first term.
+template <bool L2>
+inline __m512 stop_terms(const StopTest& test, const BlockTerms& t) {
+  __m512 u = _mm512_mul_ps(rest_of(t, test.stop), _mm512_set1_ps(1 + 0x1p-18f));
+  u = _mm512_fmadd_ps(_mm512_set1_ps(test.err), t.residual, u);
+  u = _mm512_fmadd_ps(_mm512_set1_ps(test.err_norm), t.norm, u);
+  if (L2) u = _mm512_fmadd_ps(_mm512_set1_ps(test.sq), _mm512_mul_ps(t.norm, t.norm), u);
+  return u;
+}
+
+// The queries that go on past a stop with one block, and their sums so far.
+struct Going {
+  __m512i sums[kGroup];
+  int query[kGroup];
+  int count = 0;
+
+  void add(int q, __m512i sum) {
+    sums[count] = sum;
+    query[count++] = q;
+  }
+};
+
+// NB blocks, `apart` from each other, and NQ queries, up to the first stop that is tested.
+template <bool VNNI, bool L2, int NB, int NQ>
+void int8_heads(const ScanRows& rows, uint32_t block, uint32_t apart, const ScanQuery* queries,
+                int index, const StopTest& test, Ahead& ahead, Going* going) {
+  __m512i sums[NB][NQ];
+  const int8_t* words[NQ];
+#pragma GCC unroll 8
+  for (int q = 0; q < NQ; ++q) {
+    const ScanQuery& s = queries[index + q];
+    words[q] = s.codes;
+#pragma GCC unroll 4
+    for (int b = 0; b < NB; ++b) sums[b][q] = _mm512_set1_epi32(s.offset + s.rest[test.stop]);
+  }
+  const int end = stop_group(rows.groups, test.stop);
+  int8_sums<VNNI, NB, NB, NQ>(rows, block, apart, words, 0, end, ahead, sums);
+#pragma GCC unroll 4
+  for (uint32_t b = 0; b < NB; ++b) {
+    const BlockTerms t = load_terms(rows, block + b * apart);
+    const __m512 others = stop_terms<L2>(test, t);
+    alignas(16) uint16_t masks[8] = {};
+#pragma GCC unroll 8
+    for (int q = 0; q < NQ; ++q) {
+      const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[b][q]), t.scale);
+      const __m512 u = _mm512_fmadd_ps(product, _mm512_set1_ps(test.ratio[index + q]), others);
+      masks[q] = _mm512_cmp_ps_mask(u, _mm512_set1_ps(test.need[index + q]), _CMP_NLT_UQ);
+    }
+    const __m128i mask = _mm_load_si128(reinterpret_cast<const __m128i*>(masks));
+    unsigned goes = _mm_test_epi16_mask(mask, mask);
+    if (!goes || !t.live) continue;
+    if (NQ == 8 && going[b].count == 0) {  // by the time that all queries have been here
+      const size_t at = static_cast<size_t>(block + b * apart) * rows.groups;
+      for (int g = end; g < rows.groups; ++g)
+        _mm_prefetch(reinterpret_cast<const char*>(rows.codes + (at + g) * 64), _MM_HINT_T1);
+    }
+    __m512i kept[NQ];
+#pragma GCC unroll 8
+    for (int q = 0; q < NQ; ++q) kept[q] = sums[b][q];
+    for (; goes; goes &= goes - 1) {
+      const int q = __builtin_ctz(goes);
+      going[b].add(index + q, kept[q]);
+    }
+  }
+}
+
+// Up to NQ queries that go on, the `count` from `first` on, from one stop to the next or to the
+// end.
+template <bool VNNI, bool L2, int NQ>
+void int8_rest(const ScanRows& rows, uint32_t block, const BlockTerms& t, int stop,
+               ScanQuery* queries, int first, int count, Sink* sink, StopTest& test, Going& going) {
+  __m512i sums[1][NQ];
+  const int8_t* words[NQ];
+  int index[NQ];
+#pragma GCC unroll 8
+  for (int i = 0; i < NQ; ++i) {
+    const int at = first + (i < count ? i : 0);
+    index[i] = going.query[at];
+    const ScanQuery& s = queries[index[i]];
+    words[i] = s.codes;
+    const int rest = (stop + 1 < kStops ? s.rest[stop + 1] : 0) - s.rest[stop];
+    sums[0][i] = _mm512_add_epi32(going.sums[at], _mm512_set1_epi32(rest));
+  }
+  const bool last = stop + 1 == kStops;
+  const int end = last ? rows.groups : stop_group(rows.groups, stop + 1);
+  Ahead none;
+  int8_sums<VNNI, 1, 1, NQ>(rows, block, 0, words, stop_group(rows.groups, stop), end, none, sums);
+  const __m512 rest = last ? _mm512_setzero_ps() : rest_of(t, stop + 1);
+  for (int i = 0; i < count; ++i) {
+    ScanQuery& s = queries[index[i]];
+    if (last) {
+      const float tau = s.tau;
+      test_block<L2>(t, sums[0][i], s, index[i], block, sink);
+      if (s.tau != tau) test.raise(index[i], s);
+    } else {
+      const __m512 u =
+          _mm512_fmadd_ps(_mm512_set1_ps(s.left[stop + 1]), rest, bound<L2>(t, sums[0][i], s));
+      if (_mm512_mask_cmp_ps_mask(t.live, u, _mm512_set1_ps(s.tau), _CMP_GE_OQ))
+        going.add(index[i], sums[0][i]);
+    }
+  }
+}
+
+// What is left of a block for the queries that go on.
+template <bool VNNI, bool L2>
+void int8_rests(const ScanRows& rows, uint32_t block, ScanQuery* queries, Sink* sink,
+                StopTest& test, Going& going, int64_t* stopped) {
+  const BlockTerms t = load_terms(rows, block);
+  for (int stop = test.stop; stop < kStops; ++stop) {
+    const int count = going.count;
+    going.count = 0;  // and never ahead of what is still to be read
+    for (int i = 0; i < count; i += 8) {
+      const int n = count - i < 8 ? count - i : 8;
+      auto* rest = n > 4   ? int8_rest<VNNI, L2, 8>
+                   : n > 1 ? int8_rest<VNNI, L2, 4>
+                           : int8_rest<VNNI, L2, 1>;
+      rest(rows, block, t, stop, queries, i, n, sink, test, going);
+    }
+    if (stop + 1 < kStops) stopped[stop + 1] += (count - going.count) * kBlockRows;
+  }
+}
+
+// Tiles of NQ queries from q on.
+template <bool VNNI, bool L2, bool Stops, int NB, int NQ>
+inline void int8_tiles(const ScanRows& rows, uint32_t block, uint32_t apart, ScanQuery* queries,
+                       int& q, int nq, Sink* sink, const StopTest& test, Ahead& ahead,
+                       Going* going) {
+  for (; q + NQ <= nq; q += NQ)
+    if (Stops)
+      int8_heads<VNNI, L2, NB, NQ>(rows, block, apart, queries, q, test, ahead, going);
+    else
+      int8_tile<VNNI, L2, NB, NQ>(rows, block, apart, queries, q, sink, ahead);
+}
+
+// NB blocks, `apart` from each other, and all queries. The first tile of queries waits for its
+// codes, the others find them in L1: so all of them together fetch the blocks that come next.
 template <bool VNNI, bool L2, bool Stops, int NB>
-int64_t int8_blocks(const ScanRows& rows, uint32_t block, ScanQuery* queries, int nq, Sink* sink) {
-  const int tiles = nq >= 8 ? nq / 8 : 1;
-  const size_t bytes = static_cast<size_t>(rows.groups) * 64;
-  const uint8_t* codes = rows.codes + (block + NB) * bytes;
-  Ahead ahead, none;
-  if (nq >= (Stops ? 8 : 4))
-    ahead = Stops ? Ahead{codes, codes + bytes, bytes, (kStep + tiles - 1) / tiles}
-                  : Ahead{codes, codes + NB * bytes, 0, (NB * kStep + tiles - 1) / tiles};
-  int64_t stopped = 0;
+void int8_blocks(const ScanRows& rows, uint32_t block, uint32_t apart, ScanQuery* queries, int nq,
+                 Sink* sink, StopTest& test, Ahead ahead, int64_t* stopped) {
+  Going going[NB];
   int q = 0;
-  for (; q + 8 <= nq; q += 8)
-    stopped += int8_tile<VNNI, L2, Stops, NB, 8>(rows, block, 1, queries + q, q, sink, ahead);
-  for (; q + 4 <= nq; q += 4)
-    stopped += int8_tile<VNNI, L2, Stops, NB, 4>(rows, block, 1, queries + q, q, sink,
-                                                 q == 0 ? ahead : none);
-  for (; q < nq; ++q)
-    stopped += int8_tile<VNNI, L2, Stops, NB, 1>(rows, block, 1, queries + q, q, sink, none);
-  return stopped;
+  if constexpr (NB < 4) {
+    int8_tiles<VNNI, L2, Stops, NB, 8>(rows, block, apart, queries, q, nq, sink, test, ahead,
+                                       going);
+    int8_tiles<VNNI, L2, Stops, NB, 4>(rows, block, apart, queries, q, nq, sink, test, ahead,
+                                       going);
+  }
+  int8_tiles<VNNI, L2, Stops, NB, 1>(rows, block, apart, queries, q, nq, sink, test, ahead, going);
+  if (!Stops) return;
+  for (uint32_t b = 0; b < NB; ++b) {
+    stopped[test.stop] += (nq - going[b].count) * kBlockRows;
+    if (going[b].count)
+      int8_rests<VNNI, L2>(rows, block + b * apart, queries, sink, test, going[b], stopped);
+  }
 }
 
 template <bool VNNI, bool L2, bool Stops>
-int64_t scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries,
-                         int nq, Sink* sink) {
+void scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries,
+                      int nq, Sink* sink, int64_t* stopped) {
   const size_t bytes = static_cast<size_t>(rows.groups) * 64;
-  int64_t stopped = 0;
+  const size_t heads = static_cast<size_t>(stop_group(rows.groups, rows.stop)) * 64;
+  StopTest test(queries, Stops ? nq : 0, rows.stop);
   uint32_t b = begin;
   if (nq < 4) {  // memory answers four streams faster than one: quarters go side by side
     const uint32_t quarter = (end - begin) / 4;
-    for (; b < begin + quarter; ++b)
-      for (int q = 0; q < nq; ++q) {
-        const uint8_t* codes = rows.codes + (b + 1) * bytes;
-        Ahead ahead;
-        if (Stops && q == 0)  // after a stop the processor does not foresee what comes next
-          ahead = {codes, codes + bytes, bytes * quarter, kStep};
-        stopped += int8_tile<VNNI, L2, Stops, 4, 1>(rows, b, quarter, queries + q, q, sink, ahead);
-      }
+    for (; b < begin + quarter; ++b) {
+      const uint8_t* next = rows.codes + (b + 1) * bytes;
+      Ahead ahead;
+      if (Stops)  // the processor does not foresee what comes next
+        ahead = {next, next + heads, bytes * quarter, kStep};
+      int8_blocks<VNNI, L2, Stops, 4>(rows, b, quarter, queries, nq, sink, test, ahead, stopped);
+    }
     b = begin + 4 * quarter;
   }
-  for (; b + 2 <= end; b += 2)
-    stopped += int8_blocks<VNNI, L2, Stops, 2>(rows, b, queries, nq, sink);
-  for (; b < end; ++b) stopped += int8_blocks<VNNI, L2, Stops, 1>(rows, b, queries, nq, sink);
-  return stopped;
+  const int tiles = nq >= 8 ? nq / 8 : 1;
+  for (int count; b < end; b += count) {
+    count = b + 2 <= end ? 2 : 1;
+    const uint8_t* next = rows.codes + (b + count) * bytes;
+    Ahead ahead;
+    if (Stops && nq >= 8)
+      ahead = {next, next + bytes, bytes, (kStep + tiles - 1) / tiles};
+    else if (!Stops && nq >= 4)
+      ahead = {next, next + count * bytes, 0, (count * kStep + tiles - 1) / tiles};
+    auto* blocks = count == 2 ? int8_blocks<VNNI, L2, Stops, 2> : int8_blocks<VNNI, L2, Stops, 1>;
+    blocks(rows, b, 1, queries, nq, sink, test, ahead, stopped);
+  }
 }
 
 template <bool VNNI>
-int64_t scan_int8(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
-                  bool l2, Sink* sink) {
-  auto* scan =
-      l2 ? (rows.stops ? scan_int8_metric<VNNI, true, true> : scan_int8_metric<VNNI, true, false>)
-         : (rows.stops ? scan_int8_metric<VNNI, false, true>
-                       : scan_int8_metric<VNNI, false, false>);
-  return scan(rows, begin, end, queries, nq, sink);
+void scan_int8(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
+               bool l2, Sink* sink, int64_t* stopped) {
+  auto* scan = l2 ? (rows.stop < kStops ? scan_int8_metric<VNNI, true, true>
+                                        : scan_int8_metric<VNNI, true, false>)
+                  : (rows.stop < kStops ? scan_int8_metric<VNNI, false, true>
+                                        : scan_int8_metric<VNNI, false, false>);
+  scan(rows, begin, end, queries, nq, sink, stopped);
 }
 
 // sums[q][r] = rows[r] · values of query q, for 4 rows and NQ queries.

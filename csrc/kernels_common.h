@@ -90,5 +90,35 @@ void quantize_row_plain(const uint16_t* x, float factor, const float* mean, int 
   *residual = residual_bound(rr, yy, dim);
 }
 
+// The test at the first stop that is tested, four operations a pair. Divided by left, u >= tau
+// (kernels.h) says
+//   mul/left·scale·c·p + share·norm + (err·residual + err_norm·norm + sq·norm²)/left
+//     >= (tau - base)/left
+// and with the largest err/left, err_norm/left and sq/left of all queries only the first term is
+// not the block's alone. Every term here is on the safe side by 2^-18 of itself, more than the
+// rounding of floats can take away, here and in bound().
+struct StopTest {
+  const int stop;
+  float need[kGroup], ratio[kGroup];  // (tau - base)/left; mul/left
+  float err = 0, err_norm = 0, sq = -INFINITY;
+
+  StopTest(const ScanQuery* queries, int nq, int first_stop) : stop(first_stop) {
+    for (int q = 0; q < nq; ++q) {
+      const ScanQuery& s = queries[q];
+      const float left = s.left[stop];
+      err = fmaxf(err, s.err / left * (1 + 0x1p-18f));
+      err_norm = fmaxf(err_norm, s.err_norm / left * (1 + 0x1p-18f));
+      sq = fmaxf(sq, s.sq / left * (1 - 0x1p-18f));
+      ratio[q] = s.mul / left;
+      raise(q, s);
+    }
+  }
+  void raise(int q, const ScanQuery& s) {
+    const float rounding = (fabsf(s.tau) + fabsf(s.base)) * 0x1p-18f;
+    const float quotient = (s.tau - s.base - rounding) / s.left[stop];
+    need[q] = quotient - fabsf(quotient) * 0x1p-18f;
+  }
+};
+
 }  // namespace
 }  // namespace knnfast

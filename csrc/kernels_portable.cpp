@@ -37,9 +37,8 @@ void bound(const ScanRows& rows, uint32_t block, const ScanQuery& q, const int32
   }
 }
 
-int64_t scan_int8(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
-                  bool l2, Sink* sink) {
-  int64_t stopped = 0;
+void scan_int8(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
+               bool l2, Sink* sink, int64_t* stopped) {
   for (uint32_t b = begin; b < end; ++b) {
     const uint8_t* codes = rows.codes + static_cast<size_t>(b) * rows.groups * 64;
     for (int q = 0; q < nq; ++q) {
@@ -47,7 +46,7 @@ int64_t scan_int8(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery*
       float upper[kBlockRows];
       for (int32_t& s : sum) s = queries[q].offset;
       int g = 0;
-      for (int stop = rows.stops ? 0 : kStops; stop <= kStops; ++stop) {
+      for (int stop = rows.stop; stop <= kStops; ++stop) {
         for (const int to = stop < kStops ? stop_group(rows.groups, stop) : rows.groups; g < to;
              ++g) {
           const int8_t* p = queries[q].codes + g * kBlockDims;
@@ -60,13 +59,12 @@ int64_t scan_int8(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery*
         if (stop == kStops)
           report(rows, b, queries[q], q, upper, sink);
         else if (!reaching(rows, b, queries[q], upper)) {
-          stopped += kBlockRows;
+          stopped[stop] += kBlockRows;
           break;
         }
       }
     }
   }
-  return stopped;
 }
 
 void scan_fp16(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,

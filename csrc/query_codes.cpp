@@ -65,6 +65,9 @@ QueryCodes quantize_query(const double* v, int64_t dim, int window, int8_t* p, i
 }
 
 void fill_stops(ScanQuery& q, const double* v, int64_t dim, double row_scale) {
+  // Kernels divide by what is left, and only the largest quotients of a batch count (StopTest).
+  double least = 1e-30;
+  for (int64_t j = 0; j < dim; ++j) least += 0x1p-8 * v[j] * v[j];
   double square = 0;
   int sum = 0;
   int64_t end = dim;
@@ -76,7 +79,8 @@ void fill_stops(ScanQuery& q, const double* v, int64_t dim, double row_scale) {
     }
     end = begin;
     q.rest[stop] = 128 * sum;
-    q.left[stop] = round_up(std::sqrt(square) * row_scale * (1 + 0x1p-18) / 255);
+    const double norm = std::sqrt(std::max(square, least));
+    q.left[stop] = round_up(norm * row_scale * (1 + 0x1p-18) / 255);
   }
 }
 

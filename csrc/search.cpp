@@ -59,8 +59,9 @@ struct Worker : Sink {
   int64_t opened = 0;  // in these blocks, by queries that had a threshold
   int64_t seen = 0;    // rows
   int level = kInt8, hold = 0, patience = 8;
-  int unstopped = 0, pause = 1;  // chunks that are read to their ends; then how many
-  bool trusted = true;           // the level has paid since it was taken
+  int stop = 0;                // the first one that is tested
+  int passing = 0, pause = 1;  // chunks that pass over the first stop; then how many
+  bool trusted = true;         // the level has paid since it was taken
   Stats stats;
 };
 
@@ -255,7 +256,8 @@ class GroupSearch {
     w.level = task_.scan == Scan::fp16 ? kFp16 : kInt8;
     w.hold = 0;
     w.patience = 8;
-    w.unstopped = 0;
+    w.stop = 0;
+    w.passing = 0;
     w.pause = 1;
     w.trusted = true;
     w.trust = trust_;
@@ -408,13 +410,13 @@ class GroupSearch {
       rows.scale = view.codes->scale.as<float>();
       rows.bounds = view.codes->bounds.as<uint32_t>();
       rows.norm = view.codes->norm.as<float>();
-      rows.stops = w.unstopped == 0 && stop_group(rows.groups, 0) > 0;
+      rows.stop = stop_group(rows.groups, 0) > 0 ? w.stop : kStops;
       w.bounds = rows.bounds;
       w.norms = rows.norm;
-      const int64_t stopped =
-          kernels_.scan_int8(rows, begin, end, queries.data(), static_cast<int>(n_), l2, &w);
-      w.stats.rows_stopped += stopped;
-      judge_stops(w, rows.stops, stopped, pairs);
+      int64_t stopped[kStops] = {};
+      kernels_.scan_int8(rows, begin, end, queries.data(), static_cast<int>(n_), l2, &w, stopped);
+      w.stats.rows_stopped += stopped[0] + stopped[1];
+      if (rows.stop == w.stop) judge_stops(w, stopped, pairs);
     } else {
       ++w.stats.chunks_fp16;
       w.bounds = nullptr;
@@ -439,16 +441,26 @@ class GroupSearch {
     }
   }
 
-  // Stops cost a tenth of a scan where no row is left at one: then they are tried now and then.
-  void judge_stops(Worker& w, bool tested, int64_t stopped, int64_t pairs) {
-    if (!tested) {
-      w.unstopped -= w.unstopped > 0;
-    } else if (stopped * 5 >= pairs) {
+  // A stop costs time and gaps in what is read: one at which few rows are left is passed over, and
+  // tried again now and then.
+  void judge_stops(Worker& w, const int64_t* stopped, int64_t pairs) {
+    static_assert(kStops == 2, "the first, or the second alone, or none");
+    const auto pays = [pairs](int64_t left) { return left * 5 >= pairs; };
+    if (w.stop > 0) {
+      --w.passing;
+    } else if (pays(stopped[0])) {
       w.pause = 1;
+      return;
     } else {
-      w.unstopped = w.pause;
+      w.passing = w.pause;
       w.pause = std::min(w.pause * 2, 32);
     }
+    if (w.passing == 0)
+      w.stop = 0;
+    else if (!pays(stopped[0] + stopped[1]))
+      w.stop = kStops;
+    else
+      w.stop = 1;
   }
 
   // A few rows, as doubles, lie in the nearest cache while they meet all queries. Of a run of equal

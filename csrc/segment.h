@@ -16,8 +16,7 @@
 //             is filled with 128. Blocks follow each other; 1 KiB may be read past the last.
 //   scale     float a, so that y ≈ a·c
 //   bounds    uint32: the upper half is ρ >= ‖y - a·c‖ as bfloat16, rounded up; bytes 1 and 0 are
-//   the
-//             shares of ν, in 255ths rounded up, in the groups from the first and second stop on
+//             the shares of ν behind the first and the second stop, in 255ths, rounded up
 //   norm      float ν, ‖y‖ to 2^-20 relative (rounding of the float sum included)
 //
 // Bound. With a query q (scaled by a power of two; cosine: q/‖q‖; l2: q - μ) and its own int8 form

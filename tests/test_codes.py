@@ -63,8 +63,10 @@ def test_codes_keep_their_bound(tmp_path, seed, d, metric):
     rounded = 1 + 2**-7 + 1e-4
     assert (residual <= (step + 4e-6 * length + 2e-6 + 2e-18 * d) * rounded).all()
     # What is left of a row behind each stop, in 255ths of its norm.
-    for stop, share in ((3, bounds >> 8 & 255), (5, bounds & 255)):
-        rest = np.sqrt((y[:, -(-d // 4) // 32 * 4 * stop * 4 :] ** 2).sum(1))
+    groups = -(-d // 4)
+    for stop, share in ((5, bounds >> 8 & 255), (10, bounds & 255)):
+        first = -(-groups * stop // 64) * 4 if groups >= 32 else 0
+        rest = np.sqrt((y[:, 4 * first :] ** 2).sum(1))
         size = norm.astype(np.float64) * (1 + 2**-18)
         assert ((rest <= share / 255 * size) | (share == 255)).all()
         assert ((share - 1) / 255 * norm <= (rest + residual) * (1 + 1e-5)).all()
