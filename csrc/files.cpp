@@ -185,19 +185,43 @@ bool temporary_name(const std::string& name) {
          generation_at(name, begin.size());
 }
 
-void remove_others(const std::string& folder, const std::vector<FileEntry>& keep) {
+std::vector<std::string> names_in(const std::string& folder) {
+  std::vector<std::string> names;
   DIR* dir = opendir(folder.c_str());
-  if (!dir) return;
-  std::vector<std::string> old;
-  while (const dirent* e = readdir(dir)) {
-    const std::string name = e->d_name;
+  if (!dir) return names;
+  while (const dirent* e = readdir(dir)) names.push_back(e->d_name);
+  closedir(dir);
+  return names;
+}
+
+bool holds_index(const std::string& folder) {
+  char head[200];
+  FILE* f = fopen((folder + "/" + kManifest).c_str(), "rb");
+  if (!f) return false;
+  const size_t size = fread(head, 1, sizeof head, f);
+  fclose(f);
+  return std::string(head, size).find("knnfast-index") != std::string::npos;
+}
+
+// Refuses a folder that holds other things and no index. What a first save has left that was
+// killed, or is making in this moment, is not in the way.
+void check_place(const std::string& folder) {
+  std::vector<std::string> others;
+  for (const std::string& name : names_in(folder))
+    if (name[0] != '.' && !payload_name(name) && !temporary_name(name)) others.push_back(name);
+  if (others.empty() || holds_index(folder)) return;
+  throw std::invalid_argument("path: " + folder + " holds other files (" +
+                              *std::min_element(others.begin(), others.end()) +
+                              ") and no index; give a new folder");
+}
+
+void remove_others(const std::string& folder, const std::vector<FileEntry>& keep) {
+  for (const std::string& name : names_in(folder)) {
     const bool ours = payload_name(name) || temporary_name(name);
     if (ours &&
         std::none_of(keep.begin(), keep.end(), [&](const FileEntry& f) { return f.name == name; }))
-      old.push_back(name);
+      unlink((folder + "/" + name).c_str());
   }
-  closedir(dir);
-  for (const std::string& name : old) unlink((folder + "/" + name).c_str());
 }
 
 // Holds a folder for one writer: others, in any thread or process, wait. A file system without
@@ -370,6 +394,7 @@ void Index::save(const std::string& folder) const {
   if (stat(folder.c_str(), &s)) fail("cannot stat", folder);
   if (!S_ISDIR(s.st_mode)) throw std::invalid_argument("path: " + folder + " is not a folder");
   ours.lock();
+  check_place(folder);
 
   const std::string generation = new_generation();
   std::vector<FileEntry> files;

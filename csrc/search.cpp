@@ -59,9 +59,9 @@ struct Worker : Sink {
   int64_t opened = 0;  // in these blocks, by queries that had a threshold
   int64_t seen = 0;    // rows
   int level = kInt8, hold = 0, patience = 8;
-  int stop = 0;                // the first one that is tested
-  int passing = 0, pause = 1;  // chunks that pass over the first stop; then how many
-  bool trusted = true;         // the level has paid since it was taken
+  int stop = 0;         // the first one that is tested
+  int passing = 0;      // chunks that pass over the first of all
+  bool trusted = true;  // the level has paid since it was taken
   Stats stats;
 };
 
@@ -258,7 +258,6 @@ class GroupSearch {
     w.patience = 8;
     w.stop = 0;
     w.passing = 0;
-    w.pause = 1;
     w.trusted = true;
     w.trust = trust_;
     w.seen = 0;
@@ -442,18 +441,16 @@ class GroupSearch {
   }
 
   // A stop costs time and gaps in what is read: one at which few rows are left is passed over, and
-  // tried again now and then.
+  // tried again after an eighth of what has been scanned so far: as thresholds rise, it may pay.
   void judge_stops(Worker& w, const int64_t* stopped, int64_t pairs) {
     static_assert(kStops == 2, "the first, or the second alone, or none");
     const auto pays = [pairs](int64_t left) { return left * 5 >= pairs; };
     if (w.stop > 0) {
       --w.passing;
-    } else if (pays(stopped[0])) {
-      w.pause = 1;
-      return;
+    } else if (!pays(stopped[0])) {
+      w.passing = static_cast<int>(std::clamp<int64_t>(w.stats.chunks_int8 / 8, 1, 32));
     } else {
-      w.passing = w.pause;
-      w.pause = std::min(w.pause * 2, 32);
+      return;
     }
     if (w.passing == 0)
       w.stop = 0;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +35,8 @@ class Mixture(Collection):
         if not weights:
             raise ValueError("database: a mix needs at least one database, got none")
         for database, weight in weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, Real):
+                raise TypeError(f"database: a weight must be a number, got {weight!r}")
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"database: a weight must be at least 0, got {weight}")
             database.check_encoder(next(iter(weights)).encoder)

@@ -197,6 +197,7 @@ class KNNDiffusion:
             for each, weight in value.items():
                 database = self.find_database(each)
                 assert isinstance(database, Database)  # for the type checker
+                check_number("database: a weight", weight)
                 parts[database] = parts.get(database, 0.0) + weight
             return Mixture(parts)
         if isinstance(value, str) and value in self.databases:

@@ -122,6 +122,7 @@ def test_saved_and_loaded_gives_the_same_images(pipe, tmp_path):
         ({"guidance": None}, "guidance: expected a number"),
         ({"truncation": "a"}, "truncation: expected a number"),
         ({"database": 3}, "database: expected a Database, a name"),
+        ({"database": {"animals": "x"}}, "database: a weight: expected a number, got 'x'"),
         ({"image": Image.new("RGB", (0, 5))}, r"image: has no pixels, its size is \(0, 5\)"),
         ({"num_images": 0}, "num_images"),
         ({"seed": -1}, "seed"),

@@ -177,6 +177,8 @@ def test_mixture_rejects():
     ):
         with pytest.raises(ValueError, match=message):
             Mixture(weights)
+    with pytest.raises(TypeError, match="database: a weight must be a number, got 'x'"):
+        Mixture({a: "x"})
 
 
 def test_ids_of_filters_by_group_and_item():

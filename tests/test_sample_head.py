@@ -199,6 +199,8 @@ def test_rejects():
         ops.sample_head(features, weight, bias, x_t, weights, seed=0, guidance=2.0)
     with pytest.raises(ValueError, match="num_codes"):
         ops.sample_head(features, lambda r: r, None, x_t, weights, seed=0)
+    with pytest.raises(TypeError, match="num_codes: must be an integer, got 'a'"):
+        ops.sample_head(features, lambda r: r, None, x_t, weights, seed=0, num_codes="a")
     with pytest.raises(TypeError, match="features"):
         ops.sample_head(features.double(), weight, bias, x_t, weights, seed=0)
 

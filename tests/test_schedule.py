@@ -114,6 +114,10 @@ def test_rejects() -> None:
     for t, s in ((5, 5), (4, 5), (11, 5), (5, -1)):
         with pytest.raises(ValueError, match="levels must satisfy 0 <= s < t <= 10"):
             reference.transition_weights(Schedule("mask", 10, 4), t, s, 4)
+    with pytest.raises(TypeError, match=r"t: must be an integer, got 5\.0"):
+        reference.transition_weights(Schedule("mask", 10, 4), 5.0, 4, 4)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="schedule: must have A, B and C, got None"):
+        reference.transition_weights(None, 5, 4, 4)  # type: ignore[arg-type]
 
 
 def test_weights_are_of_the_schedules_codes() -> None:

@@ -106,7 +106,9 @@ class KNNFAST_API Index {
   int64_t nbytes() const;  // bytes in use
   Stats stats() const;
 
-  void save(const std::string& folder) const;  // atomic: a kill leaves the old or the new index
+  // Atomic: a kill leaves the old or the new index. A folder of other files and no index is
+  // refused.
+  void save(const std::string& folder) const;
   static Index open(const std::string& folder, bool mmap = true);
   // Checks every payload; the paths of the damaged ones. Empty for an index that was never saved.
   std::vector<std::string> verify() const;

@@ -39,6 +39,12 @@ def check_number(name: str, value: float) -> None:
         raise ValueError(f"{name}: must be finite, got {value}")
 
 
+def check_whole(name: str, value: int) -> None:
+    """Raise TypeError unless the value is a whole number."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: must be an integer, got {value!r}")
+
+
 def check_shape(name: str, x: Tensor, shape: Sequence[int | None]) -> None:
     """Raise ValueError unless the tensor x has this shape (None: any size)."""
     check_tensor(name, x)

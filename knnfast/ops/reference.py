@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from knnfast.ops import philox
+from knnfast.ops._checks import check_whole
 
 # ---------------------------------------------------------------------------------------------
 # Neighbour attention
@@ -129,6 +130,10 @@ def transition_weights(
     p(x_s | x_t = i)    = REAL_P p + (REAL_U0 (1 - p_i) + REAL_U1 p_i) uniform + rest at i
     KEEP = C_s is the share of positions that purity sampling leaves masked.
     """
+    if not all(hasattr(schedule, name) for name in "ABC"):
+        raise TypeError(f"schedule: must have A, B and C, got {schedule!r}")
+    for name, value in (("t", t), ("s", s), ("num_codes", num_codes)):
+        check_whole(name, value)
     A, B, C = ([float(v) for v in getattr(schedule, name)] for name in "ABC")
     if not 0 <= s < t < len(A):
         raise ValueError(f"levels must satisfy 0 <= s < t <= {len(A) - 1}, got t={t}, s={s}")

@@ -20,6 +20,7 @@ from knnfast.ops._checks import (
     check_dtype,
     check_number,
     check_shape,
+    check_whole,
     library,
     pointer,
     row_stride,
@@ -142,6 +143,8 @@ def sample_head(
         check_dtype("weight", weight, (features.dtype,))
         check_shape("weight", weight, (None, D))
         check_device("weight", weight, features.device)
+        if num_codes is not None:
+            check_whole("num_codes", num_codes)
         if num_codes not in (None, weight.shape[0]):
             raise ValueError(f"num_codes: weight has {weight.shape[0]} rows, got {num_codes}")
         num_codes = weight.shape[0]
@@ -150,6 +153,8 @@ def sample_head(
             check_shape("bias", bias, (num_codes,))
     elif bias is not None or num_codes is None:
         raise ValueError("weight: a callable head takes bias=None and needs num_codes")
+    else:
+        check_whole("num_codes", num_codes)
     x_t, weights, image_indices, seed = _check_step(
         features, B, L, num_codes, x_t, weights, image_indices, seed, guidance, temperature, top_r,
         top_k,
@@ -223,8 +228,7 @@ def _check_step(
         raise ValueError(f"temperature: must be > 0, got {temperature}")
     if not 0 < top_r <= 1:
         raise ValueError(f"top_r: must be in (0, 1], got {top_r}")
-    if isinstance(top_k, bool) or not hasattr(top_k, "__index__"):
-        raise TypeError(f"top_k: must be an integer, got {top_k!r}")
+    check_whole("top_k", top_k)
     if top_k < 0:
         raise ValueError(f"top_k: must be >= 0, got {top_k}")
     if image_indices is None:

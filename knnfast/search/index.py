@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,6 @@ METRICS = ("ip", "cosine", "l2")
 SCANS = ("fp16", "int8", "auto")
 
 DamagedFile = _C.DamagedFile
-
-# Files of an index, as csrc/files.cpp names them: payloads, and a manifest that is being written.
-_OURS = re.compile(
-    r"[0-9a-f]{16}-\d{4,}\.(rows\.f16|ids\.i64|live\.u16|terms\.f32|codes\.u8)"
-    r"|manifest\.json\.[0-9a-f]{16}"
-)
 
 
 def set_num_threads(n: int) -> None:
@@ -237,9 +230,7 @@ class Index:
             path: a new or empty folder, or one that holds an index, which is replaced.
         Raises: ValueError a folder of other files; OSError it cannot be written.
         """
-        path = interop.as_path(path, "path")
-        _check_place(path)
-        self._core.save(path)
+        self._core.save(interop.as_path(path, "path"))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], device: str = "cpu", mmap: bool = True) -> Index:
@@ -274,24 +265,6 @@ class Index:
         from knnfast.search import faiss_bridge
 
         return faiss_bridge.to_faiss(self)
-
-
-def _check_place(path: str) -> None:
-    """Refuse a folder that holds other things and no index."""
-    try:
-        names = os.listdir(path)
-        if "manifest.json" in names:
-            with open(os.path.join(path, "manifest.json"), "rb") as manifest:
-                if b"knnfast-index" in manifest.read(200):
-                    return
-    except OSError:  # none yet, or the save says what is wrong
-        return
-    # A first save that was killed, or one that goes on, has left or is making such files.
-    others = sorted(n for n in names if not _OURS.fullmatch(n) and not n.startswith("."))
-    if others:
-        raise ValueError(
-            f"path: {path} holds other files ({others[0]}) and no index; give a new folder"
-        )
 
 
 class Plan:
