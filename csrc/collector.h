@@ -125,7 +125,7 @@ class alignas(64) Collector {
     __builtin_prefetch(pending_.data() + pending_.size() + 5, 1);  // the next line: for later
     if (!range_) {
       fresh_floors_.offer(floor, tau_);
-      if (2 * fresh_floors_.count >= k_) share(query_->floors, fresh_floors_);
+      if (4 * fresh_floors_.count >= k_) share(query_->floors, fresh_floors_);
     }
     if (pending_.size() >= capacity_) shrink();
   }
