@@ -188,19 +188,22 @@ bool temporary_name(const std::string& name) {
 std::vector<std::string> names_in(const std::string& folder) {
   std::vector<std::string> names;
   DIR* dir = opendir(folder.c_str());
-  if (!dir) return names;
+  if (!dir) fail("cannot list", folder);
   while (const dirent* e = readdir(dir)) names.push_back(e->d_name);
   closedir(dir);
   return names;
 }
 
 bool holds_index(const std::string& folder) {
+  const std::string path = folder + "/" + kManifest;
+  struct stat s;
+  if (stat(path.c_str(), &s) || !S_ISREG(s.st_mode)) return false;
+  FILE* f = fopen(path.c_str(), "rb");
+  if (!f) fail("cannot open", path);
   char head[200];
-  FILE* f = fopen((folder + "/" + kManifest).c_str(), "rb");
-  if (!f) return false;
   const size_t size = fread(head, 1, sizeof head, f);
   fclose(f);
-  return std::string(head, size).find("knnfast-index") != std::string::npos;
+  return std::string(head, size).find("\"format\":\"knnfast-index\"") != std::string::npos;
 }
 
 // Refuses a folder that holds other things and no index. What a first save has left that was
@@ -216,7 +219,13 @@ void check_place(const std::string& folder) {
 }
 
 void remove_others(const std::string& folder, const std::vector<FileEntry>& keep) {
-  for (const std::string& name : names_in(folder)) {
+  std::vector<std::string> names;
+  try {
+    names = names_in(folder);
+  } catch (const std::system_error&) {
+    return;  // they stay until the next save; this one is done
+  }
+  for (const std::string& name : names) {
     const bool ours = payload_name(name) || temporary_name(name);
     if (ours &&
         std::none_of(keep.begin(), keep.end(), [&](const FileEntry& f) { return f.name == name; }))
@@ -475,7 +484,10 @@ Index Index::open(const std::string& folder, bool map) {
     try {
       if (j.kind != Json::object || j.at("format", Json::string).text != "knnfast-index")
         throw std::runtime_error("not a knnfast index");
-      const int64_t version = j.integer_at("version", 1, kVersion);
+      const int64_t version = j.integer_at("version", 1, INT64_MAX);
+      if (version > kVersion)
+        throw std::runtime_error("written by a newer knnfast: format " + std::to_string(version) +
+                                 ", this one reads 1 to " + std::to_string(kVersion));
       impl->dim = j.integer_at("dim", 1, 65536);
       impl->metric = Metric(index_of(j.at("metric", Json::string).text, kMetrics, "metric"));
       impl->scan = Scan(index_of(j.at("scan", Json::string).text, kScans, "scan"));

@@ -14,13 +14,18 @@ static_assert(kQueryPad % (kWindow * kBlockDims) == 0, "whole windows of zeros")
 
 static_assert((kWindow - 1) * 64 <= 1024, "what may be read past the codes");
 
+// The live rows of a block of which a comparison holds.
+inline uint32_t live_rows(const ScanRows& rows, uint32_t block, __m256 low, __m256 high) {
+  const uint32_t mask = static_cast<uint32_t>(_mm256_movemask_ps(low)) |
+                        static_cast<uint32_t>(_mm256_movemask_ps(high)) << 8;
+  return rows.live ? mask & rows.live[block] : mask;
+}
+
 void report(const ScanRows& rows, uint32_t block, ScanQuery& query, int index, __m256 u0, __m256 u1,
             Sink* sink) {
   const __m256 tau = _mm256_set1_ps(query.tau);
-  uint32_t mask = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(u0, tau, _CMP_GE_OQ))) |
-                  static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(u1, tau, _CMP_GE_OQ)))
-                      << 8;
-  if (rows.live) mask &= rows.live[block];
+  const uint32_t mask = live_rows(rows, block, _mm256_cmp_ps(u0, tau, _CMP_GE_OQ),
+                                  _mm256_cmp_ps(u1, tau, _CMP_GE_OQ));
   if (!mask) return;
   float upper[kBlockRows];
   _mm256_storeu_ps(upper, u0);
@@ -192,7 +197,8 @@ void int8_heads(const ScanRows& rows, uint32_t block, uint32_t apart, const Scan
   first_sums<NB, NQ>(rows, block, apart, queries, index, stop_window(rows.groups, test.stop), ahead,
                      sums);
   for (uint32_t b = 0; b < NB; ++b) {
-    const BlockTerms t = load_terms(rows, block + b * apart);
+    const uint32_t at = block + b * apart;
+    const BlockTerms t = load_terms(rows, at);
     const __m256 others[2] = {stop_terms<L2>(test, t, 0), stop_terms<L2>(test, t, 1)};
     for (int q = 0; q < NQ; ++q) {
       const __m256 need = _mm256_set1_ps(test.need[index + q]);
@@ -202,7 +208,7 @@ void int8_heads(const ScanRows& rows, uint32_t block, uint32_t apart, const Scan
         const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[b][q][h]), t.scale[h]);
         goes[h] = _mm256_cmp_ps(_mm256_fmadd_ps(product, ratio, others[h]), need, _CMP_NLT_UQ);
       }
-      if (_mm256_movemask_ps(_mm256_or_ps(goes[0], goes[1]))) going[b].add(index + q, sums[b][q]);
+      if (live_rows(rows, at, goes[0], goes[1])) going[b].add(index + q, sums[b][q]);
     }
   }
 }
@@ -236,7 +242,7 @@ void int8_rest(const ScanRows& rows, uint32_t block, const BlockTerms& t, int st
                                          bound<L2>(t, h, sums[0][i][h], q));
         goes[h] = _mm256_cmp_ps(u, _mm256_set1_ps(q.tau), _CMP_GE_OQ);
       }
-      if (_mm256_movemask_ps(_mm256_or_ps(goes[0], goes[1]))) going.add(index[i], sums[0][i]);
+      if (live_rows(rows, block, goes[0], goes[1])) going.add(index[i], sums[0][i]);
     }
   }
 }

@@ -193,11 +193,12 @@ void int8_heads(const ScanRows& rows, uint32_t block, uint32_t apart, const Scan
     for (int q = 0; q < NQ; ++q) {
       const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[b][q]), t.scale);
       const __m512 u = _mm512_fmadd_ps(product, _mm512_set1_ps(test.ratio[index + q]), others);
-      masks[q] = _mm512_cmp_ps_mask(u, _mm512_set1_ps(test.need[index + q]), _CMP_NLT_UQ);
+      const __m512 need = _mm512_set1_ps(test.need[index + q]);
+      masks[q] = _mm512_mask_cmp_ps_mask(t.live, u, need, _CMP_NLT_UQ);
     }
     const __m128i mask = _mm_load_si128(reinterpret_cast<const __m128i*>(masks));
     unsigned goes = _mm_test_epi16_mask(mask, mask);
-    if (!goes || !t.live) continue;
+    if (!goes) continue;
     if (NQ == 8 && going[b].count == 0) {  // by the time that all queries have been here
       const size_t at = static_cast<size_t>(block + b * apart) * rows.groups;
       for (int g = end; g < rows.groups; ++g)

@@ -420,11 +420,18 @@ def test_a_folder_of_other_files_is_no_place_for_an_index(tmp_path):
     assert all((folder / name).read_text() == "mine" for name in others)
 
 
-def test_a_manifest_of_something_else_stays(tmp_path):
-    (tmp_path / "manifest.json").write_text('{"name": "an app"}')
+@pytest.mark.parametrize("text", ['{"name": "an app"}', '{"needs":["knnfast-index"]}'])
+def test_a_manifest_of_something_else_stays(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match=r"holds other files \(manifest\.json\) and no index"):
         Index(4).save(tmp_path)
-    assert (tmp_path / "manifest.json").read_text() == '{"name": "an app"}'
+    assert (tmp_path / "manifest.json").read_text() == text
+
+
+def test_a_manifest_that_is_no_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "manifest.json")  # to open it would wait for a writer
+    with pytest.raises(ValueError, match=r"holds other files \(manifest\.json\) and no index"):
+        Index(4).save(tmp_path)
 
 
 def test_opening_while_another_process_saves(tmp_path):

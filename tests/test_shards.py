@@ -54,6 +54,21 @@ def crc32c(data):
     return crc ^ 0xFFFFFFFF
 
 
+def reseal(folder, index):
+    """A manifest of what `index` says."""
+    text = json.dumps(index)
+    sealed = f'{{"crc32c":{crc32c(text.encode())},"index":{text}}}\n'
+    (folder / "manifest.json").write_text(sealed)
+
+
+def test_a_newer_version(tmp_path):
+    make(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())["index"]
+    reseal(tmp_path, manifest | {"version": 99})
+    with pytest.raises(DamagedFile, match=r"newer knnfast: format 99, this one reads 1 to \d"):
+        Index.open(tmp_path)
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_older_versions(tmp_path, version):
     """What their bounds say of the places where a scan may stop is not taken for today's."""
@@ -70,9 +85,7 @@ def test_older_versions(tmp_path, version):
     manifest = json.loads((tmp_path / "manifest.json").read_text())["index"]
     manifest["version"] = version
     manifest["segments"][0]["terms"]["crc32c"] = crc32c(words.tobytes())
-    text = json.dumps(manifest)
-    sealed = f'{{"crc32c":{crc32c(text.encode())},"index":{text}}}\n'
-    (tmp_path / "manifest.json").write_text(sealed)
+    reseal(tmp_path, manifest)
     opened = Index.open(tmp_path)
     opened.verify()
     for m in (1, 20):

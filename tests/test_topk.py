@@ -132,6 +132,30 @@ def test_stops(kind, metric, seed):
         assert stopped > 0
 
 
+@pytest.mark.parametrize("m", [1, 16])
+def test_rows_left_out_hold_up_no_stop(m, seed):
+    """Every block has a row near the queries, but only the first 40 are in the search."""
+    rng = np.random.default_rng(seed)
+    centre = rng.standard_normal(256)
+    x = rng.standard_normal((32_000, 256))
+    near = np.arange(0, len(x), 16)
+    x[near] = centre + 0.02 * rng.standard_normal((len(near), 256))
+    x = x.astype(np.float16)
+    q = (centre + 0.1 * rng.standard_normal((m, 256))).astype(np.float32)
+    kept = np.setdiff1d(np.arange(len(x)), near[40:])
+    index = Index(256, scan="int8")
+    index.add(x)
+    index.remove(near[40:])
+    before = _C.num_threads()
+    try:
+        set_num_threads(1)  # another one would begin where there is no threshold yet
+        assert_topk(index, x[kept], q, 10, torch.as_tensor(kept))
+    finally:
+        set_num_threads(before)
+    if _C.isa() in STOPPING:
+        assert index.stats["rows_stopped"] > 0.7 * index.stats["rows_scanned"]
+
+
 @pytest.mark.parametrize("d", [64, 256])
 @pytest.mark.parametrize("m", [1, 20])
 def test_trust_is_checked(d, m, seed):
