@@ -139,12 +139,12 @@ def sample_head(
         check_dtype("null_features", null_features, (features.dtype,))
         check_shape("null_features", null_features, (B, L, D))
         check_device("null_features", null_features, features.device)
+    if num_codes is not None:
+        check_whole("num_codes", num_codes)
     if isinstance(weight, Tensor):
         check_dtype("weight", weight, (features.dtype,))
         check_shape("weight", weight, (None, D))
         check_device("weight", weight, features.device)
-        if num_codes is not None:
-            check_whole("num_codes", num_codes)
         if num_codes not in (None, weight.shape[0]):
             raise ValueError(f"num_codes: weight has {weight.shape[0]} rows, got {num_codes}")
         num_codes = weight.shape[0]
@@ -153,8 +153,6 @@ def sample_head(
             check_shape("bias", bias, (num_codes,))
     elif bias is not None or num_codes is None:
         raise ValueError("weight: a callable head takes bias=None and needs num_codes")
-    else:
-        check_whole("num_codes", num_codes)
     x_t, weights, image_indices, seed = _check_step(
         features, B, L, num_codes, x_t, weights, image_indices, seed, guidance, temperature, top_r,
         top_k,
