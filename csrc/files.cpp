@@ -6,6 +6,8 @@
 //   GENERATION-NNNN.live.u16     a bit a row, only after removals
 //   GENERATION-NNNN.terms.f32    row norms [n]; with codes also mean [dim], scale, bounds, norm
 //   GENERATION-NNNN.codes.u8     the blocks of segment.h, 1 KiB of zeros behind them
+//   GENERATION-NNNN.rotation.f32 [dim, dim] (rotation.h), where the codes have one; one for all
+//                                segments that name it
 //
 // manifest.json is {"crc32c": N, "index": {...}}, the checksum covering the text of "index".
 // Saving writes new files, syncs them, and replaces the manifest by rename: a kill at any moment
@@ -23,20 +25,23 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <optional>
 #include <random>
 #include <system_error>
 
 #include "index_impl.h"
 #include "json.h"
+#include "rotation.h"
 #include "thread_pool.h"
 
 namespace knnfast {
 namespace {
 
 constexpr const char* kManifest = "manifest.json";
-// 1: residuals as floats in the place of bounds; 2: stops after 3/8 and 5/8 of the groups.
-constexpr int64_t kVersion = 3;
+// 1: residuals as floats in the place of bounds; 2: stops after 3/8 and 5/8 of the groups; 3: no
+// rotations.
+constexpr int64_t kVersion = 4;
 
 struct CrcTables {
   uint32_t t[8][256];
@@ -171,7 +176,8 @@ bool generation_at(const std::string& name, size_t at) {
 
 // Ours: the names of payloads as above, and a generation behind a new manifest's.
 bool payload_name(const std::string& name) {
-  const char* const kKinds[] = {".rows.f16", ".ids.i64", ".live.u16", ".terms.f32", ".codes.u8"};
+  const char* const kKinds[] = {".rows.f16",  ".ids.i64",  ".live.u16",
+                                ".terms.f32", ".codes.u8", ".rotation.f32"};
   if (name.size() < 17 || !generation_at(name, 0) || name[16] != '-') return false;
   const size_t end = name.find_first_not_of("0123456789", 17);
   return end != std::string::npos && end >= 17 + 4 &&
@@ -334,8 +340,19 @@ Buffer copy_floats(const float* from, size_t n) {
   return b;
 }
 
+using Rotations = std::map<std::string, std::shared_ptr<const Rotation>>;  // by file name
+
+// Multiplied with its transpose to see how orthogonal it is: what is no rotation is refused.
+std::shared_ptr<const Rotation> load_rotation(const std::string& folder, const FileEntry& entry,
+                                              int64_t dim) {
+  const std::shared_ptr<Buffer> rows = load(folder, entry, false);
+  std::shared_ptr<const Rotation> r = Rotation::from_rows(rows->as<float>(), dim);
+  if (!r->orthogonal()) damaged(folder + "/" + entry.name, "it is no rotation");
+  return r;
+}
+
 SegmentView load_segment(const std::string& folder, const Json& j, int64_t version, int64_t dim,
-                         bool map, std::vector<FileEntry>& files) {
+                         bool map, std::vector<FileEntry>& files, Rotations& rotations) {
   SegmentView v;
   const uint64_t n = static_cast<uint64_t>(j.integer_at("rows", 1, int64_t{1} << 31));
   const uint64_t d = static_cast<uint64_t>(dim);
@@ -374,6 +391,16 @@ SegmentView load_segment(const std::string& folder, const Json& j, int64_t versi
         bounds = (version == 1 ? residual_up(bounds) : bounds) | 0xffff;
       }
     v.codes->codes = std::move(*load(folder, codes, map));
+    if (j.fields.count("rotation")) {
+      if (dim > kMaxRotated) throw std::runtime_error("rotated codes of so long rows");
+      const FileEntry entry = entry_of(j, "rotation", d * d * 4);
+      std::shared_ptr<const Rotation>& rotation = rotations[entry.name];
+      if (!rotation) {
+        files.push_back(entry);
+        rotation = load_rotation(folder, entry, dim);
+      }
+      v.codes->rotation = rotation;
+    }
   }
   if (j.fields.count("ids")) {
     const FileEntry ids = entry_of(j, "ids", n * 8);
@@ -414,6 +441,7 @@ void Index::save(const std::string& folder) const {
     return json_of(files.back());
   };
   size_t number = 0;
+  std::map<const Rotation*, std::string> rotations;  // that are written
   for (const SegmentView& v : *snapshot) {
     char stem[40];
     std::snprintf(stem, sizeof stem, "%s-%04zu", generation.c_str(), number++);
@@ -436,6 +464,16 @@ void Index::save(const std::string& folder) const {
                   {zeros.data(), zeros.size()}});
       field("codes");
       segments += json;
+    }
+    if (v.codes && v.codes->rotation) {
+      std::string& rotation = rotations[v.codes->rotation.get()];
+      if (rotation.empty()) {
+        std::vector<float> matrix(d * d);
+        v.codes->rotation->rows(matrix.data());
+        rotation = put(at + ".rotation.f32", {{matrix.data(), matrix.size() * 4}});
+      }
+      field("rotation");
+      segments += rotation;
     }
     json = put(at + ".terms.f32", terms);
     field("terms");
@@ -493,8 +531,10 @@ Index Index::open(const std::string& folder, bool map) {
       impl->scan = Scan(index_of(j.at("scan", Json::string).text, kScans, "scan"));
       impl->next_id = j.integer_at("next_id", 0, INT64_MAX);
       auto snapshot = std::make_shared<Snapshot>();
+      Rotations rotations;
       for (const Json& segment : j.at("segments", Json::array).items)
-        snapshot->push_back(load_segment(folder, segment, version, impl->dim, map, impl->files));
+        snapshot->push_back(
+            load_segment(folder, segment, version, impl->dim, map, impl->files, rotations));
       for (const SegmentView& v : *snapshot)
         for (uint32_t r = 0; r < v.n; ++r) {
           const int64_t id = v.id(r);

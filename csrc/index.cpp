@@ -6,6 +6,7 @@
 #include <string>
 
 #include "index_impl.h"
+#include "rotation.h"
 #include "thread_pool.h"
 
 #ifdef KNNFAST_X86
@@ -102,16 +103,20 @@ int64_t store_rows(const Segment& segment, int64_t dim, int64_t at, const void* 
   return bad.load() == INT64_MAX ? -1 : bad.load();
 }
 
-// Codes for the whole blocks that have none; a young mean is taken anew as the segment fills.
-void extend_codes(SegmentView& view, uint32_t old_n, int64_t dim, bool cosine) {
+// Codes for the whole blocks of segment `s` that have none; young ones are made anew as the segment
+// fills. A rotation is found once and passed on.
+void extend_codes(Snapshot& snapshot, size_t s, uint32_t old_n, int64_t dim, bool cosine) {
+  SegmentView& view = snapshot[s];
   uint32_t begin = old_n / kBlockRows;
   const uint32_t end = view.blocks();
   if (begin == end) return;
-  constexpr int64_t kSettled = 16384;
-  const bool young = view.codes && view.codes->mean_rows < kSettled &&
+  const bool young = view.codes && view.codes->mean_rows < settled_rows(dim) &&
                      static_cast<int64_t>(view.n) >= 4 * view.codes->mean_rows;
   if (!view.codes || young) {
-    view.codes = make_codes(*view.segment, dim, view.n, cosine);
+    std::shared_ptr<const Rotation> rotation;
+    for (size_t i = 0; i < s && !rotation; ++i)
+      if (snapshot[i].codes) rotation = snapshot[i].codes->rotation;
+    view.codes = make_codes(*view.segment, dim, view.n, cosine, std::move(rotation));
     begin = 0;
   }
   quantize_blocks(*view.segment, *view.codes, dim, begin, end, cosine);
@@ -257,7 +262,7 @@ void Index::add(const void* vectors, DType dtype, int64_t n, const int64_t* ids,
     pieces.push_back({next.size() - 1, v.n, first, count});
     const uint32_t old_n = v.n;
     v.n += static_cast<uint32_t>(count);
-    if (m.coded()) extend_codes(v, old_n, m.dim, m.metric == Metric::cosine);
+    if (m.coded()) extend_codes(next, next.size() - 1, old_n, m.dim, m.metric == Metric::cosine);
     first += count;
   }
 
@@ -461,7 +466,7 @@ void Index::compact() {
   }
   if (m.coded())
     for (size_t s = kept; s < next.size(); ++s)
-      extend_codes(next[s], 0, m.dim, m.metric == Metric::cosine);
+      extend_codes(next, s, 0, m.dim, m.metric == Metric::cosine);
   std::unique_lock<std::shared_mutex> lock(m.state);
   if (!m.ascending) {
     IdMap map;
@@ -484,13 +489,16 @@ int64_t Index::size() const {
 int64_t Index::nbytes() const {
   std::shared_lock<std::shared_mutex> lock(impl_->state);
   int64_t total = impl_->map.nbytes();
+  const Rotation* rotated = nullptr;  // one for all segments
   for (const SegmentView& s : *impl_->current) {
     const int64_t n = s.n, coded = static_cast<int64_t>(s.blocks()) * kBlockRows;
     total += n * impl_->dim * 2 + n * 4 + (s.ids ? n * 8 : 0);
     if (s.codes)
       total += coded * code_groups(impl_->dim) * kBlockDims + coded * 12 + impl_->dim * 4;
     if (s.live) total += static_cast<int64_t>(s.live->size()) * 2;
+    if (s.codes && s.codes->rotation) rotated = s.codes->rotation.get();
   }
+  if (rotated) total += static_cast<int64_t>(rotated->panels.size()) * 4;
   return total;
 }
 

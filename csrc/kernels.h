@@ -69,6 +69,8 @@ struct ScanQuery {
   float tau;  // rows with u < tau are out
 };
 
+constexpr int kPanel = 32, kSumLength = 64;  // of matmul
+
 // A kernel may take the codes of batches of kTileBatch queries and more as tiles: 16 queries' codes
 // of 64 dimensions, side by side, then the next 64 dimensions.
 constexpr int kTileQueries = 16, kTileBatch = 4;
@@ -104,10 +106,14 @@ struct Kernels {
   // Conversions. to_half returns false if a value is NaN or beyond ±65504 after rounding.
   bool (*to_half)(const float* x, uint16_t* out, int64_t n);
   void (*to_float)(const uint16_t* x, float* out, int64_t n);
-  // Codes (stride 64 bytes a group), scale, residual and norm of one row y = x·factor - mean, each
-  // step rounded to float; y has room for dim, filled up to a multiple of 16.
-  void (*quantize_row)(const uint16_t* x, float factor, const float* mean, int dim, float* y,
-                       uint8_t* codes, float* scale, float* residual, float* norm);
+  // y = x·factor - mean, each step rounded to float, and zeros up to a multiple of 16.
+  void (*centre_row)(const uint16_t* x, float factor, const float* mean, int dim, float* y);
+  // Codes (stride 64 bytes a group), scale, residual and norm of such a y.
+  void (*quantize_row)(const float* y, int dim, uint8_t* codes, float* scale, float* residual,
+                       float* norm);
+  // out [rows, cols] = a [rows, inner] · b, with b in panels [cols/32][inner][32]; cols is a
+  // multiple of 32, inner of kSumLength: so many products are summed at a time.
+  void (*matmul)(const float* a, int rows, int inner, const float* b, int cols, float* out);
 };
 
 const Kernels& kernels();  // the best this machine has, or KNNFAST_ISA's

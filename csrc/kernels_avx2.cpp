@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "kernels_common.h"
+#include "kernels_matmul.h"
 
 namespace knnfast {
 namespace {
@@ -317,9 +318,7 @@ void scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQu
 
 void scan_int8(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
                bool l2, Sink* sink, int64_t* stopped) {
-  // Where there is little to sum, the gaps that stops leave in what is read cost more than they
-  // save.
-  const bool stops = rows.stop < kStops && rows.groups >= 64 && (nq < 4 || nq >= 8);
+  const bool stops = rows.stop < kStops && rows.groups >= 64;
   auto* scan = l2 ? (stops ? scan_int8_metric<true, true> : scan_int8_metric<true, false>)
                   : (stops ? scan_int8_metric<false, true> : scan_int8_metric<false, false>);
   scan(rows, begin, end, queries, nq, sink, stopped);
@@ -548,12 +547,21 @@ void to_float(const uint16_t* x, float* out, int64_t n) {
 
 }  // namespace
 
-extern const Kernels kAvx2 = {"avx2",          kWindow,
-                              false,           scan_int8,
-                              scan_fp16,       canonical<false>,
-                              canonical<true>, widen,
-                              row_sum<kDot>,   row_sum<kL2>,
-                              row_sum<kNorm2>, to_half,
-                              to_float,        quantize_row_plain<to_float>};
+extern const Kernels kAvx2 = {"avx2",
+                              kWindow,
+                              false,
+                              scan_int8,
+                              scan_fp16,
+                              canonical<false>,
+                              canonical<true>,
+                              widen,
+                              row_sum<kDot>,
+                              row_sum<kL2>,
+                              row_sum<kNorm2>,
+                              to_half,
+                              to_float,
+                              centre_row_plain<to_float>,
+                              quantize_row_plain,
+                              matmul};
 
 }  // namespace knnfast

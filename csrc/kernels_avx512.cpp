@@ -9,5 +9,6 @@ extern const Kernels kAvx512 = {"avx512",        0,
                                 canonical<true>, widen,
                                 row_sum<kDot>,   row_sum<kL2>,
                                 row_sum<kNorm2>, to_half,
-                                to_float,        quantize_row};
+                                to_float,        centre_row,
+                                quantize_row,    matmul};
 }  // namespace knnfast

@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include "kernels_common.h"
+#include "kernels_matmul.h"
 
 namespace knnfast {
 namespace {
@@ -159,9 +160,10 @@ inline __m512 stop_terms(const StopTest& test, const BlockTerms& t) {
 
 // The queries that go on past a stop with one block, and their sums so far.
 struct Going {
-  __m512i sums[kGroup];
-  int query[kGroup];
-  int count = 0;
+  __m512i* sums;
+  int* query;
+  uint32_t block;
+  int count;
 
   void add(int q, __m512i sum) {
     sums[count] = sum;
@@ -169,10 +171,31 @@ struct Going {
   }
 };
 
-// NB blocks, `apart` from each other, and NQ queries, up to the first stop that is tested.
+// Blocks whose sums up to the first stop come before the rest of any: what the rest needs is on its
+// way from memory meanwhile.
+struct Wave {
+  static constexpr int kBlocks = 16, kPairs = 2 * kGroup;
+  __m512i sums[kPairs];
+  int query[kPairs];
+  Going going[kBlocks];
+  const int nq, most;
+  int count = 0;
+
+  explicit Wave(int queries) : nq(queries), most(queries < 8 ? kBlocks : 2) {}
+  bool room(int blocks) const { return count + blocks <= most; }
+  Going* take(int blocks, uint32_t block, uint32_t apart) {
+    Going* first = going + count;
+    for (int b = 0; b < blocks; ++b, ++count, block += apart)
+      going[count] = {sums + count * nq, query + count * nq, block, 0};
+    return first;
+  }
+};
+
+// NB blocks, `apart` from each other, and NQ queries, up to the first stop that is tested. Where
+// one goes on, the block's groups before `fetched` are asked for.
 template <bool VNNI, bool L2, int NB, int NQ>
 void int8_heads(const ScanRows& rows, uint32_t block, uint32_t apart, const ScanQuery* queries,
-                int index, const StopTest& test, Ahead& ahead, Going* going) {
+                int index, const StopTest& test, int fetched, Ahead& ahead, Going* going) {
   __m512i sums[NB][NQ];
   const int8_t* words[NQ];
 #pragma GCC unroll 8
@@ -199,9 +222,9 @@ void int8_heads(const ScanRows& rows, uint32_t block, uint32_t apart, const Scan
     const __m128i mask = _mm_load_si128(reinterpret_cast<const __m128i*>(masks));
     unsigned goes = _mm_test_epi16_mask(mask, mask);
     if (!goes) continue;
-    if (NQ == 8 && going[b].count == 0) {  // by the time that all queries have been here
+    if (going[b].count == 0) {
       const size_t at = static_cast<size_t>(block + b * apart) * rows.groups;
-      for (int g = end; g < rows.groups; ++g)
+      for (int g = end; g < fetched; ++g)
         _mm_prefetch(reinterpret_cast<const char*>(rows.codes + (at + g) * 64), _MM_HINT_T1);
     }
     __m512i kept[NQ];
@@ -217,8 +240,8 @@ void int8_heads(const ScanRows& rows, uint32_t block, uint32_t apart, const Scan
 // Up to NQ queries that go on, the `count` from `first` on, from one stop to the next or to the
 // end.
 template <bool VNNI, bool L2, int NQ>
-void int8_rest(const ScanRows& rows, uint32_t block, const BlockTerms& t, int stop,
-               ScanQuery* queries, int first, int count, Sink* sink, StopTest& test, Going& going) {
+void int8_rest(const ScanRows& rows, const BlockTerms& t, int stop, ScanQuery* queries, int first,
+               int count, Sink* sink, StopTest& test, Going& going) {
   __m512i sums[1][NQ];
   const int8_t* words[NQ];
   int index[NQ];
@@ -234,13 +257,14 @@ void int8_rest(const ScanRows& rows, uint32_t block, const BlockTerms& t, int st
   const bool last = stop + 1 == kStops;
   const int end = last ? rows.groups : stop_group(rows.groups, stop + 1);
   Ahead none;
-  int8_sums<VNNI, 1, 1, NQ>(rows, block, 0, words, stop_group(rows.groups, stop), end, none, sums);
+  int8_sums<VNNI, 1, 1, NQ>(rows, going.block, 0, words, stop_group(rows.groups, stop), end, none,
+                            sums);
   const __m512 rest = last ? _mm512_setzero_ps() : rest_of(t, stop + 1);
   for (int i = 0; i < count; ++i) {
     ScanQuery& s = queries[index[i]];
     if (last) {
       const float tau = s.tau;
-      test_block<L2>(t, sums[0][i], s, index[i], block, sink);
+      test_block<L2>(t, sums[0][i], s, index[i], going.block, sink);
       if (s.tau != tau) test.raise(index[i], s);
     } else {
       const __m512 u =
@@ -253,9 +277,9 @@ void int8_rest(const ScanRows& rows, uint32_t block, const BlockTerms& t, int st
 
 // What is left of a block for the queries that go on.
 template <bool VNNI, bool L2>
-void int8_rests(const ScanRows& rows, uint32_t block, ScanQuery* queries, Sink* sink,
-                StopTest& test, Going& going, int64_t* stopped) {
-  const BlockTerms t = load_terms(rows, block);
+void int8_rests(const ScanRows& rows, ScanQuery* queries, Sink* sink, StopTest& test, Going& going,
+                int64_t* stopped) {
+  const BlockTerms t = load_terms(rows, going.block);
   for (int stop = test.stop; stop < kStops; ++stop) {
     const int count = going.count;
     going.count = 0;  // and never ahead of what is still to be read
@@ -264,20 +288,31 @@ void int8_rests(const ScanRows& rows, uint32_t block, ScanQuery* queries, Sink* 
       auto* rest = n > 4   ? int8_rest<VNNI, L2, 8>
                    : n > 1 ? int8_rest<VNNI, L2, 4>
                            : int8_rest<VNNI, L2, 1>;
-      rest(rows, block, t, stop, queries, i, n, sink, test, going);
+      rest(rows, t, stop, queries, i, n, sink, test, going);
     }
     if (stop + 1 < kStops) stopped[stop + 1] += (count - going.count) * kBlockRows;
   }
 }
 
+template <bool VNNI, bool L2>
+void finish(const ScanRows& rows, ScanQuery* queries, Sink* sink, StopTest& test, Wave& wave,
+            int64_t* stopped) {
+  for (int b = 0; b < wave.count; ++b) {
+    Going& going = wave.going[b];
+    stopped[test.stop] += (wave.nq - going.count) * kBlockRows;
+    if (going.count) int8_rests<VNNI, L2>(rows, queries, sink, test, going, stopped);
+  }
+  wave.count = 0;
+}
+
 // Tiles of NQ queries from q on.
 template <bool VNNI, bool L2, bool Stops, int NB, int NQ>
 inline void int8_tiles(const ScanRows& rows, uint32_t block, uint32_t apart, ScanQuery* queries,
-                       int& q, int nq, Sink* sink, const StopTest& test, Ahead& ahead,
+                       int& q, int nq, Sink* sink, const StopTest& test, int fetched, Ahead& ahead,
                        Going* going) {
   for (; q + NQ <= nq; q += NQ)
     if (Stops)
-      int8_heads<VNNI, L2, NB, NQ>(rows, block, apart, queries, q, test, ahead, going);
+      int8_heads<VNNI, L2, NB, NQ>(rows, block, apart, queries, q, test, fetched, ahead, going);
     else
       int8_tile<VNNI, L2, NB, NQ>(rows, block, apart, queries, q, sink, ahead);
 }
@@ -286,22 +321,22 @@ inline void int8_tiles(const ScanRows& rows, uint32_t block, uint32_t apart, Sca
 // codes, the others find them in L1: so all of them together fetch the blocks that come next.
 template <bool VNNI, bool L2, bool Stops, int NB>
 void int8_blocks(const ScanRows& rows, uint32_t block, uint32_t apart, ScanQuery* queries, int nq,
-                 Sink* sink, StopTest& test, Ahead ahead, int64_t* stopped) {
-  Going going[NB];
+                 Sink* sink, StopTest& test, Ahead ahead, Wave& wave, int64_t* stopped) {
+  if (Stops && !wave.room(NB)) finish<VNNI, L2>(rows, queries, sink, test, wave, stopped);
+  Going* going = Stops ? wave.take(NB, block, apart) : nullptr;
+  // Of many queries one will go on past the second stop, too.
+  const int fetched = !Stops || nq >= 8 || test.stop + 1 == kStops
+                          ? rows.groups
+                          : stop_group(rows.groups, test.stop + 1);
   int q = 0;
   if constexpr (NB < 4) {
-    int8_tiles<VNNI, L2, Stops, NB, 8>(rows, block, apart, queries, q, nq, sink, test, ahead,
-                                       going);
-    int8_tiles<VNNI, L2, Stops, NB, 4>(rows, block, apart, queries, q, nq, sink, test, ahead,
-                                       going);
+    int8_tiles<VNNI, L2, Stops, NB, 8>(rows, block, apart, queries, q, nq, sink, test, fetched,
+                                       ahead, going);
+    int8_tiles<VNNI, L2, Stops, NB, 4>(rows, block, apart, queries, q, nq, sink, test, fetched,
+                                       ahead, going);
   }
-  int8_tiles<VNNI, L2, Stops, NB, 1>(rows, block, apart, queries, q, nq, sink, test, ahead, going);
-  if (!Stops) return;
-  for (uint32_t b = 0; b < NB; ++b) {
-    stopped[test.stop] += (nq - going[b].count) * kBlockRows;
-    if (going[b].count)
-      int8_rests<VNNI, L2>(rows, block + b * apart, queries, sink, test, going[b], stopped);
-  }
+  int8_tiles<VNNI, L2, Stops, NB, 1>(rows, block, apart, queries, q, nq, sink, test, fetched, ahead,
+                                     going);
 }
 
 template <bool VNNI, bool L2, bool Stops>
@@ -310,6 +345,7 @@ void scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQu
   const size_t bytes = static_cast<size_t>(rows.groups) * 64;
   const size_t heads = static_cast<size_t>(stop_group(rows.groups, rows.stop)) * 64;
   StopTest test(queries, Stops ? nq : 0, rows.stop);
+  Wave wave(nq);
   uint32_t b = begin;
   if (nq < 4) {  // memory answers four streams faster than one: quarters go side by side
     const uint32_t quarter = (end - begin) / 4;
@@ -318,7 +354,8 @@ void scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQu
       Ahead ahead;
       if (Stops)  // the processor does not foresee what comes next
         ahead = {next, next + heads, bytes * quarter, kStep};
-      int8_blocks<VNNI, L2, Stops, 4>(rows, b, quarter, queries, nq, sink, test, ahead, stopped);
+      int8_blocks<VNNI, L2, Stops, 4>(rows, b, quarter, queries, nq, sink, test, ahead, wave,
+                                      stopped);
     }
     b = begin + 4 * quarter;
   }
@@ -329,11 +366,14 @@ void scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQu
     Ahead ahead;
     if (Stops && nq >= 8)
       ahead = {next, next + bytes, bytes, (kStep + tiles - 1) / tiles};
+    else if (Stops && nq >= 4)
+      ahead = {next, next + heads, bytes, kStep};
     else if (!Stops && nq >= 4)
       ahead = {next, next + count * bytes, 0, (count * kStep + tiles - 1) / tiles};
     auto* blocks = count == 2 ? int8_blocks<VNNI, L2, Stops, 2> : int8_blocks<VNNI, L2, Stops, 1>;
-    blocks(rows, b, 1, queries, nq, sink, test, ahead, stopped);
+    blocks(rows, b, 1, queries, nq, sink, test, ahead, wave, stopped);
   }
+  if (Stops) finish<VNNI, L2>(rows, queries, sink, test, wave, stopped);
 }
 
 template <bool VNNI>
@@ -556,18 +596,21 @@ inline __m512d add_squares(__m512d sum, __m512 v) {
   return _mm512_fmadd_pd(high, high, _mm512_fmadd_pd(low, low, sum));
 }
 
-// quantize_row_plain, 16 values at a time; past dim y is 0 and its code 128.
-void quantize_row(const uint16_t* x, float factor, const float* mean, int dim, float* y,
-                  uint8_t* codes, float* scale, float* residual, float* norm) {
-  __m512 size = _mm512_setzero_ps();
+void centre_row(const uint16_t* x, float factor, const float* mean, int dim, float* y) {
   for (int j = 0; j < dim; j += 16) {
     const __mmask16 m = dim - j >= 16 ? 0xffff : static_cast<__mmask16>((1 << (dim - j)) - 1);
     const __m512 f =
         _mm512_mul_ps(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, x + j)), _mm512_set1_ps(factor));
-    const __m512 v = _mm512_sub_ps(f, _mm512_maskz_loadu_ps(m, mean + j));
-    size = _mm512_max_ps(size, _mm512_abs_ps(v));
-    _mm512_storeu_ps(y + j, v);
+    _mm512_storeu_ps(y + j, _mm512_sub_ps(f, _mm512_maskz_loadu_ps(m, mean + j)));
   }
+}
+
+// quantize_row_plain, 16 values at a time; past dim y is 0 and its code 128.
+void quantize_row(const float* y, int dim, uint8_t* codes, float* scale, float* residual,
+                  float* norm) {
+  __m512 size = _mm512_setzero_ps();
+  for (int j = 0; j < dim; j += 16)
+    size = _mm512_max_ps(size, _mm512_abs_ps(_mm512_loadu_ps(y + j)));
   const float top = _mm512_reduce_max_ps(size);
   const bool tiny = !(top > 1e-30f);
   const float a = tiny ? 0 : top / 127, inverse = tiny ? 0 : 127 / top;

@@ -54,13 +54,18 @@ inline float residual_bound(double rr, double yy, int dim) {
 }
 
 template <void (*ToFloat)(const uint16_t*, float*, int64_t)>
-void quantize_row_plain(const uint16_t* x, float factor, const float* mean, int dim, float* y,
-                        uint8_t* codes, float* scale, float* residual, float* norm) {
+void centre_row_plain(const uint16_t* x, float factor, const float* mean, int dim, float* y) {
   ToFloat(x, y, dim);
+#pragma omp simd
+  for (int j = 0; j < dim; ++j) y[j] = y[j] * factor - mean[j];
+  for (int j = dim; j % 16; ++j) y[j] = 0;
+}
+
+inline void quantize_row_plain(const float* y, int dim, uint8_t* codes, float* scale,
+                               float* residual, float* norm) {
   float top = 0;
 #pragma omp simd reduction(max : top)
   for (int j = 0; j < dim; ++j) {
-    y[j] = y[j] * factor - mean[j];
     const float size = fabsf(y[j]);
     top = size > top ? size : top;  // fmaxf would be called, element by element
   }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels in plain C++: any machine, and the form to read first.
 #include "kernels_common.h"
+#include "kernels_matmul.h"
 
 namespace knnfast {
 namespace {
@@ -172,12 +173,21 @@ void to_float(const uint16_t* x, float* out, int64_t n) {
 
 }  // namespace
 
-extern const Kernels kPortable = {"portable",     0,
-                                  false,          scan_int8,
-                                  scan_fp16,      one_by_one<dot>,
-                                  one_by_one<l2>, widen,
-                                  dot_row,        l2_row,
-                                  norm2_row,      to_half,
-                                  to_float,       quantize_row_plain<to_float>};
+extern const Kernels kPortable = {"portable",
+                                  0,
+                                  false,
+                                  scan_int8,
+                                  scan_fp16,
+                                  one_by_one<dot>,
+                                  one_by_one<l2>,
+                                  widen,
+                                  dot_row,
+                                  l2_row,
+                                  norm2_row,
+                                  to_half,
+                                  to_float,
+                                  centre_row_plain<to_float>,
+                                  quantize_row_plain,
+                                  matmul};
 
 }  // namespace knnfast

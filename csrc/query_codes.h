@@ -8,19 +8,31 @@ namespace knnfast {
 
 struct QueryCodes {          // v = step·p + w
   double step, error, norm;  // of w and v: their norms, rounded up
+  double slack;              // v has been rotated, and may be off by this; it is in `error`, too
   int32_t offset;            // -128·Σp
 };
 
 // Elements of a query with its padding.
 size_t padded(int64_t dim);
 
-// Codes p [dim] of v, and for a kernel with windows their offsets.
-QueryCodes quantize_query(const double* v, int64_t dim, int window, int8_t* p, int32_t* offsets);
+// Queries as a scan of codes takes them.
+struct CodedQueries {
+  AlignedVector<double> v;      // [n, padded], n a multiple of 16: what is coded
+  AlignedVector<int8_t> codes;  // of v
+  AlignedVector<int8_t> tiles;  // of them (kernels.h)
+  std::vector<int32_t> offsets;
+  std::vector<QueryCodes> quantized;
 
-// What is left of v, coded in q, from each stop on, where a row counts `row_scale` times.
-void fill_stops(ScanQuery& q, const double* v, int64_t dim, double row_scale);
+  // All of it from v for the first n queries; v is rotated before, and norms stay those before.
+  void code(int64_t n, int64_t dim, int window, bool tiled, const Rotation* rotation = nullptr);
 
-// Codes [n, stride], n a multiple of 16, as tiles.
-void to_tiles(const AlignedVector<int8_t>& codes, size_t stride, AlignedVector<int8_t>& tiles);
+ private:
+  AlignedVector<float> straight_, turned_;
+  std::vector<double> norms_;
+};
+
+// What is left of v, coded in q, from each stop on, where a row counts `row_scale` times; v may be
+// off by `slack`.
+void fill_stops(ScanQuery& q, const double* v, int64_t dim, double slack, double row_scale);
 
 }  // namespace knnfast

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -10,6 +11,7 @@
 
 #include "collector.h"
 #include "query_codes.h"
+#include "stop_choice.h"
 #include "thread_pool.h"
 #include "trace.h"
 
@@ -28,14 +30,6 @@ struct Chunk {
   uint32_t segment, begin, end;  // blocks
 };
 
-// A group of queries against one segment, as the kernels take them.
-struct Panel {
-  AlignedVector<int8_t> codes;  // l2 only: the codes depend on the segment's mean
-  AlignedVector<int8_t> tiles;  // of them (kernels.h)
-  std::vector<int32_t> offsets;
-  std::vector<ScanQuery> int8, fp16;
-};
-
 // Σ q·q in the canonical order.
 double canonical_norm2(const double* q, int64_t dim) {
   double lanes[32] = {};
@@ -46,10 +40,11 @@ double canonical_norm2(const double* q, int64_t dim) {
 }
 
 struct Worker : Sink {
-  Panel panel;
+  std::vector<ScanQuery> int8, fp16;   // the group's queries for `segment`
+  CodedQueries coded;                  // likewise: less its mean (l2), rotated
+  const Rotation* rotation = nullptr;  // that they have been through
   AlignedVector<double> wide;          // rows as doubles
-  std::vector<double> centred;         // l2: a query less the segment's mean
-  int64_t segment = -1;                // the panel's
+  int64_t segment = -1;
   const ScanQuery* queries = nullptr;  // of the scan that runs, and what their errors multiply
   const uint32_t* bounds = nullptr;    // of codes
   const float *errors = nullptr, *norms = nullptr;
@@ -59,19 +54,15 @@ struct Worker : Sink {
   int64_t opened = 0;  // in these blocks, by queries that had a threshold
   int64_t seen = 0;    // rows
   int level = kInt8, hold = 0, patience = 8;
-  int stop = 0;         // the first one that is tested
-  int passing = 0;      // chunks that pass over the first of all
+  StopChoice stop;      // the first one that is tested
   bool trusted = true;  // the level has paid since it was taken
   Stats stats;
 };
 
 struct Scratch {
-  AlignedVector<double> q, v;   // [group, padded]: as given, as scanned
+  AlignedVector<double> q;      // [group, padded], as given
+  CodedQueries coded;           // v: as scanned; the rest for ip and cosine
   AlignedVector<float> values;  // v as float
-  AlignedVector<int8_t> codes;  // of v (ip, cosine)
-  AlignedVector<int8_t> tiles;  // of them (kernels.h)
-  std::vector<int32_t> offsets;
-  std::vector<QueryCodes> quantized;
   std::unique_ptr<Query[]> queries;
   int64_t capacity = 0;
   std::vector<Worker> workers;
@@ -198,14 +189,11 @@ class GroupSearch {
       s_.capacity = n_;
     }
     s_.q.assign(total, 0);
-    s_.v.assign(total, 0);
+    s_.coded.v.assign(total, 0);
     s_.values.assign(total, 0);
-    s_.codes.assign(total, 0);
-    s_.offsets.resize(static_cast<size_t>(n_) * windows_);
-    s_.quantized.resize(static_cast<size_t>(n_));
     for (int64_t i = 0; i < n_; ++i) {
       double* q = s_.q.data() + i * pad_;
-      double* v = s_.v.data() + i * pad_;
+      double* v = s_.coded.v.data() + i * pad_;
       double top = 0;
       for (int64_t j = 0; j < dim_; ++j) {
         q[j] = static_cast<double>(queries[i * dim_ + j]);
@@ -230,12 +218,26 @@ class GroupSearch {
         s_.values[static_cast<size_t>(i) * pad_ + static_cast<size_t>(j)] =
             static_cast<float>(v[j]);
       }
-      if (task_.metric != Metric::l2)
-        s_.quantized[static_cast<size_t>(i)] =
-            quantize_query(v, dim_, kernels_.window, s_.codes.data() + i * pad_,
-                           s_.offsets.data() + static_cast<size_t>(i) * windows_);
     }
-    if (tiles_ && task_.metric != Metric::l2) to_tiles(s_.codes, pad_, s_.tiles);
+    if (task_.metric != Metric::l2) s_.coded.code(n_, dim_, kernels_.window, tiles_);
+  }
+
+  // The queries for a segment's codes.
+  const CodedQueries& coded_for(Worker& w, const Codes& codes) {
+    const Rotation* rotation = codes.rotation.get();
+    const bool l2 = task_.metric == Metric::l2;
+    if (!l2 && !rotation) return s_.coded;
+    CodedQueries& c = w.coded;
+    if (!l2 && w.rotation == rotation) return c;
+    w.rotation = rotation;
+    c.v.assign(s_.coded.v.begin(), s_.coded.v.end());
+    for (int64_t i = 0; l2 && i < n_; ++i)
+      for (int64_t j = 0; j < dim_; ++j)
+        c.v[static_cast<size_t>(i) * pad_ + static_cast<size_t>(j)] -=
+            static_cast<double>(codes.mean[static_cast<size_t>(j)]) *
+            s_.queries[static_cast<size_t>(i)].scale;
+    c.code(n_, dim_, kernels_.window, tiles_, rotation);
+    return c;
   }
 
   void plan_chunks() {
@@ -253,11 +255,11 @@ class GroupSearch {
   void start(Worker& w, size_t k, const double* radius) {
     w.hit = on_hit;
     w.segment = -1;
+    w.rotation = nullptr;
     w.level = task_.scan == Scan::fp16 ? kFp16 : kInt8;
     w.hold = 0;
     w.patience = 8;
-    w.stop = 0;
-    w.passing = 0;
+    w.stop.start();
     w.trusted = true;
     w.trust = trust_;
     w.seen = 0;
@@ -275,24 +277,23 @@ class GroupSearch {
   }
 
   // The bounds of segment.h for every query of the group.
-  void fill_panel(Worker& w, uint32_t segment) {
+  void fill_queries(Worker& w, uint32_t segment) {
     const SegmentView& view = (*task_.snapshot)[segment];
-    Panel& p = w.panel;
     w.segment = segment;
-    p.int8.resize(static_cast<size_t>(n_));
-    p.fp16.resize(static_cast<size_t>(n_));
+    w.int8.resize(static_cast<size_t>(n_));
+    w.fp16.resize(static_cast<size_t>(n_));
     const double float_sum = static_cast<double>(dim_) * 0x1p-23;   // a float dot product's error
     const double exact = static_cast<double>(dim_ + 64) * 0x1p-51;  // the canonical one's
     const double two_scales = 1 - 0x1p-20;  // sq·norm² is an upper bound for it
     for (int64_t i = 0; i < n_; ++i) {
       const Query& query = s_.queries[static_cast<size_t>(i)];
-      const double* v = s_.v.data() + i * pad_;
+      const double* v = s_.coded.v.data() + i * pad_;
       double norm2 = 0;
       for (int64_t j = 0; j < dim_; ++j) norm2 += v[j] * v[j];
       const double norm = std::sqrt(norm2) * (1 + 1e-9);
       const bool l2 = task_.metric == Metric::l2;
       const double row_scale = l2 ? query.scale : 1;
-      ScanQuery& f = p.fp16[static_cast<size_t>(i)];
+      ScanQuery& f = w.fp16[static_cast<size_t>(i)];
       f.codes = f.tiles = nullptr;
       f.values = s_.values.data() + i * pad_;
       f.offset = 0;
@@ -310,42 +311,29 @@ class GroupSearch {
   }
 
   void fill_int8(Worker& w, const Codes& codes, double exact, double two_scales) {
-    Panel& p = w.panel;
     const bool l2 = task_.metric == Metric::l2;
-    if (l2) {
-      p.codes.assign(s_.codes.size(), 0);
-      if (tiles_) p.tiles.resize(s_.codes.size());
-      p.offsets.resize(s_.offsets.size());
-    }
-    const AlignedVector<int8_t>& tiles = l2 ? p.tiles : s_.tiles;
-    std::vector<double>& centred = w.centred;
-    centred.resize(static_cast<size_t>(dim_));
+    const CodedQueries& coded = coded_for(w, codes);
     for (int64_t i = 0; i < n_; ++i) {
       const size_t at = static_cast<size_t>(i);
       const Query& query = s_.queries[at];
-      const double* v = s_.v.data() + at * pad_;
+      const QueryCodes& c = coded.quantized[at];
       double base = 0;
-      QueryCodes c;
       if (l2) {
-        for (size_t j = 0; j < centred.size(); ++j)
-          centred[j] = v[j] - static_cast<double>(codes.mean[j]) * query.scale;
-        c = quantize_query(centred.data(), dim_, kernels_.window, p.codes.data() + at * pad_,
-                           p.offsets.data() + at * windows_);
         base = -0.5 * c.norm * c.norm;
       } else {
-        c = s_.quantized[at];
         for (int64_t j = 0; j < dim_; ++j)
-          base += v[j] * static_cast<double>(codes.mean[static_cast<size_t>(j)]);
+          base += s_.coded.v[at * pad_ + static_cast<size_t>(j)] *
+                  static_cast<double>(codes.mean[static_cast<size_t>(j)]);
       }
       const double row_scale = l2 ? query.scale : 1;
       const double arithmetic = 0x1p-18 * (c.norm + c.error);
-      ScanQuery& q = p.int8[at];
-      q.codes = (l2 ? p.codes.data() : s_.codes.data()) + at * pad_;
-      q.tiles = tiles.data() + (tiles_ ? at / kTileQueries * kTileQueries * pad_ : 0);
+      ScanQuery& q = w.int8[at];
+      q.codes = coded.codes.data() + at * pad_;
+      q.tiles = coded.tiles.data() + (tiles_ ? at / kTileQueries * kTileQueries * pad_ : 0);
       q.values = nullptr;
       q.offset = c.offset;
-      q.offsets = windows_ ? (l2 ? p.offsets.data() : s_.offsets.data()) + at * windows_ : nullptr;
-      fill_stops(q, l2 ? centred.data() : v, dim_, row_scale);
+      q.offsets = windows_ ? coded.offsets.data() + at * windows_ : nullptr;
+      fill_stops(q, coded.v.data() + at * pad_, dim_, c.slack, row_scale);
       q.mul = static_cast<float>(c.step * row_scale);
       q.err = round_up((c.norm + c.error + arithmetic) * row_scale);
       q.err_norm = round_up((c.error + arithmetic) * row_scale);
@@ -354,7 +342,6 @@ class GroupSearch {
       q.base = round_up(base + 0x1p-20 * std::fabs(base) + rounding);
       q.slack = round_up(0x1p-19 * std::fabs(base) + rounding);
     }
-    if (tiles_ && l2) to_tiles(p.codes, pad_, p.tiles);
   }
 
   const uint16_t* live(uint32_t segment) const {
@@ -366,7 +353,7 @@ class GroupSearch {
   // A scan that has failed before is tried on a few blocks first.
   void scan_chunk(Worker& w, const Chunk& chunk) {
     constexpr uint32_t kTrial = 4;
-    if (w.segment != chunk.segment) fill_panel(w, chunk.segment);
+    if (w.segment != chunk.segment) fill_queries(w, chunk.segment);
     w.chunk_segment = chunk.segment;
     if (w.hold > 0 && --w.hold == 0) {
       w.level = kInt8;
@@ -397,7 +384,7 @@ class GroupSearch {
       canonical_rows(w, w.chunk_segment, begin * kBlockRows, end * kBlockRows);
       return;
     }
-    std::vector<ScanQuery>& queries = level == kInt8 ? w.panel.int8 : w.panel.fp16;
+    std::vector<ScanQuery>& queries = level == kInt8 ? w.int8 : w.fp16;
     for (int64_t q = 0; q < n_; ++q) {
       w.collectors[static_cast<size_t>(q)].refresh();
       queries[static_cast<size_t>(q)].tau = w.collectors[static_cast<size_t>(q)].tau();
@@ -409,13 +396,18 @@ class GroupSearch {
       rows.scale = view.codes->scale.as<float>();
       rows.bounds = view.codes->bounds.as<uint32_t>();
       rows.norm = view.codes->norm.as<float>();
-      rows.stop = stop_group(rows.groups, 0) > 0 ? w.stop : kStops;
+      const bool stops = stop_group(rows.groups, 0) > 0;
+      rows.stop = stops ? w.stop.next() : kStops;
       w.bounds = rows.bounds;
       w.norms = rows.norm;
       int64_t stopped[kStops] = {};
+      const auto began = std::chrono::steady_clock::now();
       kernels_.scan_int8(rows, begin, end, queries.data(), static_cast<int>(n_), l2, &w, stopped);
       w.stats.rows_stopped += stopped[0] + stopped[1];
-      if (rows.stop == w.stop) judge_stops(w, stopped, pairs);
+      if (stops) {
+        const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - began;
+        w.stop.judge(taken.count() / (end - begin), stopped, pairs);
+      }
     } else {
       ++w.stats.chunks_fp16;
       w.bounds = nullptr;
@@ -438,26 +430,6 @@ class GroupSearch {
       w.hold = w.patience;
       w.patience = std::min(w.patience * 2, 256);
     }
-  }
-
-  // A stop costs time and gaps in what is read: one at which few rows are left is passed over, and
-  // tried again after an eighth of what has been scanned so far: as thresholds rise, it may pay.
-  void judge_stops(Worker& w, const int64_t* stopped, int64_t pairs) {
-    static_assert(kStops == 2, "the first, or the second alone, or none");
-    const auto pays = [pairs](int64_t left) { return left * 5 >= pairs; };
-    if (w.stop > 0) {
-      --w.passing;
-    } else if (!pays(stopped[0])) {
-      w.passing = static_cast<int>(std::clamp<int64_t>(w.stats.chunks_int8 / 8, 1, 32));
-    } else {
-      return;
-    }
-    if (w.passing == 0)
-      w.stop = 0;
-    else if (!pays(stopped[0] + stopped[1]))
-      w.stop = kStops;
-    else
-      w.stop = 1;
   }
 
   // A few rows, as doubles, lie in the nearest cache while they meet all queries. Of a run of equal

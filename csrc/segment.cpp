@@ -11,6 +11,8 @@
 #include <new>
 #include <system_error>
 
+#include "query_codes.h"
+#include "rotation.h"
 #include "thread_pool.h"
 
 namespace knnfast {
@@ -68,9 +70,10 @@ static float row_factor(const Segment& segment, int64_t row, bool cosine) {
   return norm > 0 ? 1 / norm : 0;
 }
 
-std::shared_ptr<Codes> make_codes(const Segment& segment, int64_t dim, int64_t n, bool cosine) {
+std::shared_ptr<Codes> make_codes(const Segment& segment, int64_t dim, int64_t n, bool cosine,
+                                  std::shared_ptr<const Rotation> rotation) {
   auto c = std::make_shared<Codes>();
-  const size_t rows = static_cast<size_t>(segment.capacity);
+  const size_t rows = static_cast<size_t>(segment.capacity), pad = padded(dim);
   c->codes =
       Buffer::reserve(rows * static_cast<size_t>(code_groups(dim)) * kBlockDims + kCodesSlack);
   c->scale = Buffer::reserve(rows * 4);
@@ -79,14 +82,17 @@ std::shared_ptr<Codes> make_codes(const Segment& segment, int64_t dim, int64_t n
   c->mean_rows = n;
   c->mean.resize(static_cast<size_t>(dim));
   constexpr int64_t kSample = 4096;
-  const int64_t step = std::max<int64_t>(1, n / kSample);
+  const int64_t step = std::max<int64_t>(1, n / kSample), count = (n + step - 1) / step;
   std::vector<double> sum(static_cast<size_t>(dim));
-  std::vector<float> y(static_cast<size_t>(dim));
-  int64_t count = 0;
-  for (int64_t row = 0; row < n; row += step, ++count) {
-    kernels().to_float(segment.rows.as<uint16_t>() + row * dim, y.data(), dim);
-    const float factor = row_factor(segment, row, cosine);
-    for (size_t j = 0; j < y.size(); ++j) sum[j] += static_cast<double>(y[j] * factor);
+  AlignedVector<float> y(pad);
+  const auto centre = [&](int64_t i, float* out) {
+    kernels().centre_row(segment.rows.as<uint16_t>() + i * step * dim,
+                         row_factor(segment, i * step, cosine), c->mean.data(),
+                         static_cast<int>(dim), out);
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    centre(i, y.data());
+    for (size_t j = 0; j < sum.size(); ++j) sum[j] += static_cast<double>(y[j]);
   }
   double square = 0;
   for (size_t j = 0; j < sum.size(); ++j) {
@@ -94,22 +100,35 @@ std::shared_ptr<Codes> make_codes(const Segment& segment, int64_t dim, int64_t n
     square += static_cast<double>(c->mean[j]) * c->mean[j];
   }
   c->mean_norm = std::sqrt(square);
+  if (!rotation && n >= settled_rows(dim)) {
+    AlignedVector<float> sample(static_cast<size_t>(count) * pad);
+    for (int64_t i = 0; i < count; ++i) centre(i, sample.data() + static_cast<size_t>(i) * pad);
+    rotation = find_rotation(sample.data(), count, dim);
+  }
+  c->rotation = std::move(rotation);
   return c;
 }
 
+static double squares(const float* y, int64_t begin, int64_t end) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = begin; j < end; ++j) sum += static_cast<double>(y[j]) * y[j];
+  return sum;
+}
+
 // A row's word of bounds. What rounding took from y is at most ρ.
-static uint32_t bounds_of(float residual, float norm, const float* y, int64_t dim) {
-  residual = std::nextafter(residual, INFINITY);
+static uint32_t bounds_of(double residual, float norm, const float* y, int64_t dim) {
+  const float above = std::nextafter(static_cast<float>(residual), INFINITY);
   uint32_t word;
-  std::memcpy(&word, &residual, 4);
+  std::memcpy(&word, &above, 4);
   word = residual_up(word);
   double square = 0;
   int64_t end = dim;
   for (int stop = kStops - 1; stop >= 0; --stop) {
     const int64_t begin = stop_group(code_groups(dim), stop) * kBlockDims;
-    for (int64_t j = begin; j < end; ++j) square += static_cast<double>(y[j]) * y[j];
+    square += squares(y, begin, end);
     end = begin;
-    const double rest = (std::sqrt(square) + static_cast<double>(residual)) * (1 + 1e-6);
+    const double rest = (std::sqrt(square) + residual) * (1 + 1e-6);
     const double share = norm > 0 ? std::ceil(255 * rest / static_cast<double>(norm)) : 255;
     word |= static_cast<uint32_t>(std::min(share, 255.0)) << (8 * (kStops - 1 - stop));
   }
@@ -118,25 +137,40 @@ static uint32_t bounds_of(float residual, float norm, const float* y, int64_t di
 
 void quantize_blocks(const Segment& segment, Codes& codes, int64_t dim, uint32_t begin,
                      uint32_t end, bool cosine) {
-  constexpr uint32_t kTask = 32;
+  constexpr uint32_t kTask = 8;
   const Kernels& k = kernels();
-  const size_t block_bytes = static_cast<size_t>(code_groups(dim)) * 64;
+  const size_t block_bytes = static_cast<size_t>(code_groups(dim)) * 64, pad = padded(dim);
+  const Rotation* rotation = codes.rotation.get();
+  const double turning = rotation ? rotation->slack() : 0;
   // A cosine row's own normalisation in float is within 2^-21 of x/‖x‖.
-  const float slack = cosine ? 1e-6f : 0.0f;
+  const double slack = cosine ? 1e-6 : 0;
   parallel_for((end - begin + kTask - 1) / kTask, [&](int, int64_t task) {
-    AlignedVector<float> y(static_cast<size_t>(dim + 15) / 16 * 16);
     const uint32_t first = begin + static_cast<uint32_t>(task) * kTask;
-    for (uint32_t b = first; b < std::min(end, first + kTask); ++b)
-      for (uint32_t r = 0; r < kBlockRows; ++r) {
-        const int64_t row = static_cast<int64_t>(b) * kBlockRows + r;
-        float* norm = codes.norm.as<float>() + row;
-        float residual = 0;
-        k.quantize_row(segment.rows.as<uint16_t>() + row * dim, row_factor(segment, row, cosine),
-                       codes.mean.data(), static_cast<int>(dim), y.data(),
-                       codes.codes.as<uint8_t>() + b * block_bytes + r * kBlockDims,
-                       codes.scale.as<float>() + row, &residual, norm);
-        codes.bounds.as<uint32_t>()[row] = bounds_of(residual + slack, *norm, y.data(), dim);
+    const uint32_t rows = (std::min(end, first + kTask) - first) * kBlockRows;
+    const int64_t first_row = static_cast<int64_t>(first) * kBlockRows;
+    AlignedVector<float> y(rows * pad), turned(rotation ? rows * pad : 0);
+    for (uint32_t r = 0; r < rows; ++r)
+      k.centre_row(segment.rows.as<uint16_t>() + (first_row + r) * dim,
+                   row_factor(segment, first_row + r, cosine), codes.mean.data(),
+                   static_cast<int>(dim), y.data() + r * pad);
+    if (rotation) rotate(*rotation, y.data(), rows, turned.data());
+    for (uint32_t r = 0; r < rows; ++r) {
+      const float* from = (rotation ? turned : y).data() + r * pad;
+      const size_t row = static_cast<size_t>(first_row + r);
+      float* norm = codes.norm.as<float>() + row;
+      float residual = 0;
+      k.quantize_row(from, static_cast<int>(dim),
+                     codes.codes.as<uint8_t>() + row / kBlockRows * block_bytes +
+                         row % kBlockRows * kBlockDims,
+                     codes.scale.as<float>() + row, &residual, norm);
+      double bound = static_cast<double>(residual) + slack;
+      if (rotation) {
+        const double length = std::sqrt(squares(y.data() + r * pad, 0, dim));
+        *norm = static_cast<float>(length);
+        bound += turning * length;
       }
+      codes.bounds.as<uint32_t>()[row] = bounds_of(bound * (1 + 1e-9), *norm, from, dim);
+    }
   });
 }
 

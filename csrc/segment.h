@@ -10,20 +10,23 @@
 //   live      16 bits a block of 16 rows, cleared when a row is removed; none while all live
 //
 // *Codes* cover the first n/16*16 rows (the whole blocks); the tail is scored canonically. With
-// μ = mean (float), y = x - μ (cosine: y = x/‖x‖ - μ, a zero row counting as x/‖x‖ = 0):
+// μ = mean (float), y = x - μ (cosine: y = x/‖x‖ - μ, a zero row counting as x/‖x‖ = 0), and R
+// orthogonal, for rows that lie near a few directions (rotation.h), or 1:
 //
 //   codes     uint8, [block][group][16 rows][4 dims], c + 128 with c in [-127, 127]; the last group
 //             is filled with 128. Blocks follow each other; 1 KiB may be read past the last.
-//   scale     float a, so that y ≈ a·c
-//   bounds    uint32: the upper half is ρ >= ‖y - a·c‖ as bfloat16, rounded up; bytes 1 and 0 are
-//             the shares of ν behind the first and the second stop, in 255ths, rounded up
+//   scale     float a, so that Ry ≈ a·c
+//   bounds    uint32: the upper half is ρ >= ‖Ry - a·c‖ + ‖RᵀR - 1‖·ν as bfloat16, rounded up;
+//             bytes 1 and 0 are the shares of ν behind the first and the second stop, in 255ths,
+//             rounded up
 //   norm      float ν, ‖y‖ to 2^-20 relative (rounding of the float sum included)
 //
 // Bound. With a query q (scaled by a power of two; cosine: q/‖q‖; l2: q - μ) and its own int8 form
-// q = b·p + w, δ = ‖w‖:   q·y = a·b·(c·p) + err,   |err| <= (‖q‖+δ)·ρ + δ·ν + arithmetic,
+// Rq = b·p + w, δ = ‖w‖:   q·y = a·b·(c·p) + err,   |err| <= (‖q‖+δ)·ρ + δ·ν + arithmetic,
 // and   ip, cosine: s = q·μ + q·y,    l2: -s/2 = q·y - ν²/2 - ‖q‖²/2.
 // A row whose upper bound lies below a certified threshold is proved out; all others are rescored.
-// At a stop (kernels.h) c·p runs over the groups so far, and the rest is at most ‖q_rest‖·‖y_rest‖.
+// At a stop (kernels.h) c·p runs over the groups so far, and the rest is at most
+// ‖Rq_rest‖·‖Ry_rest‖.
 #pragma once
 
 #include <cstdint>
@@ -84,13 +87,16 @@ class Buffer {
 
 constexpr size_t kCodesSlack = 1024;  // readable bytes after the last block
 
+struct Rotation;  // rotation.h
+
 struct Codes {
-  std::vector<float> mean;  // [dim]
-  double mean_norm = 0;     // ‖μ‖
-  int64_t mean_rows = 0;    // rows in the segment when μ was taken
-  Buffer codes;             // uint8
-  Buffer scale, norm;       // float
-  Buffer bounds;            // uint32
+  std::vector<float> mean;                   // [dim]
+  double mean_norm = 0;                      // ‖μ‖
+  int64_t mean_rows = 0;                     // rows in the segment when μ was taken
+  Buffer codes;                              // uint8
+  Buffer scale, norm;                        // float
+  Buffer bounds;                             // uint32
+  std::shared_ptr<const Rotation> rotation;  // or null
 };
 
 struct Segment {
@@ -128,8 +134,10 @@ int64_t segment_capacity(int64_t dim);  // rows: a power of two, about 256 MiB o
 
 std::shared_ptr<Segment> make_segment(int64_t dim, int64_t capacity);
 
-// A new Codes object with the mean of the first n rows of `segment` (a strided sample of them).
-std::shared_ptr<Codes> make_codes(const Segment& segment, int64_t dim, int64_t n, bool cosine);
+// A new Codes object with the mean of the first n rows of `segment` (a strided sample of them), and
+// `rotation`, or if that is null one of its own where they are enough and it pays.
+std::shared_ptr<Codes> make_codes(const Segment& segment, int64_t dim, int64_t n, bool cosine,
+                                  std::shared_ptr<const Rotation> rotation);
 
 // Quantises whole blocks [begin, end) of a segment; on the pool.
 void quantize_blocks(const Segment& segment, Codes& codes, int64_t dim, uint32_t begin,

@@ -22,27 +22,51 @@ def make_rows(rng, n, d):
 
 
 def stored(folder):
-    """The one segment of a saved index: x, row_norm, mean, scale, bounds, norm, codes [n, d]."""
+    """The one segment of a saved index: x, row_norm, mean, scale, bounds, norm, codes, rotation."""
     index = json.loads((folder / "manifest.json").read_text())["index"]
     (segment,) = index["segments"]
     n, d = segment["rows"], index["dim"]
     x = np.fromfile(folder / segment["vectors"]["name"], np.float16).reshape(n, d)
     terms = np.fromfile(folder / segment["terms"]["name"], np.float32)
-    parts = np.split(terms, np.cumsum([n, d, n, n]))
+    whole = n // 16 * 16
+    parts = np.split(terms, np.cumsum([n, d, whole, whole]))
     groups = -(-d // 4)
-    codes = np.fromfile(folder / segment["codes"]["name"], np.uint8)[: n * groups * 4]
-    codes = codes.reshape(n // 16, groups, 16, 4).transpose(0, 2, 1, 3).reshape(n, groups * 4)
-    return x, *parts, codes.astype(np.float64) - 128
+    codes = np.fromfile(folder / segment["codes"]["name"], np.uint8)[: whole * groups * 4]
+    codes = codes.reshape(-1, groups, 16, 4).transpose(0, 2, 1, 3).reshape(whole, groups * 4)
+    rotation = np.eye(d)
+    if "rotation" in segment:
+        rotation = np.fromfile(folder / segment["rotation"]["name"], np.float32).reshape(d, d)
+    return x, *parts, codes.astype(np.float64) - 128, rotation.astype(np.float64)
 
 
 @pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
 @pytest.mark.parametrize("d", DIMS)
 def test_codes_keep_their_bound(tmp_path, seed, d, metric):
-    x = make_rows(np.random.default_rng(seed), 64, d)
+    check_codes(tmp_path / "index", make_rows(np.random.default_rng(seed), 64, d), metric)
+
+
+@pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
+@pytest.mark.parametrize("d", [128, 250, 512])
+def test_rotated_codes_keep_their_bound(tmp_path, seed, d, metric):
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    x = rng.standard_normal((max(16_384, 64 * d), d)) / np.arange(1, d + 1) @ basis
+    x += rng.standard_normal(d)
+    x[::9] *= 10.0 ** rng.uniform(-6, 3, (len(x[::9]), 1))
+    x[5] = 0
+    rotation, after = check_codes(tmp_path / "index", x.astype(np.float16), metric)
+    assert np.linalg.norm(rotation.T @ rotation - np.eye(d)) <= 2**-20
+    assert after < 0.3  # of the rows' squares; d / 16 * 11 before
+
+
+def check_codes(folder, x, metric):
+    """Everything stored keeps what is promised of it; the rotation, and the share of the rows'
+    squares that lies behind the first stop."""
+    d = x.shape[1]
     index = Index(d, metric=metric, scan="int8")
     index.add(x)
-    index.save(tmp_path / "index")
-    kept, row_norm, mean, scale, bounds, norm, codes = stored(tmp_path / "index")
+    index.save(folder)
+    kept, row_norm, mean, scale, bounds, norm, codes, rotation = stored(folder)
     bounds = bounds.view(np.uint32)
     residual = (bounds & 0xFFFF0000).view(np.float32)
     np.testing.assert_array_equal(kept, x)
@@ -51,17 +75,22 @@ def test_codes_keep_their_bound(tmp_path, seed, d, metric):
     np.testing.assert_array_equal(row_norm, size.astype(np.float32))
     if metric == "cosine":
         wide /= np.where(size > 0, size, 1)[:, None]
-    y = wide - mean.astype(np.float64)
+    straight = wide - mean.astype(np.float64)
+    y = straight @ rotation.T
+    rotated = not np.array_equal(rotation, np.eye(d))
+    # How far q·y may be from (Rq)·(Ry), for q of norm 1.
+    turned = np.linalg.norm(straight - y @ rotation, axis=1)
     codes, filled_up = codes[:, :d], codes[:, d:]
     assert (filled_up == 0).all()
     assert (np.abs(codes) <= 127).all()
     left = np.sqrt(((y - scale.astype(np.float64)[:, None] * codes) ** 2).sum(1))
-    length = np.sqrt((y**2).sum(1))
-    assert (left <= residual).all()
+    length = np.sqrt((straight**2).sum(1))
+    assert (left + turned <= residual).all()
     # No looser than rounding asks for: half a step for each element.
     step = 0.5 * scale.astype(np.float64) * np.sqrt(d)
     rounded = 1 + 2**-7 + 1e-4
-    assert (residual <= (step + 4e-6 * length + 2e-6 + 2e-18 * d) * rounded).all()
+    rounding = 4e-6 + rotated * (2**-20 + (d / 64 + 70) * 2**-24 * np.sqrt(d))
+    assert (residual <= (step + rounding * length + 2e-6 + 2e-18 * d) * rounded).all()
     # What is left of a row behind each stop, in 255ths of its norm.
     groups = -(-d // 4)
     for stop, share in ((5, bounds >> 8 & 255), (10, bounds & 255)):
@@ -71,3 +100,5 @@ def test_codes_keep_their_bound(tmp_path, seed, d, metric):
         assert ((rest <= share / 255 * size) | (share == 255)).all()
         assert ((share - 1) / 255 * norm <= (rest + residual) * (1 + 1e-5)).all()
     np.testing.assert_allclose(norm, length, rtol=2**-20, atol=1e-6 if metric == "cosine" else 0)
+    first = -(-groups * 5 // 64) * 16 if groups >= 32 else 0
+    return rotation, (y[:, first:] ** 2).sum() / (y**2).sum()

@@ -132,6 +132,89 @@ def test_stops(kind, metric, seed):
         assert stopped > 0
 
 
+SETTLED = 16_640  # rows from which codes of up to 260 dimensions are final
+
+
+def narrow_rows(kind, n, d, rng):
+    """Rows that lie near a few directions, which no coordinate follows: codes are rotated."""
+    basis = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    size = np.arange(1, d + 1) ** -0.8
+    x = rng.standard_normal((n, d)) * size @ basis
+    q = rng.standard_normal((12, d)) * size @ basis
+    if kind == "mean":
+        x += 5 * rng.standard_normal(d)
+    elif kind == "plane":
+        x = rng.standard_normal((n, 2)) @ basis[:2]
+    elif kind == "line":
+        x = rng.integers(-9, 10, (n, 1)) * basis[:1]
+    elif kind == "dominant":
+        x = rng.standard_normal((n, d))
+        x[:, -1] *= 1000
+    elif kind == "sizes":
+        x *= 10.0 ** rng.uniform(-6, 4, (n, 1))
+    elif kind == "subnormal":
+        x *= 2e-7
+    elif kind == "huge":
+        x *= 6e4 / np.abs(x).max()
+    elif kind == "duplicates":
+        x = x[rng.integers(0, 50, n)]
+    elif kind == "across":  # queries that see only what the rows hardly have
+        q = rng.standard_normal((12, d // 4)) @ basis[-(d // 4) :]
+    q[1] = x[5]
+    q[2] = 0
+    q[3] *= 1e9
+    return x.astype(np.float16), q.astype(np.float32)
+
+
+def is_rotated(folder):
+    return len(list(folder.glob("*.rotation.f32"))) == 1
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    "kind",
+    ["spectrum", "mean", "plane", "line", "dominant", "sizes", "subnormal", "huge", "duplicates",
+     "across"],
+)  # fmt: skip
+def test_rotated(kind, metric, seed, tmp_path):
+    """Rows near a few directions: codes in other coordinates, the same answers."""
+    rng = np.random.default_rng(seed)
+    for d, scan in ((128, "auto"), (260, "int8")):
+        x, q = narrow_rows(kind, SETTLED + 21, d, rng)
+        index = Index(d, metric, scan=scan)
+        index.add(x[:4000])  # too few to tell
+        index.add(x[4000:])
+        for m, k in ((1, 10), (12, 40)):
+            assert_topk(index, x, q[:m], k)
+        index.save(tmp_path / str(d))
+        assert is_rotated(tmp_path / str(d))
+        index = Index.open(tmp_path / str(d), mmap=d == 128)
+        index.verify()
+        more = narrow_rows("spectrum", 100, d, rng)[0]  # into a segment that takes it over
+        index.add(more)
+        every = np.concatenate([x, more])
+        assert_topk(index, every, q[:4], 10)
+        gone = rng.choice(len(every), 700, replace=False)
+        kept = np.setdiff1d(np.arange(len(every)), gone)
+        index.remove(gone)
+        for _ in range(2):
+            assert_topk(index, every[kept], q[:4], 7, torch.as_tensor(kept))
+            index.compact()
+
+
+def test_rotation_pays(seed):
+    """Codes are left early; rows in all directions alike are not rotated."""
+    rng = np.random.default_rng(seed)
+    x, q = narrow_rows("spectrum", 40_000, 256, rng)
+    narrow, wide = Index(256, scan="int8"), Index(256, scan="int8")
+    narrow.add(x)
+    wide.add(rng.standard_normal(x.shape).astype(np.float16))
+    assert narrow.nbytes - wide.nbytes == 256 * 256 * 4
+    narrow.search(q, 10)
+    if _C.isa() in STOPPING:
+        assert narrow.stats["rows_stopped"] > 0.3 * narrow.stats["rows_scanned"]
+
+
 @pytest.mark.parametrize("m", [1, 16])
 def test_rows_left_out_hold_up_no_stop(m, seed):
     """Every block has a row near the queries, but only the first 40 are in the search."""
@@ -432,10 +515,11 @@ def test_instruction_sets(isa):
         "test_matches_reference",
         "test_extreme_products",
         "test_stops",
+        "(test_rotated and (spectrum or dominant or sizes))",
         "test_trust_is_checked",
         "test_query_types",
         f"test_pairwise[{names.index(isa) % PARTS}]",
-        "test_codes_keep_their_bound",
+        "codes_keep_their_bound",
     ]
     files = [__file__, str(Path(__file__).with_name("test_codes.py"))]
     subprocess.run(

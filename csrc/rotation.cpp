@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "rotation.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "query_codes.h"
+#include "thread_pool.h"
+
+namespace knnfast {
+namespace {
+
+constexpr double kFlat = 0.6;          // of dim: so many directions are all alike
+constexpr double kGain = 0.2;          // of the rows' squares, before the first stop
+constexpr double kMaxError = 0x1p-20;  // below every margin of the bounds
+constexpr int kIterations = 4;
+
+// b [inner, cols] into the panels that matmul takes.
+AlignedVector<float> to_panels(const float* b, int64_t inner, int64_t cols) {
+  AlignedVector<float> panels(static_cast<size_t>(inner * cols));
+  float* out = panels.data();
+  for (int64_t c = 0; c < cols; c += kPanel)
+    for (int64_t j = 0; j < inner; ++j, out += kPanel) std::copy_n(b + j * cols + c, kPanel, out);
+  return panels;
+}
+
+void matmul(const float* a, int64_t rows, int64_t inner, const AlignedVector<float>& b,
+            int64_t cols, float* out) {
+  constexpr int64_t kTask = 32;
+  parallel_for((rows + kTask - 1) / kTask, [&](int, int64_t task) {
+    const int64_t first = task * kTask;
+    kernels().matmul(a + first * inner, static_cast<int>(std::min(kTask, rows - first)),
+                     static_cast<int>(inner), b.data(), static_cast<int>(cols), out + first * cols);
+  });
+}
+
+template <class T>
+T dot(const T* x, const T* y, int64_t n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) sum += x[j] * y[j];
+  return sum;
+}
+
+template <class T>
+void add(T* x, T factor, const T* y, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) x[j] += factor * y[j];
+}
+
+// Gram and Schmidt's: each row less what lies along the ones before it, then normalised.
+template <class T>
+void orthonormalise(T* rows, int64_t dim, int64_t stride) {
+  for (int64_t i = 0; i < dim; ++i) {
+    T* x = rows + i * stride;
+    for (int64_t j = 0; j < i; ++j) {
+      const T* y = rows + j * stride;
+      add(x, -dot(x, y, dim), y, dim);
+    }
+    const T norm = std::sqrt(dot(x, x, dim));
+    for (int64_t j = 0; j < dim; ++j) x[j] /= norm;
+  }
+}
+
+// Row k of the orthonormal cosine transform (DCT-II) of n values.
+double cosine_entry(int64_t n, int64_t k, int64_t j) {
+  const double pi = 3.14159265358979323846;
+  const double size = std::sqrt((k ? 2.0 : 1.0) / static_cast<double>(n));
+  // The angle's multiple of π/2n is exact; reduced, its cosine is accurate.
+  const int64_t turn = (2 * j + 1) * k % (4 * n);
+  return size * std::cos(pi * static_cast<double>(turn) / static_cast<double>(2 * n));
+}
+
+// Rows begin to end of a basis, turned among themselves.
+void mix(std::vector<double>& rows, int64_t dim, int64_t begin, int64_t end) {
+  const int64_t n = end - begin;
+  std::vector<double> mixed(static_cast<size_t>(n * dim));
+  for (int64_t k = 0; k < n; ++k)
+    for (int64_t j = 0; j < n; ++j)
+      add(mixed.data() + k * dim, cosine_entry(n, k, j), rows.data() + (begin + j) * dim, dim);
+  std::copy(mixed.begin(), mixed.end(), rows.begin() + begin * dim);
+}
+
+}  // namespace
+
+std::shared_ptr<const Rotation> Rotation::from_rows(const float* rows, int64_t dim) {
+  auto r = std::make_shared<Rotation>();
+  const int64_t pad = static_cast<int64_t>(padded(dim));
+  r->dim = dim;
+  AlignedVector<float> transposed(static_cast<size_t>(pad * pad));
+  for (int64_t i = 0; i < dim; ++i)
+    for (int64_t j = 0; j < dim; ++j)
+      transposed[static_cast<size_t>(j * pad + i)] = rows[i * dim + j];
+  r->panels = to_panels(transposed.data(), pad, pad);
+  // The norm of RRᵀ - 1 is RᵀR - 1's; Frobenius' is above the largest singular value.
+  std::vector<double> wide(rows, rows + dim * dim), squares(static_cast<size_t>(dim));
+  parallel_for(dim, [&](int, int64_t i) {
+    double sum = 0;
+    for (int64_t j = 0; j <= i; ++j) {
+      const double off = dot(wide.data() + i * dim, wide.data() + j * dim, dim) - (i == j);
+      sum += (i == j ? 1 : 2) * off * off;
+    }
+    squares[static_cast<size_t>(i)] = sum;
+  });
+  r->error = std::sqrt(std::accumulate(squares.begin(), squares.end(), 0.0)) + 1e-10;
+  return r;
+}
+
+void Rotation::rows(float* out) const {
+  const int64_t pad = static_cast<int64_t>(padded(dim));
+  for (int64_t i = 0; i < dim; ++i)
+    for (int64_t j = 0; j < dim; ++j)
+      out[i * dim + j] =
+          panels[static_cast<size_t>(i / kPanel * kPanel * pad + j * kPanel + i % kPanel)];
+}
+
+bool Rotation::orthogonal() const { return error <= kMaxError; }
+
+// A coordinate is a sum of products, kSumLength in a row and then the sums: it is off by a few more
+// than so many roundings of Σ|r|·|y|, and the coordinates together by √dim·‖y‖ of that at most.
+double Rotation::slack() const {
+  const double roundings = kSumLength + static_cast<double>(padded(dim)) / kSumLength + 4;
+  return error + roundings * 0x1p-24 * std::sqrt(static_cast<double>(dim));
+}
+
+int64_t settled_rows(int64_t dim) {
+  constexpr int64_t kRows = 16384;
+  return dim > kMaxRotated ? kRows : std::max(kRows, 64 * dim);
+}
+
+std::shared_ptr<const Rotation> find_rotation(const float* y, int64_t n, int64_t dim) {
+  const int64_t pad = static_cast<int64_t>(padded(dim));
+  const int64_t first = stop_group(code_groups(dim), 0) * kBlockDims;
+  const int64_t second = stop_group(code_groups(dim), 1) * kBlockDims;
+  n = n / kSumLength * kSumLength;
+  if (first == 0 || dim > kMaxRotated || n < 2 * dim) return nullptr;
+  const auto at = [pad](int64_t i, int64_t j) { return static_cast<size_t>(i * pad + j); };
+
+  // C = YᵀY, of trace 1.
+  AlignedVector<float> across(static_cast<size_t>(pad * n)), c(static_cast<size_t>(pad * pad));
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < pad; ++j) across[static_cast<size_t>(j * n + i)] = y[at(i, j)];
+  matmul(across.data(), pad, n, to_panels(y, n, pad), pad, c.data());
+  double trace = 0, before = 0, square = 0;
+  for (int64_t i = 0; i < dim; ++i) trace += static_cast<double>(c[at(i, i)]);
+  if (!(trace > 1e-30 && trace < 1e30)) return nullptr;
+  for (float& x : c) {
+    x = static_cast<float>(static_cast<double>(x) / trace);
+    square += static_cast<double>(x) * x;
+  }
+  if (1 / square > kFlat * static_cast<double>(dim)) return nullptr;
+  for (int64_t i = 0; i < first; ++i) before += static_cast<double>(c[at(i, i)]);
+
+  // Orthogonal iteration: of C's powers the leading directions remain. Directions in which the
+  // sample has nothing keep a little of what they were.
+  const AlignedVector<float> panels = to_panels(c.data(), pad, pad);
+  AlignedVector<float> q(c.size()), cq(c.size());
+  for (int64_t i = 0; i < dim; ++i)
+    for (int64_t j = 0; j < dim; ++j) q[at(i, j)] = static_cast<float>(cosine_entry(dim, i, j));
+  for (int round = 0; round < kIterations; ++round) {
+    matmul(q.data(), pad, pad, panels, pad, cq.data());
+    add(cq.data(), 1e-3f / static_cast<float>(dim), q.data(), pad * dim);
+    std::swap(q, cq);
+    orthonormalise(q.data(), dim, pad);
+  }
+  matmul(q.data(), pad, pad, panels, pad, cq.data());
+  double after = 0;
+  for (int64_t i = 0; i < first; ++i)
+    after += static_cast<double>(dot(q.data() + i * pad, cq.data() + i * pad, dim));
+  if (!(after >= before + kGain)) return nullptr;
+
+  std::vector<double> rows(static_cast<size_t>(dim * dim));
+  for (int64_t i = 0; i < dim; ++i) std::copy_n(q.data() + i * pad, dim, rows.data() + i * dim);
+  orthonormalise(rows.data(), dim, dim);
+  mix(rows, dim, 0, first);
+  mix(rows, dim, first, second);
+  mix(rows, dim, second, dim);
+  const std::vector<float> rounded(rows.begin(), rows.end());
+  std::shared_ptr<const Rotation> found = Rotation::from_rows(rounded.data(), dim);
+  return found->orthogonal() ? found : nullptr;
+}
+
+void rotate(const Rotation& rotation, const float* y, int64_t n, float* out) {
+  const int pad = static_cast<int>(padded(rotation.dim));
+  kernels().matmul(y, static_cast<int>(n), pad, rotation.panels.data(), pad, out);
+}
+
+}  // namespace knnfast

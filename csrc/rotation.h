@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// Other coordinates for the codes, in which scans stop early.
+//
+// Embeddings that a network has made lie near a few directions, which the coordinates do not
+// follow: each holds about as much of a row as any other, and until most of the codes are read
+// nothing can be said of the rest. In coordinates ordered by what the rows have there (the
+// principal directions of a sample) the first stop sees most of every row. An orthogonal matrix R
+// changes no product: q·y = (Rq)·(Ry).
+//
+// Within the parts between the stops the directions are mixed by a cosine transform, so that no
+// coordinate is much larger than the others: the step of a row's codes is its largest one over 127.
+// Rows in all directions alike (or with all their norm before the first stop) have no rotation.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "segment.h"
+
+namespace knnfast {
+
+constexpr int64_t kMaxRotated = 1024;  // dimensions; beyond, adding rows would take too long
+
+struct Rotation {
+  int64_t dim = 0;
+  AlignedVector<float> panels;  // Rᵀ, padded with zeros, as matmul takes it
+  double error = 0;             // ‖RᵀR - 1‖, rounded up: q·y and (Rq)·(Ry) are so far apart
+
+  static std::shared_ptr<const Rotation> from_rows(const float* rows, int64_t dim);
+  void rows(float* out) const;  // R, [dim, dim]
+  bool orthogonal() const;      // as nearly as the bounds of segment.h need it
+  // What a vector may be off when it has been rotated, as a share of its norm; `error` is in it.
+  double slack() const;
+};
+
+// From so many rows on a segment's codes are final: they have seen enough for a mean, and for a
+// rotation, which makes all rows cheaper to scan and every search dim² multiplications dearer.
+int64_t settled_rows(int64_t dim);
+
+// The rotation for rows like these, y [n, padded dim] with zeros behind dim, less their mean; null
+// where none would pay. Reads the first n/64*64 rows.
+std::shared_ptr<const Rotation> find_rotation(const float* y, int64_t n, int64_t dim);
+
+// out = R·y for rows [n, padded dim]; on the calling thread.
+void rotate(const Rotation& rotation, const float* y, int64_t n, float* out);
+
+}  // namespace knnfast
