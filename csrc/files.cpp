@@ -25,7 +25,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <map>
 #include <optional>
 #include <random>
 #include <system_error>
@@ -340,19 +339,27 @@ Buffer copy_floats(const float* from, size_t n) {
   return b;
 }
 
-using Rotations = std::map<std::string, std::shared_ptr<const Rotation>>;  // by file name
+// The one rotation of an index, multiplied with its transpose to see how orthogonal it is.
+struct LoadedRotation {
+  FileEntry entry;
+  std::shared_ptr<const Rotation> rotation;
 
-// Multiplied with its transpose to see how orthogonal it is: what is no rotation is refused.
-std::shared_ptr<const Rotation> load_rotation(const std::string& folder, const FileEntry& entry,
-                                              int64_t dim) {
-  const std::shared_ptr<Buffer> rows = load(folder, entry, false);
-  std::shared_ptr<const Rotation> r = Rotation::from_rows(rows->as<float>(), dim);
-  if (!r->orthogonal()) damaged(folder + "/" + entry.name, "it is no rotation");
-  return r;
-}
+  std::shared_ptr<const Rotation> get(const std::string& folder, const FileEntry& wanted,
+                                      int64_t dim) {
+    if (rotation) {
+      if (wanted.name != entry.name || wanted.crc != entry.crc)
+        throw std::runtime_error("segments with different rotations");
+      return rotation;
+    }
+    entry = wanted;
+    rotation = Rotation::from_rows(load(folder, entry, false)->as<float>(), dim);
+    if (!rotation->orthogonal()) damaged(folder + "/" + entry.name, "it is no rotation");
+    return rotation;
+  }
+};
 
 SegmentView load_segment(const std::string& folder, const Json& j, int64_t version, int64_t dim,
-                         bool map, std::vector<FileEntry>& files, Rotations& rotations) {
+                         bool map, std::vector<FileEntry>& files, LoadedRotation& rotation) {
   SegmentView v;
   const uint64_t n = static_cast<uint64_t>(j.integer_at("rows", 1, int64_t{1} << 31));
   const uint64_t d = static_cast<uint64_t>(dim);
@@ -392,14 +399,10 @@ SegmentView load_segment(const std::string& folder, const Json& j, int64_t versi
       }
     v.codes->codes = std::move(*load(folder, codes, map));
     if (j.fields.count("rotation")) {
-      if (dim > kMaxRotated) throw std::runtime_error("rotated codes of so long rows");
+      if (version < 4 || dim > kMaxRotated) throw std::runtime_error("a rotation out of place");
       const FileEntry entry = entry_of(j, "rotation", d * d * 4);
-      std::shared_ptr<const Rotation>& rotation = rotations[entry.name];
-      if (!rotation) {
-        files.push_back(entry);
-        rotation = load_rotation(folder, entry, dim);
-      }
-      v.codes->rotation = rotation;
+      if (!rotation.rotation) files.push_back(entry);
+      v.codes->rotation = rotation.get(folder, entry, dim);
     }
   }
   if (j.fields.count("ids")) {
@@ -441,7 +444,7 @@ void Index::save(const std::string& folder) const {
     return json_of(files.back());
   };
   size_t number = 0;
-  std::map<const Rotation*, std::string> rotations;  // that are written
+  std::string rotation;  // as JSON, when it is written
   for (const SegmentView& v : *snapshot) {
     char stem[40];
     std::snprintf(stem, sizeof stem, "%s-%04zu", generation.c_str(), number++);
@@ -466,7 +469,6 @@ void Index::save(const std::string& folder) const {
       segments += json;
     }
     if (v.codes && v.codes->rotation) {
-      std::string& rotation = rotations[v.codes->rotation.get()];
       if (rotation.empty()) {
         std::vector<float> matrix(d * d);
         v.codes->rotation->rows(matrix.data());
@@ -531,10 +533,10 @@ Index Index::open(const std::string& folder, bool map) {
       impl->scan = Scan(index_of(j.at("scan", Json::string).text, kScans, "scan"));
       impl->next_id = j.integer_at("next_id", 0, INT64_MAX);
       auto snapshot = std::make_shared<Snapshot>();
-      Rotations rotations;
+      LoadedRotation rotation;
       for (const Json& segment : j.at("segments", Json::array).items)
         snapshot->push_back(
-            load_segment(folder, segment, version, impl->dim, map, impl->files, rotations));
+            load_segment(folder, segment, version, impl->dim, map, impl->files, rotation));
       for (const SegmentView& v : *snapshot)
         for (uint32_t r = 0; r < v.n; ++r) {
           const int64_t id = v.id(r);

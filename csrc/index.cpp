@@ -110,8 +110,9 @@ void extend_codes(Snapshot& snapshot, size_t s, uint32_t old_n, int64_t dim, boo
   uint32_t begin = old_n / kBlockRows;
   const uint32_t end = view.blocks();
   if (begin == end) return;
-  const bool young = view.codes && view.codes->mean_rows < settled_rows(dim) &&
-                     static_cast<int64_t>(view.n) >= 4 * view.codes->mean_rows;
+  const int64_t n = view.n, settled = settled_rows(dim);
+  const bool young = view.codes && view.codes->mean_rows < settled &&
+                     (n >= settled || n >= 4 * view.codes->mean_rows);
   if (!view.codes || young) {
     std::shared_ptr<const Rotation> rotation;
     for (size_t i = 0; i < s && !rotation; ++i)

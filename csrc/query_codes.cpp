@@ -7,6 +7,7 @@
 
 #include "collector.h"
 #include "rotation.h"
+#include "thread_pool.h"
 
 namespace knnfast {
 
@@ -35,25 +36,23 @@ static double query_step(const double* v, int64_t dim, int window) {
   return std::max(pair / (kPairSum - 1), sum / (kWindowSum - window));
 }
 
-// Codes p [dim] of v, and for a kernel with windows their offsets.
+// Codes p [dim] of v, and for a kernel with windows their offsets; without v's norm.
 static QueryCodes quantize_query(const double* v, int64_t dim, int window, int8_t* p,
                                  int32_t* offsets) {
   const double least = query_step(v, dim, window);
   const bool tiny = !(least > 1e-27);
   QueryCodes c{tiny ? 1.0 : least, 0, 0, 0, 0};
   const double inverse = tiny ? 0.0 : 1 / least;
-  double norm = 0, error = 0;
+  double error = 0;
   int32_t sum = 0;
   for (int64_t j = 0; j < dim; ++j) {
     const double t = v[j] * inverse;
     const int code = static_cast<int>(t + (t < 0 ? -0.5 : 0.5));
     const double w = v[j] - c.step * code;
-    norm += v[j] * v[j];
     error += w * w;
     sum += code;
     p[j] = static_cast<int8_t>(code);
   }
-  c.norm = std::sqrt(norm) * (1 + 1e-9);
   c.error = std::sqrt(error) * (1 + 1e-9);
   c.offset = -128 * sum;
   if (window == 0) return c;
@@ -67,44 +66,46 @@ static QueryCodes quantize_query(const double* v, int64_t dim, int window, int8_
   return c;
 }
 
-// Codes [n, stride], n a multiple of 16, as tiles.
-static void to_tiles(const AlignedVector<int8_t>& codes, size_t stride,
-                     AlignedVector<int8_t>& tiles) {
-  tiles.resize(codes.size());
-  int8_t* out = tiles.data();
-  for (size_t first = 0; first < codes.size(); first += kTileQueries * stride)
-    for (size_t j = 0; j < stride; j += kQueryPad)
-      for (size_t q = 0; q < kTileQueries; ++q, out += kQueryPad)
-        std::memcpy(out, codes.data() + first + q * stride + j, kQueryPad);
+// Codes [16, stride] as tiles.
+static void to_tiles(const int8_t* codes, size_t stride, int8_t* tiles) {
+  for (size_t j = 0; j < stride; j += kQueryPad)
+    for (size_t q = 0; q < kTileQueries; ++q, tiles += kQueryPad)
+      std::memcpy(tiles, codes + q * stride + j, kQueryPad);
 }
 
-void CodedQueries::code(int64_t n, int64_t dim, int window, bool tiled, const Rotation* rotation) {
+void CodedQueries::code(int64_t n, int64_t dim, int window, bool tiled, const Rotation* rotation,
+                        int threads) {
   const size_t pad = padded(dim), count = static_cast<size_t>(n);
   const size_t windows = window ? pad / (static_cast<size_t>(window) * kBlockDims) : 0;
   codes.assign(v.size(), 0);
+  if (tiled) tiles.resize(v.size());
   offsets.resize(count * windows);
   quantized.resize(count);
   if (rotation) {
-    norms_.resize(count);
-    for (size_t i = 0; i < count; ++i) {
-      double square = 0;
-      for (size_t j = i * pad; j < (i + 1) * pad; ++j) square += v[j] * v[j];
-      norms_[i] = std::sqrt(square) * (1 + 1e-9);
-    }
     straight_.assign(v.begin(), v.end());
-    turned_.resize(count * pad);
-    rotate(*rotation, straight_.data(), n, turned_.data());
-    std::copy(turned_.begin(), turned_.end(), v.begin());
+    turned_.resize(v.size());
   }
-  for (size_t i = 0; i < count; ++i) {
-    QueryCodes& c = quantized[i] = quantize_query(
-        v.data() + i * pad, dim, window, codes.data() + i * pad, offsets.data() + i * windows);
-    if (!rotation) continue;
-    c.norm = norms_[i];
-    c.slack = rotation->slack() * norms_[i];
-    c.error += c.slack;
-  }
-  if (tiled) to_tiles(codes, pad, tiles);
+  const auto work = [&](int, int64_t tile) {
+    const size_t first = static_cast<size_t>(tile) * kTileQueries;
+    const size_t end = std::min(count, first + kTileQueries), at = first * pad;
+    if (rotation)
+      rotate(*rotation, straight_.data() + at, static_cast<int64_t>(end - first),
+             turned_.data() + at);
+    for (size_t i = first; i < end; ++i) {
+      double* x = v.data() + i * pad;
+      double square = 0;
+      for (size_t j = 0; j < pad; ++j) square += x[j] * x[j];
+      if (rotation) std::copy_n(turned_.data() + i * pad, pad, x);
+      QueryCodes& c = quantized[i] =
+          quantize_query(x, dim, window, codes.data() + i * pad, offsets.data() + i * windows);
+      c.norm = std::sqrt(square) * (1 + 1e-9);
+      if (!rotation) continue;
+      c.slack = rotation->slack() * c.norm;
+      c.error += c.slack;
+    }
+    if (tiled) to_tiles(codes.data() + at, pad, tiles.data() + at);
+  };
+  parallel_for((n + kTileQueries - 1) / kTileQueries, work, threads);
 }
 
 void fill_stops(ScanQuery& q, const double* v, int64_t dim, double slack, double row_scale) {

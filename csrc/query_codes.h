@@ -23,12 +23,12 @@ struct CodedQueries {
   std::vector<int32_t> offsets;
   std::vector<QueryCodes> quantized;
 
-  // All of it from v for the first n queries; v is rotated before, and norms stay those before.
-  void code(int64_t n, int64_t dim, int window, bool tiled, const Rotation* rotation = nullptr);
+  // All of it from v for the first n queries, on so many threads. With a rotation v is rotated
+  // first; the norms stay those before.
+  void code(int64_t n, int64_t dim, int window, bool tiled, const Rotation* rotation, int threads);
 
  private:
   AlignedVector<float> straight_, turned_;
-  std::vector<double> norms_;
 };
 
 // What is left of v, coded in q, from each stop on, where a row counts `row_scale` times; v may be

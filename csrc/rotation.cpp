@@ -14,7 +14,7 @@ namespace {
 
 constexpr double kFlat = 0.6;          // of dim: so many directions are all alike
 constexpr double kGain = 0.2;          // of the rows' squares, before the first stop
-constexpr double kMaxError = 0x1p-20;  // below every margin of the bounds
+constexpr double kMaxError = 0x1p-19;  // half of every margin of the bounds; FP32 has less
 constexpr int kIterations = 4;
 
 // b [inner, cols] into the panels that matmul takes.
@@ -138,14 +138,19 @@ std::shared_ptr<const Rotation> find_rotation(const float* y, int64_t n, int64_t
   if (first == 0 || dim > kMaxRotated || n < 2 * dim) return nullptr;
   const auto at = [pad](int64_t i, int64_t j) { return static_cast<size_t>(i * pad + j); };
 
-  // C = YᵀY, of trace 1.
-  AlignedVector<float> across(static_cast<size_t>(pad * n)), c(static_cast<size_t>(pad * pad));
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < pad; ++j) across[static_cast<size_t>(j * n + i)] = y[at(i, j)];
-  matmul(across.data(), pad, n, to_panels(y, n, pad), pad, c.data());
+  // C = YᵀY, of trace 1, where every row counts the same, however long it is.
+  AlignedVector<float> units(static_cast<size_t>(n * pad)), across(static_cast<size_t>(pad * n));
+  AlignedVector<float> c(static_cast<size_t>(pad * pad));
+  for (int64_t i = 0; i < n; ++i) {
+    const float length = std::sqrt(dot(y + i * pad, y + i * pad, dim));
+    const float factor = length > 1e-15f ? 1 / length : 0;
+    for (int64_t j = 0; j < dim; ++j)
+      units[at(i, j)] = across[static_cast<size_t>(j * n + i)] = y[at(i, j)] * factor;
+  }
+  matmul(across.data(), pad, n, to_panels(units.data(), n, pad), pad, c.data());
   double trace = 0, before = 0, square = 0;
   for (int64_t i = 0; i < dim; ++i) trace += static_cast<double>(c[at(i, i)]);
-  if (!(trace > 1e-30 && trace < 1e30)) return nullptr;
+  if (trace == 0) return nullptr;
   for (float& x : c) {
     x = static_cast<float>(static_cast<double>(x) / trace);
     square += static_cast<double>(x) * x;

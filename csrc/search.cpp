@@ -41,8 +41,8 @@ double canonical_norm2(const double* q, int64_t dim) {
 
 struct Worker : Sink {
   std::vector<ScanQuery> int8, fp16;   // the group's queries for `segment`
-  CodedQueries coded;                  // likewise: less its mean (l2), rotated
-  const Rotation* rotation = nullptr;  // that they have been through
+  CodedQueries centred;                // l2: less its mean
+  const Rotation* rotation = nullptr;  // of its codes
   AlignedVector<double> wide;          // rows as doubles
   int64_t segment = -1;
   const ScanQuery* queries = nullptr;  // of the scan that runs, and what their errors multiply
@@ -61,7 +61,7 @@ struct Worker : Sink {
 
 struct Scratch {
   AlignedVector<double> q;      // [group, padded], as given
-  CodedQueries coded;           // v: as scanned; the rest for ip and cosine
+  CodedQueries coded, rotated;  // v: as scanned; the rest for ip and cosine
   AlignedVector<float> values;  // v as float
   std::unique_ptr<Query[]> queries;
   int64_t capacity = 0;
@@ -112,10 +112,11 @@ float on_hit(Sink* sink, int query, uint32_t block, const float* upper, uint32_t
 // Runs one group of queries.
 class GroupSearch {
  public:
-  GroupSearch(const SearchTask& task, int64_t first, int64_t count)
+  GroupSearch(const SearchTask& task, int64_t first, int64_t count, int threads)
       : task_(task),
         n_(count),
         dim_(task.dim),
+        threads_(threads),
         pad_(padded(task.dim)),
         s_(scratch()),
         kernels_(kernels()),
@@ -126,16 +127,16 @@ class GroupSearch {
   }
 
   // `trust`: floors may be taken that are no bounds.
-  void run(int threads, size_t k, const double* radius, bool trust) {
+  void run(size_t k, const double* radius, bool trust) {
     k_ = static_cast<int64_t>(k);
     trust_ = trust ? trusted_share(dim_) : 1;
     plan_chunks();
     const int64_t work = static_cast<int64_t>(s_.chunks.size());
-    if (work < 2) threads = 1;
-    if (static_cast<int>(s_.workers.size()) < threads)
-      s_.workers.resize(static_cast<size_t>(threads));
+    if (work < 2) threads_ = 1;
+    if (static_cast<int>(s_.workers.size()) < threads_)
+      s_.workers.resize(static_cast<size_t>(threads_));
     for (int64_t q = 0; q < n_; ++q) s_.queries[static_cast<size_t>(q)].start(k);
-    for (int t = 0; t < threads; ++t) start(s_.workers[static_cast<size_t>(t)], k, radius);
+    for (int t = 0; t < threads_; ++t) start(s_.workers[static_cast<size_t>(t)], k, radius);
     {
       const TraceRange range("knnfast.scan");
       parallel_for(
@@ -143,7 +144,7 @@ class GroupSearch {
           [&](int t, int64_t i) {
             scan_chunk(s_.workers[static_cast<size_t>(t)], s_.chunks[static_cast<size_t>(i)]);
           },
-          threads);
+          threads_);
     }
     // The rows after the last whole block of each segment.
     Worker& first = s_.workers[0];
@@ -156,12 +157,11 @@ class GroupSearch {
         n_,
         [&](int, int64_t q) {
           Collector& c = first.collectors[static_cast<size_t>(q)];
-          for (int t = 1; t < threads; ++t)
+          for (int t = 1; t < threads_; ++t)
             c.take(s_.workers[static_cast<size_t>(t)].collectors[static_cast<size_t>(q)]);
           c.finish();
         },
-        n_ < 2 * threads ? 1 : threads);
-    threads_ = threads;
+        n_ < 2 * threads_ ? 1 : threads_);
   }
 
   const std::vector<Found>& found(int64_t q) {
@@ -219,30 +219,32 @@ class GroupSearch {
             static_cast<float>(v[j]);
       }
     }
-    if (task_.metric != Metric::l2) s_.coded.code(n_, dim_, kernels_.window, tiles_);
+    if (task_.metric == Metric::l2) return;
+    s_.coded.code(n_, dim_, kernels_.window, tiles_, nullptr, threads_);
+    for (const SegmentView& view : *task_.snapshot)
+      if (view.codes && view.codes->rotation) rotation_ = view.codes->rotation.get();
+    if (!rotation_) return;
+    s_.rotated.v.assign(s_.coded.v.begin(), s_.coded.v.end());
+    s_.rotated.code(n_, dim_, kernels_.window, tiles_, rotation_, threads_);
   }
 
   // The queries for a segment's codes.
   const CodedQueries& coded_for(Worker& w, const Codes& codes) {
-    const Rotation* rotation = codes.rotation.get();
-    const bool l2 = task_.metric == Metric::l2;
-    if (!l2 && !rotation) return s_.coded;
-    CodedQueries& c = w.coded;
-    if (!l2 && w.rotation == rotation) return c;
-    w.rotation = rotation;
+    if (task_.metric != Metric::l2) return codes.rotation ? s_.rotated : s_.coded;
+    CodedQueries& c = w.centred;
     c.v.assign(s_.coded.v.begin(), s_.coded.v.end());
-    for (int64_t i = 0; l2 && i < n_; ++i)
+    for (int64_t i = 0; i < n_; ++i)
       for (int64_t j = 0; j < dim_; ++j)
         c.v[static_cast<size_t>(i) * pad_ + static_cast<size_t>(j)] -=
             static_cast<double>(codes.mean[static_cast<size_t>(j)]) *
             s_.queries[static_cast<size_t>(i)].scale;
-    c.code(n_, dim_, kernels_.window, tiles_, rotation);
+    c.code(n_, dim_, kernels_.window, tiles_, codes.rotation.get(), 1);
     return c;
   }
 
   void plan_chunks() {
     const size_t block_bytes = static_cast<size_t>(code_groups(dim_)) * 64;
-    const uint32_t step =
+    const uint32_t step = chunk_blocks_ =
         static_cast<uint32_t>(std::max<size_t>(2, kChunkBytes / block_bytes / 2 * 2));
     s_.chunks.clear();
     for (uint32_t i = 0; i < task_.snapshot->size(); ++i) {
@@ -280,6 +282,9 @@ class GroupSearch {
   void fill_queries(Worker& w, uint32_t segment) {
     const SegmentView& view = (*task_.snapshot)[segment];
     w.segment = segment;
+    const Rotation* rotation = view.codes ? view.codes->rotation.get() : nullptr;
+    if (w.rotation != rotation) w.stop.start();  // other codes stop elsewhere
+    w.rotation = rotation;
     w.int8.resize(static_cast<size_t>(n_));
     w.fp16.resize(static_cast<size_t>(n_));
     const double float_sum = static_cast<double>(dim_) * 0x1p-23;   // a float dot product's error
@@ -404,7 +409,7 @@ class GroupSearch {
       const auto began = std::chrono::steady_clock::now();
       kernels_.scan_int8(rows, begin, end, queries.data(), static_cast<int>(n_), l2, &w, stopped);
       w.stats.rows_stopped += stopped[0] + stopped[1];
-      if (stops) {
+      if (stops && end - begin >= chunk_blocks_ / 2) {
         const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - began;
         w.stop.judge(taken.count() / (end - begin), stopped, pairs);
       }
@@ -473,15 +478,17 @@ class GroupSearch {
 
   const SearchTask& task_;
   const int64_t n_, dim_;
+  int threads_;
   const size_t pad_;
   Scratch& s_;
   const Kernels& kernels_;
   const bool tiles_;      // of the queries' codes
   const size_t windows_;  // of a query's codes
   const CanonicalKeys keys_;
+  const Rotation* rotation_ = nullptr;  // of the snapshot's codes: there is one at most
   int64_t k_ = 0;
   float trust_ = 1;
-  int threads_ = 1;
+  uint32_t chunk_blocks_ = 0;
 };
 
 // Every group of queries in turn: threads share the rows, or, where the rows are few, the groups.
@@ -495,8 +502,8 @@ void for_groups(const SearchTask& task, size_t k, const double* radius, Stats& s
   if (doubted()) task.doubt->fetch_sub(1, std::memory_order_relaxed);
   auto run = [&](int64_t first, int64_t size, int with, Stats& into) {
     const int64_t count = std::min(size, task.m - first);
-    GroupSearch search(task, first, count);
-    search.run(with, k, radius, !radius && !doubted());
+    GroupSearch search(task, first, count, with);
+    search.run(k, radius, !radius && !doubted());
     search.add_stats(into);
     into.queries += count;
     std::vector<int64_t> again;
@@ -513,8 +520,8 @@ void for_groups(const SearchTask& task, size_t k, const double* radius, Stats& s
     SearchTask rest = task;
     rest.queries = queries.data();
     rest.m = static_cast<int64_t>(again.size());
-    GroupSearch second(rest, 0, rest.m);
-    second.run(with, k, radius, false);
+    GroupSearch second(rest, 0, rest.m, with);
+    second.run(k, radius, false);
     second.add_stats(into);
     into.queries_repeated += rest.m;
     for (int64_t q = 0; q < rest.m; ++q) emit(second, q, again[static_cast<size_t>(q)]);

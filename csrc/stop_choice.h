@@ -17,13 +17,16 @@ class StopChoice {
   int next() const { return next_; }
 
   // After a chunk that took so many seconds a block: of `pairs` of rows and queries, `stopped` were
-  // left at each stop.
+  // left at each stop. The first chunk, in which nothing is known yet, tells nothing.
   void judge(double seconds, const int64_t* stopped, int64_t pairs) {
+    if (best_ < 0) {
+      best_ = next_ = 0;
+      return;
+    }
     Way& way = ways_[next_];
-    const bool trial = next_ != best_;
-    way.seconds = trial || way.seconds == 0 ? seconds : (way.seconds + seconds) / 2;
+    way.seconds = next_ == best_ && way.tried() ? (way.seconds + seconds) / 2 : seconds;
     for (int i = 0; i <= kStops; ++i)
-      if (ways_[i].seconds > 0 && ways_[i].seconds < ways_[best_].seconds) best_ = i;
+      if (ways_[i].tried() && ways_[i].seconds < ways_[best_].seconds) best_ = i;
     if (next_ == best_) {
       way.patience = kPatience;
     } else {
@@ -33,8 +36,9 @@ class StopChoice {
       way.patience = std::min(way.patience * (clearly ? 4 : 2), 512);
     }
     next_ = best_;
-    if (best_ == 0 && stopped[0] * 4 >= pairs * 3) return;  // nothing can be much better
-    for (int i = kStops; i >= 0; --i)
+    // A stop that leaves most is hard to beat.
+    if (best_ == 0 && ways_[kStops].tried() && stopped[0] * 4 >= pairs * 3) return;
+    for (int i = 0; i <= kStops; ++i)
       if (i != best_ && --ways_[i].wait < 0) next_ = i;
   }
 
@@ -42,11 +46,12 @@ class StopChoice {
   static_assert(kStops == 2, "the first stop, or the second alone, or none");
   static constexpr int kPatience = 4;
   struct Way {
-    double seconds = 0;                  // a block; 0: not tried yet
+    double seconds = -1;                 // a block; below 0: not tried yet
     int wait = 0, patience = kPatience;  // chunks before the next trial, and from then on
+    bool tried() const { return seconds >= 0; }
   };
   Way ways_[kStops + 1];
-  int best_ = kStops, next_ = kStops;
+  int best_ = -1, next_ = kStops;
 };
 
 }  // namespace knnfast

@@ -46,7 +46,7 @@ def test_codes_keep_their_bound(tmp_path, seed, d, metric):
 
 
 @pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
-@pytest.mark.parametrize("d", [128, 250, 512])
+@pytest.mark.parametrize("d", [128, 250, 768])
 def test_rotated_codes_keep_their_bound(tmp_path, seed, d, metric):
     rng = np.random.default_rng(seed)
     basis = np.linalg.qr(rng.standard_normal((d, d)))[0]
@@ -55,7 +55,7 @@ def test_rotated_codes_keep_their_bound(tmp_path, seed, d, metric):
     x[::9] *= 10.0 ** rng.uniform(-6, 3, (len(x[::9]), 1))
     x[5] = 0
     rotation, after = check_codes(tmp_path / "index", x.astype(np.float16), metric)
-    assert np.linalg.norm(rotation.T @ rotation - np.eye(d)) <= 2**-20
+    assert np.linalg.norm(rotation.T @ rotation - np.eye(d)) <= 2**-19
     assert after < 0.3  # of the rows' squares; d / 16 * 11 before
 
 
@@ -89,7 +89,7 @@ def check_codes(folder, x, metric):
     # No looser than rounding asks for: half a step for each element.
     step = 0.5 * scale.astype(np.float64) * np.sqrt(d)
     rounded = 1 + 2**-7 + 1e-4
-    rounding = 4e-6 + rotated * (2**-20 + (d / 64 + 70) * 2**-24 * np.sqrt(d))
+    rounding = 4e-6 + rotated * (2**-19 + (d / 64 + 70) * 2**-24 * np.sqrt(d))
     assert (residual <= (step + rounding * length + 2e-6 + 2e-18 * d) * rounded).all()
     # What is left of a row behind each stop, in 255ths of its norm.
     groups = -(-d // 4)

@@ -118,6 +118,9 @@ def test_a_rotation_is_checked(tmp_path):
         write(bad, sealed=True)
         with pytest.raises(DamagedFile, match=r"rotation\.f32.*no rotation"):
             Index.open(tmp_path)
+    reseal(tmp_path, manifest | {"version": 3})
+    with pytest.raises(DamagedFile, match="a rotation out of place"):
+        Index.open(tmp_path)
     write(rotation, sealed=True)
     Index.open(tmp_path).verify()
     path.unlink()

@@ -77,7 +77,8 @@ class FaissReport:
         text += [
             "",
             "of ceiling: time of reading the FP16 rows once (or of the matmul) over the time,",
-            "above 100 % where fewer bytes are read; vs ours: above 1x knnfast is faster",
+            "above 100 % where fewer bytes are read; vs ours: the median over the turns, above 1x "
+            "knnfast is faster",
         ]
         text += [f"not measured: {name} ({why})" for name, why in self.skipped.items()]
         text += [
