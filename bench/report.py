@@ -459,6 +459,28 @@ def performance(found: list[dict[str, Any]]) -> str:
     return "\n\n".join([*parts, *(sections[r["kind"]](r) for r in found)]) + "\n"
 
 
+def embeddings(result: dict[str, Any]) -> list[str]:
+    """Real embeddings beside the peers, as bench/topk_cpu.py timed them."""
+    cells = result["parts"]["embeddings"]["times"]
+    names = ["knnfast", *dict.fromkeys(n.split("/")[0] for n in cells if "over_ours" in cells[n])]
+    batches = [n.split("/")[1] for n in cells if n.startswith("knnfast/") and n.endswith("/10")]
+
+    def cell(name: str, batch: str) -> str:
+        at = cells.get(f"{name}/{batch}/10")
+        if at is None:
+            return ""
+        return ms(at["p50_ms"]) + (f" ({times(at['over_ours'])})" if "over_ours" in at else "")
+
+    about = result["parts"]["embeddings"]["machine"]
+    return [
+        "The same for 100,000 real embeddings of 512 dimensions (images, by the bundled encoder), "
+        f"where scans stop early; {about['cpu']}, {about['threads']} threads, {about['isa']}, "
+        f"{about['date']}. Reading their FP16 bytes takes {ms(cells['read_fp16']['p50_ms'])} ms. "
+        "On your machine: `python bench/topk_cpu.py --part embeddings`.",
+        table(["batch", *names], [[b, *(cell(name, b) for name in names)] for b in batches]),
+    ]
+
+
 def summary(found: list[dict[str, Any]]) -> str:
     """The part of README between the markers: the newest run of each shape by the wall's clock."""
     parts = []
@@ -482,6 +504,8 @@ def summary(found: list[dict[str, Any]]) -> str:
             table(["batch", *names],
                   [[str(b), *(cell.get((name, b), "") for name in names)] for b in shape["batch"]]),
         ]  # fmt: skip
+    for result in [r for r in found if "embeddings" in r.get("parts", {})][:1]:
+        parts += embeddings(result)
     lines, seen = [], set()
     for result in (r for r in found if r["kind"] == "ops"):
         for row in (row for row in result["rows"] if row["op"] != "topk"):  # has its own table
