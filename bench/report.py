@@ -337,9 +337,9 @@ WHY_BROKEN = (
     "structure by which a scan could stop early, the ratio ends near 4 and 2. A batch of 64 "
     "multiplies: against a BLAS at its full rate int8 gives the ratio of the two rates, 4 with "
     "VNNI and somewhat less with AVX2, times what the peer needs beside its products; AMX "
-    "multiplies int8 another four times as fast. On clustered rows stops spare two thirds of that, "
-    "and a larger k costs more of it: k rows near a query must have been seen before any can be "
-    "passed over."
+    "multiplies int8 another four times as fast. On clustered rows and on embeddings stops spare "
+    "two thirds of that, and a larger k costs more of it: k rows near a query must have been seen "
+    "before any can be passed over."
 )
 
 
