@@ -6,8 +6,8 @@
 //   GENERATION-NNNN.live.u16     a bit a row, only after removals
 //   GENERATION-NNNN.terms.f32    row norms [n]; with codes also mean [dim], scale, bounds, norm
 //   GENERATION-NNNN.codes.u8     the blocks of segment.h, 1 KiB of zeros behind them
-//   GENERATION-NNNN.rotation.f32 [dim, dim] (rotation.h), where the codes have one; one for all
-//                                segments that name it
+//   GENERATION-NNNN.rotation.f32 [dim, dim] and its error (rotation.h), where codes have one; one
+//                                for all segments that name it
 //
 // manifest.json is {"crc32c": N, "index": {...}}, the checksum covering the text of "index".
 // Saving writes new files, syncs them, and replaces the manifest by rename: a kill at any moment
@@ -79,7 +79,8 @@ uint32_t crc32c(const void* data, size_t bytes, uint32_t crc = 0) {
 class File {
  public:
   File(const std::string& path, int flags)
-      : path_(path), fd_(::open(path.c_str(), flags | O_CLOEXEC, 0644)) {
+      : path_(path),
+        fd_(::open(path.c_str(), flags | O_CLOEXEC | O_NONBLOCK, 0644)) {  // a FIFO does not hang
     if (fd_ < 0) fail("cannot open", path);
   }
   ~File() { ::close(fd_); }
@@ -339,7 +340,7 @@ Buffer copy_floats(const float* from, size_t n) {
   return b;
 }
 
-// The one rotation of an index, multiplied with its transpose to see how orthogonal it is.
+// The one rotation of an index.
 struct LoadedRotation {
   FileEntry entry;
   std::shared_ptr<const Rotation> rotation;
@@ -352,7 +353,9 @@ struct LoadedRotation {
       return rotation;
     }
     entry = wanted;
-    rotation = Rotation::from_rows(load(folder, entry, false)->as<float>(), dim);
+    const std::shared_ptr<Buffer> file = load(folder, entry, false);
+    const float* rows = file->as<float>();
+    rotation = Rotation::from_rows(rows, dim, rows + dim * dim);
     if (!rotation->orthogonal()) damaged(folder + "/" + entry.name, "it is no rotation");
     return rotation;
   }
@@ -400,9 +403,10 @@ SegmentView load_segment(const std::string& folder, const Json& j, int64_t versi
     v.codes->codes = std::move(*load(folder, codes, map));
     if (j.fields.count("rotation")) {
       if (version < 4 || dim > kMaxRotated) throw std::runtime_error("a rotation out of place");
-      const FileEntry entry = entry_of(j, "rotation", d * d * 4);
+      const FileEntry entry = entry_of(j, "rotation", (d * d + 1) * 4);
       if (!rotation.rotation) files.push_back(entry);
       v.codes->rotation = rotation.get(folder, entry, dim);
+      v.codes->rotate_mean();
     }
   }
   if (j.fields.count("ids")) {
@@ -470,8 +474,9 @@ void Index::save(const std::string& folder) const {
     }
     if (v.codes && v.codes->rotation) {
       if (rotation.empty()) {
-        std::vector<float> matrix(d * d);
+        std::vector<float> matrix(d * d + 1);
         v.codes->rotation->rows(matrix.data());
+        matrix.back() = static_cast<float>(v.codes->rotation->error);
         rotation = put(at + ".rotation.f32", {{matrix.data(), matrix.size() * 4}});
       }
       field("rotation");

@@ -108,6 +108,46 @@ void CodedQueries::code(int64_t n, int64_t dim, int window, bool tiled, const Ro
   parallel_for((n + kTileQueries - 1) / kTileQueries, work, threads);
 }
 
+void CodedQueries::code_centred(const AlignedVector<double>& straight, const CodedQueries& rotated,
+                                const Codes& codes, const Query* queries, int64_t n, int64_t dim,
+                                int window, bool tiled) {
+  constexpr double kApart = 16;  // beyond, a difference of rotated vectors is too inaccurate
+  const size_t pad = padded(dim), count = static_cast<size_t>(n), d = static_cast<size_t>(dim);
+  const Rotation* rotation = codes.rotation.get();
+  v.assign(straight.begin(), straight.end());
+  norms_.resize(count);
+  slacks_.assign(count, 0);
+  for (size_t i = 0; i < count; ++i) {
+    double* x = v.data() + i * pad;
+    const double scale = queries[i].scale;
+    double square = 0;
+    for (size_t j = 0; j < d; ++j) {
+      x[j] -= static_cast<double>(codes.mean[j]) * scale;
+      square += x[j] * x[j];
+    }
+    norms_[i] = std::sqrt(square) * (1 + 1e-9);
+    if (!rotation) continue;
+    const double sizes = rotated.quantized[i].norm + codes.mean_norm * scale * (1 + 1e-9);
+    if (sizes <= kApart * norms_[i]) {
+      for (size_t j = 0; j < d; ++j)
+        x[j] = rotated.v[i * pad + j] - static_cast<double>(codes.turned_mean[j]) * scale;
+      slacks_[i] = rotation->slack() * sizes;
+    } else {
+      straight_.assign(x, x + pad);
+      turned_.resize(pad);
+      rotate(*rotation, straight_.data(), 1, turned_.data());
+      std::copy_n(turned_.data(), pad, x);
+      slacks_[i] = rotation->slack() * norms_[i];
+    }
+  }
+  code(n, dim, window, tiled, nullptr, 1);
+  for (size_t i = 0; i < count; ++i) {
+    quantized[i].norm = norms_[i];
+    quantized[i].slack = slacks_[i];
+    quantized[i].error += slacks_[i];
+  }
+}
+
 void fill_stops(ScanQuery& q, const double* v, int64_t dim, double slack, double row_scale) {
   // Kernels divide by what is left, and only the largest quotients of a batch count (StopTest).
   double least = 1e-30;

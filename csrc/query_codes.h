@@ -2,6 +2,7 @@
 // A query's int8 codes, as the scans take them (kernels.h).
 #pragma once
 
+#include "collector.h"
 #include "segment.h"
 
 namespace knnfast {
@@ -26,8 +27,13 @@ struct CodedQueries {
   // All of it from v for the first n queries, on so many threads. With a rotation v is rotated
   // first; the norms stay those before.
   void code(int64_t n, int64_t dim, int window, bool tiled, const Rotation* rotation, int threads);
+  // l2: of queries `straight` less a segment's mean. Rotated: `rotated` less the rotated mean.
+  void code_centred(const AlignedVector<double>& straight, const CodedQueries& rotated,
+                    const Codes& codes, const Query* queries, int64_t n, int64_t dim, int window,
+                    bool tiled);
 
  private:
+  std::vector<double> norms_, slacks_;
   AlignedVector<float> straight_, turned_;
 };
 

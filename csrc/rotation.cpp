@@ -14,8 +14,9 @@ namespace {
 
 constexpr double kFlat = 0.6;          // of dim: so many directions are all alike
 constexpr double kGain = 0.2;          // of the rows' squares, before the first stop
+constexpr double kBehind = 0.1;        // at most, behind the second one
 constexpr double kMaxError = 0x1p-19;  // half of every margin of the bounds; FP32 has less
-constexpr int kIterations = 4;
+constexpr int kIterations = 3;
 
 // b [inner, cols] into the panels that matmul takes.
 AlignedVector<float> to_panels(const float* b, int64_t inner, int64_t cols) {
@@ -85,7 +86,8 @@ void mix(std::vector<double>& rows, int64_t dim, int64_t begin, int64_t end) {
 
 }  // namespace
 
-std::shared_ptr<const Rotation> Rotation::from_rows(const float* rows, int64_t dim) {
+std::shared_ptr<const Rotation> Rotation::from_rows(const float* rows, int64_t dim,
+                                                    const float* error) {
   auto r = std::make_shared<Rotation>();
   const int64_t pad = static_cast<int64_t>(padded(dim));
   r->dim = dim;
@@ -94,6 +96,10 @@ std::shared_ptr<const Rotation> Rotation::from_rows(const float* rows, int64_t d
     for (int64_t j = 0; j < dim; ++j)
       transposed[static_cast<size_t>(j * pad + i)] = rows[i * dim + j];
   r->panels = to_panels(transposed.data(), pad, pad);
+  if (error) {
+    r->error = static_cast<double>(*error);
+    return r;
+  }
   // The norm of RRᵀ - 1 is RᵀR - 1's; Frobenius' is above the largest singular value.
   std::vector<double> wide(rows, rows + dim * dim), squares(static_cast<size_t>(dim));
   parallel_for(dim, [&](int, int64_t i) {
@@ -104,7 +110,8 @@ std::shared_ptr<const Rotation> Rotation::from_rows(const float* rows, int64_t d
     }
     squares[static_cast<size_t>(i)] = sum;
   });
-  r->error = std::sqrt(std::accumulate(squares.begin(), squares.end(), 0.0)) + 1e-10;
+  r->error = static_cast<double>(
+      round_up(std::sqrt(std::accumulate(squares.begin(), squares.end(), 0.0)) + 1e-10));
   return r;
 }
 
@@ -116,7 +123,7 @@ void Rotation::rows(float* out) const {
           panels[static_cast<size_t>(i / kPanel * kPanel * pad + j * kPanel + i % kPanel)];
 }
 
-bool Rotation::orthogonal() const { return error <= kMaxError; }
+bool Rotation::orthogonal() const { return error > 0 && error <= kMaxError; }
 
 // A coordinate is a sum of products, kSumLength in a row and then the sums: it is off by a few more
 // than so many roundings of Σ|r|·|y|, and the coordinates together by √dim·‖y‖ of that at most.
@@ -135,7 +142,9 @@ std::shared_ptr<const Rotation> find_rotation(const float* y, int64_t n, int64_t
   const int64_t first = stop_group(code_groups(dim), 0) * kBlockDims;
   const int64_t second = stop_group(code_groups(dim), 1) * kBlockDims;
   n = n / kSumLength * kSumLength;
-  if (first == 0 || dim > kMaxRotated || n < 2 * dim) return nullptr;
+  // AVX2 has stops from 64 groups on (kernels_avx2.cpp).
+  const bool stops = code_groups(dim) >= (kernels().window ? 64 : 32);
+  if (!stops || dim > kMaxRotated || n < 2 * dim) return nullptr;
   const auto at = [pad](int64_t i, int64_t j) { return static_cast<size_t>(i * pad + j); };
 
   // C = YᵀY, of trace 1, where every row counts the same, however long it is.
@@ -171,10 +180,10 @@ std::shared_ptr<const Rotation> find_rotation(const float* y, int64_t n, int64_t
     orthonormalise(q.data(), dim, pad);
   }
   matmul(q.data(), pad, pad, panels, pad, cq.data());
-  double after = 0;
-  for (int64_t i = 0; i < first; ++i)
-    after += static_cast<double>(dot(q.data() + i * pad, cq.data() + i * pad, dim));
-  if (!(after >= before + kGain)) return nullptr;
+  double after[2] = {};
+  for (int64_t i = 0; i < second; ++i)
+    after[i >= first] += static_cast<double>(dot(q.data() + i * pad, cq.data() + i * pad, dim));
+  if (!(after[0] >= before + kGain && after[0] + after[1] >= 1 - kBehind)) return nullptr;
 
   std::vector<double> rows(static_cast<size_t>(dim * dim));
   for (int64_t i = 0; i < dim; ++i) std::copy_n(q.data() + i * pad, dim, rows.data() + i * dim);

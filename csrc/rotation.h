@@ -27,9 +27,12 @@ constexpr int64_t kMaxRotated = 1024;  // dimensions; beyond, adding rows would 
 struct Rotation {
   int64_t dim = 0;
   AlignedVector<float> panels;  // Rᵀ, padded with zeros, as matmul takes it
-  double error = 0;             // ‖RᵀR - 1‖, rounded up: q·y and (Rq)·(Ry) are so far apart
+  double error = 0;             // ‖RᵀR - 1‖, rounded up to a float: q·y and (Rq)·(Ry) are so far
+                                // apart for vectors of norm 1
 
-  static std::shared_ptr<const Rotation> from_rows(const float* rows, int64_t dim);
+  // `error` is measured where it is not given.
+  static std::shared_ptr<const Rotation> from_rows(const float* rows, int64_t dim,
+                                                   const float* error = nullptr);
   void rows(float* out) const;  // R, [dim, dim]
   bool orthogonal() const;      // as nearly as the bounds of segment.h need it
   // What a vector may be off when it has been rotated, as a share of its norm; `error` is in it.

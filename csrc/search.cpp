@@ -219,8 +219,8 @@ class GroupSearch {
             static_cast<float>(v[j]);
       }
     }
-    if (task_.metric == Metric::l2) return;
-    s_.coded.code(n_, dim_, kernels_.window, tiles_, nullptr, threads_);
+    if (task_.metric != Metric::l2)
+      s_.coded.code(n_, dim_, kernels_.window, tiles_, nullptr, threads_);
     for (const SegmentView& view : *task_.snapshot)
       if (view.codes && view.codes->rotation) rotation_ = view.codes->rotation.get();
     if (!rotation_) return;
@@ -231,15 +231,9 @@ class GroupSearch {
   // The queries for a segment's codes.
   const CodedQueries& coded_for(Worker& w, const Codes& codes) {
     if (task_.metric != Metric::l2) return codes.rotation ? s_.rotated : s_.coded;
-    CodedQueries& c = w.centred;
-    c.v.assign(s_.coded.v.begin(), s_.coded.v.end());
-    for (int64_t i = 0; i < n_; ++i)
-      for (int64_t j = 0; j < dim_; ++j)
-        c.v[static_cast<size_t>(i) * pad_ + static_cast<size_t>(j)] -=
-            static_cast<double>(codes.mean[static_cast<size_t>(j)]) *
-            s_.queries[static_cast<size_t>(i)].scale;
-    c.code(n_, dim_, kernels_.window, tiles_, codes.rotation.get(), 1);
-    return c;
+    w.centred.code_centred(s_.coded.v, s_.rotated, codes, s_.queries.get(), n_, dim_,
+                           kernels_.window, tiles_);
+    return w.centred;
   }
 
   void plan_chunks() {

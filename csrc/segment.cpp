@@ -70,6 +70,14 @@ static float row_factor(const Segment& segment, int64_t row, bool cosine) {
   return norm > 0 ? 1 / norm : 0;
 }
 
+void Codes::rotate_mean() {
+  if (!rotation) return;
+  AlignedVector<float> straight(padded(rotation->dim));
+  std::copy(mean.begin(), mean.end(), straight.begin());
+  turned_mean.resize(straight.size());
+  rotate(*rotation, straight.data(), 1, turned_mean.data());
+}
+
 std::shared_ptr<Codes> make_codes(const Segment& segment, int64_t dim, int64_t n, bool cosine,
                                   std::shared_ptr<const Rotation> rotation) {
   auto c = std::make_shared<Codes>();
@@ -85,10 +93,10 @@ std::shared_ptr<Codes> make_codes(const Segment& segment, int64_t dim, int64_t n
   const int64_t step = std::max<int64_t>(1, n / kSample), count = (n + step - 1) / step;
   std::vector<double> sum(static_cast<size_t>(dim));
   AlignedVector<float> y(pad);
-  const auto centre = [&](int64_t i, float* out) {
-    kernels().centre_row(segment.rows.as<uint16_t>() + i * step * dim,
-                         row_factor(segment, i * step, cosine), c->mean.data(),
-                         static_cast<int>(dim), out);
+  const auto centre = [&](int64_t i, float* out) {  // one of each `step` rows, not always the first
+    const int64_t row = std::min(n - 1, i * step + (i * 40503 >> 4) % step);
+    kernels().centre_row(segment.rows.as<uint16_t>() + row * dim, row_factor(segment, row, cosine),
+                         c->mean.data(), static_cast<int>(dim), out);
   };
   for (int64_t i = 0; i < count; ++i) {
     centre(i, y.data());
@@ -106,6 +114,7 @@ std::shared_ptr<Codes> make_codes(const Segment& segment, int64_t dim, int64_t n
     rotation = find_rotation(sample.data(), count, dim);
   }
   c->rotation = std::move(rotation);
+  c->rotate_mean();
   return c;
 }
 

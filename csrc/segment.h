@@ -97,6 +97,9 @@ struct Codes {
   Buffer scale, norm;                        // float
   Buffer bounds;                             // uint32
   std::shared_ptr<const Rotation> rotation;  // or null
+  std::vector<float> turned_mean;            // Rμ
+
+  void rotate_mean();
 };
 
 struct Segment {
@@ -134,7 +137,7 @@ int64_t segment_capacity(int64_t dim);  // rows: a power of two, about 256 MiB o
 
 std::shared_ptr<Segment> make_segment(int64_t dim, int64_t capacity);
 
-// A new Codes object with the mean of the first n rows of `segment` (a strided sample of them), and
+// A new Codes object with the mean of the first n rows of `segment` (a sample of them), and
 // `rotation`, or if that is null one of its own where they are enough and it pays.
 std::shared_ptr<Codes> make_codes(const Segment& segment, int64_t dim, int64_t n, bool cosine,
                                   std::shared_ptr<const Rotation> rotation);
