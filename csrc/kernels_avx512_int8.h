@@ -293,9 +293,10 @@ void int8_rests(const ScanRows& rows, ScanQuery* queries, Sink* sink, StopTest& 
   }
 }
 
+// What is left of all blocks of a wave.
 template <bool VNNI, bool L2>
-void finish(const ScanRows& rows, ScanQuery* queries, Sink* sink, StopTest& test, Wave& wave,
-            int64_t* stopped) {
+void int8_finish(const ScanRows& rows, ScanQuery* queries, Sink* sink, StopTest& test, Wave& wave,
+                 int64_t* stopped) {
   for (int b = 0; b < wave.count; ++b) {
     Going& going = wave.going[b];
     stopped[test.stop] += (wave.nq - going.count) * kBlockRows;
@@ -321,7 +322,7 @@ inline void int8_tiles(const ScanRows& rows, uint32_t block, uint32_t apart, Sca
 template <bool VNNI, bool L2, bool Stops, int NB>
 void int8_blocks(const ScanRows& rows, uint32_t block, uint32_t apart, ScanQuery* queries, int nq,
                  Sink* sink, StopTest& test, Ahead ahead, Wave& wave, int64_t* stopped) {
-  if (Stops && !wave.room(NB)) finish<VNNI, L2>(rows, queries, sink, test, wave, stopped);
+  if (Stops && !wave.room(NB)) int8_finish<VNNI, L2>(rows, queries, sink, test, wave, stopped);
   Going* going = Stops ? wave.take(NB, block, apart) : nullptr;
   // Of many queries one will go on past the second stop, too.
   const int fetched = !Stops || nq >= 8 || test.stop + 1 == kStops
@@ -372,7 +373,7 @@ void scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQu
     auto* blocks = count == 2 ? int8_blocks<VNNI, L2, Stops, 2> : int8_blocks<VNNI, L2, Stops, 1>;
     blocks(rows, b, 1, queries, nq, sink, test, ahead, wave, stopped);
   }
-  if (Stops) finish<VNNI, L2>(rows, queries, sink, test, wave, stopped);
+  if (Stops) int8_finish<VNNI, L2>(rows, queries, sink, test, wave, stopped);
 }
 
 template <bool VNNI>

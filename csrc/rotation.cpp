@@ -84,6 +84,23 @@ void mix(std::vector<double>& rows, int64_t dim, int64_t begin, int64_t end) {
   std::copy(mixed.begin(), mixed.end(), rows.begin() + begin * dim);
 }
 
+// YᵀY [padded, padded] of rows y [n, padded], each as if its norm were 1.
+AlignedVector<float> covariance(const float* y, int64_t n, int64_t dim) {
+  const int64_t pad = static_cast<int64_t>(padded(dim));
+  AlignedVector<float> units(static_cast<size_t>(n * pad)), across(units.size());
+  for (int64_t i = 0; i < n; ++i) {
+    const float* row = y + i * pad;
+    const float length = std::sqrt(dot(row, row, dim));
+    const float factor = length > 1e-15f ? 1 / length : 0;
+    for (int64_t j = 0; j < dim; ++j)
+      units[static_cast<size_t>(i * pad + j)] = across[static_cast<size_t>(j * n + i)] =
+          row[j] * factor;
+  }
+  AlignedVector<float> c(static_cast<size_t>(pad * pad));
+  matmul(across.data(), pad, n, to_panels(units.data(), n, pad), pad, c.data());
+  return c;
+}
+
 }  // namespace
 
 std::shared_ptr<const Rotation> Rotation::from_rows(const float* rows, int64_t dim,
@@ -147,17 +164,8 @@ std::shared_ptr<const Rotation> find_rotation(const float* y, int64_t n, int64_t
   if (!stops || dim > kMaxRotated || n < 2 * dim) return nullptr;
   const auto at = [pad](int64_t i, int64_t j) { return static_cast<size_t>(i * pad + j); };
 
-  // C = YᵀY, of trace 1, where every row counts the same, however long it is.
-  AlignedVector<float> units(static_cast<size_t>(n * pad)), across(static_cast<size_t>(pad * n));
-  AlignedVector<float> c(static_cast<size_t>(pad * pad));
-  for (int64_t i = 0; i < n; ++i) {
-    const float length = std::sqrt(dot(y + i * pad, y + i * pad, dim));
-    const float factor = length > 1e-15f ? 1 / length : 0;
-    for (int64_t j = 0; j < dim; ++j)
-      units[at(i, j)] = across[static_cast<size_t>(j * n + i)] = y[at(i, j)] * factor;
-  }
-  matmul(across.data(), pad, n, to_panels(units.data(), n, pad), pad, c.data());
-  double trace = 0, before = 0, square = 0;
+  AlignedVector<float> c = covariance(y, n, dim);
+  double trace = 0, before = 0, square = 0;  // C is divided by its trace
   for (int64_t i = 0; i < dim; ++i) trace += static_cast<double>(c[at(i, i)]);
   if (trace == 0) return nullptr;
   for (float& x : c) {

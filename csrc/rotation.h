@@ -9,10 +9,11 @@
 //
 // Within the parts between the stops the directions are mixed by a cosine transform, so that no
 // coordinate is much larger than the others: the step of a row's codes is its largest one over 127.
-// Rows in all directions alike (or with all their norm before the first stop) have no rotation.
+// Rows in all directions alike have no rotation, nor have those with all their norm before the
+// first stop as they are.
 //
-// Cost: dim² multiplications for each row that is added, and for each query (l2: in each segment);
-// about 10·dim³ once, to find R. What a scan saves is up to two thirds of rows·dim for each query.
+// Cost: dim² multiplications for each row that is added and for each query of a search; about
+// 10·dim³ once, to find R. A scan saves up to two thirds of rows·dim for each query.
 #pragma once
 
 #include <cstdint>

@@ -219,13 +219,20 @@ class GroupSearch {
             static_cast<float>(v[j]);
       }
     }
-    if (task_.metric != Metric::l2)
+    const Rotation* rotation = nullptr;  // there is one at most
+    bool straight = false;
+    for (const SegmentView& view : *task_.snapshot) {
+      if (!view.codes) continue;
+      if (view.codes->rotation)
+        rotation = view.codes->rotation.get();
+      else
+        straight = true;
+    }
+    if (straight && task_.metric != Metric::l2)
       s_.coded.code(n_, dim_, kernels_.window, tiles_, nullptr, threads_);
-    for (const SegmentView& view : *task_.snapshot)
-      if (view.codes && view.codes->rotation) rotation_ = view.codes->rotation.get();
-    if (!rotation_) return;
+    if (!rotation) return;
     s_.rotated.v.assign(s_.coded.v.begin(), s_.coded.v.end());
-    s_.rotated.code(n_, dim_, kernels_.window, tiles_, rotation_, threads_);
+    s_.rotated.code(n_, dim_, kernels_.window, tiles_, rotation, threads_);
   }
 
   // The queries for a segment's codes.
@@ -479,7 +486,6 @@ class GroupSearch {
   const bool tiles_;      // of the queries' codes
   const size_t windows_;  // of a query's codes
   const CanonicalKeys keys_;
-  const Rotation* rotation_ = nullptr;  // of the snapshot's codes: there is one at most
   int64_t k_ = 0;
   float trust_ = 1;
   uint32_t chunk_blocks_ = 0;

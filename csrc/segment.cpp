@@ -93,7 +93,8 @@ std::shared_ptr<Codes> make_codes(const Segment& segment, int64_t dim, int64_t n
   const int64_t step = std::max<int64_t>(1, n / kSample), count = (n + step - 1) / step;
   std::vector<double> sum(static_cast<size_t>(dim));
   AlignedVector<float> y(pad);
-  const auto centre = [&](int64_t i, float* out) {  // one of each `step` rows, not always the first
+  // One of each `step` rows, not always the first: rows may come in turns. The mean is 0 at first.
+  const auto centre = [&](int64_t i, float* out) {
     const int64_t row = std::min(n - 1, i * step + (i * 40503 >> 4) % step);
     kernels().centre_row(segment.rows.as<uint16_t>() + row * dim, row_factor(segment, row, cosine),
                          c->mean.data(), static_cast<int>(dim), out);

@@ -126,6 +126,9 @@ def test_a_rotation_is_checked(tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"rotation\.f32"):
         Index.open(tmp_path)
+    os.mkfifo(path)
+    with pytest.raises(DamagedFile, match=r"rotation\.f32.*not a regular file"):
+        Index.open(tmp_path)
 
 
 def mutate(data, rng):
