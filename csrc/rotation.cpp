@@ -37,51 +37,72 @@ void matmul(const float* a, int64_t rows, int64_t inner, const AlignedVector<flo
   });
 }
 
-template <class T>
-T dot(const T* x, const T* y, int64_t n) {
-  T sum = 0;
+float dot(const float* x, const float* y, int64_t n) {
+  float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) sum += x[j] * y[j];
   return sum;
 }
 
-template <class T>
-void add(T* x, T factor, const T* y, int64_t n) {
+void add(float* x, float factor, const float* y, int64_t n) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) x[j] += factor * y[j];
 }
 
-// Gram and Schmidt's: each row less what lies along the ones before it, then normalised.
-template <class T>
-void orthonormalise(T* rows, int64_t dim, int64_t stride) {
-  for (int64_t i = 0; i < dim; ++i) {
-    T* x = rows + i * stride;
-    for (int64_t j = 0; j < i; ++j) {
-      const T* y = rows + j * stride;
-      add(x, -dot(x, y, dim), y, dim);
+// Gram and Schmidt's of rows [dim, padded]: each row less what lies along the ones before it, then
+// normalised. A block's rows are taken in turn, and what lies along them from all rows behind it.
+void orthonormalise(float* rows, int64_t dim) {
+  constexpr int64_t kBlock = kSumLength;
+  const int64_t pad = static_cast<int64_t>(padded(dim));
+  AlignedVector<float> across(static_cast<size_t>(pad * kBlock)), along(across.size());
+  AlignedVector<float> less(static_cast<size_t>(pad * pad));
+  for (int64_t first = 0; first < dim; first += kBlock) {
+    float* block = rows + first * pad;
+    for (int64_t i = 0; i < std::min(kBlock, dim - first); ++i) {
+      float* x = block + i * pad;
+      for (int64_t j = 0; j < 2 * i; ++j) {  // twice, for little may be left after the first time
+        const float* y = block + j % i * pad;
+        add(x, -dot(x, y, dim), y, dim);
+      }
+      const float norm = std::sqrt(dot(x, x, dim));
+      for (int64_t j = 0; j < dim; ++j) x[j] /= norm;
     }
-    const T norm = std::sqrt(dot(x, x, dim));
-    for (int64_t j = 0; j < dim; ++j) x[j] /= norm;
+    const int64_t behind = dim - first - kBlock;
+    if (behind <= 0) return;
+    for (int64_t i = 0; i < kBlock; ++i)
+      for (int64_t j = 0; j < pad; ++j)
+        across[static_cast<size_t>(j * kBlock + i)] = block[i * pad + j];
+    float* rest = block + kBlock * pad;
+    matmul(rest, behind, pad, to_panels(across.data(), pad, kBlock), kBlock, along.data());
+    matmul(along.data(), behind, kBlock, to_panels(block, kBlock, pad), pad, less.data());
+    add(rest, -1, less.data(), behind * pad);
   }
 }
 
+// RRᵀ - 1 [dim, dim] of rows [dim, padded] with zeros behind dim.
+std::vector<double> off_orthogonal(const float* rows, int64_t dim) {
+  constexpr int64_t kTask = 8;
+  const int64_t pad = static_cast<int64_t>(padded(dim));
+  const AlignedVector<double> wide(rows, rows + dim * pad);
+  std::vector<double> off(static_cast<size_t>(dim * dim));
+  parallel_for((dim + kTask - 1) / kTask, [&](int, int64_t task) {
+    const int64_t first = task * kTask;
+    kernels().dot(wide.data() + first * pad, static_cast<int>(std::min(kTask, dim - first)),
+                  wide.data(), static_cast<int>(dim), static_cast<size_t>(pad),
+                  static_cast<int>(dim), off.data() + first * dim);
+  });
+  for (int64_t i = 0; i < dim; ++i) off[static_cast<size_t>(i * dim + i)] -= 1;
+  return off;
+}
+
 // Row k of the orthonormal cosine transform (DCT-II) of n values.
-double cosine_entry(int64_t n, int64_t k, int64_t j) {
+float cosine_entry(int64_t n, int64_t k, int64_t j) {
   const double pi = 3.14159265358979323846;
   const double size = std::sqrt((k ? 2.0 : 1.0) / static_cast<double>(n));
   // The angle's multiple of π/2n is exact; reduced, its cosine is accurate.
   const int64_t turn = (2 * j + 1) * k % (4 * n);
-  return size * std::cos(pi * static_cast<double>(turn) / static_cast<double>(2 * n));
-}
-
-// Rows begin to end of a basis, turned among themselves.
-void mix(std::vector<double>& rows, int64_t dim, int64_t begin, int64_t end) {
-  const int64_t n = end - begin;
-  std::vector<double> mixed(static_cast<size_t>(n * dim));
-  for (int64_t k = 0; k < n; ++k)
-    for (int64_t j = 0; j < n; ++j)
-      add(mixed.data() + k * dim, cosine_entry(n, k, j), rows.data() + (begin + j) * dim, dim);
-  std::copy(mixed.begin(), mixed.end(), rows.begin() + begin * dim);
+  return static_cast<float>(size *
+                            std::cos(pi * static_cast<double>(turn) / static_cast<double>(2 * n)));
 }
 
 // YᵀY [padded, padded] of rows y [n, padded], each as if its norm were 1.
@@ -118,17 +139,11 @@ std::shared_ptr<const Rotation> Rotation::from_rows(const float* rows, int64_t d
     return r;
   }
   // The norm of RRᵀ - 1 is RᵀR - 1's; Frobenius' is above the largest singular value.
-  std::vector<double> wide(rows, rows + dim * dim), squares(static_cast<size_t>(dim));
-  parallel_for(dim, [&](int, int64_t i) {
-    double sum = 0;
-    for (int64_t j = 0; j <= i; ++j) {
-      const double off = dot(wide.data() + i * dim, wide.data() + j * dim, dim) - (i == j);
-      sum += (i == j ? 1 : 2) * off * off;
-    }
-    squares[static_cast<size_t>(i)] = sum;
-  });
-  r->error = static_cast<double>(
-      round_up(std::sqrt(std::accumulate(squares.begin(), squares.end(), 0.0)) + 1e-10));
+  AlignedVector<float> wide(static_cast<size_t>(pad * dim));
+  for (int64_t i = 0; i < dim; ++i) std::copy_n(rows + i * dim, dim, wide.data() + i * pad);
+  double squares = 0;
+  for (const double off : off_orthogonal(wide.data(), dim)) squares += off * off;
+  r->error = static_cast<double>(round_up(std::sqrt(squares) + 1e-10));
   return r;
 }
 
@@ -180,12 +195,12 @@ std::shared_ptr<const Rotation> find_rotation(const float* y, int64_t n, int64_t
   const AlignedVector<float> panels = to_panels(c.data(), pad, pad);
   AlignedVector<float> q(c.size()), cq(c.size());
   for (int64_t i = 0; i < dim; ++i)
-    for (int64_t j = 0; j < dim; ++j) q[at(i, j)] = static_cast<float>(cosine_entry(dim, i, j));
+    for (int64_t j = 0; j < dim; ++j) q[at(i, j)] = cosine_entry(dim, i, j);
   for (int round = 0; round < kIterations; ++round) {
     matmul(q.data(), pad, pad, panels, pad, cq.data());
     add(cq.data(), 1e-3f / static_cast<float>(dim), q.data(), pad * dim);
     std::swap(q, cq);
-    orthonormalise(q.data(), dim, pad);
+    orthonormalise(q.data(), dim);
   }
   matmul(q.data(), pad, pad, panels, pad, cq.data());
   double after[2] = {};
@@ -193,14 +208,27 @@ std::shared_ptr<const Rotation> find_rotation(const float* y, int64_t n, int64_t
     after[i >= first] += static_cast<double>(dot(q.data() + i * pad, cq.data() + i * pad, dim));
   if (!(after[0] >= before + kGain && after[0] + after[1] >= 1 - kBehind)) return nullptr;
 
-  std::vector<double> rows(static_cast<size_t>(dim * dim));
-  for (int64_t i = 0; i < dim; ++i) std::copy_n(q.data() + i * pad, dim, rows.data() + i * dim);
-  orthonormalise(rows.data(), dim, dim);
-  mix(rows, dim, 0, first);
-  mix(rows, dim, first, second);
-  mix(rows, dim, second, dim);
-  const std::vector<float> rounded(rows.begin(), rows.end());
-  std::shared_ptr<const Rotation> found = Rotation::from_rows(rounded.data(), dim);
+  // Mixed within the parts, then as orthogonal as floats can be, by a step of Newton and Schulz's.
+  orthonormalise(q.data(), dim);
+  std::fill(cq.begin(), cq.end(), 0.0f);
+  const int64_t parts[] = {0, first, second, dim};
+  for (int part = 0; part < 3; ++part) {
+    const int64_t begin = parts[part], length = parts[part + 1] - begin;
+    for (int64_t i = 0; i < length; ++i)
+      for (int64_t j = 0; j < length; ++j)
+        cq[at(begin + i, begin + j)] = cosine_entry(length, i, j);
+  }
+  AlignedVector<float> mixed(c.size()), step(c.size());
+  matmul(cq.data(), pad, pad, to_panels(q.data(), pad, pad), pad, mixed.data());
+  const std::vector<double> off = off_orthogonal(mixed.data(), dim);
+  for (int64_t i = 0; i < dim; ++i)
+    for (int64_t j = 0; j < dim; ++j)
+      cq[at(i, j)] = static_cast<float>(off[static_cast<size_t>(i * dim + j)]);
+  matmul(cq.data(), pad, pad, to_panels(mixed.data(), pad, pad), pad, step.data());
+  add(mixed.data(), -0.5f, step.data(), pad * dim);
+  std::vector<float> rows(static_cast<size_t>(dim * dim));
+  for (int64_t i = 0; i < dim; ++i) std::copy_n(mixed.data() + i * pad, dim, rows.data() + i * dim);
+  std::shared_ptr<const Rotation> found = Rotation::from_rows(rows.data(), dim);
   return found->orthogonal() ? found : nullptr;
 }
 
