@@ -70,6 +70,8 @@ def pick(
         if name not in rivals:
             raise ValueError(f"peers must be of {tuple(rivals)}, got {name!r}")
         try:
-            yield name, rivals[name]()
-        except (ImportError, ValueError) as error:
-            yield name, f"{type(error).__name__}: {error}"
+            rival: Rival | str = rivals[name]()
+        except Exception as error:  # a library may raise anything; the others are measured
+            rival = f"{type(error).__name__}: {error}"
+        yield name, rival
+        del rival  # before the next one is made

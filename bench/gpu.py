@@ -7,9 +7,9 @@ others of the index; the benchmark of top-k and of every other op, with whicheve
 compute-sanitizer on the search kernels; `knnfast bench`; training of the sticker models when it is
 asked for. Each has a time limit, is skipped with a reason where it cannot run or no longer fits
 into the budget, and the script goes on. All of it lands in one folder of small files,
-`summary.json` first, and in one archive beside it, out/gpu.tar.gz. SIGTERM and Ctrl-C end the
-running stage with everything it started; the summary and the archive are written then, too. Exit
-code 1 when a stage failed or was stopped, 0 when all passed or were skipped.
+`summary.json` first, and in one archive beside it, out/gpu.tar.gz, both written anew before each
+stage and at the end. SIGTERM and Ctrl-C end the running stage with everything it started. Exit code
+1 when a stage failed or was stopped, 0 when all passed or were skipped.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ PYTHON = sys.executable
 LOG_LIMIT = 256 << 10  # bytes kept of a stage's output: its end
 GRACE = 10  # seconds in which a stage that is stopped may say what it has found
 LEAST = 20  # seconds that a stage must have to be worth its start
+CANNOT = 77  # exit code of a stage that found out it cannot run here; its last line says why
 CUDA_TOOLS = "/usr/local/cuda/bin"
 
 
@@ -115,13 +116,17 @@ class Stage:
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):  # one stuck in the driver
+                    process.wait(timeout=GRACE)
         text = log.read_bytes()
         if len(text) > LOG_LIMIT:
             log.write_bytes(b"[the beginning is left out]\n" + text[-LOG_LIMIT:])
         row: dict[str, Any] = {"stage": self.name, "seconds": round(time.perf_counter() - start, 1)}
         if code is None:
             return row | {"result": "stopped", "reason": f"longer than its {limit:.0f} s"}
+        if code == CANNOT:
+            last = (text.decode(errors="replace").strip().splitlines() or [""])[-1]
+            return row | {"result": "skipped", "reason": last}
         return row | ({"result": "passed"} if code == 0 else {"result": "failed", "code": code})
 
 
@@ -150,7 +155,8 @@ def stages(train: bool, scale: float) -> list[Stage]:
         Stage("build", [PYTHON, "setup.py", "-q", "build_ext", "--inplace"], 600,
               (no_gpu, no_nvcc), {"KNNFAST_CUDA": "ON"} | architecture()),
         Stage("tests", pytest("-m", "gpu", *spread), 900, (no_gpu,)),
-        Stage("tests-index", pytest("-m", "not gpu", "tests/test_cuda_index.py"), 300, (no_gpu,)),
+        Stage("tests-index", pytest("-m", "not gpu", *spread, "tests/test_cuda_index.py"), 300,
+              (no_gpu,)),
         *(
             Stage(f"bench-{op}", [PYTHON, "bench/run.py", "--op", op, "--device", "cuda",
                                   "--json", f"{{out}}/{op}.json"], 600, (no_gpu,))
@@ -231,8 +237,10 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     summary = {"device": device(), "stages": rows}
 
-    def write() -> None:
+    def write() -> str:
         (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        made = shutil.make_archive(f"{out}.part", "gztar", out.parent, out.name)
+        return str(Path(made).replace(f"{out}.tar.gz"))
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with contextlib.suppress(KeyboardInterrupt):
@@ -241,9 +249,7 @@ def main() -> int:
             write()
             rows[-1] = stage.run(out, end - time.monotonic())
             print(" ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
-    write()
-    archive = shutil.make_archive(str(out), "gztar", out.parent, out.name)
-    print(f"everything is in {out} and in {archive}")
+    print(f"everything is in {out} and in {write()}")
     return int(any(row["result"] in ("failed", "stopped") for row in rows))
 
 

@@ -7,19 +7,24 @@ from typing import Any
 
 
 class Graph:
-    """A call as one CUDA graph; every replay fills the same result.
+    """A call as one CUDA graph, recorded at its first use; every replay fills the same result.
 
     Args:
         call: on the current device; called four times, on a stream of its own.
-
-    Raises:
-        RuntimeError: it waits for the device or cannot be captured for another reason.
     """
 
     def __init__(self, call: Callable[[], Any]) -> None:
+        self.eager = call
+        self.graph: Any = None
+
+    def record(self) -> Graph:
+        """Record it; returns itself.
+
+        Raises: RuntimeError it waits for the device or cannot be captured for another reason.
+        """
         import torch
 
-        self.eager = call
+        call = self.eager
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -32,11 +37,15 @@ class Graph:
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self.result = call()
+        self.graph = graph
+        return self
 
     def __call__(self) -> Any:
+        if self.graph is None:
+            self.record()
         self.graph.replay()
         return self.result
 

@@ -11,7 +11,9 @@ verdict, and its ratio to ours in the turns that the two took (above 1: ours is 
 `ours_p50_ms` is our time in them). Search peers get the better number of threads, FAISS's flat
 index the better of BLAS and its own loops (above batch 32: BLAS). On CUDA short kernels are timed
 as CUDA graphs, ours and the peers that can be captured (`timed` says which). Rows we lose stay.
-`--base REF` builds that commit beside this one and measures it in the same turns.
+`--base REF` builds that commit beside this one and measures it in the same turns. A backend of
+ours whose answer is wrong or that raises is not measured, nor is the rest of a shape that cannot go
+on: they are listed under `failed`, everything else is measured, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,7 +88,7 @@ def recorded(case: Case, rival: Rival) -> tuple[Any, dict[str, str]]:
     if not (case.cuda and case.graphs):
         return rival.call, {}
     try:
-        return Graph(rival.call), {"timed": "graph"}
+        return Graph(rival.call).record(), {"timed": "graph"}
     except Exception as error:  # whatever it is, the peer is measured
         text = str(error).strip().splitlines() or [""]
         return rival.call, {"timed": f"eager: no graph ({type(error).__name__}: {text[0]})"}
@@ -94,7 +97,7 @@ def recorded(case: Case, rival: Rival) -> tuple[Any, dict[str, str]]:
 def measure(
     case: Case, args: argparse.Namespace, limits: dict[str, float], base: Base | None
 ) -> Iterator[dict[str, Any]]:
-    """One row for each backend of the case."""
+    """One row for each backend of the case; of one that fails it says why under `failed`."""
     names = list(case.ours)
     if args.backend:
         names = [name for name in names if name in args.backend]
@@ -102,9 +105,18 @@ def measure(
             raise ValueError(f"--backend must be of {list(case.ours)}, got {args.backend}")
     verdicts = {}
     for name in names:
-        verdicts[name] = case.judge(case.ours[name]())
-        if not verdicts[name].pop("ok"):
-            raise SystemExit(f"{case.op} {case.shape} {case.label} {name}: {verdicts[name]}")
+        try:
+            verdict = case.judge(case.ours[name]())
+        except Exception as error:
+            verdict = {"ok": False} | raised(error)
+        if verdict.pop("ok"):
+            verdicts[name] = verdict
+        else:
+            yield {"op": case.op, "shape": case.shape, "case": case.label, "backend": name,
+                   "failed": verdict}  # fmt: skip
+    names = list(verdicts)
+    if not names:
+        return
     clock = CLOCKS[args.clock]
     said = ", CPU time of one thread" if args.clock == "cpu" else ""
     contenders: dict[str, Any] = {name: Local(case.ours[name], case.cuda, clock) for name in names}
@@ -146,8 +158,28 @@ def measure(
         yield row
 
 
+def measure_shape(
+    shape: str, args: argparse.Namespace, limits: dict[str, float], base: Base | None
+) -> Iterator[dict[str, Any]]:
+    """The rows of all cases of a shape; the last one says it where they could not go on."""
+    try:
+        for case in cases(args.op, shape, args.device):
+            if base is not None:
+                base.advance()
+            yield from measure(case, args, limits, base)
+    except Exception as error:  # the other shapes are measured
+        traceback.print_exc()
+        yield {"op": args.op, "shape": shape, "failed": raised(error)}
+
+
+def raised(error: Exception) -> dict[str, str]:
+    return {"raised": f"{type(error).__name__}: {error}"}
+
+
 def shown(row: dict[str, Any]) -> str:
     """One line for a row."""
+    if "failed" in row:
+        return " ".join(map(str, row.values()))
     peers = ", ".join(
         f"{name} {peer['p50_ms']:.4g} ({peer['ratio']:.2f}x)" if "p50_ms" in peer
         else f"{name}: {peer['skipped']}" for name, peer in row["peers"].items()
@@ -159,7 +191,7 @@ def shown(row: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -192,7 +224,7 @@ def main() -> None:
     limits = ceilings(args.device)
     report = {
         "kind": "ops", "machine": machine(args.device), "ceilings": limits,
-        "command": shlex.join(["python", "bench/run.py", *sys.argv[1:]]), "rows": [],
+        "command": shlex.join(["python", "bench/run.py", *sys.argv[1:]]), "rows": [], "failed": [],
     }  # fmt: skip
     print(json.dumps(limits), flush=True)
     with contextlib.ExitStack() as stack:
@@ -206,15 +238,13 @@ def main() -> None:
         for shape in args.shape or usual:
             if base is not None:
                 base.open(args.op, shape)
-            for case in cases(args.op, shape, args.device):
-                if base is not None:
-                    base.advance()
-                for row in measure(case, args, limits, base):
-                    report["rows"].append(tidy(row))
-                    print(shown(row), flush=True)
+            for row in measure_shape(shape, args, limits, base):
+                report["failed" if "failed" in row else "rows"].append(tidy(row))
+                print(shown(row), flush=True)
                 if args.json:
                     _files.write_json(args.json, report)
+    return int(bool(report["failed"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -27,10 +27,12 @@ Memory::Memory(int device, size_t bytes) : bytes_(bytes), device_(device) {
 
 Memory::~Memory() {
   if (!data_) return;
+  const AsideOfCaptures aside;
   int before = 0;
   cudaGetDevice(&before);
   cudaSetDevice(device_);
-  cudaFree(data_);  // waits for kernels that still read it
+  // It waits for kernels that still read it. An error that stays would be the next launch's.
+  if (cudaFree(data_) != cudaSuccess) cudaGetLastError();
   cudaSetDevice(before);
 }
 
@@ -157,10 +159,12 @@ void CudaIndex::own_ids() {
     if (alive_at(p)) positions.emplace(p, p);
   const size_t bytes = static_cast<size_t>(segment_rows_) * sizeof(int64_t);
   for (size_t s = 0; s < segments_.size(); ++s) {
-    segments_[s]->ids = Memory(device_, bytes);
+    Memory ids(device_, bytes);
     const size_t begin = s * static_cast<size_t>(segment_rows_);
     const size_t n = std::min(all.size() - begin, static_cast<size_t>(segment_rows_));
-    upload(segments_[s]->ids.as<void>(), all.data() + begin, n * sizeof(int64_t), nullptr);
+    upload(ids.as<void>(), all.data() + begin, n * sizeof(int64_t), nullptr);
+    const std::unique_lock lock(mutex_);
+    segments_[s]->ids = std::move(ids);
   }
   wait(nullptr);
   const std::unique_lock lock(mutex_);
@@ -287,8 +291,11 @@ std::vector<int64_t> CudaIndex::add(const void* rows, DType dtype, int64_t n, in
   if (refused) throw std::invalid_argument("vectors must be finite and within ±65504 (FP16)");
   if (own || listed_ || next_id_ != rows_) {
     own_ids();
-    for (size_t i = 0; i < segments.size(); ++i) {
-      if (!segments[i]->ids.bytes()) segments[i]->ids = Memory(device_, cap * sizeof(int64_t));
+    for (const auto& segment : segments) {
+      if (segment->ids.bytes()) continue;
+      Memory ids(device_, cap * sizeof(int64_t));
+      const std::unique_lock lock(mutex_);
+      segment->ids = std::move(ids);
     }
     for (int64_t at = 0; at < n;) {
       const int64_t position = rows_ + at, row = position % segment_rows_;

@@ -19,6 +19,19 @@ inline void check(int error, const char* what) {
                   ")");
 }
 
+// Lets this thread take and give back memory in a scope while somebody captures a graph, which by
+// default forbids it to all threads. What is captured is none of this.
+class AsideOfCaptures {
+ public:
+  AsideOfCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~AsideOfCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  AsideOfCaptures(const AsideOfCaptures&) = delete;
+  AsideOfCaptures& operator=(const AsideOfCaptures&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // then what it was before
+};
+
 // Makes a device current for a scope.
 class Current {
  public:
@@ -32,6 +45,7 @@ class Current {
   }
 
  private:
+  const AsideOfCaptures aside_;
   int before_ = 0;
   bool changed_ = false;
 };
@@ -56,7 +70,7 @@ class StreamMemory {
           ("cudaMallocFromPoolAsync of " + std::to_string(bytes) + " bytes").c_str());
   }
   ~StreamMemory() {
-    if (data_) cudaFreeAsync(data_, as_stream(stream_));
+    if (data_ && cudaFreeAsync(data_, as_stream(stream_)) != cudaSuccess) cudaGetLastError();
   }
   StreamMemory(StreamMemory&& o) noexcept : data_(o.data_), stream_(o.stream_) {
     o.data_ = nullptr;
@@ -85,7 +99,10 @@ struct CudaIndex::Pool {
     check(cudaMemPoolSetAttribute(handle, cudaMemPoolAttrReleaseThreshold, &keep),
           "cudaMemPoolSetAttribute");
   }
-  ~Pool() { cudaMemPoolDestroy(handle); }
+  ~Pool() {
+    const AsideOfCaptures aside;
+    cudaMemPoolDestroy(handle);
+  }
 };
 
 struct CudaIndex::Segment {

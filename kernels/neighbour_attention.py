@@ -23,14 +23,16 @@ from knnfast.kernels.tiles import INTERPRET, multiprocessors
 # (largest NP HP, BLOCK_L, BLOCK_D, num_stages) for two-byte numbers on sm_90, on other GPUs with
 # 160 KiB of shared memory, on those with 99 KiB, and for FP32. Eight warps hold the scores, without
 # spills. FP32 keeps below 64 tokens, where Triton would take sm_100's tensor cores: they round to
-# TF32 whatever the precision that is asked for.
+# TF32 whatever the precision that is asked for. WIDEST is how many bytes of a row of A fit.
 CONFIGS = {
-    90: ((128, 128, 32, 3), (256, 128, 64, 3), (512, 64, 32, 2), (1024, 32, 16, 3)),
-    80: ((128, 128, 32, 3), (256, 128, 32, 3), (512, 64, 32, 2), (1024, 32, 16, 3)),
+    90: ((128, 128, 32, 3), (256, 128, 64, 3), (512, 64, 32, 2), (1024, 32, 16, 3),
+         (2048, 16, 16, 1)),
+    80: ((128, 128, 32, 3), (256, 128, 32, 3), (512, 64, 32, 2), (1024, 32, 16, 3),
+         (2048, 16, 16, 1)),
     86: ((128, 128, 32, 3), (256, 64, 32, 3), (512, 32, 32, 2), (1024, 16, 16, 2)),
     32: ((256, 32, 32, 2), (1024, 16, 16, 2)),
-}
-WIDEST = (None, 16, 16, 1)
+}  # fmt: skip
+WIDEST = {90: 4096, 80: 4096, 86: 2048}
 
 
 @triton.jit
@@ -133,8 +135,14 @@ def neighbour_attention_kernel(
 def tiles_of(columns, B, L, x):
     """BLOCK_L, BLOCK_D and num_stages. A token is computed alone, whatever BLOCK_L."""
     count, arch = multiprocessors(x.device)
+    limit = WIDEST[arch] // x.element_size()
+    if columns > limit:
+        raise ValueError(
+            f"folded: heads times embeddings, each rounded up to a power of two, must be at most "
+            f"{limit} for {x.dtype} on this GPU, got {columns}: fold_neighbours(..., fold=False)"
+        )
     table = CONFIGS[32 if x.dtype == torch.float32 else arch]
-    _, block_l, block_d, stages = next((c for c in table if columns <= c[0]), WIDEST)
+    _, block_l, block_d, stages = next(c for c in table if columns <= c[0])
     block_l = max(16, min(block_l, triton.next_power_of_2(L)))
     # Fewer tokens a program while twice the programs still run at once.
     while block_l > 16 and 2 * B * triton.cdiv(L, block_l) <= count:

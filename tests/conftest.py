@@ -22,6 +22,20 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
+@pytest.fixture(autouse=True)
+def fault(request):
+    """A kernel that faults fails its own test, and the tests after it get a process of their own:
+    this one cannot use the device any more."""
+    yield
+    if HAS_GPU and "gpu" in request.keywords:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                os._exit(1)  # xdist names the test and starts another worker
+            pytest.exit(f"the device is lost: {error}", 1)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """The CPU, and in a test of its own a GPU."""

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,6 +148,39 @@ def test_a_peer_that_fails_is_a_row_of_the_table():
     assert row["peers"]["agrees"]["ours_p50_ms"] > 0
 
 
+def test_what_fails_of_ours_is_told_and_the_rest_is_measured(monkeypatch, tmp_path):
+    import run
+    from case import Case, Rival, pick
+
+    def fails():
+        raise RuntimeError("no kernel image")
+
+    def judge(result):
+        return {"ok": result == 1, "exact": result == 1}
+
+    def cases(op, shape, device):
+        ours = {"raises": fails, "wrong": lambda: 2, "right": lambda: 1}
+        rivals = {"broken": fails, "peer": lambda: Rival(lambda: 1)}
+        yield Case(op, shape, "first", "fp16", ours, judge, lambda names: pick(rivals, names))
+        fails()
+
+    out = tmp_path / "run.json"
+    monkeypatch.setattr(run, "cases", cases)
+    monkeypatch.setattr(run, "ceilings", lambda device: {})
+    monkeypatch.setattr("sys.argv", ["run.py", "--op", "topk", "--shape", "ci", "--shape",
+                                     "service-1m", "--turns", "2", "--json", str(out)])  # fmt: skip
+    assert run.main() == 1
+    report = json.loads(out.read_text())
+    assert [(r["shape"], r["backend"]) for r in report["rows"]] == [
+        ("ci", "right"), ("service-1m", "right"),
+    ]  # fmt: skip
+    assert report["rows"][0]["peers"]["broken"] == {"skipped": "RuntimeError: no kernel image"}
+    assert report["rows"][0]["peers"]["peer"]["p50_ms"] > 0
+    raised = {"raised": "RuntimeError: no kernel image"}
+    assert [r["failed"] for r in report["failed"]] == [raised, {"exact": False}, raised] * 2
+    assert report["failed"][2] == {"op": "topk", "shape": "ci", "failed": raised}
+
+
 def test_a_peer_that_cannot_be_captured_is_timed_as_it_is(monkeypatch):
     import run
     from case import Case, Rival
@@ -161,7 +195,7 @@ def test_a_peer_that_cannot_be_captured_is_timed_as_it_is(monkeypatch):
     assert call is rival.call
     why = "RuntimeError: called a synchronizing CUDA operation"
     assert note == {"timed": f"eager: no graph ({why})"}
-    monkeypatch.setattr(run, "Graph", lambda call: "graph")
+    monkeypatch.setattr(run, "Graph", lambda call: SimpleNamespace(record=lambda: "graph"))
     assert run.recorded(case, rival) == ("graph", {"timed": "graph"})
     case.graphs = False
     assert run.recorded(case, rival) == (rival.call, {})
@@ -178,12 +212,12 @@ def test_a_graph_gives_what_the_call_gives():
     def call():
         return x * 2
 
-    graph = Graph(call)
+    graph = Graph(call).record()
     x += 1
     assert torch.equal(graph(), call())
     assert eager(graph) is eager(call) is call
     with pytest.raises(RuntimeError, match="synchroniz"):
-        Graph(lambda: float(x.sum()))
+        Graph(lambda: float(x.sum()))()
     assert torch.randn(4, device="cuda").isfinite().all()  # as before
 
 
@@ -195,6 +229,8 @@ def test_stages_are_skipped_with_a_reason_and_stopped_at_their_limit(tmp_path):
     assert Stage("b", ["sh", "-c", "echo out > {out}/made"], 5).run(tmp_path)["result"] == "passed"
     assert (tmp_path / "made").read_text() == "out\n"
     assert Stage("c", ["false"], 5).run(tmp_path)["code"] == 1
+    late = Stage("c", ["sh", "-c", "echo it is not supported; exit 77"], 5).run(tmp_path)
+    assert (late["result"], late["reason"]) == ("skipped", "it is not supported")
     start = time.perf_counter()
     stopped = Stage("d", ["sh", "-c", "sleep 60 & wait"], 0.5).run(tmp_path)
     assert stopped["result"] == "stopped"
@@ -308,7 +344,13 @@ def test_sanitizer_goes_on_after_a_tool_that_fails(tmp_path):
     assert done.returncode == 1
     assert done.stdout.endswith("failed: racecheck synccheck\n")
     tools = (tmp_path / "compute-sanitizer.tools").read_text().split()
-    assert tools == ["memcheck", "racecheck", "synccheck", "initcheck"]
+    assert tools == ["memcheck", "memcheck", "racecheck", "synccheck", "initcheck"]  # a probe
+    stand_in.write_text("#!/bin/sh\necho Error: Device not supported; exit 1\n")
+    done = subprocess.run(
+        ["sh", "tests/cuda_sanitize.sh"], cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (77, "Error: Device not supported\n")
 
 
 def test_gpu_script_leaves_other_folders_alone(tmp_path):

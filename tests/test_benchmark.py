@@ -17,7 +17,15 @@ from knnfast.benchmark.faiss_reference import faiss_reference
 from knnfast.benchmark.machine import KERNEL_SETTINGS, ceilings, machine, share
 from knnfast.benchmark.plot import floor_ms
 from knnfast.benchmark.timing import Choice, Local, best_choice, interleave, peak_mib, ratio
-from knnfast.benchmark.topk import KINDS, Truth, build_peers, make_rows, threads_for_all
+from knnfast.benchmark.topk import (
+    CPU_PEERS,
+    KINDS,
+    Peer,
+    Truth,
+    build_peers,
+    make_rows,
+    threads_for_all,
+)
 from knnfast.cli import main
 
 
@@ -87,6 +95,27 @@ def test_peers_agree():
     assert names == ["faiss-flat", "faiss-sq-fp16", "usearch-exact", "torch-fp32"]
     with pytest.raises(ValueError, match="peers must be of"):
         next(build_peers(["annoy"], rows, "ip"))
+
+
+def test_a_peer_that_fails_is_named_and_the_others_are_measured(monkeypatch):
+    """When it is built, or when it searches."""
+
+    def broken(rows, metric):
+        raise RuntimeError("no kernel image")
+
+    def searches(rows, metric):
+        return Peer(lambda q, k: 1 / 0, lambda q, k: 1 / 0)
+
+    monkeypatch.setitem(CPU_PEERS, "broken", broken)
+    monkeypatch.setitem(CPU_PEERS, "searches", searches)
+    found = knnfast.faiss_reference(
+        500, 16, (2,), 3, peers=["broken", "searches", "faiss-flat"], seconds=5
+    )
+    assert found.skipped["broken"] == "RuntimeError: no kernel image"
+    assert (
+        found.skipped["searches"] == "from 5 rows, batch 2 on: ZeroDivisionError: division by zero"
+    )
+    assert {row["name"] for row in found.rows} == {"knnfast", "faiss-flat"}
 
 
 def test_a_peer_runs_as_it_is_fastest():

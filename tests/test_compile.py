@@ -92,6 +92,7 @@ CASES = {
     "attention-one-image": (lambda: attention(HALF, 16, 11, B=1), 0, 255, 160_000, True),
     "attention-h16-n32": (lambda: attention(HALF, 16, 32), 0, 255, 160_000, True),
     "attention-h16-n33": (lambda: attention(HALF, 16, 33), 0, 255, 160_000, True),
+    "attention-h16-n128": (lambda: attention(HALF, 16, 128), 0, 255, 160_000, True),
     "attention-fp32-h8": (lambda: attention(FULL, 8, 11), 0, 255, 101_376, True),
     "attention-fp32-h16": (lambda: attention(FULL, 16, 11), 0, 255, 101_376, True),
     "attention-fp32-n32": (lambda: attention(FULL, 16, 32), 0, 255, 101_376, True),
@@ -167,8 +168,16 @@ def test_compiles_within_budget(monkeypatch, case, arch):
         assert "tf32" not in ptx
 
 
-@pytest.mark.parametrize(("dtype", "N"), [(HALF, 11), (HALF, 32), (HALF, 33), (FULL, 11)])
+@pytest.mark.parametrize(
+    ("dtype", "N"), [(HALF, 11), (HALF, 32), (HALF, 33), (FULL, 11), (FULL, 32)]
+)
 def test_attention_fits_small_shared_memories(monkeypatch, dtype, N):
     """sm_86, sm_89 and sm_120 have 99 KiB."""
     found = launches(monkeypatch, 86, lambda: attention(dtype, 16, N))
     assert build(*found[0], 86).metadata.shared <= 99 << 10
+
+
+@pytest.mark.parametrize(("arch", "dtype", "N"), [(90, HALF, 129), (80, FULL, 65), (86, FULL, 33)])
+def test_attention_names_what_no_shared_memory_holds(monkeypatch, arch, dtype, N):
+    with pytest.raises(ValueError, match=r"folded: heads times embeddings.*fold=False"):
+        launches(monkeypatch, arch, lambda: attention(dtype, 16, N))

@@ -117,6 +117,14 @@ def test_rejects(filled, call, error, match):
     assert index.add(x[:1]) == [100]
 
 
+@pytest.mark.gpu
+def test_the_engine_finds_the_devices_that_torch_finds():
+    import torch
+
+    assert _C.has_cuda
+    assert _C.cuda_device_count() == torch.cuda.device_count()
+
+
 @pytest.mark.skipif(
     _C.has_cuda and _C.cuda_device_count() > 0, reason="there is a CUDA device here"
 )

@@ -161,9 +161,10 @@ def test_triton_matches_reference(name, rule, L):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("K", [2, 257, 4096, 8192])
-def test_cuda_matches_reference(K, rule, dtype):
-    logits, x_t, kw = make(K, 2, 65, RULES[rule], dtype)
+@pytest.mark.parametrize(("K", "L"), [(2, 65), (257, 65), (257, 5000), (4096, 65), (8192, 65)])
+def test_cuda_matches_reference(K, L, rule, dtype):
+    """L = 5000: more rows than programs."""
+    logits, x_t, kw = make(K, 2, L, RULES[rule], dtype)
     weights = weights_of("mask_replace", K, 100, 40)
     device = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in kw.items()}
     got = ops.transition_step(logits.cuda(), x_t.cuda(), weights.cuda(), seed=3, **device)

@@ -65,6 +65,7 @@ def diffusers_step(run: Run, size: dict[str, Any], head: Callable[[], Any] | Non
     import diffusers
 
     theirs = diffusers.VQDiffusionScheduler(num_vec_classes=size["K"] + 1)
+    theirs.set_timesteps(size["T"], device=run.logits.device)  # their tables go there, too
     logp = torch.log_softmax(run.logits.float(), -1).transpose(1, 2)
     some = range(0, len(run.levels), max(1, len(run.levels) // 5))
     # Their level t is counted from 0.

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from case import Case, Rival
+from graph import Graph
 
 from knnfast.benchmark.machine import memory_bytes
 from knnfast.benchmark.topk import Truth, build_peers, make_rows
@@ -48,7 +49,8 @@ def _case(
         q = torch.from_numpy(queries).to(device)
     ours = {scan: lambda index=index: index.search(q, k) for scan, index in indexes.items()}
     if cuda:
-        ours = {f"graph {scan}": _graph(index, q, k) for scan, index in indexes.items()} | ours
+        plans = {scan: Graph(partial(index.plan(batch, k), q)) for scan, index in indexes.items()}
+        ours = {f"graph {scan}": graph for scan, graph in plans.items()} | ours
     before = indexes["auto"].stats
 
     def judge(result: Any) -> dict[str, Any]:
@@ -78,20 +80,3 @@ def _case(
         "topk", shape, f"batch {batch}, k {k}", "fp16", ours, judge, peers,
         bytes=2.0 * n * d, flops=2.0 * n * d * batch, cuda=cuda, facts=facts,
     )  # fmt: skip
-
-
-def _graph(index: Any, q: Any, k: int) -> Any:
-    """A plan of the search, captured as a CUDA graph; returns the plan's own buffers."""
-    import torch
-
-    plan = index.plan(len(q), k)
-    plan(q)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = plan(q)
-
-    def call() -> Any:
-        graph.replay()
-        return found
-
-    return call

@@ -221,16 +221,21 @@ def _measure(
                 if not isinstance(peer, Peer):
                     skipped[name] = peer
                     break
-                q = _on(queries[:b], device)
-                call = _bound(peer, q, k)
-                fastest = best_choice(peer.choices(_C.num_threads(), b), call)
-                verdict = truths[size].judge(peer.search(q, k))
                 left = (end - time.perf_counter()) / max(1, len(chosen) - done) / 2
-                pair = interleave(
-                    {OURS: Local(ours[size, b], device != "cpu"),
-                     name: Local(call, device != "cpu")},
-                    budget=max(left, 0.0),
-                )  # fmt: skip
+                try:
+                    q = _on(queries[:b], device)
+                    call = _bound(peer, q, k)
+                    fastest = best_choice(peer.choices(_C.num_threads(), b), call)
+                    verdict = truths[size].judge(peer.search(q, k))
+                    pair = interleave(
+                        {OURS: Local(ours[size, b], device != "cpu"),
+                         name: Local(call, device != "cpu")},
+                        budget=max(left, 0.0),
+                    )  # fmt: skip
+                except Exception as error:  # a library may raise anything; the others are measured
+                    why = f"{type(error).__name__}: {error}"
+                    skipped[name] = f"from {size:,} rows, batch {b} on: {why}"
+                    break
                 timings[size, b].append(pair[OURS])
                 found.append(
                     _row(name, size, b, pair[name], limits, d)

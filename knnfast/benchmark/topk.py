@@ -301,10 +301,13 @@ def cuvs_brute_force(rows: np.ndarray, metric: str) -> Peer:
     from cuvs.neighbors import brute_force
 
     kind = {"ip": "inner_product", "cosine": "cosine", "l2": "sqeuclidean"}[metric]
-    built = brute_force.build(torch.from_numpy(rows).cuda(), metric=kind)
-    return _on_gpu(
-        lambda q, k: torch.as_tensor(brute_force.search(built, q.half(), k)[1], device="cuda")
-    )
+    x = torch.from_numpy(rows).cuda()
+    built = brute_force.build(x, metric=kind)
+
+    def call(q: Any, k: int, _rows: Any = x) -> Any:  # what is built holds but a view of them
+        return torch.as_tensor(brute_force.search(built, q.half(), k)[1], device="cuda")
+
+    return _on_gpu(call)
 
 
 def flashlib_knn(rows: np.ndarray, metric: str) -> Peer:
@@ -335,13 +338,16 @@ def build_peers(
 ) -> Iterator[tuple[str, Peer | str]]:
     """The named peers (None: all), one at a time so that only one is in memory.
 
-    Yields: (name, peer), or (name, why not) for one that is missing or does not take the metric.
+    Yields: (name, peer), or (name, why not) for one that is missing, does not take the metric or
+        cannot be built on this machine.
     """
     known = CPU_PEERS if device == "cpu" else GPU_PEERS
     for name in known if names is None else names:
         if name not in known:
             raise ValueError(f"peers must be of {tuple(known)}, got {name!r}")
         try:
-            yield name, known[name](rows, metric)
-        except (ImportError, ValueError, AttributeError, OSError) as error:
-            yield name, f"{type(error).__name__}: {error}"
+            peer: Peer | str = known[name](rows, metric)
+        except Exception as error:  # a library may raise anything; the others are measured
+            peer = f"{type(error).__name__}: {error}"
+        yield name, peer
+        del peer  # before the next one is built: only one is in memory

@@ -330,7 +330,8 @@ class VQTokenizer(nn.Module):
             images: [B, 3, S, S], float in [0, 1], S = `image_size`.
 
         Returns:
-            Codes, [B, h*w] int64, row-major.
+            Codes, [B, h*w] int64, row-major. Where two codes are equally near, the convolutions'
+            rounding decides: on CUDA TF32's, unless `torch.backends.cudnn.allow_tf32` is off.
 
         Raises:
             ValueError: wrong shape.

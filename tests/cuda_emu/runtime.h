@@ -27,6 +27,24 @@ inline std::mutex& allocating() {  // host threads allocate side by side
 }
 }  // namespace emu
 
+// Whether another thread captures a graph: memory is then refused to threads that are not relaxed.
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed };
+namespace emu {
+inline bool& capturing() {
+  static bool is = false;
+  return is;
+}
+inline cudaStreamCaptureMode& capture_mode() {
+  thread_local cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+  return mode;
+}
+inline bool refused() { return capturing() && capture_mode() != cudaStreamCaptureModeRelaxed; }
+}  // namespace emu
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, emu::capture_mode());
+  return cudaSuccess;
+}
+
 inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorEmulated"; }
 inline const char* cudaGetErrorString(cudaError_t) { return "an error of the emulator"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -51,6 +69,7 @@ inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   return cudaSuccess;
 }
 inline cudaError_t cudaMalloc(void** p, size_t bytes) {
+  if (emu::refused()) return cudaErrorStreamCaptureUnsupported;
   emu::Guarded g(bytes ? bytes : 1, 256);
   std::memset(g.begin, 0xCD, g.bytes);
   *p = g.begin;
@@ -59,6 +78,7 @@ inline cudaError_t cudaMalloc(void** p, size_t bytes) {
   return cudaSuccess;
 }
 inline cudaError_t cudaFree(void* p) {
+  if (emu::refused()) return cudaErrorStreamCaptureUnsupported;
   const std::lock_guard<std::mutex> alone(emu::allocating());
   if (p && !emu::allocations().erase(p)) emu::fault("cudaFree of what was not allocated");
   return cudaSuccess;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // CudaIndex on the emulator's runtime: what it answers after adds, removals, compaction, with given
-// ids and filters, equals the same kernels' answer for an index built at once; refusals change
-// nothing; every device allocation is given back.
+// ids and filters, equals the same kernels' answer for an index built at once, also while somebody
+// captures a graph; refusals change nothing; every device allocation is given back.
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -188,6 +188,9 @@ int main(int argc, char** argv) {
   emu::set_seed(argc > 1 ? std::strtoull(argv[1], nullptr, 0) : 1);
   for (Metric metric : {kIp, kCosine, kL2})
     for (Scan scan : {kFp16, kInt8}) life(metric, scan, metric != kCosine);
+  emu::capturing() = true;  // by another thread
+  life(kIp, kInt8, true);
+  emu::capturing() = false;
   expect(refuses([] { CudaIndex(kMaxDim + 1, kIp, kFp16, 0); }, "dim must be"), "dim too large");
   expect(emu::allocations().empty(), "every allocation is given back");
   std::printf("%d failures\n", failures);
