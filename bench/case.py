@@ -26,6 +26,10 @@ class Rival:
     per: int | None = None
 
 
+class UnknownNameError(ValueError):
+    """A name that was asked for is none of ours or of the peers'."""
+
+
 def no_peers(names: Sequence[str] | None) -> Iterator[tuple[str, Rival | str]]:
     yield from ()
 
@@ -68,7 +72,7 @@ def pick(
     """The named ones (None: all) of peers that are made when it is their turn."""
     for name in rivals if names is None else names:
         if name not in rivals:
-            raise ValueError(f"peers must be of {tuple(rivals)}, got {name!r}")
+            raise UnknownNameError(f"--peers must be of {tuple(rivals)}, got {name!r}")
         try:
             rival: Rival | str = rivals[name]()
         except Exception as error:  # a library may raise anything; the others are measured

@@ -20,7 +20,7 @@ class Graph:
     def record(self) -> Graph:
         """Record it; returns itself.
 
-        Raises: RuntimeError it waits for the device or cannot be captured for another reason.
+        Raises: RuntimeError when it waits for the device or cannot be captured otherwise.
         """
         import torch
 

@@ -186,7 +186,11 @@ def ops_section(result: dict[str, Any]) -> str:
              ms(row.get("p90_ms")), ms(row.get("p99_ms")), share, peak, verdict(row),
              "<br>".join(peers)]
         )  # fmt: skip
-    ops = sorted({row["op"] for row in result["rows"]})
+    failed = [
+        f"- {' '.join(row[part] for part in ('op', 'shape', 'case', 'backend') if part in row)}: "
+        f"{row['failed']}" for row in result.get("failed", [])
+    ]  # fmt: skip
+    ops = sorted({row["op"] for row in [*result["rows"], *result.get("failed", [])]})
     # knnfast.benchmark.timing.peak_mib sees no more on a GPU
     memory = "peak MiB" if result["machine"]["device"] == "cpu" else "peak MiB of torch's allocator"
     return "\n\n".join(
@@ -196,6 +200,7 @@ def ops_section(result: dict[str, Any]) -> str:
             + ceilings(result),
             table(["case", "backend", "p50 ms", "p90", "p99", "of ceiling", memory, "checked",
                    "peers: p50 ms (over ours)"], rows),
+            *(["Failed, and not measured:", "\n".join(failed)] if failed else []),
         ]
     )  # fmt: skip
 
@@ -401,6 +406,9 @@ def goals(found: list[dict[str, Any]]) -> str:
             "all" if heard else "not all", heard)  # fmt: skip
     on_gpu = [row for r in found if r["kind"] == "ops" and r["machine"]["device"] != "cpu"
               for row in r["rows"]]  # fmt: skip
+    failed = [row for r in found if r["kind"] == "ops" for row in r.get("failed", [])]
+    if failed:
+        add("every op's answer right, none failing", f"{len(failed)} failed", False)
     for target in GPU_TARGETS:
         worst = min((row["ceiling_share"] for row in on_gpu if target.judges(row)), default=None)
         if worst is None:

@@ -30,12 +30,13 @@ from pathlib import Path
 from typing import Any
 
 from base import Base, build
-from case import Case, Rival
+from case import Case, Rival, UnknownNameError
 from cases import OPS, cases
 from graph import Graph, eager
 from shapes import SHAPES
 
 from knnfast import _C, _files
+from knnfast._device import check_torch_device
 from knnfast.benchmark.machine import ceilings, machine, share
 from knnfast.benchmark.timing import (
     CLOCKS,
@@ -102,7 +103,7 @@ def measure(
     if args.backend:
         names = [name for name in names if name in args.backend]
         if not names:
-            raise ValueError(f"--backend must be of {list(case.ours)}, got {args.backend}")
+            raise UnknownNameError(f"--backend must be of {list(case.ours)}, got {args.backend}")
     verdicts = {}
     for name in names:
         try:
@@ -132,16 +133,7 @@ def measure(
         peers[base.name] = timings[base.name].row() | {
             "ratio": ratio(timings[base.name], timings[main])
         }
-    with contextlib.closing(case.peers(args.peers)) as rivals:
-        for name, rival in rivals:
-            if isinstance(rival, str):
-                peers[name] = {"skipped": rival}
-                continue
-            try:
-                peers[name] = beside(case, Local(case.ours[main], case.cuda, clock), rival, args)
-            except Exception as error:  # a peer that fails is a row of the table, not our end
-                peers[name] = {"skipped": f"{type(error).__name__}: {error}"}
-            del rival  # before the next one is built: only one is in memory
+    rows = []  # before a peer can take the device with it
     for name in names:
         timing = timings[name]
         row = {"op": case.op, "shape": case.shape, "case": case.label + said, "dtype": case.dtype,
@@ -155,7 +147,18 @@ def measure(
             row["peers"] = {
                 f"knnfast {main}": timings[main].row() | {"ratio": ratio(timings[main], timing)}
             }
-        yield row
+        rows.append(row)
+    with contextlib.closing(case.peers(args.peers)) as rivals:
+        for name, rival in rivals:
+            if isinstance(rival, str):
+                peers[name] = {"skipped": rival}
+                continue
+            try:
+                peers[name] = beside(case, Local(case.ours[main], case.cuda, clock), rival, args)
+            except Exception as error:  # a peer that fails is a row of the table, not our end
+                peers[name] = {"skipped": f"{type(error).__name__}: {error}"}
+            del rival  # before the next one is built: only one is in memory
+    yield from rows
 
 
 def measure_shape(
@@ -163,10 +166,14 @@ def measure_shape(
 ) -> Iterator[dict[str, Any]]:
     """The rows of all cases of a shape; the last one says it where they could not go on."""
     try:
+        if base is not None:
+            base.open(args.op, shape)
         for case in cases(args.op, shape, args.device):
             if base is not None:
                 base.advance()
             yield from measure(case, args, limits, base)
+    except UnknownNameError:
+        raise
     except Exception as error:  # the other shapes are measured
         traceback.print_exc()
         yield {"op": args.op, "shape": shape, "failed": raised(error)}
@@ -217,6 +224,23 @@ def main() -> int:
         parser.error("--clock cpu is for --device cpu with --threads 1 and no --base")
     if args.peers is not None:
         args.peers = [name for name in args.peers.split(",") if name != "none"]
+    for name, value in (("--threads", args.threads), ("--turns", args.turns)):
+        if value < 1:
+            parser.error(f"{name} must be at least 1, got {value}")
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        parser.error(f"--json must be a file in a folder that is there, got {args.json}")
+    try:
+        check_torch_device("--device", args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        return measure_all(args)
+    except UnknownNameError as error:
+        parser.error(str(error))
+
+
+def measure_all(args: argparse.Namespace) -> int:
+    """The ceilings, then every shape; 1 where something of ours failed."""
     _C.set_num_threads(args.threads)
     import torch
 
@@ -236,8 +260,6 @@ def main() -> int:
             if name != "ci" and (args.device != "cpu" or not name.startswith("gpu-"))
         ]  # fmt: skip
         for shape in args.shape or usual:
-            if base is not None:
-                base.open(args.op, shape)
             for row in measure_shape(shape, args, limits, base):
                 report["failed" if "failed" in row else "rows"].append(tidy(row))
                 print(shown(row), flush=True)

@@ -23,13 +23,16 @@ inline void check(int error, const char* what) {
 // default forbids it to all threads. What is captured is none of this.
 class AsideOfCaptures {
  public:
-  AsideOfCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ~AsideOfCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  AsideOfCaptures() : is_(cudaThreadExchangeStreamCaptureMode(&mode_) == cudaSuccess) {}
+  ~AsideOfCaptures() {
+    if (is_) cudaThreadExchangeStreamCaptureMode(&mode_);
+  }
   AsideOfCaptures(const AsideOfCaptures&) = delete;
   AsideOfCaptures& operator=(const AsideOfCaptures&) = delete;
 
  private:
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // then what it was before
+  bool is_;
 };
 
 // Makes a device current for a scope.

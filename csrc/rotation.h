@@ -13,7 +13,7 @@
 // first stop as they are.
 //
 // Cost: dim² multiplications for each row that is added and for each query of a search; about
-// 12·dim³ once, to find R. A scan saves up to two thirds of rows·dim for each query.
+// 12·dim³ + 4096·dim² once, to find R. A scan saves up to two thirds of rows·dim for each query.
 #pragma once
 
 #include <cstdint>

@@ -129,14 +129,24 @@ def test_a_peer_that_fails_is_a_row_of_the_table():
     import run
     from case import Case, Rival
 
+    lost = []
+
     def fails():
         raise RuntimeError("no room")
+
+    def loses():
+        lost.append(True)
+        fails()
+
+    def ours():
+        return 1 if not lost else fails()
 
     def judge(result):
         return {"ok": result == 1, "exact": result == 1}
 
-    peers = {"fails": Rival(fails), "differs": Rival(lambda: 2), "agrees": Rival(lambda: 1)}
-    case = Case("op", "shape", "label", "fp32", {"ours": lambda: 1}, judge,
+    peers = {"fails": Rival(fails), "differs": Rival(lambda: 2), "agrees": Rival(lambda: 1),
+             "loses": Rival(loses)}  # fmt: skip
+    case = Case("op", "shape", "label", "fp32", {"ours": ours}, judge,
                 lambda names: (pair for pair in peers.items()))  # fmt: skip
     args = argparse.Namespace(
         backend=None, seconds=0.001, turns=2, clock="wall", threads=1, peers=None
@@ -146,6 +156,30 @@ def test_a_peer_that_fails_is_a_row_of_the_table():
     assert row["peers"]["differs"]["answers"] == "differ"
     assert "answers" not in row["peers"]["agrees"]
     assert row["peers"]["agrees"]["ours_p50_ms"] > 0
+    assert row["peers"]["loses"] == {"skipped": "RuntimeError: no room"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--json", "no/such/x.json"], "--json must be a file in a folder that is there"),
+        (["--turns", "0"], "--turns must be at least 1, got 0"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--device", "tpu"], "--device: must be cpu, cuda or cuda:N, got 'tpu'"),
+        (["--backend", "none"], "--backend must be of ['auto', 'fp16'], got ['none']"),
+        (["--peers", "annoy"], "--peers must be of ('faiss-flat', "),
+    ],
+)
+def test_run_names_a_wrong_option(words, message, monkeypatch, capsys):
+    import run
+
+    limits = {"read_gb_s": 1.0, "copy_gb_s": 1.0, "matmul_tflop_s": 1.0}
+    monkeypatch.setattr(run, "ceilings", lambda device: limits)
+    monkeypatch.setattr("sys.argv", ["run.py", "--op", "topk", "--shape", "ci", *words])
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_what_fails_of_ours_is_told_and_the_rest_is_measured(monkeypatch, tmp_path):
@@ -345,12 +379,15 @@ def test_sanitizer_goes_on_after_a_tool_that_fails(tmp_path):
     assert done.stdout.endswith("failed: racecheck synccheck\n")
     tools = (tmp_path / "compute-sanitizer.tools").read_text().split()
     assert tools == ["memcheck", "memcheck", "racecheck", "synccheck", "initcheck"]  # a probe
-    stand_in.write_text("#!/bin/sh\necho Error: Device not supported; exit 1\n")
+    stand_in.write_text(
+        "#!/bin/sh\necho ==== COMPUTE-SANITIZER\necho ==== Error: Device not supported\n"
+        "echo ==== ERROR SUMMARY: 1 error\nexit 1\n"
+    )
     done = subprocess.run(
         ["sh", "tests/cuda_sanitize.sh"], cwd=ROOT, capture_output=True, text=True, check=False,
         env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )  # fmt: skip
-    assert (done.returncode, done.stdout) == (77, "Error: Device not supported\n")
+    assert (done.returncode, done.stdout) == (77, "==== Error: Device not supported\n")
 
 
 def test_gpu_script_leaves_other_folders_alone(tmp_path):

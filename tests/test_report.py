@@ -54,3 +54,8 @@ def test_rows_we_lose_stay_and_stand_out(report):
         "other 9 (30.0x; ours took 0.3 then)"
     )
     assert "Nothing on this page has run on a GPU" in page
+    assert "failed" not in page
+    result["failed"] = [{"op": "topk", "shape": "small", "failed": {"raised": "E: why"}}]
+    page = report.performance([result])
+    assert "- topk small: {'raised': 'E: why'}" in page
+    assert "1 failed | no" in page

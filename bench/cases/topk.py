@@ -7,11 +7,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from case import Case, Rival
+from case import Case, Rival, UnknownNameError
 from graph import Graph
 
 from knnfast.benchmark.machine import memory_bytes
-from knnfast.benchmark.topk import Truth, build_peers, make_rows
+from knnfast.benchmark.topk import CPU_PEERS, GPU_PEERS, Truth, build_peers, make_rows
 from knnfast.search import Index
 
 
@@ -59,6 +59,9 @@ def _case(
         return verdict | {"ok": verdict["exact"]}
 
     def peers(names: Sequence[str] | None) -> Iterator[tuple[str, Rival | str]]:
+        known = CPU_PEERS if device == "cpu" else GPU_PEERS
+        if unknown := sorted(set(names or ()) - set(known)):
+            raise UnknownNameError(f"--peers must be of {tuple(known)}, got {unknown[0]!r}")
         for name, peer in build_peers(names, rows, "ip", device):
             if isinstance(peer, str):
                 yield name, peer

@@ -208,6 +208,7 @@ def _measure(
     skipped: dict[str, str] = {}
     end = start + seconds
     for done, name in enumerate(chosen):
+        call: Callable[[], Any] | None = None
         row_s = 0.0  # seconds for a query and a row in the cell before; larger ones take no more
         for size in sizes:
             say(f"{name}: {size:,} rows")
@@ -243,6 +244,7 @@ def _measure(
                 )  # fmt: skip
                 row_s = pair[name].percentile(50) / 1e3 / b / size
             del peer
+            call = None  # it holds the peer: only one is in memory
             if name in skipped:
                 break
     report = []
