@@ -2,6 +2,7 @@
 #include "rotation.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <vector>
 
@@ -121,6 +122,76 @@ AlignedVector<float> covariance(const float* y, int64_t n, int64_t dim) {
   return c;
 }
 
+// Divides C by its trace; whether its directions differ enough from each other.
+bool differs(AlignedVector<float>& c, int64_t dim) {
+  const int64_t pad = static_cast<int64_t>(padded(dim));
+  double trace = 0, squares = 0;
+  for (int64_t i = 0; i < dim; ++i)
+    trace += static_cast<double>(c[static_cast<size_t>(i * pad + i)]);
+  if (trace == 0) return false;
+  for (float& x : c) {
+    x = static_cast<float>(static_cast<double>(x) / trace);
+    squares += static_cast<double>(x) * x;
+  }
+  return 1 / squares <= kFlat * static_cast<double>(dim);  // the number of directions in use
+}
+
+// The first dimension behind each stop of a scan.
+std::array<int64_t, 2> stops(int64_t dim) {
+  const int groups = code_groups(dim);
+  return {stop_group(groups, 0) * kBlockDims, stop_group(groups, 1) * kBlockDims};
+}
+
+// The leading directions of C, whose trace is 1, as orthonormal rows [padded, padded]; empty where
+// the stops would gain too little. By orthogonal iteration: they remain of C's powers. Directions
+// in which the sample has nothing keep a little of what they were.
+AlignedVector<float> leading_directions(const AlignedVector<float>& c, int64_t dim) {
+  const int64_t pad = static_cast<int64_t>(padded(dim));
+  const auto [first, second] = stops(dim);
+  const AlignedVector<float> panels = to_panels(c.data(), pad, pad);
+  AlignedVector<float> q(c.size()), cq(c.size());
+  for (int64_t i = 0; i < dim; ++i)
+    for (int64_t j = 0; j < dim; ++j) q[static_cast<size_t>(i * pad + j)] = cosine_entry(dim, i, j);
+  for (int round = 0; round < kIterations; ++round) {
+    matmul(q.data(), pad, pad, panels, pad, cq.data());
+    add(cq.data(), 1e-3f / static_cast<float>(dim), q.data(), pad * dim);
+    std::swap(q, cq);
+    orthonormalise(q.data(), dim);
+  }
+  matmul(q.data(), pad, pad, panels, pad, cq.data());
+  double before = 0, after[2] = {};
+  for (int64_t i = 0; i < first; ++i)
+    before += static_cast<double>(c[static_cast<size_t>(i * pad + i)]);
+  for (int64_t i = 0; i < second; ++i)
+    after[i >= first] += static_cast<double>(dot(q.data() + i * pad, cq.data() + i * pad, dim));
+  if (!(after[0] >= before + kGain && after[0] + after[1] >= 1 - kBehind)) return {};
+  orthonormalise(q.data(), dim);
+  return q;
+}
+
+// R [dim, dim]: directions mixed within the parts between the stops, then as orthogonal as floats
+// can be, by a step of Newton and Schulz's.
+std::vector<float> mixed(const AlignedVector<float>& directions, int64_t dim) {
+  const int64_t pad = static_cast<int64_t>(padded(dim));
+  const auto [first, second] = stops(dim);
+  AlignedVector<float> left(directions.size()), r(left.size()), step(left.size());
+  const int64_t parts[] = {0, first, second, dim};
+  for (int part = 0; part < 3; ++part) {
+    const int64_t begin = parts[part], length = parts[part + 1] - begin;
+    for (int64_t i = 0; i < length; ++i)
+      for (int64_t j = 0; j < length; ++j)
+        left[static_cast<size_t>((begin + i) * pad + begin + j)] = cosine_entry(length, i, j);
+  }
+  matmul(left.data(), pad, pad, to_panels(directions.data(), pad, pad), pad, r.data());
+  const std::vector<double> off = off_orthogonal(r.data(), dim);
+  for (int64_t i = 0; i < dim; ++i) std::copy_n(off.data() + i * dim, dim, left.data() + i * pad);
+  matmul(left.data(), pad, pad, to_panels(r.data(), pad, pad), pad, step.data());
+  add(r.data(), -0.5f, step.data(), pad * dim);
+  std::vector<float> rows(static_cast<size_t>(dim * dim));
+  for (int64_t i = 0; i < dim; ++i) std::copy_n(r.data() + i * pad, dim, rows.data() + i * dim);
+  return rows;
+}
+
 }  // namespace
 
 std::shared_ptr<const Rotation> Rotation::from_rows(const float* rows, int64_t dim,
@@ -169,65 +240,15 @@ int64_t settled_rows(int64_t dim) {
 }
 
 std::shared_ptr<const Rotation> find_rotation(const float* y, int64_t n, int64_t dim) {
-  const int64_t pad = static_cast<int64_t>(padded(dim));
-  const int64_t first = stop_group(code_groups(dim), 0) * kBlockDims;
-  const int64_t second = stop_group(code_groups(dim), 1) * kBlockDims;
   n = n / kSumLength * kSumLength;
   // AVX2 has stops from 64 groups on (kernels_avx2.cpp).
-  const bool stops = code_groups(dim) >= (kernels().window ? 64 : 32);
-  if (!stops || dim > kMaxRotated || n < 2 * dim) return nullptr;
-  const auto at = [pad](int64_t i, int64_t j) { return static_cast<size_t>(i * pad + j); };
-
+  const bool has_stops = code_groups(dim) >= (kernels().window ? 64 : 32);
+  if (!has_stops || dim > kMaxRotated || n < 2 * dim) return nullptr;
   AlignedVector<float> c = covariance(y, n, dim);
-  double trace = 0, before = 0, square = 0;  // C is divided by its trace
-  for (int64_t i = 0; i < dim; ++i) trace += static_cast<double>(c[at(i, i)]);
-  if (trace == 0) return nullptr;
-  for (float& x : c) {
-    x = static_cast<float>(static_cast<double>(x) / trace);
-    square += static_cast<double>(x) * x;
-  }
-  if (1 / square > kFlat * static_cast<double>(dim)) return nullptr;
-  for (int64_t i = 0; i < first; ++i) before += static_cast<double>(c[at(i, i)]);
-
-  // Orthogonal iteration: of C's powers the leading directions remain. Directions in which the
-  // sample has nothing keep a little of what they were.
-  const AlignedVector<float> panels = to_panels(c.data(), pad, pad);
-  AlignedVector<float> q(c.size()), cq(c.size());
-  for (int64_t i = 0; i < dim; ++i)
-    for (int64_t j = 0; j < dim; ++j) q[at(i, j)] = cosine_entry(dim, i, j);
-  for (int round = 0; round < kIterations; ++round) {
-    matmul(q.data(), pad, pad, panels, pad, cq.data());
-    add(cq.data(), 1e-3f / static_cast<float>(dim), q.data(), pad * dim);
-    std::swap(q, cq);
-    orthonormalise(q.data(), dim);
-  }
-  matmul(q.data(), pad, pad, panels, pad, cq.data());
-  double after[2] = {};
-  for (int64_t i = 0; i < second; ++i)
-    after[i >= first] += static_cast<double>(dot(q.data() + i * pad, cq.data() + i * pad, dim));
-  if (!(after[0] >= before + kGain && after[0] + after[1] >= 1 - kBehind)) return nullptr;
-
-  // Mixed within the parts, then as orthogonal as floats can be, by a step of Newton and Schulz's.
-  orthonormalise(q.data(), dim);
-  std::fill(cq.begin(), cq.end(), 0.0f);
-  const int64_t parts[] = {0, first, second, dim};
-  for (int part = 0; part < 3; ++part) {
-    const int64_t begin = parts[part], length = parts[part + 1] - begin;
-    for (int64_t i = 0; i < length; ++i)
-      for (int64_t j = 0; j < length; ++j)
-        cq[at(begin + i, begin + j)] = cosine_entry(length, i, j);
-  }
-  AlignedVector<float> mixed(c.size()), step(c.size());
-  matmul(cq.data(), pad, pad, to_panels(q.data(), pad, pad), pad, mixed.data());
-  const std::vector<double> off = off_orthogonal(mixed.data(), dim);
-  for (int64_t i = 0; i < dim; ++i)
-    for (int64_t j = 0; j < dim; ++j)
-      cq[at(i, j)] = static_cast<float>(off[static_cast<size_t>(i * dim + j)]);
-  matmul(cq.data(), pad, pad, to_panels(mixed.data(), pad, pad), pad, step.data());
-  add(mixed.data(), -0.5f, step.data(), pad * dim);
-  std::vector<float> rows(static_cast<size_t>(dim * dim));
-  for (int64_t i = 0; i < dim; ++i) std::copy_n(mixed.data() + i * pad, dim, rows.data() + i * dim);
-  std::shared_ptr<const Rotation> found = Rotation::from_rows(rows.data(), dim);
+  if (!differs(c, dim)) return nullptr;
+  const AlignedVector<float> directions = leading_directions(c, dim);
+  if (directions.empty()) return nullptr;
+  std::shared_ptr<const Rotation> found = Rotation::from_rows(mixed(directions, dim).data(), dim);
   return found->orthogonal() ? found : nullptr;
 }
 

@@ -76,10 +76,15 @@ bool fit_tiled(TopkPlan& plan, bool int8, const Device& device) {
   return false;
 }
 
+// What blocks can share of one panel: tiles, or halves of them.
+int64_t work_of(const TopkPlan& plan, int64_t tiles) {
+  return plan.kernel == Kernel::kTiled ? 2 * tiles : tiles;
+}
+
 // Blocks that take the tiles of one panel; blocks of all panels walk the same tiles together, so
 // that L2 serves all but the first.
 int walkers_of(const TopkPlan& plan, int64_t tiles, int panels) {
-  const int64_t work = plan.kernel == Kernel::kTiled ? 2 * tiles : tiles;
+  const int64_t work = work_of(plan, tiles);
   const int64_t walkers = plan.grid / panels < work ? plan.grid / panels : work;
   return walkers < 1 ? 1 : static_cast<int>(walkers);
 }
@@ -88,9 +93,8 @@ int walkers_of(const TopkPlan& plan, int64_t tiles, int panels) {
 int64_t round_cost(const TopkPlan& plan, int64_t tiles, int panels) {
   if (panels == 0) return 0;
   constexpr int kLaunches = 4;  // the other launches of a round, about 20 µs
-  const int64_t work = plan.kernel == Kernel::kTiled ? 2 * tiles : tiles;
   const int64_t waves = ceil_div(panels, plan.grid);
-  return kLaunches + waves * ceil_div(work, walkers_of(plan, tiles, panels));
+  return kLaunches + waves * ceil_div(work_of(plan, tiles), walkers_of(plan, tiles, panels));
 }
 
 // Panels of a round: of `most` down to half of it, where the fewest blocks idle: 66 panels take 132
