@@ -100,6 +100,12 @@ def slower(ratios: list[float], threshold: float) -> bool:
     return statistics.median(ratios) > threshold
 
 
+def false_alarms(result: dict[str, Any]) -> int:
+    """Runs of the unchanged tree in which an op gave the alarm."""
+    runs, threshold = result["unchanged"], result["threshold"]
+    return sum(any(slower(ratios, threshold) for ratios in run.values()) for run in runs)
+
+
 def gate(
     op: str, base: Base, fresh: Callable[[], Base], threshold: float, slow: bool = False
 ) -> tuple[list[float], Callable[[], Any]]:

@@ -1,0 +1,230 @@
+"""The sections of docs/performance.md: a kind of result each, as a table and where it was taken."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from regression import false_alarms, slower
+
+from knnfast.benchmark.faiss_reference import way
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def ms(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def times(ratio: float) -> str:
+    """How many times longer they take; bold where we lose."""
+    text = f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x"
+    return text if ratio >= 1 else f"**{text}**"
+
+
+def where(result: dict[str, Any]) -> str:
+    about = result["machine"]
+    place = about.get("gpu", about["cpu"])
+    versions = about["versions"]
+    shown = ("python", "numpy", "torch", "faiss-cpu", "usearch", "diffusers")
+    names = [f"{name} {versions[name]}" for name in shown if name in versions]
+    names += about.get("blas", [])
+    names += [f"{name}={value}" for name, value in about.get("settings", {}).items()]
+    memory = f"{about['memory_gib']} GiB, " if "memory_gib" in about else ""
+    return (
+        f"{place}, {about['cores']} cores, {memory}kernels {about['isa']}, "
+        f"{about['threads']} threads; {about['date']}, commit {about['commit']}; "
+        + ", ".join(names)
+        + (f".  \n{result['note'].rstrip('.')}" if "note" in result else "")
+    )
+
+
+def ceilings(result: dict[str, Any]) -> str:
+    if "ceilings" not in result:
+        return "Ceilings were not measured in this run."
+    limits = result["ceilings"]
+    torchs = ""
+    if limits.get("torch_matmul_tflop_s", 1e9) < 0.8 * limits["matmul_tflop_s"]:
+        torchs = f" (torch's own {limits['torch_matmul_tflop_s']:.3g}: its peers are slower for it)"
+    return (
+        f"Measured ceilings: read {limits['read_gb_s']:.3g} GB/s, copy {limits['copy_gb_s']:.3g} "
+        f"GB/s, matmul {limits['matmul_tflop_s']:.3g} TFLOP/s{torchs}."
+    )
+
+
+def verdict(row: dict[str, Any]) -> str:
+    if "exact" in row:
+        return "exact" if row["exact"] else f"recall {row['recall']:.4f}"
+    if "tokens_that_differ" in row:
+        return f"{row['tokens_that_differ']:.2%} of tokens differ"
+    if "error" in row:
+        return f"error {row['error']:.1e}"
+    return row.get("checked", "another random stream")
+
+
+def faiss_section(result: dict[str, Any], picture: str) -> str:
+    shape = result["shape"]
+    rows = [
+        [row["name"], f"{row['n']:,}", str(row["batch"]), ms(row["p50_ms"]), ms(row["p90_ms"]),
+         ms(row["p99_ms"]), way(row), verdict(row),
+         "" if row["name"] == "knnfast" else times(row["ratio"]), f"{row['ceiling_share']:.0%}"]
+        for row in result["rows"]
+    ]  # fmt: skip
+    batches = ",".join(map(str, shape["batch"]))
+    return "\n\n".join(
+        [
+            "## Top-k beside FAISS: `knnfast bench`",
+            f"`knnfast bench --n {shape['n']} --d {shape['d']} --batch {batches} --k {shape['k']}` "
+            f"(results/{result['file']}).  \n{where(result)}.  \n{ceilings(result)}",
+            table(["", "rows", "batch", "p50 ms", "p90", "p99", "threads", "answers",
+                   "over ours", "of ceiling"], rows),
+            f"![latency against batch and against rows]({picture})",
+        ]
+    )  # fmt: skip
+
+
+def rival(name: str, peer: dict[str, Any], ours: float) -> str:
+    """A peer in a row's last cell; with our time beside it where that was another one."""
+    if "ratio" not in peer:
+        return f"{name}: {peer['skipped']}"
+    beside = peer.get("ours_p50_ms", ours)
+    notes = [times(peer["ratio"])]
+    if not 0.8 < beside / ours < 1.25:
+        notes.append(f"ours took {ms(beside)} then")
+    if peer.get("answers") == "differ":
+        notes.append("other answers")
+    return f"{name} {ms(peer['p50_ms'])} ({'; '.join(notes)})"
+
+
+def ops_section(result: dict[str, Any]) -> str:
+    rows = []
+    for row in result["rows"]:
+        peers = [rival(name, peer, row["p50_ms"]) for name, peer in row["peers"].items()]
+        share = f"{row['ceiling_share']:.0%}" if "ceiling_share" in row else ""
+        peak = "" if row.get("peak_mib") is None else f"{row['peak_mib']:.3g}"
+        rows.append(
+            [f"{row['shape']}: {row['case']}", row["backend"], ms(row["p50_ms"]),
+             ms(row.get("p90_ms")), ms(row.get("p99_ms")), share, peak, verdict(row),
+             "<br>".join(peers)]
+        )  # fmt: skip
+    failed = [
+        f"- {' '.join(row[part] for part in ('op', 'shape', 'case', 'backend') if part in row)}: "
+        f"{row['failed']}" for row in result.get("failed", [])
+    ]  # fmt: skip
+    ops = sorted({row["op"] for row in [*result["rows"], *result.get("failed", [])]})
+    # knnfast.benchmark.timing.peak_mib sees no more on a GPU
+    memory = "peak MiB" if result["machine"]["device"] == "cpu" else "peak MiB of torch's allocator"
+    return "\n\n".join(
+        [
+            f"## {', '.join(ops)}",
+            f"`{result['command']}` (results/{result['file']}).  \n{where(result)}.  \n"
+            + ceilings(result),
+            table(["case", "backend", "p50 ms", "p90", "p99", "of ceiling", memory, "checked",
+                   "peers: p50 ms (over ours)"], rows),
+            *(["Failed, and not measured:", "\n".join(failed)] if failed else []),
+        ]
+    )  # fmt: skip
+
+
+def claims_section(result: dict[str, Any]) -> str:
+    rows = [
+        [part, body["machine"]["commit"], claim["claim"], f"{claim['value']:.4g}", claim["limit"],
+         "yes" if claim["holds"] else "**no**"]
+        for part, body in result["parts"].items() for claim in body["claims"]
+    ]  # fmt: skip
+    commands = dict.fromkeys(body["command"] for body in result["parts"].values())
+    return "\n\n".join(
+        [
+            "## Promises of the search engine",
+            ", ".join(f"`{c}`" for c in commands)
+            + f" (results/{result['file']}).  \n{where(result)}.",
+            table(["part", "commit", "promise", "measured", "limit", "holds"], rows),
+        ]
+    )
+
+
+def at_half(result: dict[str, Any]) -> str:
+    """All rounds of our search at half of saturation, in words."""
+    row = next(
+        (r for r in result["rows"] if r["server"] == "Index.search" and r["loop"] == "open"
+         and abs(r["of_saturation"] - 0.5) < 0.01), None,
+    )  # fmt: skip
+    if row is None:
+        return ""
+    each = ", ".join(
+        f"{r['p99_over_queue']:.2f} with {r['stolen_share']:.1%} stolen" for r in row["rounds"]
+    )
+    return f" (Index.search at half of saturation, p99 over the queue's in each: {each})"
+
+
+def load_section(result: dict[str, Any], picture: str) -> str:
+    shape = result["shape"]
+    rows = []
+    for row in result["rows"]:
+        loop = "closed" if row["loop"] == "closed" else f"{row['of_saturation']:.0%}"
+        rate = row.get("qps", row.get("offered_qps"))
+        cells = [row["server"], loop, str(row["clients"]), f"{rate:,.0f}"]
+        if "skipped" in row:
+            rows.append([*cells, "", "", "", "", row["skipped"], ""])
+            continue
+        queues = [
+            f"{ms(row[name]['p99_ms'])} ({row[f'p99_over_{name}']:.2f}x)" if name in row else ""
+            for name in ("queue", "paced_queue")
+        ]
+        taken = f"{row['stolen_share']:.0%}" if "stolen_share" in row else ""
+        times = (ms(row[p]) for p in ("p50_ms", "p99_ms", "p999_ms"))
+        rows.append([*cells, *times, taken, *queues])
+    return "\n\n".join(
+        [
+            "## A service under load",
+            f"`{result['command']}` (results/{result['file']}): {shape['n']:,} x {shape['d']}, "
+            f"k {shape['k']}, single queries of {shape['clients']} client threads; Batcher with "
+            f"a deadline of {shape['deadline_ms']:g} ms, {result['batch_mean']:g} queries a search "
+            f"in the mean.  \n{where(result)}.",
+            table(["server", "loop (share of own saturation)", "clients", "queries/s", "p50 ms",
+                   "p99", "p99.9", "stolen", "M/D/c predicts p99 (ours over it)",
+                   "with the service after pauses"], rows),
+            "`stolen`: the part of the cores' time that this virtual machine's host gave to others "
+            "meanwhile; no queue knows of it, so each open loop is that one of "
+            f"{shape['rounds']} rounds in which it was least{at_half(result)}. The queue "
+            "serves the same arrivals, each as long as a search takes back to back just before and "
+            "after its stretch of the loop; every stretch begins with an empty queue, of which p99 "
+            "at 90 % load is about a quarter less than in one long loop. After pauses like those "
+            "between arrivals a search takes longer.",
+            f"![p99 against offered load]({picture})",
+        ]
+    )  # fmt: skip
+
+
+def gate_section(result: dict[str, Any]) -> str:
+    threshold = result["threshold"]
+    ops = list(result["unchanged"][0])
+
+    def cells(runs: list[dict[str, list[float]]], op: str) -> list[str]:
+        medians = [statistics.median(run[op]) for run in runs]
+        alarms = sum(slower(run[op], threshold) for run in runs)
+        return [f"{min(medians):.3f} to {max(medians):.3f}", f"{alarms} of {len(runs)}"]
+
+    rows = [[op, *cells(result["unchanged"], op), *cells(result["slowed"], op)] for op in ops]
+    runs = len(result["unchanged"])
+    bound = 1 - 0.05 ** (1 / runs)
+    false = false_alarms(result)
+    rate = "a false alarm."
+    if not false:
+        rate = f"an alarm; that bounds the rate at about {bound:.0%} with 95 % confidence."
+    return "\n\n".join(
+        [
+            "## The regression gate",
+            f"`{result['command']}` (results/{result['file']}). An op raises the alarm when most "
+            f"of up to {result['measurements']} measurements of ours over the base, each with new "
+            f"processes, exceed {threshold:g}. Below, the medians of the runs of the unchanged "
+            f"tree, then of those slowed down by {result['slowdown'] - 1:.0%}. {false} of {runs} "
+            f"unchanged runs gave {rate}  \n{where(result)}.",
+            table(["op", "unchanged", "alarms", "slowed down", "alarms"], rows),
+        ]
+    )  # fmt: skip
