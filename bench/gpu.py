@@ -233,7 +233,10 @@ def main() -> int:
         if not ours(out):
             parser.error(f"--out must be a new folder or an earlier run's, got {out}")
         shutil.rmtree(out)
-    out.mkdir(parents=True)
+    try:
+        out.mkdir(parents=True)
+    except OSError as error:
+        parser.error(f"--out must be a folder that can be made, got {out}: {error.strerror}")
     rows: list[dict[str, Any]] = []
     summary = {"device": device(), "stages": rows}
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import shlex
 import sys
@@ -50,9 +51,9 @@ from knnfast.benchmark.timing import (
 
 
 def tidy(value: Any) -> Any:
-    """Six significant digits: more would be noise."""
+    """Six significant digits: more would be noise. JSON has no infinity: it becomes a word."""
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
     if isinstance(value, dict):
         return {name: tidy(v) for name, v in value.items()}
     if isinstance(value, list):

@@ -190,7 +190,7 @@ def test_what_fails_of_ours_is_told_and_the_rest_is_measured(monkeypatch, tmp_pa
         raise RuntimeError("no kernel image")
 
     def judge(result):
-        return {"ok": result == 1, "exact": result == 1}
+        return {"ok": result == 1, "error": 0.0 if result == 1 else float("inf")}
 
     def cases(op, shape, device):
         ours = {"raises": fails, "wrong": lambda: 2, "right": lambda: 1}
@@ -211,7 +211,7 @@ def test_what_fails_of_ours_is_told_and_the_rest_is_measured(monkeypatch, tmp_pa
     assert report["rows"][0]["peers"]["broken"] == {"skipped": "RuntimeError: no kernel image"}
     assert report["rows"][0]["peers"]["peer"]["p50_ms"] > 0
     raised = {"raised": "RuntimeError: no kernel image"}
-    assert [r["failed"] for r in report["failed"]] == [raised, {"exact": False}, raised] * 2
+    assert [r["failed"] for r in report["failed"]] == [raised, {"error": "inf"}, raised] * 2
     assert report["failed"][2] == {"op": "topk", "shape": "ci", "failed": raised}
 
 
@@ -396,6 +396,10 @@ def test_gpu_script_leaves_other_folders_alone(tmp_path):
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "--out must be a new folder or an earlier run's" in done.stderr
+    words[-1] = str(tmp_path / "letter.txt" / "gpu")
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--out must be a folder that can be made" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 

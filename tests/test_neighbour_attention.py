@@ -239,6 +239,8 @@ def test_rejects():
     folded = ops.fold_neighbours(n, *layer, **fold, fold=True)
     with pytest.raises(ValueError, match="heads"):
         ops.fold_neighbours(n, *layer, heads=5)
+    with pytest.raises(TypeError, match=r"heads: must be an integer, got 4\.0"):
+        ops.fold_neighbours(n, *layer, heads=4.0)
     with pytest.raises(ValueError, match="mask"):
         ops.fold_neighbours(n, *layer, heads=4, mask=fold["mask"][:, 1:])
     with pytest.raises(TypeError, match="mask"):

@@ -14,6 +14,7 @@ from knnfast.ops._checks import (
     check_number,
     check_shape,
     check_tensor,
+    check_whole,
     library,
     pointer,
 )
@@ -89,6 +90,7 @@ def fold_neighbours(
     _check_like(n, "", parts)
     if N < 1:
         raise ValueError("n: at least one embedding")
+    check_whole("heads", heads)
     if heads < 1 or width % heads:
         raise ValueError(f"heads: must divide {width}, got {heads}")
     if mask is None:
