@@ -229,11 +229,11 @@ def main() -> int:
             )
         todo = [stage for stage in todo if stage.name in args.only]
     out = args.out.resolve()
-    if out.exists():
-        if not ours(out):
-            parser.error(f"--out must be a new folder or an earlier run's, got {out}")
-        shutil.rmtree(out)
     try:
+        if out.exists():
+            if not ours(out):
+                parser.error(f"--out must be a new folder or an earlier run's, got {out}")
+            shutil.rmtree(out)
         out.mkdir(parents=True)
     except OSError as error:
         parser.error(f"--out must be a folder that can be made, got {out}: {error.strerror}")

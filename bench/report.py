@@ -28,7 +28,7 @@ from sections import (  # noqa: E402
     ops_section,
     table,
     times,
-)  # fmt: skip
+)
 from shapes import SHAPES  # noqa: E402
 
 from knnfast import _files  # noqa: E402

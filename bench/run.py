@@ -51,7 +51,7 @@ from knnfast.benchmark.timing import (
 
 
 def tidy(value: Any) -> Any:
-    """Six significant digits: more would be noise. JSON has no infinity: it becomes a word."""
+    """Six significant digits: more would be noise. JSON has no infinity or NaN: words."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else str(value)
     if isinstance(value, dict):

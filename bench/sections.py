@@ -1,4 +1,7 @@
-"""The sections of docs/performance.md: a kind of result each, as a table and where it was taken."""
+"""The sections of docs/performance.md: a kind of result each, as a table and where it was taken.
+
+Also how the pages write a table, a time and a ratio.
+"""
 
 from __future__ import annotations
 
@@ -162,8 +165,17 @@ def at_half(result: dict[str, Any]) -> str:
     return f" (Index.search at half of saturation, p99 over the queue's in each: {each})"
 
 
+# The other queue of load.py's results: of searches of the loop itself, or, in older results, of a
+# client that paused as the arrivals do.
+OTHER_SERVICE = {
+    "loaded_queue": "with the service of searches that find it free",
+    "paced_queue": "with the service after pauses",
+}
+
+
 def load_section(result: dict[str, Any], picture: str) -> str:
     shape = result["shape"]
+    own = "loaded_queue" if any("loaded_queue" in row for row in result["rows"]) else "paced_queue"
     rows = []
     for row in result["rows"]:
         loop = "closed" if row["loop"] == "closed" else f"{row['of_saturation']:.0%}"
@@ -174,7 +186,7 @@ def load_section(result: dict[str, Any], picture: str) -> str:
             continue
         queues = [
             f"{ms(row[name]['p99_ms'])} ({row[f'p99_over_{name}']:.2f}x)" if name in row else ""
-            for name in ("queue", "paced_queue")
+            for name in ("queue", own)
         ]
         taken = f"{row['stolen_share']:.0%}" if "stolen_share" in row else ""
         times = (ms(row[p]) for p in ("p50_ms", "p99_ms", "p999_ms"))
@@ -188,14 +200,15 @@ def load_section(result: dict[str, Any], picture: str) -> str:
             f"in the mean.  \n{where(result)}.",
             table(["server", "loop (share of own saturation)", "clients", "queries/s", "p50 ms",
                    "p99", "p99.9", "stolen", "M/D/c predicts p99 (ours over it)",
-                   "with the service after pauses"], rows),
+                   OTHER_SERVICE[own]], rows),
             "`stolen`: the part of the cores' time that this virtual machine's host gave to others "
             "meanwhile; no queue knows of it, so each open loop is that one of "
             f"{shape['rounds']} rounds in which it was least{at_half(result)}. The queue "
             "serves the same arrivals, each as long as a search takes back to back just before and "
             "after its stretch of the loop; every stretch begins with an empty queue, of which p99 "
-            "at 90 % load is about a quarter less than in one long loop. After pauses like those "
-            "between arrivals a search takes longer.",
+            "at 90 % load is about a quarter less than in one long loop. Between arrivals the rows "
+            "leave the caches that they hardly fit into and cores go to sleep, so a search takes "
+            "longer than back to back: the last column has the queue of such searches.",
             f"![p99 against offered load]({picture})",
         ]
     )  # fmt: skip

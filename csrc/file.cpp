@@ -83,7 +83,7 @@ void File::read(void* data, size_t bytes) {
     const ssize_t n = ::read(fd_, p, std::min<size_t>(bytes, size_t{1} << 30));
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) fail("cannot read", path_);
-    if (n == 0) damaged(path_, "it is shorter than the manifest says");
+    if (n == 0) damaged(path_, "it ends early");
     p += n;
     bytes -= static_cast<size_t>(n);
   }

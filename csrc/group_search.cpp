@@ -16,7 +16,6 @@ constexpr size_t kChunkBytes = 256 << 10;  // of codes, handed to a thread at a 
 constexpr int64_t kWarmUp = 32;            // times k rows, before a scan is judged
 constexpr int64_t kOpening = 8;            // times k are opened of as many rows as went before
 
-// Buffers that one search leaves for the next one of its thread.
 Scratch& scratch() {
   thread_local Scratch s;
   return s;

@@ -2,12 +2,16 @@
 // One search of up to kGroup queries: prepared, scanned by all threads, merged.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <vector>
 
 #include "collector.h"
+#include "kernels.h"
 #include "query_codes.h"
 #include "search.h"
+#include "segment.h"
 #include "stop_choice.h"
 
 namespace knnfast {
@@ -39,6 +43,7 @@ struct Worker : Sink {
   Stats stats;
 };
 
+// Buffers that one search leaves for the next one of its thread.
 struct Scratch {
   AlignedVector<double> q;      // [group, padded], as given
   CodedQueries coded, rotated;  // v: as scanned; the rest for ip and cosine

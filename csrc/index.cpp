@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+// Making, searching and reading an index. index_write.cpp changes one; index_save.cpp and
+// index_open.cpp keep it in files.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -10,8 +12,6 @@
 
 namespace knnfast {
 namespace {
-
-constexpr int64_t kMaxDim = 65536;  // 255·127·65536 < 2³¹
 
 // The queries as FP32, in memory that the thread's next search takes over.
 const float* query_floats(const void* queries, DType dtype, int64_t m, int64_t dim,

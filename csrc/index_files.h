@@ -25,7 +25,7 @@ constexpr int64_t kFormatVersion = 4;
 constexpr const char* kMetricNames[] = {"ip", "cosine", "l2"};
 constexpr const char* kScanNames[] = {"fp16", "int8", "auto"};
 
-// Whether a file of a folder bears a name as above.
+// Whether a file of a folder bears a payload's name, as above (index_save.cpp).
 bool payload_name(const std::string& name);
 
 }  // namespace knnfast

@@ -17,6 +17,8 @@
 
 namespace knnfast {
 
+constexpr int64_t kMaxDim = 65536;  // 255·127·65536 < 2³¹
+
 struct FileEntry {  // of a saved index
   std::string name;
   uint64_t bytes = 0;

@@ -181,7 +181,7 @@ Index Index::open(const std::string& folder, bool map) {
       if (version > kFormatVersion)
         throw std::runtime_error("written by a newer knnfast: format " + std::to_string(version) +
                                  ", this one reads 1 to " + std::to_string(kFormatVersion));
-      impl->dim = j.integer_at("dim", 1, 65536);
+      impl->dim = j.integer_at("dim", 1, kMaxDim);
       impl->metric = Metric(index_of(j.at("metric", Json::string).text, kMetricNames, "metric"));
       impl->scan = Scan(index_of(j.at("scan", Json::string).text, kScanNames, "scan"));
       impl->next_id = j.integer_at("next_id", 0, INT64_MAX);

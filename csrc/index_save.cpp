@@ -62,7 +62,7 @@ bool generation_at(const std::string& name, size_t at) {
          name.find_first_not_of("0123456789abcdef", at) >= at + 16;  // npos, too
 }
 
-// Of a new manifest.
+// manifest.json.GENERATION: a new manifest, before it is renamed.
 bool temporary_name(const std::string& name) {
   const std::string begin = std::string(kManifest) + ".";
   return name.rfind(begin, 0) == 0 && name.size() == begin.size() + 16 &&
@@ -134,7 +134,7 @@ class Unfinished {
   void lock() { lock_.emplace(folder_); }
   void done() { done_ = true; }
 
-  std::vector<FileEntry> files;  // the payloads
+  std::vector<FileEntry> files;  // the payloads written so far
 
  private:
   std::optional<FolderLock> lock_;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Adding, removing and compacting: what one writer at a time does to an index.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <string>

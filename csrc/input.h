@@ -2,6 +2,7 @@
 // What the entries of Index do with what a caller gives them.
 #pragma once
 
+#include <cstdint>
 #include <cstring>
 #include <stdexcept>
 #include <string>

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // AVX2 with FMA and F16C.
+#include <immintrin.h>
+
 #include "kernels_avx2_int8.h"
 #include "kernels_common.h"
 #include "kernels_matmul.h"

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// AVX2 with FMA and F16C. vpmaddubsw gives 16-bit sums of two products; they are added up over a
-// window of groups before they are widened: 1.125 multiplications for 32 codes instead of 2.
-// Nothing overflows: the queries are coded so that no sum of a window leaves 16 bits (kernels.h).
+// The scan of codes with AVX2, and `report`, which the FP16 scan shares. vpmaddubsw gives 16-bit
+// sums of two products; they are added up over a window of groups before they are widened: 1.125
+// multiplications for 32 codes instead of 2. Nothing overflows: the queries are coded so that no
+// sum of a window leaves 16 bits (kernels.h).
 #pragma once
 
 #include <immintrin.h>

@@ -122,17 +122,21 @@ AlignedVector<float> covariance(const float* y, int64_t n, int64_t dim) {
   return c;
 }
 
-// Divides C by its trace; whether its directions differ enough from each other.
-bool differs(AlignedVector<float>& c, int64_t dim) {
+// Makes C's trace 1; false where it is 0.
+bool normalise_trace(AlignedVector<float>& c, int64_t dim) {
   const int64_t pad = static_cast<int64_t>(padded(dim));
-  double trace = 0, squares = 0;
+  double trace = 0;
   for (int64_t i = 0; i < dim; ++i)
     trace += static_cast<double>(c[static_cast<size_t>(i * pad + i)]);
   if (trace == 0) return false;
-  for (float& x : c) {
-    x = static_cast<float>(static_cast<double>(x) / trace);
-    squares += static_cast<double>(x) * x;
-  }
+  for (float& x : c) x = static_cast<float>(static_cast<double>(x) / trace);
+  return true;
+}
+
+// Whether C, whose trace is 1, has more in some directions than in others.
+bool differs(const AlignedVector<float>& c, int64_t dim) {
+  double squares = 0;
+  for (const float x : c) squares += static_cast<double>(x) * x;
   return 1 / squares <= kFlat * static_cast<double>(dim);  // the number of directions in use
 }
 
@@ -184,7 +188,10 @@ std::vector<float> mixed(const AlignedVector<float>& directions, int64_t dim) {
   }
   matmul(left.data(), pad, pad, to_panels(directions.data(), pad, pad), pad, r.data());
   const std::vector<double> off = off_orthogonal(r.data(), dim);
-  for (int64_t i = 0; i < dim; ++i) std::copy_n(off.data() + i * dim, dim, left.data() + i * pad);
+  for (int64_t i = 0; i < dim; ++i)
+    for (int64_t j = 0; j < dim; ++j)
+      left[static_cast<size_t>(i * pad + j)] =
+          static_cast<float>(off[static_cast<size_t>(i * dim + j)]);
   matmul(left.data(), pad, pad, to_panels(r.data(), pad, pad), pad, step.data());
   add(r.data(), -0.5f, step.data(), pad * dim);
   std::vector<float> rows(static_cast<size_t>(dim * dim));
@@ -241,11 +248,11 @@ int64_t settled_rows(int64_t dim) {
 
 std::shared_ptr<const Rotation> find_rotation(const float* y, int64_t n, int64_t dim) {
   n = n / kSumLength * kSumLength;
-  // AVX2 has stops from 64 groups on (kernels_avx2.cpp).
+  // AVX2 has stops from 64 groups on (kernels_avx2_int8.h).
   const bool has_stops = code_groups(dim) >= (kernels().window ? 64 : 32);
   if (!has_stops || dim > kMaxRotated || n < 2 * dim) return nullptr;
   AlignedVector<float> c = covariance(y, n, dim);
-  if (!differs(c, dim)) return nullptr;
+  if (!normalise_trace(c, dim) || !differs(c, dim)) return nullptr;
   const AlignedVector<float> directions = leading_directions(c, dim);
   if (directions.empty()) return nullptr;
   std::shared_ptr<const Rotation> found = Rotation::from_rows(mixed(directions, dim).data(), dim);

@@ -128,7 +128,7 @@ class Database(Collection):
 
         An image's name is its file name without the ending, its group the folder it lies in,
         relative to `folder`. A file that cannot be read as an image is left out and reported to
-        `on_skip(path, reason)`; the search goes on.
+        `on_skip(path, reason)`; the others are still embedded.
 
         Raises:
             FileNotFoundError: `folder` is no folder. ValueError: it holds no readable image.
@@ -249,7 +249,7 @@ class Database(Collection):
         return np.fromiter(self._items, np.int64, len(self._items))
 
     def thumbnail(self, id: int) -> Image.Image:
-        """The image of a row as stored: RGB, at most `thumbnail_size` on a side, padded white."""
+        """The image of a row as stored: RGB, `thumbnail_size` on a side, padded white."""
         self[id]
         return self._thumbnails.get(id)
 
@@ -375,7 +375,8 @@ class Database(Collection):
 
         Raises:
             FileNotFoundError: no database at `path`, or a file of it is missing.
-            ValueError: a damaged or foreign file; the message names it.
+            ValueError: a damaged or foreign file; the message names it. The rows of the index are
+                mapped, not checked: `database.index.verify()` does that.
         """
         from knnfast.encoders import EncoderCard
 

@@ -137,6 +137,7 @@ def edit(
 
     Raises:
         ValueError, TypeError: the model is no editor, or an argument out of its range.
+        FileNotFoundError: no such picture, or a folder that holds no database.
     """
     if not (isinstance(self.denoiser, Denoiser) and self.denoiser.config.source):
         raise ValueError('model: is no editor; load one, for example "stickers-edit"')

@@ -233,7 +233,7 @@ def evaluate(
 
     Raises:
         ValueError: a setting out of its range, or names that cannot be prompts: one is empty,
-            there twice, or unreadable to an encoder.
+            there twice, or unreadable to an encoder. TypeError: a setting that is no number.
     """
     from knnfast._calls import DEFAULT_K, check_range
 

@@ -28,7 +28,7 @@ class Mixture(Collection):
         weights: weight of each database, at least 0, not all 0.
 
     Raises:
-        ValueError: no database, a bad weight, or different encoders.
+        ValueError: no database, a bad weight, or different encoders. TypeError: no number.
     """
 
     def __init__(self, weights: Mapping[Database, float]) -> None:
@@ -114,8 +114,9 @@ class Mixture(Collection):
 
     def vectors(self, ids: Iterable[int]) -> np.ndarray:
         """Stored embeddings of these rows, [n, dim] float32."""
-        rows = [self._locate(i) for i in ids]
-        return np.concatenate([self.parts[which][0].vectors([row]) for which, row in rows])
+        found = [self.parts[which][0].vectors([row]) for which, row in map(self._locate, ids)]
+        none = self.parts[0][0].vectors([])
+        return np.concatenate([none, *found])
 
     def _own_ids(self, which: int, allow: np.ndarray | None) -> np.ndarray | None:
         """The rows of one database among `allow`; None: all."""

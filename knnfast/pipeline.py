@@ -40,7 +40,8 @@ class Output:
     """What a call of the pipeline returns.
 
     `images` holds `num_images` pictures per query, query by query; `neighbours` one list per query,
-    nearest first; `timings` seconds by phase (encode, search, denoise, decode).
+    nearest first; `timings` seconds by phase (encode, search, denoise, decode); `labels` what each
+    query is called on a sheet.
     """
 
     images: list[Image.Image]
@@ -188,7 +189,8 @@ class KNNDiffusion:
         """The database that a name, a folder or {database: weight} stands for; None: the default.
 
         Raises:
-            ValueError: there is none, or it was made with another encoder.
+            ValueError: no such name or folder, or it was made with another encoder.
+            FileNotFoundError: a folder that holds no database. TypeError: another type.
         """
         if value is None:
             return self._database
@@ -270,7 +272,9 @@ class KNNDiffusion:
             Output: images, neighbours, timings, seed.
 
         Raises:
-            ValueError, TypeError: an argument out of its range; nothing has been computed.
+            ValueError, TypeError: an argument out of its range, which is told before anything is
+                computed; words or a picture that the encoder cannot read.
+            FileNotFoundError: no such picture, or a folder that holds no database.
             Interrupted: a KeyboardInterrupt when at least one batch was finished.
         """
         queries = as_queries(prompt, image, image_weight, embedding, self.encoder)

@@ -151,7 +151,7 @@ def embed(queries: Sequence[Query], encoder: Encoder) -> Embeddings:
 
     Raises:
         ValueError: an unreadable picture, an embedding of another length, or opposite parts that
-            cancel out.
+            cancel out. FileNotFoundError: no such picture.
     """
     texts: dict[str, int] = {}
     pictures: dict[int, tuple[int, Picture]] = {}

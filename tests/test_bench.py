@@ -44,9 +44,18 @@ def test_open_loop_counts_from_the_arrival():
     def search(q):
         time.sleep(0.05)
 
-    latencies = open_loop(search, np.zeros((1, 1)), 1, np.zeros(4))
+    latencies, spans = open_loop(search, np.zeros((1, 1)), 1, np.zeros(4))
     assert (np.diff(np.sort(latencies)) > 0.04).all()
     assert 0.18 < latencies.max() < 2
+    assert ((spans[:, 1] - spans[:, 0]) < latencies).all()
+
+
+def test_service_under_load_is_that_of_searches_that_did_not_wait():
+    from load import service_under_load
+
+    spans = np.array([[5.0, 6.0], [0.0, 1.0], [0.5, 2.0], [2.0, 3.2], [2.1, 9.0]])
+    assert service_under_load(spans, 1) == pytest.approx(1.1)  # the second and the fourth
+    assert service_under_load(spans, 2) == pytest.approx(1.2)  # all
 
 
 def test_open_row_is_the_round_with_the_least_stolen_time(monkeypatch):

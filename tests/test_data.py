@@ -82,6 +82,9 @@ def test_a_database_gives_its_pictures() -> None:
     db.add(Embeddings(rows, Colours.card), images, names=list("abcd"))
     assert numbers_of(db) == [0, 1, 2, 3]
     assert identity(db) == identity(db)
+    db.add(Embeddings(rows[:1], Colours.card), [image(4)], names=["e"], sources=["lost/e.png"])
+    with pytest.warns(UserWarning, match="1 of 5 pictures come from the database's thumbnails"):
+        assert numbers_of(db) == [0, 1, 2, 3, 4]
 
 
 def test_shards_become_a_database(tars: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from knnfast import _C, KNNDiffusion
@@ -29,7 +30,7 @@ def run(page: str) -> dict:
 def test_no_example_is_left_out():
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     with_code = {p.stem for p in pages if "```python" in p.read_text(encoding="utf-8")}
-    assert with_code == {"README", "using-index", "queries", "editing"}
+    assert with_code == {"README", "using-index", "queries", "editing", "ops"}
 
 
 def test_examples_of_using_index(tmp_path, monkeypatch):
@@ -72,6 +73,19 @@ def test_examples_of_queries(tmp_path, monkeypatch):
     assert {n.item.group for n in calls[2].neighbours[0]} == {"Activities"}
     assert all("hat" in n.item.name for n in calls[3].neighbours[0])
     assert len(calls[8].images) == 5
+
+
+def test_examples_of_the_ops():
+    here = run("docs/ops.md")
+    torch.testing.assert_close(here["y"], here["plain"], rtol=1e-4, atol=1e-4)
+    assert here["tokens"].max() < 512  # the last step leaves no MASK
+    ops, logits = here["ops"], here["logits"].detach()
+    masked = torch.full_like(here["tokens"], 512)
+    dense = ops.transition_step(logits, masked, here["step"], seed=0, top_r=0.9)
+    sparse = ops.sample_head(here["y"], here["head"], None, masked, here["step"], seed=0, top_r=0.9)
+    assert (dense == sparse).float().mean() > 0.98  # the logits differ by rounding
+    assert here["logits"].grad.abs().sum() > 0
+    assert here["kl"].shape == (2,)
 
 
 def test_examples_of_editing(tmp_path, monkeypatch):

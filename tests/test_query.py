@@ -149,6 +149,7 @@ def test_mixture_gives_each_database_its_share():
     assert [both[i].name for i in ids] == [n.item.name for n in found]
     want = np.concatenate([near.vectors(range(6)), far.vectors([0, 1])])
     np.testing.assert_array_equal(both.vectors(ids), want)
+    assert both.vectors([]).shape == (0, 3)
     assert both.thumbnail(ids[7]).size == (4, 4)
     assert both.groups == {"far": 10, "near": 10}
     assert len(both) == 20

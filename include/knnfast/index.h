@@ -120,7 +120,7 @@ class KNNFAST_API Index {
   std::unique_ptr<Impl> impl_;
 };
 
-KNNFAST_API void set_num_threads(int64_t n);  // threads of one search, 1 to 1024
+KNNFAST_API void set_num_threads(int64_t n);  // of a search, an add or an op, 1 to 1024
 KNNFAST_API int num_threads();
 KNNFAST_API const char* isa();  // the instruction set in use: portable|avx2|avx512|avx512vnni|amx
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ def fold_neighbours(
 
     Returns:
         Folded, or Unfolded where folding does not pay; both serve `neighbour_attention`.
-    Raises: ValueError shape, range or device; TypeError dtype.
+    Raises: ValueError shape, range or device; TypeError dtype, or heads that are no integer.
     Differentiable: in everything.
     """
     check_dtype("n", n, _TYPES)
@@ -91,6 +92,7 @@ def fold_neighbours(
     if N < 1:
         raise ValueError("n: at least one embedding")
     check_whole("heads", heads)
+    heads = operator.index(heads)
     if heads < 1 or width % heads:
         raise ValueError(f"heads: must divide {width}, got {heads}")
     if mask is None:

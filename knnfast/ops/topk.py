@@ -21,7 +21,7 @@ def topk(
     Args:
         q: queries, [M, D], fp16 | bf16 | fp32.
         x: rows, [N, D], fp16 | bf16 | fp32, on the device of q; taken as FP16.
-        k: neighbours, k >= 1; more than N pads with id -1.
+        k: neighbours, k >= 1; more than N pads with id -1. On CUDA k <= 2048 and D <= 8192.
         metric: "ip", "cosine" or "l2" (squared, smaller is nearer).
         ids: unique ids of the rows, [N] int64; None: row numbers.
 

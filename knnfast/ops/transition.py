@@ -127,7 +127,7 @@ def sample_head(
 
     Returns:
         x_s: [B, L] int64.
-    Raises: as `transition_step`.
+    Raises: as `transition_step`; on CUDA K is at most 65,536 in both.
     Memory: O(n K) for the n rows that are drawn (3 % at 100 steps).  Backends: triton, cpu.
     Numerics: FP32 logits from sums in one order, so that a token depends on its own row alone.
     A callable head on CUDA synchronises once, to learn n; a weight does not.

@@ -57,9 +57,10 @@ def transition_loss(
     Returns:
         loss: scalar, fp32 (fp64 for fp64 logits).
         kl: [B], each image's mean KL, without gradient, for importance sampling.
-    Raises: ValueError shape, device, and on the CPU a token or level out of range, NaN or +inf in
-        logits, a weight that is not finite; TypeError dtype. On CUDA nothing synchronises: a level
-        outside [1, T] makes the loss and its image's gradient NaN; tokens are not looked at.
+    Raises: ValueError shape, device, and on the CPU a token or level out of range, NaN, +inf or no
+        finite class in a row of logits, a weight that is not finite; TypeError dtype. On CUDA
+        nothing synchronises: a level outside [1, T] makes the loss and its image's gradient NaN;
+        tokens are not looked at.
     Numerics: FP32 per class, FP64 per row; an FP16 gradient is scaled in FP32.
     Backends: triton, cpu, reference.
     Memory: the gradient, nothing with inplace.  Deterministic: yes.

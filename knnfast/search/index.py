@@ -18,7 +18,7 @@ DamagedFile = _C.DamagedFile
 
 
 def set_num_threads(n: int) -> None:
-    """Use at most n threads (1 to 1024) for one search or add; the default is the machine's."""
+    """Use at most n threads (1 to 1024) for a search, an add, an op on the CPU; all by default."""
     _C.set_num_threads(interop.as_int(n, "n"))
 
 
@@ -27,7 +27,8 @@ class Index:
 
     score = x·q (ip), x·q / (‖x‖‖q‖) (cosine) or ‖q - x‖² (l2, smaller is nearer), in FP64 over 32
     lanes and a fixed tree; equal scores order by id. Rows are kept as FP16, and with `scan="int8"`
-    or `"auto"` also as int8 codes whose certified bounds prove most rows out unread.
+    or `"auto"` (from 16 dimensions on) also as int8 codes whose certified bounds prove most rows
+    out unread.
 
     Args:
         dim: elements of a row, 1 to 65536.
@@ -183,6 +184,7 @@ class Index:
 
         Returns: lims [M + 1], scores and ids: query i owns entries lims[i] to lims[i + 1], best
             first.
+        Raises: ValueError shape, NaN or infinity in queries, a radius that is NaN; TypeError dtype.
         """
         array, bf16, back = interop.as_rows(queries, "queries")
         filters = interop.as_filter(allow, "allow"), interop.as_filter(deny, "deny")
@@ -261,7 +263,10 @@ class Index:
         return faiss_bridge.from_faiss(index)
 
     def to_faiss(self) -> Any:
-        """A FAISS IndexFlat, in an IndexIDMap2 where ids are not 0, 1, 2, ..."""
+        """A FAISS IndexFlat, in an IndexIDMap2 where ids are not 0, 1, 2, ...
+
+        Raises: ValueError for cosine, which FAISS lacks; ImportError without faiss.
+        """
         from knnfast.search import faiss_bridge
 
         return faiss_bridge.to_faiss(self)
