@@ -43,13 +43,26 @@ def save_tensors(
 
 
 def dump_json(value: Any) -> bytes:
-    """The one form in which JSON is written."""
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    """The one form in which JSON is written.
+
+    What a file's name holds beside UTF-8 becomes an escape, which reading gives back.
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, atomically."""
     write_atomic(path, dump_json(value))
+
+
+def stamp(path: Path) -> tuple[int, int] | None:
+    """What tells a file from the one that replaces it; None: there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def read_json(path: Path, expected_format: str | None = None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from knnfast import _files
-from knnfast.images import Thumbnails, list_images, read_image
+from knnfast.images import THUMBNAILS, Thumbnails, list_images, printable, read_image
 from knnfast.search import Index
 
 if TYPE_CHECKING:
@@ -24,8 +25,9 @@ FORMAT = "knnfast-database"
 
 # What `Database.save` writes beside database.json; with a dot before and more behind, a temporary.
 _PARTS = re.compile(
-    r"index-[0-9a-f]{8}|items-[0-9a-f]{8}\.json|thumbnails-[0-9a-f]{8}-\d{4,}\.webp"
-    r"|\.(database\.json|items-.+|thumbnails-.+)-\w{8,}"
+    r"index-[0-9a-f]{8}|items-[0-9a-f]{8}\.json|"
+    + THUMBNAILS.pattern
+    + r"|\.(database\.json|items-.+|thumbnails-.+)-\w{8,}"
 )
 
 
@@ -91,12 +93,17 @@ class Collection:
         """The largest number of neighbours, up to k, that a search among `allow` can give."""
         return min(k, len(self) if allow is None else len(allow))
 
+    def best(self, found: Sequence[Neighbour], k: int) -> list[Neighbour]:
+        """The first k of neighbours that a wider search has found."""
+        return list(found[:k])
+
 
 class Database(Collection):
     """Images as a retrieval database: embeddings, names, groups, sources and thumbnails.
 
     The rows' embeddings live in an `Index` (cosine); everything else is metadata by id. A database
-    belongs to the encoder that made its rows: embeddings of another one are refused.
+    belongs to the encoder that made its rows: embeddings of another one are refused. Threads may
+    search it while one adds.
 
     Args:
         encoder: card of the encoder whose embeddings the rows are.
@@ -110,6 +117,7 @@ class Database(Collection):
         self.index = Index(encoder.dim, metric="cosine")
         self._items: dict[int, Item] = {}
         self._thumbnails = Thumbnails(thumbnail_size)
+        self._adding = threading.Lock()  # rows and items come together
 
     # ---- making one -------------------------------------------------------------------------
 
@@ -146,8 +154,8 @@ class Database(Collection):
                 db.add(
                     encoder.encode_images(images),
                     images,
-                    names=[p.stem for p in kept],
-                    groups=[p.parent.relative_to(root).as_posix() for p in kept],
+                    names=[printable(p.stem) for p in kept],
+                    groups=[printable(p.parent.relative_to(root).as_posix()) for p in kept],
                     sources=[p.relative_to(root).as_posix() for p in kept],
                 )
             images.clear()
@@ -196,12 +204,19 @@ class Database(Collection):
             if isinstance(values, str) or not all(isinstance(v, kind) for v in values):
                 raise TypeError(f"{label}: must be a sequence of {kind.__name__}")
         thumbnails = [self._thumbnails.shrink(image) for image in images]
-        ids = np.asarray(self.index.add(embeddings.vectors))
-        for i, thumbnail, name, group, source in zip(
-            ids.tolist(), thumbnails, names, groups, sources, strict=True
-        ):
-            self._items[i] = Item(i, name, group, source)
-            self._thumbnails.put(i, thumbnail)
+        with self._adding:
+            ids = np.asarray(self.index.add(embeddings.vectors))
+            try:
+                for i, thumbnail, name, group, source in zip(
+                    ids.tolist(), thumbnails, names, groups, sources, strict=True
+                ):
+                    self._thumbnails.put(i, thumbnail)
+                    self._items[i] = Item(i, name, group, source)
+            except BaseException:  # Ctrl-C
+                self.index.remove(ids)
+                for i in ids.tolist():
+                    self._items.pop(i, None)
+                raise
         return ids
 
     @classmethod
@@ -238,7 +253,7 @@ class Database(Collection):
             raise KeyError(f"id {id} is not in this database") from None
 
     def __iter__(self) -> Iterator[Item]:
-        return iter(self._items.values())
+        return iter(list(self._items.values()))
 
     def __repr__(self) -> str:
         return f"Database({len(self):,} images, encoder={self.encoder.name!r})"
@@ -246,7 +261,7 @@ class Database(Collection):
     @property
     def ids(self) -> np.ndarray:
         """Ids of all rows in the order they were added, [N] int64."""
-        return np.fromiter(self._items, np.int64, len(self._items))
+        return np.array(list(self._items), np.int64)
 
     def thumbnail(self, id: int) -> Image.Image:
         """The image of a row as stored: RGB, `thumbnail_size` on a side, padded white."""
@@ -273,14 +288,12 @@ class Database(Collection):
         """
         self.check_encoder(queries.card)
         scores, ids = self.index.search(queries.vectors, k, allow=allow)
+        with self._adding:  # an `add` whose rows were found has their items by now, or is undone
+            items = {i: self._items[i] for i in ids.ravel().tolist() if i in self._items}
         return [
-            [
-                Neighbour(self._items[i], s)
-                for s, i in zip(row_s, row_i, strict=True)
-                if i >= 0
-            ]
+            [Neighbour(items[i], s) for s, i in zip(row_s, row_i, strict=True) if i in items]
             for row_s, row_i in zip(scores.tolist(), ids.tolist(), strict=True)
-        ]  # fmt: skip
+        ]
 
     def vectors(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Stored embeddings of these rows, [n, dim] float32."""
@@ -326,6 +339,8 @@ class Database(Collection):
                 self.check_place(root)
                 self._write(root, generation)
             except BaseException:
+                if _names(root, generation):  # Ctrl-C behind the last step: it is saved
+                    raise
                 for part in root.glob(f"*-{generation}*"):
                     shutil.rmtree(part) if part.is_dir() else part.unlink()
                 if new:
@@ -373,14 +388,27 @@ class Database(Collection):
     def open(cls, path: str | Path) -> Database:
         """Open a saved database; thumbnails are read when first asked for.
 
+        Who opens it while it is saved anew gets the old one or the new one. Of the old one the
+        thumbnails that have not been read yet go with its files.
+
         Raises:
             FileNotFoundError: no database at `path`, or a file of it is missing.
             ValueError: a damaged or foreign file; the message names it. The rows of the index are
                 mapped, not checked: `database.index.verify()` does that.
         """
+        root = Path(path)
+        while True:
+            before = _files.stamp(root / "database.json")
+            try:
+                return cls._open(root)
+            except FileNotFoundError:
+                if before is None or _files.stamp(root / "database.json") == before:
+                    raise
+
+    @classmethod
+    def _open(cls, root: Path) -> Database:
         from knnfast.encoders import EncoderCard
 
-        root = Path(path)
         if not (root / "database.json").is_file():
             raise FileNotFoundError(f"{root}: no database there (it has no database.json)")
         manifest_path = root / "database.json"
@@ -392,6 +420,7 @@ class Database(Collection):
             sha256 = {str(k): str(v) for k, v in manifest["sha256"].items()}
             db = cls.__new__(cls)
             db.encoder = card
+            db._adding = threading.Lock()
             _files.check_sha256(items_path, sha256[items_path.name])
             columns = _files.read_json(items_path)
             rows = zip(
@@ -411,6 +440,12 @@ class Database(Collection):
                 f"the manifest says {len(db._items)} of {card.dim}"
             )
         return db
+
+
+def _names(root: Path, generation: str) -> bool:
+    """Whether the manifest is that of a generation."""
+    manifest = root / "database.json"
+    return manifest.is_file() and generation.encode() in manifest.read_bytes()
 
 
 def _plain_name(name: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from knnfast import _files
 
+# A saved database's own pictures (database.py).
+THUMBNAILS = re.compile(r"thumbnails-[0-9a-f]{8}-\d{4,}\.webp")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 ATLAS_SIDE = 32  # thumbnails on a side of one atlas: 32 x 32 cells of 64 px make 2048 px
 READ_ERRORS = (
@@ -24,15 +27,25 @@ READ_ERRORS = (
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """All png, jpg and webp files below `folder`, sorted."""
+    """All png, jpg and webp files below `folder`, sorted; the thumbnails of databases are none."""
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
-    return sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    files = (p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    return sorted(p for p in files if not _is_thumbnails(p))
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """Read an image as RGB, turned upright, transparency on white.
+def _is_thumbnails(path: Path) -> bool:
+    return bool(THUMBNAILS.fullmatch(path.name)) and (path.parent / "database.json").is_file()
+
+
+def printable(name: str) -> str:
+    """A file's name as text: what is no UTF-8 in it becomes a replacement character."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def read_image(path: str | Path, background: str = "white") -> Image.Image:
+    """Read an image as RGB, turned upright, transparency on `background`.
 
     Raises:
         FileNotFoundError: no such file. ValueError: not an image, or a damaged one.
@@ -41,7 +54,7 @@ def read_image(path: str | Path) -> Image.Image:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with Image.open(path) as image:
-            return flatten(ImageOps.exif_transpose(image))
+            return flatten(ImageOps.exif_transpose(image), background)
     except READ_ERRORS as e:
         raise ValueError(f"{path}: not a readable image ({e})") from None
 
@@ -52,16 +65,16 @@ def check_size(image: Image.Image) -> None:
         raise ValueError(f"image: has no pixels, its size is {image.size}")
 
 
-def flatten(image: Image.Image) -> Image.Image:
-    """RGB with transparency laid on white; ValueError for a picture without pixels."""
+def flatten(image: Image.Image, background: str = "white") -> Image.Image:
+    """RGB with transparency laid on `background`; ValueError for a picture without pixels."""
     check_size(image)
     if image.mode.startswith("I;16"):  # 16 bits of grey, which Pillow would clip at 255
         grey = np.asarray(image).astype(np.float64)
         return Image.fromarray((grey / 257).round().astype(np.uint8)).convert("RGB")
     if image.mode == "P" or "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        behind = Image.new("RGBA", image.size, background)
+        return Image.alpha_composite(behind, image).convert("RGB")
     return image.convert("RGB")
 
 

@@ -87,15 +87,36 @@ def test_a_database_gives_its_pictures() -> None:
         assert numbers_of(db) == [0, 1, 2, 3, 4]
 
 
-def test_shards_become_a_database(tars: Path) -> None:
-    class Encoder(Colours):
-        def encode_images(self, images, batch_size=64):
-            rows = np.asarray(super().encode_images(images).vectors, np.float32)
-            return Embeddings(rows, self.card)
+class ColoursWithCard(Colours):
+    def encode_images(self, images, batch_size=64):
+        rows = np.asarray(super().encode_images(images).vectors, np.float32)
+        return Embeddings(rows, self.card)
 
-    db = build_database(tars, Encoder(), batch=4)
+
+def test_shards_become_a_database(tars: Path) -> None:
+    db = build_database(tars, ColoursWithCard(), batch=4)
     assert [item.name for item in db] == [f"{i:02d}" for i in range(10)]
     assert db[7].source == "set-001.tar/07.png"
+
+
+def test_members_keep_their_names_and_folders(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a: b.tar", "w") as tar:
+        for name in ("./000001.jpg", "v1.2/0002.seg.jpg", "v1.2/.jpg.jpg", "caf\udce9.jpg"):
+            jpg = io.BytesIO()
+            image(1).save(jpg, "JPEG")
+            member = tarfile.TarInfo(name)
+            member.size = len(jpg.getvalue())
+            tar.addfile(member, io.BytesIO(jpg.getvalue()))
+    db = build_database(tmp_path, ColoursWithCard())
+    assert [(item.name, item.group, item.source) for item in db] == [
+        ("000001", ".", "a: b.tar/000001.jpg"),
+        ("0002", "v1.2", "a: b.tar/v1.2/0002.seg.jpg"),
+        (".jpg.jpg", "v1.2", "a: b.tar/v1.2/.jpg.jpg"),
+        ("caf\N{REPLACEMENT CHARACTER}", ".", "a: b.tar/caf\udce9.jpg"),
+    ]
+    db.save(tmp_path / "db")
+    assert list(Database.open(tmp_path / "db")) == list(db)
+    assert identity(Database.open(tmp_path / "db")) == identity(db)
 
 
 def test_a_damaged_shard_is_told(tars: Path) -> None:

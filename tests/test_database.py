@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -244,6 +245,97 @@ def test_a_manifest_cannot_point_outside(built, tmp_path):
     manifest["items"] = "../elsewhere.json"
     path.write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"database\.json.*plain file name"):
+        Database.open(tmp_path / "db")
+
+
+def test_file_names_that_are_no_utf8(folder, tmp_path):
+    (folder / "warm" / "red.png").rename(folder / "warm" / "caf\udce9.png")
+    db = Database.build(folder, ColourEncoder())
+    db.save(tmp_path / "db")
+    again = Database.open(tmp_path / "db")
+    (item,) = (item for item in again if item.name.startswith("caf"))
+    assert item.name == "caf\N{REPLACEMENT CHARACTER}"
+    assert (folder / item.source).is_file()
+    (tmp_path / "db" / "database.json").read_text(encoding="utf-8")
+
+
+def test_a_database_within_its_pictures_is_none_of_them(folder):
+    for _ in range(2):
+        db = Database.build(folder, ColourEncoder())
+        assert len(db) == 4
+        db.save(folder / "db")
+
+
+def test_a_save_that_is_interrupted_behind_its_last_step_is_done(built, tmp_path, monkeypatch):
+    from knnfast import _files
+
+    real = _files.write_json
+
+    def write_json(path, value):
+        real(path, value)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_files, "write_json", write_json)
+    with pytest.raises(KeyboardInterrupt):
+        built.save(tmp_path / "db")
+    assert list(Database.open(tmp_path / "db")) == list(built)
+
+
+def test_a_search_sees_rows_with_their_items(built):
+    added, searched = threading.Event(), threading.Event()
+    index = built.index
+
+    class Slow:
+        def __getattr__(self, name):
+            return getattr(index, name)
+
+        def __len__(self):
+            return len(index)
+
+        def add(self, rows):
+            ids = index.add(rows)
+            added.set()
+            searched.wait(0.3)  # the searching thread has found the new row by then
+            return ids
+
+    built.index = Slow()
+    pink = Image.new("RGB", (8, 8), "pink")
+    with ThreadPoolExecutor(1) as threads:
+        adding = threads.submit(built.add, query("pink"), [pink], names=["pink"])
+        added.wait()
+        (found,) = built.search(query("pink"), 1)
+        searched.set()
+        adding.result()
+    assert found[0].item.name == "pink"
+
+
+def test_an_interrupted_add_adds_nothing(built, monkeypatch):
+    def put(id, thumbnail):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(built._thumbnails, "put", put)
+    with pytest.raises(KeyboardInterrupt):
+        built.add(query("pink"), [Image.new("RGB", (8, 8), "pink")], names=["pink"])
+    assert len(built) == len(built.index) == 4
+    (found,) = built.search(query("pink"), 5)
+    assert len(found) == 4
+
+
+def test_who_opens_a_database_that_is_saved_meanwhile_gets_one(built, tmp_path, monkeypatch):
+    from knnfast import _files
+
+    built.save(tmp_path / "db")
+    real, saves = _files.check_sha256, iter([True])
+
+    def check_sha256(path, sha256):
+        if next(saves, False):
+            built.save(tmp_path / "db")  # removes what the manifest names that has been read
+        real(path, sha256)
+
+    monkeypatch.setattr(_files, "check_sha256", check_sha256)
+    assert list(Database.open(tmp_path / "db")) == list(built)
+    (tmp_path / "db" / "database.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no database there"):
         Database.open(tmp_path / "db")
 
 

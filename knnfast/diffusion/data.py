@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -30,7 +30,7 @@ from knnfast.diffusion.pairs import Pairs
 from knnfast.diffusion.tokenizer import VQTokenizer
 from knnfast.encoders import pixels
 from knnfast.evaluate import weights_hash
-from knnfast.images import READ_ERRORS, SUFFIXES, flatten, list_images, read_image
+from knnfast.images import READ_ERRORS, SUFFIXES, flatten, list_images, printable, read_image
 
 if TYPE_CHECKING:
     from knnfast.encoders import Encoder, EncoderCard
@@ -54,6 +54,8 @@ class Picture(NamedTuple):
 
     name: str
     read: Callable[[], Image.Image]
+    shard: str = ""  # file name of the tar that holds it
+    member: str = ""  # its path there
 
 
 # ---- collections --------------------------------------------------------------------------------
@@ -121,13 +123,15 @@ def identity(data: str | Path | Database) -> str:
     digest = hashlib.sha256()
     if isinstance(data, Database):
         for item in data:
-            digest.update(f"{item.id}\0{item.name}\0{item.source}\n".encode())
+            row = f"{item.id}\0{item.name}\0{item.source}\n"
+            digest.update(row.encode(errors="surrogateescape"))
         digest.update(data.vectors(data.ids).tobytes())
     else:
         root = Path(data)
         for path in shards(data) or list_images(data):
             name = path.relative_to(root) if root.is_dir() else path.name
-            digest.update(f"{name}\0{path.stat().st_size}\n".encode())
+            row = f"{name}\0{path.stat().st_size}\n"
+            digest.update(row.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -176,7 +180,9 @@ def _members(file: Path) -> Iterator[Picture]:
                 if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
                     content = tar.extractfile(member)
                     assert content is not None  # it is a file
-                    yield Picture(f"{file}: {member.name}", partial(_decode, content.read()))
+                    read = partial(_decode, content.read())
+                    path = PurePosixPath(member.name).as_posix()
+                    yield Picture(f"{file}: {path}", read, file.name, path)
     except tarfile.TarError as e:
         raise ValueError(f"{file}: a damaged shard ({e})") from None
 
@@ -187,23 +193,31 @@ def _decode(data: bytes) -> Image.Image:
 
 
 def build_database(data: str | Path, encoder: Encoder, batch: int = 64) -> Database:
-    """A retrieval database of a folder's images or of WebDataset shards."""
+    """A retrieval database of a folder's images or of WebDataset shards.
+
+    A shard's image is called as its member is, up to the first dot; its group is the member's
+    folder.
+    """
     if not shards(data):
         return Database.build(data, encoder)
     db = Database(encoder.card)
     stream = pictures(data)
     while items := list(islice(stream, batch)):
-        images, names, sources = [], [], []
+        images, kept = [], []
         for item in items:
             try:
                 images.append(item.read())
             except READ_ERRORS:  # `encode` has warned of it
                 continue
-            shard, _, name = item.name.rpartition(": ")
-            names.append(name.split(".")[0])
-            sources.append(f"{Path(shard).name}/{name}")
+            kept.append((f"{item.shard}/{item.member}", PurePosixPath(item.member)))
         if images:
-            db.add(encoder.encode_images(images), images, names=names, sources=sources)
+            db.add(
+                encoder.encode_images(images),
+                images,
+                names=[printable(path.name.partition(".")[0] or path.name) for _, path in kept],
+                groups=[printable(path.parent.as_posix()) for _, path in kept],
+                sources=[source for source, _ in kept],
+            )
     return db
 
 
