@@ -32,7 +32,7 @@ from knnfast._calls import Clock, check_number, check_range, choose_neighbours
 from knnfast.database import Database, Item, Neighbour
 from knnfast.diffusion.denoiser import Denoiser
 from knnfast.encoders import Embeddings, pixels
-from knnfast.images import check_size, read_image
+from knnfast.images import check_size, flatten, read_image
 from knnfast.mixture import Mixture
 from knnfast.query import Picture, Query, embed, mix
 
@@ -114,7 +114,7 @@ def edit(
         image: the picture, PIL or a file; brought to the model's size, padded white.
         prompt: what it should have or become: "sunglasses", "with a crown", "blue".
         mask: where it may change: bool [H, W] of the picture's own size, or an image of that size
-            (grey from 128 on). None: the model finds the place.
+            (grey from 128 on; not where it is transparent). None: the model finds the place.
         strength: share of the picture's codes that are redrawn, of those inside the mask where
             there is one, in (0, 1]; default 0.35, and 1 with a mask.
         num_images: candidates, >= 1.
@@ -184,7 +184,8 @@ def edit(
         asked, searched = (Embeddings(row[None], self.encoder.card) for row in (rows[0], rows[2]))
     with clock("search"):
         wide = max(k, db.most(k + SPARE, allow))
-        neighbours = others(db, db.search(searched, wide, allow=allow)[0], rows[1])[:k]
+        found = others(db, db.search(searched, wide, allow=allow)[0], rows[1])
+        neighbours = db.best(found, k)
         cond, on = self.condition(db, asked, [neighbours], k)
     with clock("locate"):
         count = max(1, round(strength * int(cells.sum())))
@@ -231,7 +232,7 @@ def cells_of(
     if mask is None:
         return torch.ones(grid, dtype=torch.bool)
     if isinstance(mask, Image.Image):
-        mask = np.asarray(mask.convert("L")) >= 128
+        mask = np.asarray(flatten(mask, "black").convert("L")) >= 128
     given = np.asarray(mask)
     if given.shape != (picture.height, picture.width):
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import TYPE_CHECKING
@@ -111,6 +111,20 @@ class Mixture(Collection):
             for row, neighbours in enumerate(db.search(queries, count, allow=own)):
                 found[row] += [Neighbour(self._own(which, n.item), n.score) for n in neighbours]
         return [sorted(row, key=lambda n: -n.score) for row in found]
+
+    def best(self, found: Sequence[Neighbour], k: int) -> list[Neighbour]:
+        """The first of neighbours that a wider search has found: each database's share of k.
+
+        Where a database has fewer left, the others' next ones.
+        """
+        left = self.counts(k)
+        kept: list[Neighbour] = []
+        spare: list[Neighbour] = []
+        for neighbour in found:
+            which, _ = self._locate(neighbour.item.id)
+            (kept if left[which] > 0 else spare).append(neighbour)
+            left[which] -= 1
+        return sorted([*kept, *spare[: k - len(kept)]], key=lambda n: -n.score)
 
     def vectors(self, ids: Iterable[int]) -> np.ndarray:
         """Stored embeddings of these rows, [n, dim] float32."""

@@ -15,7 +15,7 @@ from knnfast.database import Database
 from knnfast.edit import cells_of, choose
 from knnfast.edit_metrics import changed_region, psnr_outside
 from knnfast.images import read_image
-from knnfast.pipeline import KNNDiffusion
+from knnfast.pipeline import BUNDLES, KNNDiffusion
 
 QUICK = {"num_images": 2, "steps": 3, "seed": 0}
 
@@ -117,7 +117,7 @@ def test_an_editor_generates_too(pipe):
     assert out.images[0].size == (64, 64)
 
 
-def test_the_editor_stands_on_its_base(pipe, tmp_path):
+def test_the_editor_stands_on_its_base(pipe, tmp_path, monkeypatch):
     plain = KNNDiffusion.from_pretrained("stickers")
     assert pipe.encoder.card == plain.encoder.card
     assert pipe.denoiser.config.source
@@ -126,6 +126,8 @@ def test_the_editor_stands_on_its_base(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "whole")
     again = KNNDiffusion.from_pretrained(tmp_path / "whole")
     assert again.denoiser.config.source
+    monkeypatch.chdir(BUNDLES / "stickers-edit")
+    assert KNNDiffusion.from_pretrained(".").encoder.card == plain.encoder.card
 
 
 @pytest.mark.parametrize(
@@ -192,6 +194,22 @@ def test_an_edit_spares_what_a_small_part_of_a_mix_has(pipe, face):
     one.add(pipe.encoder.encode_images([face]), [face], names=["own"])
     out = pipe.edit(face, "sunglasses", database={pipe.database: 0.9, one: 0.1}, **QUICK)
     assert len(out.neighbours) == 10
+
+
+def test_an_edit_gives_each_database_of_a_mix_its_share(pipe, face):
+    mix = {pipe.databases["stickers"]: 0.5, pipe.databases["animals"]: 0.5}
+    out = pipe.edit(face, "sunglasses", database=mix, **QUICK)
+    animals = {item.name for item in pipe.databases["animals"]}
+    assert sum(n.item.name in animals for n in out.neighbours) == 5
+    assert len(out.neighbours) == 10
+
+
+def test_a_mask_is_off_where_it_is_transparent():
+    picture = Image.new("RGB", (64, 64))
+    drawn = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
+    drawn.paste((255, 255, 255, 255), (0, 0, 32, 64))
+    cells = cells_of(drawn, picture, (4, 4))
+    assert cells.tolist() == [[True, True, False, False]] * 4
 
 
 def test_command(face, tmp_path):

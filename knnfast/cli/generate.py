@@ -160,7 +160,7 @@ def edit(
     check_folder("--out", out)
     _check_sheet(sheet)
     picture = read_image(image)
-    allowed = None if mask is None else read_image(mask)
+    allowed = None if mask is None else read_image(mask, background="black")
     pipe = KNNDiffusion.from_pretrained(model, device=device)
     with Bar("editing", hidden=as_json) as bar:
         result = pipe.edit(
