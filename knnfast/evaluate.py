@@ -241,6 +241,8 @@ def evaluate(
     check_range("other_prompts", other_prompts, 2)
     check_range("other_samples", other_samples, 1)
     check_range("steps", steps, 1)
+    check_range("seed", seed, 0, 2**64 - 1)
+    check_range("batch", batch, 1)
     training, other = databases_of(pipe, training, other)
     size = min(len(pipe.databases[name]) for name in (training, other) if name is not None)
     k = min(DEFAULT_K, size) if k is None else k

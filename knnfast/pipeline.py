@@ -128,7 +128,7 @@ class KNNDiffusion:
         base, shared = root, manifest
         try:
             if "base" in manifest:
-                base = root.parent / Path(manifest["base"]["folder"]).name
+                base = root.resolve().parent / Path(manifest["base"]["folder"]).name
                 shared = _read_manifest(base)
                 for name, sha256 in manifest["base"]["sha256"].items():
                     _files.check_sha256(base / name, sha256)
@@ -198,7 +198,8 @@ class KNNDiffusion:
             parts: dict[Database, float] = {}
             for each, weight in value.items():
                 database = self.find_database(each)
-                assert isinstance(database, Database)  # for the type checker
+                if not isinstance(database, Database):
+                    raise TypeError(f"database: a mix is of databases, got {database!r} in it")
                 check_number("database: a weight", weight)
                 parts[database] = parts.get(database, 0.0) + weight
             return Mixture(parts)

@@ -404,6 +404,8 @@ def test_evaluate_rejects():
         evaluate(pipe, Knowing(230, 2), other="plants")
     with pytest.raises(ValueError, match="prompts: must be at least 4, got 2"):
         evaluate(pipe, Knowing(230, 2), prompts=2)
+    with pytest.raises(ValueError, match=r"seed: must be 0 \.\.\. \d+, got -1"):
+        evaluate(pipe, Knowing(230, 2), seed=-1)
     pipe.databases["animals"] = pipe.databases["stickers"]
     with pytest.raises(ValueError, match="'animals': two images called 'thing 0'"):
         evaluate(pipe, Knowing(230, 2))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from knnfast import faiss_api
-from knnfast.search import Index
+from knnfast.search import Index, interop
 
 
 class Foreign:
@@ -38,6 +38,15 @@ def test_frameworks(dtype):
     np.testing.assert_array_equal(
         index.search(strided, 3)[1].numpy(), index.search(strided.contiguous(), 3)[1].numpy()
     )
+
+
+def test_rows_of_the_other_byte_order():
+    rows = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+    array, bf16, _ = interop.as_rows(rows.astype(">f4"), "vectors")
+    assert array.dtype == np.float32
+    assert array.dtype.isnative
+    assert not bf16
+    np.testing.assert_array_equal(array, rows)
 
 
 def test_faiss_round_trip():

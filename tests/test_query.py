@@ -150,6 +150,9 @@ def test_mixture_gives_each_database_its_share():
     want = np.concatenate([near.vectors(range(6)), far.vectors([0, 1])])
     np.testing.assert_array_equal(both.vectors(ids), want)
     assert both.vectors([]).shape == (0, 3)
+    assert [n.item.name for n in both.best(found, 4)] == ["near0", "near1", "near2", "far0"]
+    nears = [n for n in found if n.item.name.startswith("near")]
+    assert both.best(nears, 4) == nears[:4]
     assert both.thumbnail(ids[7]).size == (4, 4)
     assert both.groups == {"far": 10, "near": 10}
     assert len(both) == 20
@@ -256,6 +259,8 @@ def test_call_mixes_databases(pipe, tmp_path):
     try:
         assert names(pipe("a cat", k=6, steps=1, seed=0)) == names(out)
         assert isinstance(pipe.database, Mixture)
+        with pytest.raises(TypeError, match="database: a mix is of databases, got Mixture"):
+            pipe.find_database({pipe.database: 1.0})
     finally:
         pipe.database = "stickers"
     with pytest.raises(ValueError, match="nowhere"):

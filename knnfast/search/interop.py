@@ -62,7 +62,7 @@ def as_rows(given: Any, name: str) -> Rows:
 def _checked(array: np.ndarray, name: str) -> np.ndarray:
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4):
         raise TypeError(f"{name} must be float16, bfloat16 or float32, got {array.dtype}")
-    return array
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def _from_torch(torch: Any, given: Any, name: str) -> Rows:
@@ -91,14 +91,18 @@ def _on_host(torch: Any, given: Any, name: str) -> Any:
     return given.detach().cpu().resolve_conj().resolve_neg()
 
 
-def as_ids(given: Any, name: str) -> np.ndarray:
-    """A flat int64 array of ids; other integers are widened, anything else is a TypeError."""
+def _host_array(given: Any, name: str) -> np.ndarray:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(given, torch.Tensor):
         given = _on_host(torch, given, name).numpy()
     elif hasattr(given, "__cuda_array_interface__") and "cupy" in sys.modules:
         given = sys.modules["cupy"].asnumpy(given)
-    array = np.asarray(given)
+    return np.asarray(given)
+
+
+def as_ids(given: Any, name: str) -> np.ndarray:
+    """A flat int64 array of ids; other integers are widened, anything else is a TypeError."""
+    array = _host_array(given, name)
     if array.size == 0 and array.dtype.kind == "f":  # an empty list
         array = array.astype(np.int64)
     if array.dtype.kind not in "iu":
@@ -115,10 +119,7 @@ def as_filter(given: Any, name: str) -> np.ndarray | None:
     if given is None:
         return None
     if getattr(given, "dtype", None) is not None and str(given.dtype) in ("uint8", "torch.uint8"):
-        torch = sys.modules.get("torch")
-        if torch is not None and isinstance(given, torch.Tensor):
-            given = _on_host(torch, given, name).numpy()
-        array = np.asarray(given)
+        array = _host_array(given, name)
         if array.ndim != 1:
             raise ValueError(f"{name} as a bitset must be flat, got shape {list(array.shape)}")
         return np.ascontiguousarray(array)
