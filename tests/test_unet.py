@@ -198,6 +198,23 @@ def test_nothing_waits_for_the_device(solver, monkeypatch):
     assert len(folds) == sum("attn2" in name for name in net.unet.attn_processors)
 
 
+def test_inference_mode(pipe, monkeypatch):
+    """The same codes as without, each condition folded once; and a whole pipeline call."""
+    folds = []
+    fold = ops.fold_neighbours
+    monkeypatch.setattr(ops, "fold_neighbours", lambda *a, **kw: folds.append(0) or fold(*a, **kw))
+    net = made()
+    cond, mask = condition(1)
+    with torch.inference_mode():
+        got = net.sample(cond * 1.0, mask & True, steps=4)
+    assert len(folds) == sum("attn2" in name for name in net.unet.attn_processors)
+    assert torch.equal(got, net.sample(cond, mask, steps=4))
+    with torch.inference_mode():
+        images = pipe("pizza", steps=2, seed=3).images
+    wanted = pipe("pizza", steps=2, seed=3).images
+    np.testing.assert_array_equal(np.asarray(images[0]), np.asarray(wanted[0]))
+
+
 def test_a_changed_mask_is_folded_anew():
     net = made()
     cond, mask = condition(2)

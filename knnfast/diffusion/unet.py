@@ -268,6 +268,7 @@ class UNetDenoiser(Backbone):
             raise ValueError(f"steps must be in [1, {self.config.num_steps}], got {steps}")
         self.solver(solver)
 
+    @torch.inference_mode(False)  # whose tensors no fold is kept of
     @torch.no_grad()
     def sample(
         self,
@@ -303,7 +304,7 @@ class UNetDenoiser(Backbone):
         told = 0
         for first in range(0, batch, size):
             part = slice(first, first + size)
-            condition = (cond[part].clone(), cond_mask[part])
+            condition = (cond[part].clone(), cond_mask[part].clone())
             for done, x in enumerate(self._run(noise[part], condition, steps, guidance, solver), 1):
                 now = (first * steps + done * len(x)) // batch
                 if callback is not None and now > told:
