@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_training import QUICK, TINY, pairs, tokenizer
 
 from knnfast import _files
@@ -193,10 +194,33 @@ def test_a_run_goes_on_only_as_itself(tmp_path: Path) -> None:
         load(batch=16)
     with pytest.raises(ValueError, match="was trained with depth = 2, now it is 3"):
         load(replace(TINY, depth=3))
+    other = denoiser_trainer(TINY, QUICK, pairs(1))
+    with pytest.raises(ValueError, match="was trained with data = '"):
+        other.load(tmp_path)
+    other = denoiser_trainer(TINY, QUICK, pairs())
+    other.start_from(trainer.net)
+    with pytest.raises(ValueError, match="was trained with start = None, now it is '"):
+        other.load(tmp_path)
     file = tmp_path / STATE_FILE
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a complete checkpoint"):
         load()
+    trainer.save(tmp_path)
+    with safe_open(file, "pt") as f:
+        meta = f.metadata()
+    del meta["made_from"]  # as older versions wrote it
+    save_file(load_file(file), file, meta)
+    with pytest.raises(ValueError, match=r"not a complete checkpoint of this version .*made_from"):
+        load()
+
+
+def test_another_tokenizer_does_not_go_on(tmp_path: Path) -> None:
+    run = lambda tok: train(pairs(), tmp_path, tok, model=TINY, config=QUICK, progress=False)  # noqa: E731
+    run(tokenizer())
+    other = tokenizer()
+    other.quantize.embedding.weight[0] += 1
+    with pytest.raises(ValueError, match="was trained with tokenizer = '"):
+        run(other)
 
 
 def test_a_run_is_not_shortened(tmp_path: Path) -> None:

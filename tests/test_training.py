@@ -347,6 +347,8 @@ t.few_steps({str(tmp_path / "killed")!r})
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
     with pytest.raises(ValueError, match=r"was made with lr = 0\.002, now it is 0\.001"):
         few_steps(tmp_path / "killed", lr=1e-3)
+    with pytest.raises(ValueError, match="was made with images = '"):
+        few_steps(tmp_path / "killed", image_seed=1)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     records = [few_steps(tmp_path / out) for out in ("killed", "whole")]
@@ -360,8 +362,9 @@ t.few_steps({str(tmp_path / "killed")!r})
     assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def few_steps(out: str | Path, lr: float = 2e-3) -> dict:
-    images = (torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255).byte()
+def few_steps(out: str | Path, lr: float = 2e-3, image_seed: int = 0) -> dict:
+    g = torch.Generator().manual_seed(image_seed)
+    images = (torch.rand(8, 3, 8, 8, generator=g) * 255).byte()
     return train_tokenizer(
         images, images, out, tokenizer().config, steps=14, batch=8, warmup=6, lr=lr, eval_every=4,
         progress=False,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from scipy import stats
+from test_training import tokenizer
 from torch.utils._pytree import tree_leaves
 from transition_helpers import NoHostReads
 
@@ -18,6 +19,7 @@ from knnfast import KNNDiffusion, ops
 from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
 from knnfast.diffusion.pairs import ConditionConfig, Pairs
 from knnfast.diffusion.trainer import STATE_FILE, TrainConfig
+from knnfast.diffusion.training import train
 from knnfast.diffusion.unet import UNetConfig, UNetDenoiser, initial_noise
 from knnfast.diffusion.unet_training import VelocityObjective, begin, unet_trainer
 
@@ -380,7 +382,10 @@ def test_resumes_bit_for_bit(tmp_path):
     torch.set_num_threads(1)
     book = torch.randn(11, 3)
     try:
-        whole, first, second = (unet_trainer(TINY, QUICK, pairs(), book) for _ in range(3))
+        whole, first, second = (
+            unet_trainer(TINY, QUICK, pairs(), b)
+            for b in (book, book, book.square())  # the last one's vectors come from the file
+        )
         for trainer, steps in ((whole, 4), (first, 2)):
             for _ in range(steps):
                 trainer.advance()
@@ -396,8 +401,31 @@ def test_resumes_bit_for_bit(tmp_path):
         states.append(load_file(tmp_path / STATE_FILE))
     a, b = states
     assert a.keys() == b.keys()
+    assert "net.codebook" in a
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+def test_a_start_brings_its_vectors_of_the_same_codes(tmp_path):
+    tok = tokenizer()
+    torch.nn.init.normal_(tok.quantize.embedding.weight)
+    start = made(replace(TINY, code_dim=4))
+
+    def run(out):
+        return train(
+            pairs(), tmp_path / out, tok, model=start.config, config=QUICK, start=start,
+            progress=False,
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match="start: its code vectors are those of another tokenizer"):
+        run("other")
+    counts = torch.arange(11.0)  # of other pictures
+    start.set_codebook(tok.quantize.embedding.weight, counts)
+    start.save(tmp_path / "start")
+    start = UNetDenoiser.from_folder(tmp_path / "start")
+    run("same")
+    trained = load_file(tmp_path / "same" / STATE_FILE)
+    assert torch.equal(trained["net.codebook"], start.codebook)
 
 
 def test_another_architecture_does_not_resume(tmp_path):

@@ -28,6 +28,7 @@ from knnfast.diffusion.pairs import ConditionConfig, ConditionSampler, Pairs
 from knnfast.diffusion.tokenizer import VQTokenizer
 from knnfast.diffusion.trainer import TrainConfig, Trainer, fit
 from knnfast.diffusion.training import CodesObjective, corrupt
+from knnfast.evaluate import weights_hash
 
 BLUR = 5  # pixels, of the Gaussian that ECC sees the pictures through
 
@@ -306,7 +307,7 @@ def train_editor(
         The record that is also written to `training.json`.
 
     Raises:
-        ValueError: sizes that do not fit, or `out` holds a run of other sizes or settings.
+        ValueError: sizes that do not fit, or `out` holds another run.
     """
     condition = config.condition
     if not isinstance(condition, EditConfig):
@@ -319,7 +320,12 @@ def train_editor(
         torch.manual_seed(config.seed)
         objective = EditObjective(Denoiser(start.config), config.auxiliary, config.bf16)
         sampler = EditSampler(pairs, condition, encoder, tokenizer)
-        trainer = Trainer(objective, config, sampler, these)
+        made_from = {
+            "data": pairs.digest(),
+            "encoder": encoder.card.sha256,
+            "tokenizer": weights_hash(tokenizer),
+        }
+        trainer = Trainer(objective, config, sampler, these, made_from=made_from)
         trainer.start_from(start)
         about = {"targets": len(pairs.targets), "worlds": len(pairs.codes)}
 

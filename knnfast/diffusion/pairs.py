@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from knnfast import _files
+from knnfast.diffusion.cache import digest
 from knnfast.search import Index
 
 RIVALS = 20  # nearest images among which a disturbed query finds its rival
@@ -52,6 +53,10 @@ class Pairs:
                 f"pairs: codes and embeddings have sizes {found}, the network's are "
                 f"{(length, embed_dim)}"
             )
+
+    def digest(self) -> str:
+        """Hash of everything."""
+        return digest(vars(self).values())
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from knnfast import _files
 from knnfast.diffusion.augment import augment
-from knnfast.diffusion.cache import check_recipe
+from knnfast.diffusion.cache import check_recipe, digest
 from knnfast.diffusion.tokenizer import NormSiLU, TokenizerConfig, VQTokenizer
 from knnfast.evaluate import weights_hash
 
@@ -257,12 +257,13 @@ def train_tokenizer(
         The record that is also written to `training.json`.
 
     Raises:
-        ValueError: `out` holds the checkpoint of a run with other settings.
+        ValueError: `out` holds the checkpoint of a run with other images or settings.
     """
     recipe = {
-        "config": config.to_dict(), "images": len(images), "steps": steps, "batch": batch,
-        "lr": lr, "warmup": warmup, "commitment": commitment, "codebook_decay": codebook_decay,
-        "augmented": augmented, "eval_every": eval_every, "seed": seed,
+        "config": config.to_dict(), "images": digest([images]), "held_out": digest([held_out]),
+        "steps": steps, "batch": batch, "lr": lr, "warmup": warmup, "commitment": commitment,
+        "codebook_decay": codebook_decay, "augmented": augmented, "eval_every": eval_every,
+        "seed": seed,
         "start": start and weights_hash(start),
     }  # fmt: skip
     folder = Path(out)

@@ -186,6 +186,13 @@ class UNetDenoiser(Backbone):
         scale = (weight * centred.square()).sum(0).mean().rsqrt()
         self.codebook.copy_(centred * scale)
 
+    def check_codebook(self, vectors: Tensor) -> None:
+        """Refuse another tokenizer's code vectors [K, C]: not these, shifted and scaled."""
+        centred = [v - v.mean(0) for v in (vectors.detach().to(self.codebook), self.codebook)]
+        a, b = (v / v.norm() for v in centred)
+        if not (a - b).norm() < 0.01:  # FP16 files are within 0.001
+            raise ValueError("start: its code vectors are those of another tokenizer")
+
     def vectors(self, codes: Tensor) -> Tensor:
         """Codes [B, L] to x_0, [B, C, h, w]."""
         return self.codebook[codes].view(len(codes), *self.config.grid, -1).permute(0, 3, 1, 2)

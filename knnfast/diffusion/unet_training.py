@@ -106,4 +106,7 @@ def unet_trainer(
     net = UNetDenoiser(model)
     begin(net, codebook, pairs)
     sampler = ConditionSampler(pairs, config.condition, candidates)
-    return Trainer(VelocityObjective(net, config.bf16), config, sampler, processes)
+    return Trainer(
+        VelocityObjective(net, config.bf16), config, sampler, processes,
+        made_from={"data": pairs.digest()},
+    )  # fmt: skip
