@@ -251,6 +251,24 @@ def test_a_lost_loss_stops_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / STATE_FILE).exists()
 
 
+def test_a_lost_gradient_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    trainer = denoiser_trainer(TINY, replace(QUICK, checkpoint_every=3), pairs())
+    plain = trainer.objective.forward
+
+    def forward(*batch):
+        loss, losses = plain(*batch)
+        if trainer.step == 5:  # the last step: 1/0 in the gradient alone
+            loss = loss + (trainer.net.head.bias * 0).abs().sqrt().sum()
+        return loss, losses
+
+    monkeypatch.setattr(trainer.objective, "forward", forward)
+    with pytest.raises(FloatingPointError, match="the gradient's norm is nan at step 6"):
+        fit(trainer, tmp_path, "denoiser", lambda _: Image.new("RGB", (1, 1)), progress=False)
+    again = denoiser_trainer(TINY, QUICK, pairs())
+    again.load(tmp_path)
+    assert again.step == 3
+
+
 # ---- levels -------------------------------------------------------------------------------------
 
 

@@ -362,6 +362,12 @@ t.few_steps({str(tmp_path / "killed")!r})
     assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_a_lost_tokenizer_stops(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"the loss is nan .* at step [23]; try a lower"):
+        few_steps(tmp_path, lr=1e30)
+    assert not (tmp_path / "state.safetensors").exists()
+
+
 def few_steps(out: str | Path, lr: float = 2e-3, image_seed: int = 0) -> dict:
     g = torch.Generator().manual_seed(image_seed)
     images = (torch.rand(8, 3, 8, 8, generator=g) * 255).byte()

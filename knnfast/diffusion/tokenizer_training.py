@@ -258,6 +258,8 @@ def train_tokenizer(
 
     Raises:
         ValueError: `out` holds the checkpoint of a run with other images or settings.
+        FloatingPointError: the loss or its gradient is no longer finite; the last checkpoint is
+            from before that.
     """
     recipe = {
         "config": config.to_dict(), "images": digest([images]), "held_out": digest([held_out]),
@@ -340,6 +342,11 @@ def train_tokenizer(
         loss = loss + commitment * pull
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        if not math.isfinite(float(loss.detach() + norm)):
+            raise FloatingPointError(
+                f"the loss is {float(loss.detach())} and its gradient's norm {float(norm)} at step "
+                f"{step + 1}; try a lower learning rate"
+            )
         for group in optimizer.param_groups:
             ramp = min(1.0, (step + 1) / 100)
             group["lr"] = lr * ramp * 0.5 * (1 + math.cos(math.pi * step / steps))

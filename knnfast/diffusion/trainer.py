@@ -411,7 +411,8 @@ def fit(
 
     Raises:
         ValueError: fewer steps than the run has made.
-        FloatingPointError: the loss is no longer finite; the last checkpoint is from before that.
+        FloatingPointError: the loss or its gradient is no longer finite; the last checkpoint is
+            from before that.
         OSError: a file could not be written (a full disk, say); the last checkpoint is unharmed.
     """
     cfg, main = trainer.config, trainer.processes.main
@@ -436,10 +437,11 @@ def fit(
         checkpoint = end or trainer.step % cfg.checkpoint_every == 0
         if checkpoint or trainer.step % cfg.log_every == 0:
             row = {n: float(v) / steps for n, v in sums.items()}
-            if not math.isfinite(row["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {row['loss']} at step {trainer.step}; try a lower learning rate"
-                )
+            for what, n in (("loss", "loss"), ("gradient's norm", "grad")):
+                if not math.isfinite(row[n]):
+                    raise FloatingPointError(
+                        f"the {what} is {row[n]} at step {trainer.step}; try a lower learning rate"
+                    )
             now = time.perf_counter()
             trainer.seconds += now - lap
             row |= {
