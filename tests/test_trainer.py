@@ -110,7 +110,7 @@ from test_trainer import LONG
 from test_training import TINY, pairs
 from knnfast.diffusion.distributed import processes
 from knnfast.diffusion.training import denoiser_trainer
-with processes() as these:
+with processes(), processes() as these:  # as the command and `train` do
     trainer = denoiser_trainer(TINY, LONG, pairs(), these)
     losses = [float(trainer.advance()["loss"]) for _ in range(50)]
     if these.main:
@@ -136,6 +136,23 @@ def test_two_processes_train_as_one(tmp_path: Path, one_thread: None) -> None:
     two = json.loads(line.removeprefix("LOSSES 2 "))
     np.testing.assert_allclose(two, one, rtol=1e-5)
     assert len(set(one)) == 50
+
+
+def test_the_callers_group_is_taken_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = []
+    for name, value in (("is_initialized", True), ("get_world_size", 8), ("get_rank", 6)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(0))
+    with processes() as these:
+        assert (these.rank, these.count) == (6, 8)
+        with processes() as same:
+            assert same is these
+    assert not left
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with processes("cuda") as these:
+        assert these.device == torch.device("cuda", 2)
 
 
 # ---- going on -----------------------------------------------------------------------------------
