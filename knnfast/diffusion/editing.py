@@ -178,11 +178,12 @@ def regions(difference: Tensor, least: float, most: float, g: torch.Generator) -
         [B, 1, S, S] float in [0, 1], with edges about two pixels soft.
     """
     b, size, _ = difference.shape
-    coarse = F.avg_pool2d(difference[:, None], size // 16).flatten(1) + 1e-4
-    cell = torch.multinomial(coarse, 1, generator=g)[:, 0]
-    side = size // 16
+    side = max(1, size // 16)  # of a cell, in pixels
+    coarse = F.avg_pool2d(difference[:, None], side)
+    columns = coarse.shape[-1]
+    cell = torch.multinomial(coarse.flatten(1) + 1e-4, 1, generator=g)[:, 0]
     jitter = torch.rand(2, b, generator=g)
-    middle = torch.stack([cell // 16, cell % 16]) * side + jitter * side  # [2, B]
+    middle = torch.stack([cell // columns, cell % columns]) * side + jitter * side  # [2, B]
     half = (least + (most - least) * torch.rand(2, b, generator=g)) * size
     place = torch.arange(size) + 0.5
     dy = (place[None, :, None] - middle[0][:, None, None]) / half[0][:, None, None]
