@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_training import QUICK, TINY, pairs, tokenizer
 
 from knnfast import _files
+from knnfast.diffusion import pairs as pairs_module
 from knnfast.diffusion.distributed import Processes, processes
 from knnfast.diffusion.levels import DECAY, HITS, Levels
 from knnfast.diffusion.pairs import ConditionConfig, ConditionSampler, Pairs, nearest
@@ -349,6 +350,19 @@ def test_candidates_are_made_once(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(ValueError, match="damaged"):
         run(pairs())
+
+
+@pytest.mark.parametrize("candidates", [0, 20])
+def test_pictures_of_samples_index_nothing_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, candidates: int
+) -> None:
+    made = []
+    index = pairs_module.Index
+    monkeypatch.setattr(pairs_module, "Index", lambda *a, **kw: made.append(0) or index(*a, **kw))
+    config = replace(QUICK, candidates=candidates, checkpoint_every=1)
+    train(pairs(), tmp_path, tokenizer(), model=TINY, config=config, progress=False)
+    assert len(list((tmp_path / "grids").glob("*.png"))) == 6
+    assert len(made) == 2  # the two worlds
 
 
 def test_baselines() -> None:

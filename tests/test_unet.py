@@ -350,10 +350,11 @@ def test_loss_is_the_error_of_v():
     torch.testing.assert_close(loss, (factor * want).mean(), atol=1e-4, rtol=1e-4)
 
 
-def test_begins_with_the_regression_of_pictures_on_embeddings():
+@pytest.mark.parametrize("batch", [4096, 7])
+def test_begins_with_the_regression_of_pictures_on_embeddings(batch):
     net = made()
     data = pairs()
-    begin(net, torch.randn(11, 3), data, ridge=1e-9)
+    begin(net, torch.randn(11, 3), data, ridge=1e-9, batch=batch)
     rows = data.embeddings[:, data.targets].double().reshape(-1, 12) * 12**0.5
     x = torch.cat([torch.ones(len(rows), 1), rows], 1)
     y = net.vectors(data.codes[:, data.targets].long().reshape(-1, 16)).flatten(1).double()

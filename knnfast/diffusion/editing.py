@@ -342,9 +342,8 @@ def draw_edits(net: Denoiser, sampler: EditSampler, seed: int, columns: int = 8)
         sampler.config, original=1.0, text_like=1.0, no_query=0.0, no_neighbours=0.0, null=0.0,
         vary_k=0.0, subset=0.0, same=0.0, hidden=0.0, blank=0.0,
     )  # fmt: skip
-    shown = EditSampler(sampler.pairs, plain, sampler.encoder, sampler.tokenizer)
     g = torch.Generator().manual_seed(seed)
-    targets, cond, mask, source, _ = shown.draw(columns, g)
+    targets, cond, mask, source, _ = sampler.under(plain).draw(columns, g)
     device, steps = net.position.device, min(25, net.schedule.num_steps)
     cond, mask, source = (x.to(device) for x in (cond, mask, source))
     rows = [targets, source]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
+from typing_extensions import Self
 
 from knnfast import _files
 from knnfast.diffusion.cache import digest
@@ -200,6 +202,12 @@ class ConditionSampler:
             raise ValueError(f"k must be in [1, {len(pairs.database)}], got {config.k}")
         self.pairs, self.config, self.candidates = pairs, config, candidates
         self._indexes: dict[tuple[int, int], Index] = {}
+
+    def under(self, config: ConditionConfig) -> Self:
+        """The same images under other conditions; indexes are shared."""
+        other = copy.copy(self)
+        other.config = config
+        return other
 
     def draw(self, count: int, g: torch.Generator) -> tuple[Tensor, ...]:
         """Draw images of one world whose neighbours come from one search.

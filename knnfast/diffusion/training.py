@@ -135,8 +135,8 @@ class CodesObjective(Objective):
 
 
 def draw_grid(
-    net: Backbone, tokenizer: VQTokenizer, pairs: Pairs, config: TrainConfig, columns: int = 8,
-    steps: int = 25,
+    net: Backbone, tokenizer: VQTokenizer, sampler: ConditionSampler, config: TrainConfig,
+    columns: int = 8, steps: int = 25,
 ) -> Image.Image:  # fmt: skip
     """Targets on top, below them two samples for each from text-like queries."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -145,9 +145,8 @@ def draw_grid(
         no_query=0.0, no_neighbours=float(not config.condition.shows_neighbours), null=0.0,
         vary_k=0.0, subset=0.0,
     )  # fmt: skip
-    columns = min(columns, config.batch)
-    columns = min(columns, len(pairs.targets))
-    targets, cond, mask = ConditionSampler(pairs, shown).draw(columns, generator)
+    columns = min(columns, config.batch, len(sampler.pairs.targets))
+    targets, cond, mask = sampler.under(shown).draw(columns, generator)
     device = next(net.parameters()).device
     cond, mask = cond.to(device), mask.to(device)
     rows = [targets]
@@ -256,7 +255,8 @@ def train(
         }
 
         def draw(trainer: Trainer) -> Image.Image:
-            return draw_grid(trainer.averaged(), tokenizer, pairs, config)
+            assert isinstance(trainer.sampler, ConditionSampler)  # for the type checker
+            return draw_grid(trainer.averaged(), tokenizer, trainer.sampler, config)
 
         return fit(trainer, folder, trainer.net.folder, draw, about, progress)
 
