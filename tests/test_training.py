@@ -368,6 +368,14 @@ def test_a_lost_tokenizer_stops(tmp_path: Path) -> None:
     assert not (tmp_path / "state.safetensors").exists()
 
 
+@pytest.mark.parametrize("name", ["steps", "batch", "eval_every"])
+def test_tokenizer_rejects(tmp_path: Path, name: str) -> None:
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        train_tokenizer(images, images, tmp_path / "out", tokenizer().config, **{name: 0})
+    assert not (tmp_path / "out").exists()
+
+
 def few_steps(out: str | Path, lr: float = 2e-3, image_seed: int = 0) -> dict:
     g = torch.Generator().manual_seed(image_seed)
     images = (torch.rand(8, 3, 8, 8, generator=g) * 255).byte()

@@ -307,6 +307,11 @@ def test_files_of_another_architecture(tmp_path):
         ({"colour": 3}, "unknown U-Net settings"),
         ({"widths": [16]}, "at least two resolutions"),
         ({"widths": [10, 16]}, "multiples"),
+        ({"widths": []}, r"config\.json: widths must not be empty"),
+        ({"widths": [0, 16]}, r"config\.json: widths must be at least 1, got \(0, 16\)"),
+        ({"groups": 0}, r"config\.json: groups must be at least 1, got 0"),
+        ({"heads": 0}, r"config\.json: heads must be at least 1, got 0"),
+        ({"grid": 4}, r"config\.json: grid must be rows and columns, got 4"),
     ]:
         config.write_text(json.dumps({**raw, **change}))
         with pytest.raises(ValueError, match=message):

@@ -257,10 +257,14 @@ def train_tokenizer(
         The record that is also written to `training.json`.
 
     Raises:
-        ValueError: `out` holds the checkpoint of a run with other images or settings.
+        ValueError: a setting out of range, or `out` holds the checkpoint of a run with other images
+            or settings.
         FloatingPointError: the loss or its gradient is no longer finite; the last checkpoint is
             from before that.
     """
+    for name, value in (("steps", steps), ("batch", batch), ("eval_every", eval_every)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     recipe = {
         "config": config.to_dict(), "images": digest([images]), "held_out": digest([held_out]),
         "steps": steps, "batch": batch, "lr": lr, "warmup": warmup, "commitment": commitment,

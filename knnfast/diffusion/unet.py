@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from knnfast.diffusion.backbone import Backbone
+from knnfast.diffusion.backbone import Backbone, check_sizes
 from knnfast.diffusion.sampler import signed
 from knnfast.ops.philox import NOISE, counter, normal, philox
 
@@ -54,6 +54,12 @@ class UNetConfig:
     affinity: float = 80.0
 
     def __post_init__(self) -> None:
+        check_sizes(
+            self, "num_codes", "grid", "code_dim", "embed_dim", "widths", "blocks", "groups",
+            "heads", "cond_width", "num_steps",
+        )  # fmt: skip
+        if not isinstance(self.grid, tuple) or len(self.grid) != 2:
+            raise ValueError(f"grid must be rows and columns, got {self.grid!r}")
         if len(self.widths) < 2:
             raise ValueError(f"widths: at least two resolutions, got {self.widths}")
         for width in self.widths:
