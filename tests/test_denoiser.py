@@ -155,6 +155,13 @@ def test_rejects(tmp_path: Path) -> None:
         ({**config, "colour": 1}, "unknown denoiser settings"),
         ({**config, "num_codes": 12}, "another architecture"),
         (3, "expected a JSON object"),
+        *(
+            ({**config, name: bad}, rf"config\.json: {name} must be at least 1, got {bad}")
+            for name in ("heads", "cross_heads", "patch", "num_codes", "embed_dim", "num_steps")
+            for bad in (0, None)
+        ),
+        ({**config, "grid": [4]}, r"config\.json: grid must be rows and columns, got \(4,\)"),
+        ({**config, "time_width": 15}, r"config\.json: time_width must be even, got 15"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps(bad))
         with pytest.raises(ValueError, match=message):

@@ -91,14 +91,74 @@ def test_processor_equals_diffusers_in_a_unet():
         model.set_attn_processor(dict(processors))
         for _ in range(2):  # the second time from the kept folds
             torch.testing.assert_close(model(x, 5, cond).sample, expected[0], rtol=1e-4, atol=1e-5)
-        kept = [p._folded for p in processors.values() if p._folded is not None]
+        kept = {name: p._kept.folded for name, p in processors.items() if p._kept is not None}
         assert kept
         model(x, 9, cond)
-        assert next(p._folded for p in processors.values() if p._folded is not None) is kept[0]
+        assert all(processors[name]._kept.folded is folded for name, folded in kept.items())
         got = model(x, 5, cond, encoder_attention_mask=mask).sample
         torch.testing.assert_close(got, expected[1], rtol=1e-4, atol=1e-5)
         cond.mul_(2.0)  # a changed condition is folded anew
         assert not torch.allclose(model(x, 5, cond).sample, expected[0], atol=1e-3)
+
+
+def attention():
+    """A cross-attention of diffusers, tokens for it, and a condition."""
+    layer = unet().down_blocks[0].attentions[0].transformer_blocks[0].attn2
+    layer.set_processor(NeighbourAttnProcessor())
+    return layer.requires_grad_(False), torch.randn(2, 5, 32), torch.randn(2, 3, 24)
+
+
+def anew(layer, x, cond, mask=None):
+    """What a processor gives that has kept nothing."""
+    return NeighbourAttnProcessor()(layer, x, cond, mask)
+
+
+@torch.no_grad()
+def test_processor_sees_changes_in_place():
+    layer, x, cond = attention()
+    bias = torch.tensor([[[0.0, 0.0, -10000.0]], [[0.0, -10000.0, 0.0]]])
+    first = layer(x, cond, attention_mask=bias)
+    old = bias.clone()
+    bias[:, :, 1:] = bias[:, :, 1:].flip(-1)
+    # a new mask of the values that the kept one has now, then the changed one itself
+    for mask in (bias.clone(), bias):
+        assert torch.equal(layer(x, cond, attention_mask=mask), anew(layer, x, cond, bias))
+        assert torch.equal(layer(x, cond, attention_mask=old), first)
+    changed = layer(x, cond, attention_mask=bias)
+    bias.copy_(old)
+    assert torch.equal(layer(x, cond, attention_mask=bias), first)
+    assert not torch.equal(changed, first)
+    layer.to_v.weight.data.mul_(2.0)  # as an EMA's copy_to: nothing tells
+    layer.processor.reset()
+    assert torch.equal(layer(x, cond, attention_mask=bias), anew(layer, x, cond, bias))
+
+
+def test_processor_in_inference_mode():
+    layer, x, cond = attention()
+    with torch.inference_mode():
+        assert torch.equal(layer(x, cond), anew(layer, x, cond))
+        assert layer.processor._kept is not None  # the condition is a usual tensor
+        cond = cond * 2
+        for factor in (1.0, 3.0):
+            cond.mul_(factor)
+            assert torch.equal(layer(x, cond), anew(layer, x, cond))
+
+
+@torch.no_grad()
+def test_threads_share_a_processor(monkeypatch):
+    layer, x, cond = attention()
+    bias, equal = torch.zeros(2, 1, 3), torch.equal
+    expected = layer(x, cond, attention_mask=bias)
+
+    def between(a, b):
+        monkeypatch.undo()
+        layer(x, -cond)  # another thread's call, while this one compares masks
+        return equal(a, b)
+
+    monkeypatch.setattr(torch, "equal", between)
+    got = layer(x, cond, attention_mask=bias.clone())
+    assert torch.equal is equal
+    assert equal(got, expected)
 
 
 def test_processor_trains():

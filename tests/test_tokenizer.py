@@ -132,6 +132,11 @@ def test_rejects(tmp_path: Path) -> None:
         ({**config, "down_block_types": ["SkipDownBlock2D"] * 3}, "SkipDownBlock2D"),
         ({**config, "up_block_types": ["UpDecoderBlock2D"]}, "1 stages"),
         ([], "expected a JSON object"),
+        ({**config, "block_out_channels": []}, r"config\.json: block_out_channels must not be"),
+        ({**config, "norm_num_groups": 0}, r"config\.json: norm_num_groups must be at least 1"),
+        ({**config, "norm_num_groups": 5}, r"config\.json: block_out_channels .* multiples of"),
+        ({**config, "layers_per_block": 0}, r"config\.json: layers_per_block must be at least 1"),
+        ({**config, "vq_embed_dim": 0}, r"config\.json: vq_embed_dim must be at least 1, got 0"),
         ({**config, "num_vq_embeddings": 31}, "another architecture"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps(bad))

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_training import QUICK, TINY, pairs, tokenizer
 
 from knnfast import _files
+from knnfast.diffusion import pairs as pairs_module
 from knnfast.diffusion.distributed import Processes, processes
 from knnfast.diffusion.levels import DECAY, HITS, Levels
 from knnfast.diffusion.pairs import ConditionConfig, ConditionSampler, Pairs, nearest
@@ -109,7 +111,7 @@ from test_trainer import LONG
 from test_training import TINY, pairs
 from knnfast.diffusion.distributed import processes
 from knnfast.diffusion.training import denoiser_trainer
-with processes() as these:
+with processes(), processes() as these:  # as the command and `train` do
     trainer = denoiser_trainer(TINY, LONG, pairs(), these)
     losses = [float(trainer.advance()["loss"]) for _ in range(50)]
     if these.main:
@@ -135,6 +137,23 @@ def test_two_processes_train_as_one(tmp_path: Path, one_thread: None) -> None:
     two = json.loads(line.removeprefix("LOSSES 2 "))
     np.testing.assert_allclose(two, one, rtol=1e-5)
     assert len(set(one)) == 50
+
+
+def test_the_callers_group_is_taken_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = []
+    for name, value in (("is_initialized", True), ("get_world_size", 8), ("get_rank", 6)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(0))
+    with processes() as these:
+        assert (these.rank, these.count) == (6, 8)
+        with processes() as same:
+            assert same is these
+    assert not left
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with processes("cuda") as these:
+        assert these.device == torch.device("cuda", 2)
 
 
 # ---- going on -----------------------------------------------------------------------------------
@@ -193,10 +212,33 @@ def test_a_run_goes_on_only_as_itself(tmp_path: Path) -> None:
         load(batch=16)
     with pytest.raises(ValueError, match="was trained with depth = 2, now it is 3"):
         load(replace(TINY, depth=3))
+    other = denoiser_trainer(TINY, QUICK, pairs(1))
+    with pytest.raises(ValueError, match="was trained with data = '"):
+        other.load(tmp_path)
+    other = denoiser_trainer(TINY, QUICK, pairs())
+    other.start_from(trainer.net)
+    with pytest.raises(ValueError, match="was trained with start = None, now it is '"):
+        other.load(tmp_path)
     file = tmp_path / STATE_FILE
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a complete checkpoint"):
         load()
+    trainer.save(tmp_path)
+    with safe_open(file, "pt") as f:
+        meta = f.metadata()
+    del meta["made_from"]  # as older versions wrote it
+    save_file(load_file(file), file, meta)
+    with pytest.raises(ValueError, match=r"not a complete checkpoint of this version .*made_from"):
+        load()
+
+
+def test_another_tokenizer_does_not_go_on(tmp_path: Path) -> None:
+    run = lambda tok: train(pairs(), tmp_path, tok, model=TINY, config=QUICK, progress=False)  # noqa: E731
+    run(tokenizer())
+    other = tokenizer()
+    other.quantize.embedding.weight[0] += 1
+    with pytest.raises(ValueError, match="was trained with tokenizer = '"):
+        run(other)
 
 
 def test_a_run_is_not_shortened(tmp_path: Path) -> None:
@@ -225,6 +267,24 @@ def test_a_lost_loss_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step 2"):
         train(pairs(), tmp_path, tokenizer(), model=TINY, config=config, progress=False)
     assert not (tmp_path / STATE_FILE).exists()
+
+
+def test_a_lost_gradient_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    trainer = denoiser_trainer(TINY, replace(QUICK, checkpoint_every=3), pairs())
+    plain = trainer.objective.forward
+
+    def forward(*batch):
+        loss, losses = plain(*batch)
+        if trainer.step == 5:  # the last step: 1/0 in the gradient alone
+            loss = loss + (trainer.net.head.bias * 0).abs().sqrt().sum()
+        return loss, losses
+
+    monkeypatch.setattr(trainer.objective, "forward", forward)
+    with pytest.raises(FloatingPointError, match="the gradient's norm is nan at step 6"):
+        fit(trainer, tmp_path, "denoiser", lambda _: Image.new("RGB", (1, 1)), progress=False)
+    again = denoiser_trainer(TINY, QUICK, pairs())
+    again.load(tmp_path)
+    assert again.step == 3
 
 
 # ---- levels -------------------------------------------------------------------------------------
@@ -290,6 +350,19 @@ def test_candidates_are_made_once(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(ValueError, match="damaged"):
         run(pairs())
+
+
+@pytest.mark.parametrize("candidates", [0, 20])
+def test_pictures_of_samples_index_nothing_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, candidates: int
+) -> None:
+    made = []
+    index = pairs_module.Index
+    monkeypatch.setattr(pairs_module, "Index", lambda *a, **kw: made.append(0) or index(*a, **kw))
+    config = replace(QUICK, candidates=candidates, checkpoint_every=1)
+    train(pairs(), tmp_path, tokenizer(), model=TINY, config=config, progress=False)
+    assert len(list((tmp_path / "grids").glob("*.png"))) == 6
+    assert len(made) == 2  # the two worlds
 
 
 def test_baselines() -> None:

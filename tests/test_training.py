@@ -347,6 +347,8 @@ t.few_steps({str(tmp_path / "killed")!r})
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
     with pytest.raises(ValueError, match=r"was made with lr = 0\.002, now it is 0\.001"):
         few_steps(tmp_path / "killed", lr=1e-3)
+    with pytest.raises(ValueError, match="was made with images = '"):
+        few_steps(tmp_path / "killed", image_seed=1)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     records = [few_steps(tmp_path / out) for out in ("killed", "whole")]
@@ -360,8 +362,23 @@ t.few_steps({str(tmp_path / "killed")!r})
     assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def few_steps(out: str | Path, lr: float = 2e-3) -> dict:
-    images = (torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255).byte()
+def test_a_lost_tokenizer_stops(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"the loss is nan .* at step [23]; try a lower"):
+        few_steps(tmp_path, lr=1e30)
+    assert not (tmp_path / "state.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["steps", "batch", "eval_every"])
+def test_tokenizer_rejects(tmp_path: Path, name: str) -> None:
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        train_tokenizer(images, images, tmp_path / "out", tokenizer().config, **{name: 0})
+    assert not (tmp_path / "out").exists()
+
+
+def few_steps(out: str | Path, lr: float = 2e-3, image_seed: int = 0) -> dict:
+    g = torch.Generator().manual_seed(image_seed)
+    images = (torch.rand(8, 3, 8, 8, generator=g) * 255).byte()
     return train_tokenizer(
         images, images, out, tokenizer().config, steps=14, batch=8, warmup=6, lr=lr, eval_every=4,
         progress=False,

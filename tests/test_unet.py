@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from scipy import stats
+from test_training import tokenizer
 from torch.utils._pytree import tree_leaves
 from transition_helpers import NoHostReads
 
@@ -18,6 +19,7 @@ from knnfast import KNNDiffusion, ops
 from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
 from knnfast.diffusion.pairs import ConditionConfig, Pairs
 from knnfast.diffusion.trainer import STATE_FILE, TrainConfig
+from knnfast.diffusion.training import train
 from knnfast.diffusion.unet import UNetConfig, UNetDenoiser, initial_noise
 from knnfast.diffusion.unet_training import VelocityObjective, begin, unet_trainer
 
@@ -198,6 +200,23 @@ def test_nothing_waits_for_the_device(solver, monkeypatch):
     assert len(folds) == sum("attn2" in name for name in net.unet.attn_processors)
 
 
+def test_inference_mode(pipe, monkeypatch):
+    """The same codes as without, each condition folded once; and a whole pipeline call."""
+    folds = []
+    fold = ops.fold_neighbours
+    monkeypatch.setattr(ops, "fold_neighbours", lambda *a, **kw: folds.append(0) or fold(*a, **kw))
+    net = made()
+    cond, mask = condition(1)
+    with torch.inference_mode():
+        got = net.sample(cond * 1.0, mask & True, steps=4)
+    assert len(folds) == sum("attn2" in name for name in net.unet.attn_processors)
+    assert torch.equal(got, net.sample(cond, mask, steps=4))
+    with torch.inference_mode():
+        images = pipe("pizza", steps=2, seed=3).images
+    wanted = pipe("pizza", steps=2, seed=3).images
+    np.testing.assert_array_equal(np.asarray(images[0]), np.asarray(wanted[0]))
+
+
 def test_a_changed_mask_is_folded_anew():
     net = made()
     cond, mask = condition(2)
@@ -288,6 +307,11 @@ def test_files_of_another_architecture(tmp_path):
         ({"colour": 3}, "unknown U-Net settings"),
         ({"widths": [16]}, "at least two resolutions"),
         ({"widths": [10, 16]}, "multiples"),
+        ({"widths": []}, r"config\.json: widths must not be empty"),
+        ({"widths": [0, 16]}, r"config\.json: widths must be at least 1, got \(0, 16\)"),
+        ({"groups": 0}, r"config\.json: groups must be at least 1, got 0"),
+        ({"heads": 0}, r"config\.json: heads must be at least 1, got 0"),
+        ({"grid": 4}, r"config\.json: grid must be rows and columns, got 4"),
     ]:
         config.write_text(json.dumps({**raw, **change}))
         with pytest.raises(ValueError, match=message):
@@ -331,10 +355,11 @@ def test_loss_is_the_error_of_v():
     torch.testing.assert_close(loss, (factor * want).mean(), atol=1e-4, rtol=1e-4)
 
 
-def test_begins_with_the_regression_of_pictures_on_embeddings():
+@pytest.mark.parametrize("batch", [4096, 7])
+def test_begins_with_the_regression_of_pictures_on_embeddings(batch):
     net = made()
     data = pairs()
-    begin(net, torch.randn(11, 3), data, ridge=1e-9)
+    begin(net, torch.randn(11, 3), data, ridge=1e-9, batch=batch)
     rows = data.embeddings[:, data.targets].double().reshape(-1, 12) * 12**0.5
     x = torch.cat([torch.ones(len(rows), 1), rows], 1)
     y = net.vectors(data.codes[:, data.targets].long().reshape(-1, 16)).flatten(1).double()
@@ -363,7 +388,10 @@ def test_resumes_bit_for_bit(tmp_path):
     torch.set_num_threads(1)
     book = torch.randn(11, 3)
     try:
-        whole, first, second = (unet_trainer(TINY, QUICK, pairs(), book) for _ in range(3))
+        whole, first, second = (
+            unet_trainer(TINY, QUICK, pairs(), b)
+            for b in (book, book, book.square())  # the last one's vectors come from the file
+        )
         for trainer, steps in ((whole, 4), (first, 2)):
             for _ in range(steps):
                 trainer.advance()
@@ -379,8 +407,31 @@ def test_resumes_bit_for_bit(tmp_path):
         states.append(load_file(tmp_path / STATE_FILE))
     a, b = states
     assert a.keys() == b.keys()
+    assert "net.codebook" in a
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+def test_a_start_brings_its_vectors_of_the_same_codes(tmp_path):
+    tok = tokenizer()
+    torch.nn.init.normal_(tok.quantize.embedding.weight)
+    start = made(replace(TINY, code_dim=4))
+
+    def run(out):
+        return train(
+            pairs(), tmp_path / out, tok, model=start.config, config=QUICK, start=start,
+            progress=False,
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match="start: its code vectors are those of another tokenizer"):
+        run("other")
+    counts = torch.arange(11.0)  # of other pictures
+    start.set_codebook(tok.quantize.embedding.weight, counts)
+    start.save(tmp_path / "start")
+    start = UNetDenoiser.from_folder(tmp_path / "start")
+    run("same")
+    trained = load_file(tmp_path / "same" / STATE_FILE)
+    assert torch.equal(trained["net.codebook"], start.codebook)
 
 
 def test_another_architecture_does_not_resume(tmp_path):

@@ -98,6 +98,21 @@ class Backbone(nn.Module, ABC):
         return model.to(device).eval().requires_grad_(False)
 
 
+def check_sizes(config: Any, *names: str) -> None:
+    """Refuse a configuration whose named sizes, or lists of sizes, are no whole numbers above 0.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for name in names:
+        value = getattr(config, name)
+        listed = value if isinstance(value, tuple) else (value,)
+        if not listed:
+            raise ValueError(f"{name} must not be empty")
+        if any(not isinstance(x, int) or x < 1 for x in listed):
+            raise ValueError(f"{name} must be at least 1, got {value!r}")
+
+
 def load_weights(model: nn.Module, path: Path, rename: Callable[[str], str] | None = None) -> None:
     """Load a network's tensors as FP32.
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from knnfast import _files
 
 FORMAT = "knnfast-cache"
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Hash of CPU tensors: their types, shapes and bytes."""
+    found = hashlib.sha256()
+    for x in tensors:
+        found.update(f"{x.dtype} {list(x.shape)}\n".encode())
+        found.update(x.contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def save_cache(path: Path, tensors: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> None:

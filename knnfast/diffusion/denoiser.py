@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from knnfast.diffusion.backbone import Backbone
+from knnfast.diffusion.backbone import Backbone, check_sizes
 from knnfast.diffusion.sampler import check_rule, sample
 from knnfast.diffusion.schedule import Schedule
 from knnfast.ops import Folded, Unfolded, fold_neighbours, neighbour_attention
@@ -62,9 +62,15 @@ class DenoiserConfig:
     source: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "mlp_width", "canvas_width", "canvas_heads", "code_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_sizes(
+            self, "num_codes", "grid", "patch", "width", "depth", "heads", "cross_heads",
+            "mlp_width", "canvas_width", "canvas_heads", "code_width", "embed_dim", "time_width",
+            "num_steps",
+        )  # fmt: skip
+        if not isinstance(self.grid, tuple) or len(self.grid) != 2:
+            raise ValueError(f"grid must be rows and columns, got {self.grid!r}")
+        if self.time_width % 2:
+            raise ValueError(f"time_width must be even, got {self.time_width}")
         for name in ("heads", "cross_heads"):
             if self.width % getattr(self, name):
                 raise ValueError(f"width {self.width} is not a multiple of {name}")

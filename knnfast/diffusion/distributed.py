@@ -82,27 +82,45 @@ class Processes:
         dist.destroy_process_group()
 
 
+_joined: Processes | None = None  # what the outermost `processes` lends
+
+
 @contextmanager
 def processes(device: str | torch.device = "cpu") -> Iterator[Processes]:
     """Join the processes that `torchrun` started; without it, be the only one.
 
+    A group that the caller has initialised is taken as it is, and stays. Within another `processes`
+    the same object is lent again.
+
     Args:
         device: `cpu` (gloo) or `cuda` (NCCL, the GPU of the local rank).
     """
-    count, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and count > 1:
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(chosen)
-    if count == 1 or dist.is_initialized():  # joined already
-        yield Processes(rank, count, chosen)
+    global _joined
+    if _joined is not None:
+        yield _joined
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
-    these = Processes(rank, count, chosen)
+    theirs = dist.is_available() and dist.is_initialized()
+    if theirs:
+        count, rank = dist.get_world_size(), dist.get_rank()
+    else:
+        count, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    chosen = torch.device(device)
+    if count == 1:
+        yield Processes(device=chosen)
+        return
+    if chosen.type == "cuda":
+        local = os.environ.get("LOCAL_RANK", rank % max(1, torch.cuda.device_count()))
+        chosen = torch.device("cuda", int(local))
+        torch.cuda.set_device(chosen)
+    if not theirs:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    these = _joined = Processes(rank, count, chosen)
     try:
         yield these
     finally:
-        these.leave()
+        _joined = None
+        if not theirs:
+            these.leave()
 
 
 def has_bf16(device: str | torch.device) -> bool:

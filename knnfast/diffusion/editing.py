@@ -28,6 +28,7 @@ from knnfast.diffusion.pairs import ConditionConfig, ConditionSampler, Pairs
 from knnfast.diffusion.tokenizer import VQTokenizer
 from knnfast.diffusion.trainer import TrainConfig, Trainer, fit
 from knnfast.diffusion.training import CodesObjective, corrupt
+from knnfast.evaluate import weights_hash
 
 BLUR = 5  # pixels, of the Gaussian that ECC sees the pictures through
 
@@ -177,11 +178,12 @@ def regions(difference: Tensor, least: float, most: float, g: torch.Generator) -
         [B, 1, S, S] float in [0, 1], with edges about two pixels soft.
     """
     b, size, _ = difference.shape
-    coarse = F.avg_pool2d(difference[:, None], size // 16).flatten(1) + 1e-4
-    cell = torch.multinomial(coarse, 1, generator=g)[:, 0]
-    side = size // 16
+    side = max(1, size // 16)  # of a cell, in pixels
+    coarse = F.avg_pool2d(difference[:, None], side)
+    columns = coarse.shape[-1]
+    cell = torch.multinomial(coarse.flatten(1) + 1e-4, 1, generator=g)[:, 0]
     jitter = torch.rand(2, b, generator=g)
-    middle = torch.stack([cell // 16, cell % 16]) * side + jitter * side  # [2, B]
+    middle = torch.stack([cell // columns, cell % columns]) * side + jitter * side  # [2, B]
     half = (least + (most - least) * torch.rand(2, b, generator=g)) * size
     place = torch.arange(size) + 0.5
     dy = (place[None, :, None] - middle[0][:, None, None]) / half[0][:, None, None]
@@ -306,7 +308,7 @@ def train_editor(
         The record that is also written to `training.json`.
 
     Raises:
-        ValueError: sizes that do not fit, or `out` holds a run of other sizes or settings.
+        ValueError: sizes that do not fit, or `out` holds another run.
     """
     condition = config.condition
     if not isinstance(condition, EditConfig):
@@ -319,7 +321,12 @@ def train_editor(
         torch.manual_seed(config.seed)
         objective = EditObjective(Denoiser(start.config), config.auxiliary, config.bf16)
         sampler = EditSampler(pairs, condition, encoder, tokenizer)
-        trainer = Trainer(objective, config, sampler, these)
+        made_from = {
+            "data": pairs.digest(),
+            "encoder": encoder.card.sha256,
+            "tokenizer": weights_hash(tokenizer),
+        }
+        trainer = Trainer(objective, config, sampler, these, made_from=made_from)
         trainer.start_from(start)
         about = {"targets": len(pairs.targets), "worlds": len(pairs.codes)}
 
@@ -335,9 +342,8 @@ def draw_edits(net: Denoiser, sampler: EditSampler, seed: int, columns: int = 8)
         sampler.config, original=1.0, text_like=1.0, no_query=0.0, no_neighbours=0.0, null=0.0,
         vary_k=0.0, subset=0.0, same=0.0, hidden=0.0, blank=0.0,
     )  # fmt: skip
-    shown = EditSampler(sampler.pairs, plain, sampler.encoder, sampler.tokenizer)
     g = torch.Generator().manual_seed(seed)
-    targets, cond, mask, source, _ = shown.draw(columns, g)
+    targets, cond, mask, source, _ = sampler.under(plain).draw(columns, g)
     device, steps = net.position.device, min(25, net.schedule.num_steps)
     cond, mask, source = (x.to(device) for x in (cond, mask, source))
     rows = [targets, source]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
+from typing_extensions import Self
 
 from knnfast import _files
+from knnfast.diffusion.cache import digest
 from knnfast.search import Index
 
 RIVALS = 20  # nearest images among which a disturbed query finds its rival
@@ -52,6 +55,10 @@ class Pairs:
                 f"pairs: codes and embeddings have sizes {found}, the network's are "
                 f"{(length, embed_dim)}"
             )
+
+    def digest(self) -> str:
+        """Hash of everything."""
+        return digest(vars(self).values())
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
@@ -195,6 +202,12 @@ class ConditionSampler:
             raise ValueError(f"k must be in [1, {len(pairs.database)}], got {config.k}")
         self.pairs, self.config, self.candidates = pairs, config, candidates
         self._indexes: dict[tuple[int, int], Index] = {}
+
+    def under(self, config: ConditionConfig) -> Self:
+        """The same images under other conditions; indexes are shared."""
+        other = copy.copy(self)
+        other.config = config
+        return other
 
     def draw(self, count: int, g: torch.Generator) -> tuple[Tensor, ...]:
         """Draw images of one world whose neighbours come from one search.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -135,13 +135,22 @@ class VQDiffusionScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return VQDiffusionSchedulerOutput(prev_sample=prev) if return_dict else (prev,)
 
 
+class _Kept(NamedTuple):
+    key: tuple[Any, ...]
+    cond: weakref.ref[Tensor]
+    mask: Tensor | None
+    folded: ops.Folded | ops.Unfolded
+
+
 class NeighbourAttnProcessor:
     """Cross-attention of a diffusers U-Net to k + 1 embeddings, through folded weights.
 
     `unet.set_attn_processor({name: NeighbourAttnProcessor() for name in unet.attn_processors})`.
     The fold of a condition is kept while the same tensor comes back unchanged (all steps of a run)
-    with a mask of the same values, and gradients are off. Self-attention, which has no condition,
-    is diffusers' own.
+    with a mask of the same values, and gradients are off. Tensors made under
+    `torch.inference_mode` do not tell whether they were changed: with one of these, every call
+    folds. Nor do weights that are changed through `.data` (an EMA's `copy_to`, say): call `reset`
+    after that. Self-attention, which has no condition, is diffusers' own.
 
     A U-Net makes a new tensor of its `encoder_attention_mask` at every step, and to compare the
     values waits for the device. A mask given as `cross_attention_kwargs={"neighbour_mask": mask}`,
@@ -150,10 +159,11 @@ class NeighbourAttnProcessor:
 
     def __init__(self) -> None:
         self._self_attention = AttnProcessor2_0()
-        self._key: tuple[Any, ...] | None = None
-        self._source: weakref.ref[Tensor] | None = None
-        self._mask: Tensor | None = None
-        self._folded: ops.Folded | ops.Unfolded | None = None
+        self._kept: _Kept | None = None  # replaced as a whole: threads may share a processor
+
+    def reset(self) -> None:
+        """Forget the kept fold, after weights were changed through `.data`."""
+        self._kept = None
 
     def __call__(
         self,
@@ -192,14 +202,16 @@ class NeighbourAttnProcessor:
     ) -> ops.Folded | ops.Unfolded:
         layers: list[Any] = [attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]]
         weights = [p for m in layers for p in (m.weight, m.bias)]
-        keep = not torch.is_grad_enabled()
         given = attention_mask if mask is None else mask
-        versions = (None if w is None else (id(w), w._version) for w in weights)
-        key = (cond._version, None if mask is None else mask._version, *versions)
-        if keep and self._folded is not None and self._key == key:
-            assert self._source is not None
-            if self._source() is cond and self._same_mask(given, mask is None):
-                return self._folded
+        key = None if torch.is_grad_enabled() else _key(attn, cond, given, weights)
+        kept = self._kept
+        if (
+            kept is not None
+            and kept.key == key
+            and kept.cond() is cond
+            and _same_mask(given, kept.mask, mask is None)
+        ):
+            return kept.folded
         n = cond
         if attn.norm_cross:
             n = attn.norm_encoder_hidden_states(n)
@@ -211,18 +223,29 @@ class NeighbourAttnProcessor:
             n, wq * usual, wk, wv, wo, None if bq is None else bq * usual, bv, bo,
             heads=attn.heads, mask=mask,
         )  # fmt: skip
-        if keep:
-            self._key, self._source, self._folded = key, weakref.ref(cond), folded
-            self._mask = given
+        if key is not None:
+            self._kept = _Kept(key, weakref.ref(cond), given, folded)
         return folded
 
-    def _same_mask(self, given: Tensor | None, by_value: bool) -> bool:
-        """Whether a mask is the kept one; by value where a U-Net makes it anew at every step."""
-        kept = self._mask
-        return given is kept or (
-            by_value
-            and given is not None
-            and kept is not None
-            and given.dtype == kept.dtype
-            and torch.equal(given, kept)
-        )
+
+def _key(
+    attn: Attention, cond: Tensor, mask: Tensor | None, weights: list[Tensor | None]
+) -> tuple[Any, ...] | None:
+    """What changes with a fold's sources; None where a source does not tell its changes."""
+    norm = list(attn.norm_cross.parameters()) if attn.norm_cross else []
+    if any(x is not None and x.is_inference() for x in (cond, mask, *weights, *norm)):
+        return None
+    versions = (None if w is None else (id(w), w._version) for w in (*weights, *norm))
+    return (cond._version, None if mask is None else mask._version, *versions)
+
+
+def _same_mask(given: Tensor | None, kept: Tensor | None, by_value: bool) -> bool:
+    """Whether a mask is the kept one; by value where a U-Net makes it anew at every step."""
+    return given is kept or (
+        by_value
+        and given is not None
+        and kept is not None
+        and given.dtype == kept.dtype
+        and given._version == kept._version  # of the key: the kept one has not changed since
+        and torch.equal(given, kept)
+    )

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from knnfast import _files
-from knnfast.diffusion.backbone import load_weights
+from knnfast.diffusion.backbone import check_sizes, load_weights
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -46,6 +46,17 @@ class TokenizerConfig:
     up_block_types: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_sizes(
+            self, "in_channels", "out_channels", "block_out_channels", "layers_per_block",
+            "latent_channels", "sample_size", "num_vq_embeddings", "norm_num_groups",
+        )  # fmt: skip
+        if self.vq_embed_dim is not None:
+            check_sizes(self, "vq_embed_dim")
+        if any(width % self.norm_num_groups for width in self.block_out_channels):
+            raise ValueError(
+                f"block_out_channels {self.block_out_channels} must be multiples of "
+                f"norm_num_groups {self.norm_num_groups}"
+            )
         for name, kinds in (("down_block_types", DOWN), ("up_block_types", UP)):
             types = getattr(self, name) or (kinds[0],) * len(self.block_out_channels)
             if other := sorted(set(types) - set(kinds)):

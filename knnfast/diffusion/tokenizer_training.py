@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from knnfast import _files
 from knnfast.diffusion.augment import augment
-from knnfast.diffusion.cache import check_recipe
+from knnfast.diffusion.cache import check_recipe, digest
 from knnfast.diffusion.tokenizer import NormSiLU, TokenizerConfig, VQTokenizer
 from knnfast.evaluate import weights_hash
 
@@ -257,12 +257,19 @@ def train_tokenizer(
         The record that is also written to `training.json`.
 
     Raises:
-        ValueError: `out` holds the checkpoint of a run with other settings.
+        ValueError: a setting out of range, or `out` holds the checkpoint of a run with other images
+            or settings.
+        FloatingPointError: the loss or its gradient is no longer finite; the last checkpoint is
+            from before that.
     """
+    for name, value in (("steps", steps), ("batch", batch), ("eval_every", eval_every)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     recipe = {
-        "config": config.to_dict(), "images": len(images), "steps": steps, "batch": batch,
-        "lr": lr, "warmup": warmup, "commitment": commitment, "codebook_decay": codebook_decay,
-        "augmented": augmented, "eval_every": eval_every, "seed": seed,
+        "config": config.to_dict(), "images": digest([images]), "held_out": digest([held_out]),
+        "steps": steps, "batch": batch, "lr": lr, "warmup": warmup, "commitment": commitment,
+        "codebook_decay": codebook_decay, "augmented": augmented, "eval_every": eval_every,
+        "seed": seed,
         "start": start and weights_hash(start),
     }  # fmt: skip
     folder = Path(out)
@@ -339,6 +346,11 @@ def train_tokenizer(
         loss = loss + commitment * pull
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        if not math.isfinite(float(loss.detach() + norm)):
+            raise FloatingPointError(
+                f"the loss is {float(loss.detach())} and its gradient's norm {float(norm)} at step "
+                f"{step + 1}; try a lower learning rate"
+            )
         for group in optimizer.param_groups:
             ramp = min(1.0, (step + 1) / 100)
             group["lr"] = lr * ramp * 0.5 * (1 + math.cos(math.pi * step / steps))

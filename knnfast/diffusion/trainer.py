@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -30,6 +30,7 @@ from knnfast.diffusion.levels import Levels
 from knnfast.diffusion.optim import Muon
 from knnfast.diffusion.pairs import ConditionConfig
 from knnfast.diffusion.runlog import RunLog
+from knnfast.evaluate import weights_hash
 
 STATE_FILE = "state.safetensors"
 
@@ -193,11 +194,13 @@ class Trainer:
         sampler: what it is trained on.
         processes: the processes that share each batch; on their device it is trained.
         optimizer: by default Muon.
+        made_from: hashes of what it is made from (its data, say); `load` refuses others.
     """
 
     def __init__(
         self, objective: Objective, config: TrainConfig, sampler: TrainingSampler,
         processes: Processes | None = None, optimizer: Optimizer | None = None,
+        made_from: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self.processes = processes or Processes()
         start, stop = self.processes.share(config.batch)
@@ -213,6 +216,7 @@ class Trainer:
         self.average = {n: p.detach().clone() for n, p in self.net.named_parameters()}
         self.optimizer = optimizer or Muon(self.net, config.lr, bf16=config.bf16)
         self.levels = Levels(objective.num_levels, config.importance)
+        self.made_from: dict[str, str | None] = {"start": None, **(made_from or {})}
         self.step, self.seconds = 0, 0.0
         self._batches: Iterator[Batch] | None = None
 
@@ -311,6 +315,7 @@ class Trainer:
             raise ValueError(f"start: its sizes {found} are not {wanted}")
         self.net.load_state_dict(net.state_dict())
         self.average = {n: p.detach().clone() for n, p in self.net.named_parameters()}
+        self.made_from["start"] = weights_hash(net)
 
     def record(self) -> dict[str, Any]:
         """What a model card says about the run."""
@@ -328,7 +333,7 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write the whole state; the old checkpoint stays until the new one is complete."""
-        state = {f"net.{n}": p.detach() for n, p in self.net.named_parameters()}
+        state = {f"net.{n}": v for n, v in self.net.state_dict().items()}
         state |= {f"average.{n}": p for n, p in self.average.items()}
         state |= self.optimizer.state() | self.levels.state()
         meta = {
@@ -336,6 +341,7 @@ class Trainer:
             "seconds": repr(self.seconds),
             "model": json.dumps(self.net.config.to_dict()),
             "config": json.dumps(asdict(self.config)),
+            "made_from": json.dumps(self.made_from),
         }
         _files.save_tensors(folder / STATE_FILE, state, meta)
 
@@ -343,29 +349,35 @@ class Trainer:
         """Continue from what `save` wrote.
 
         Raises:
-            ValueError: a damaged file, another network, or settings that make another run.
+            ValueError: a damaged file, one of an older version, another network, or data, start or
+                settings that make another run.
         """
         file = folder / STATE_FILE
         try:
             with safe_open(file, "pt") as f:
                 meta = f.metadata()
             state = load_file(file)
-            model, config = json.loads(meta["model"]), json.loads(meta["config"])
+            model, config, made_from = (
+                json.loads(meta[name]) for name in ("model", "config", "made_from")
+            )
             step, seconds = int(meta["step"]), float(meta["seconds"])
         except (SafetensorError, TypeError, KeyError, ValueError) as e:
-            raise ValueError(f"{file}: not a complete checkpoint ({e!r})") from None
+            raise ValueError(
+                f"{file}: not a complete checkpoint of this version ({e!r}); give another folder"
+            ) from None
         wanted = json.loads(json.dumps(asdict(self.config)))
-        for found, now in ((model, self.net.config.to_dict()), (config, wanted)):
+        for found, now in (
+            (model, self.net.config.to_dict()), (config, wanted), (made_from, self.made_from)
+        ):  # fmt: skip
             for name in {**found, **now}:
                 if name not in FREE and found.get(name) != now.get(name):
                     raise ValueError(
                         f"{file}: was trained with {name} = {found.get(name)!r}, now it is "
-                        f"{now.get(name)!r}; go on with the same settings, or give another folder"
+                        f"{now.get(name)!r}; go on with the same, or give another folder"
                     )
-        with torch.no_grad():
-            for n, p in self.net.named_parameters():
-                p.copy_(state[f"net.{n}"])
-                self.average[n].copy_(state[f"average.{n}"])
+        self.net.load_state_dict({n: state[f"net.{n}"] for n in self.net.state_dict()})
+        for n, p in self.average.items():
+            p.copy_(state[f"average.{n}"])
         self.optimizer.load(state)
         self.levels.load(state)
         self.step, self.seconds, self._batches = step, seconds, None
@@ -399,7 +411,8 @@ def fit(
 
     Raises:
         ValueError: fewer steps than the run has made.
-        FloatingPointError: the loss is no longer finite; the last checkpoint is from before that.
+        FloatingPointError: the loss or its gradient is no longer finite; the last checkpoint is
+            from before that.
         OSError: a file could not be written (a full disk, say); the last checkpoint is unharmed.
     """
     cfg, main = trainer.config, trainer.processes.main
@@ -424,10 +437,11 @@ def fit(
         checkpoint = end or trainer.step % cfg.checkpoint_every == 0
         if checkpoint or trainer.step % cfg.log_every == 0:
             row = {n: float(v) / steps for n, v in sums.items()}
-            if not math.isfinite(row["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {row['loss']} at step {trainer.step}; try a lower learning rate"
-                )
+            for what, n in (("loss", "loss"), ("gradient's norm", "grad")):
+                if not math.isfinite(row[n]):
+                    raise FloatingPointError(
+                        f"the {what} is {row[n]} at step {trainer.step}; try a lower learning rate"
+                    )
             now = time.perf_counter()
             trainer.seconds += now - lap
             row |= {

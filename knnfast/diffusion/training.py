@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from knnfast.diffusion.backbone import Backbone
-from knnfast.diffusion.cache import load_cache, save_cache
+from knnfast.diffusion.cache import digest, load_cache, save_cache
 from knnfast.diffusion.data import ImageEncoder, encode
 from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
 from knnfast.diffusion.distributed import Processes, processes
@@ -25,6 +24,7 @@ from knnfast.diffusion.tokenizer import VQTokenizer
 from knnfast.diffusion.trainer import Objective, TrainConfig, Trainer, fit
 from knnfast.diffusion.unet import UNetConfig
 from knnfast.diffusion.unet_training import unet_trainer
+from knnfast.evaluate import weights_hash
 from knnfast.ops import transition_loss
 
 if TYPE_CHECKING:
@@ -135,8 +135,8 @@ class CodesObjective(Objective):
 
 
 def draw_grid(
-    net: Backbone, tokenizer: VQTokenizer, pairs: Pairs, config: TrainConfig, columns: int = 8,
-    steps: int = 25,
+    net: Backbone, tokenizer: VQTokenizer, sampler: ConditionSampler, config: TrainConfig,
+    columns: int = 8, steps: int = 25,
 ) -> Image.Image:  # fmt: skip
     """Targets on top, below them two samples for each from text-like queries."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -145,9 +145,8 @@ def draw_grid(
         no_query=0.0, no_neighbours=float(not config.condition.shows_neighbours), null=0.0,
         vary_k=0.0, subset=0.0,
     )  # fmt: skip
-    columns = min(columns, config.batch)
-    columns = min(columns, len(pairs.targets))
-    targets, cond, mask = ConditionSampler(pairs, shown).draw(columns, generator)
+    columns = min(columns, config.batch, len(sampler.pairs.targets))
+    targets, cond, mask = sampler.under(shown).draw(columns, generator)
     device = next(net.parameters()).device
     cond, mask = cond.to(device), mask.to(device)
     rows = [targets]
@@ -164,10 +163,8 @@ def draw_grid(
 
 def look_up_neighbours(pairs: Pairs, folder: Path, count: int, processes: Processes) -> Tensor:
     """What `nearest` gives for these pairs, made once and kept beside the run."""
-    digest = hashlib.sha256()
-    for x in (pairs.embeddings, pairs.targets, pairs.database):
-        digest.update(x.contiguous().view(torch.uint8).numpy().data)
-    recipe = {"embeddings": digest.hexdigest(), "count": count}
+    found = digest((pairs.embeddings, pairs.targets, pairs.database))
+    recipe = {"embeddings": found, "count": count}
     file = folder / NEIGHBOURS_FILE
     if processes.main and load_cache(file, recipe) is None:
         save_cache(file, {"ids": nearest(pairs, count)}, recipe)
@@ -216,7 +213,8 @@ def train(
         The record that is also written to `training.json`.
 
     Raises:
-        ValueError: no usable images, or `out` holds a run of other data, sizes or settings.
+        ValueError: no usable images, `start` is of other sizes or (the U-Net) of another tokenizer,
+            or `out` holds a run of other data, tokenizer, start, sizes or settings.
     """
     config = config or TrainConfig()
     folder = Path(out)
@@ -239,14 +237,17 @@ def train(
         candidates = None
         if config.candidates and config.condition.shows_neighbours:
             candidates = look_up_neighbours(pairs, folder, config.candidates, these)
+        codebook = tokenizer.quantize.embedding.weight.cpu()
         if isinstance(model, UNetConfig):
-            codebook = tokenizer.quantize.embedding.weight.cpu()
             model = replace(model, code_dim=codebook.shape[1])
             trainer = unet_trainer(model, config, pairs, codebook, these, candidates)
         else:
             trainer = denoiser_trainer(model, config, pairs, these, candidates)
         if start is not None:
             trainer.start_from(start)
+            if isinstance(model, UNetConfig):
+                trainer.net.check_codebook(codebook)
+        trainer.made_from["tokenizer"] = weights_hash(tokenizer)
         about = {
             "targets": len(pairs.targets),
             "database": len(pairs.database),
@@ -254,7 +255,8 @@ def train(
         }
 
         def draw(trainer: Trainer) -> Image.Image:
-            return draw_grid(trainer.averaged(), tokenizer, pairs, config)
+            assert isinstance(trainer.sampler, ConditionSampler)  # for the type checker
+            return draw_grid(trainer.averaged(), tokenizer, trainer.sampler, config)
 
         return fit(trainer, folder, trainer.net.folder, draw, about, progress)
 
@@ -276,4 +278,4 @@ def denoiser_trainer(
     torch.manual_seed(config.seed)
     objective = CodesObjective(Denoiser(model), config.auxiliary, config.bf16, config.compile)
     sampler = ConditionSampler(pairs, config.condition, candidates)
-    return Trainer(objective, config, sampler, processes)
+    return Trainer(objective, config, sampler, processes, made_from={"data": pairs.digest()})

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from knnfast.diffusion.backbone import Backbone
+from knnfast.diffusion.backbone import Backbone, check_sizes
 from knnfast.diffusion.sampler import signed
 from knnfast.ops.philox import NOISE, counter, normal, philox
 
@@ -54,6 +54,12 @@ class UNetConfig:
     affinity: float = 80.0
 
     def __post_init__(self) -> None:
+        check_sizes(
+            self, "num_codes", "grid", "code_dim", "embed_dim", "widths", "blocks", "groups",
+            "heads", "cond_width", "num_steps",
+        )  # fmt: skip
+        if not isinstance(self.grid, tuple) or len(self.grid) != 2:
+            raise ValueError(f"grid must be rows and columns, got {self.grid!r}")
         if len(self.widths) < 2:
             raise ValueError(f"widths: at least two resolutions, got {self.widths}")
         for width in self.widths:
@@ -186,6 +192,13 @@ class UNetDenoiser(Backbone):
         scale = (weight * centred.square()).sum(0).mean().rsqrt()
         self.codebook.copy_(centred * scale)
 
+    def check_codebook(self, vectors: Tensor) -> None:
+        """Refuse another tokenizer's code vectors [K, C]: not these, shifted and scaled."""
+        centred = [v - v.mean(0) for v in (vectors.detach().to(self.codebook), self.codebook)]
+        a, b = (v / v.norm() for v in centred)
+        if not (a - b).norm() < 0.01:  # FP16 files are within 0.001
+            raise ValueError("start: its code vectors are those of another tokenizer")
+
     def vectors(self, codes: Tensor) -> Tensor:
         """Codes [B, L] to x_0, [B, C, h, w]."""
         return self.codebook[codes].view(len(codes), *self.config.grid, -1).permute(0, 3, 1, 2)
@@ -268,6 +281,7 @@ class UNetDenoiser(Backbone):
             raise ValueError(f"steps must be in [1, {self.config.num_steps}], got {steps}")
         self.solver(solver)
 
+    @torch.inference_mode(False)  # whose tensors no fold is kept of
     @torch.no_grad()
     def sample(
         self,
@@ -303,7 +317,7 @@ class UNetDenoiser(Backbone):
         told = 0
         for first in range(0, batch, size):
             part = slice(first, first + size)
-            condition = (cond[part].clone(), cond_mask[part])
+            condition = (cond[part].clone(), cond_mask[part].clone())
             for done, x in enumerate(self._run(noise[part], condition, steps, guidance, solver), 1):
                 now = (first * steps + done * len(x)) // batch
                 if callback is not None and now > told:

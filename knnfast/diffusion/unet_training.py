@@ -48,7 +48,9 @@ class VelocityObjective(Objective):
 
 
 @torch.no_grad()
-def begin(net: UNetDenoiser, codebook: Tensor, pairs: Pairs, ridge: float = 1e-2) -> None:
+def begin(
+    net: UNetDenoiser, codebook: Tensor, pairs: Pairs, ridge: float = 1e-2, batch: int = 4096
+) -> None:
     """Give a new network what needs no gradient steps: its code vectors and its paintings.
 
     What an embedding paints begins as the ridge regression of x_0 on embeddings, over every world
@@ -59,22 +61,27 @@ def begin(net: UNetDenoiser, codebook: Tensor, pairs: Pairs, ridge: float = 1e-2
         codebook: the tokenizer's code vectors, [K, C].
         pairs: what it is trained on.
         ridge: penalty of the regression, as a share of an embedding number's variance.
+        batch: targets that are in memory at a time.
     """
     cfg = net.config
-    codes = pairs.codes[:, pairs.targets].long()  # [W, n, L]
-    net.set_codebook(codebook, torch.bincount(codes.flatten(), minlength=cfg.num_codes))
+    worlds = range(len(pairs.codes))
+    parts = [(world, ids) for world in worlds for ids in pairs.targets.split(batch)]
+    used = torch.zeros(cfg.num_codes, dtype=torch.int64)
+    for world, ids in parts:
+        used += torch.bincount(pairs.codes[world, ids].flatten(), minlength=cfg.num_codes)
+    net.set_codebook(codebook, used)
     inputs = 1 + cfg.embed_dim
     gram = torch.zeros(inputs, inputs, dtype=torch.float64)
     cross = torch.zeros(inputs, cfg.code_dim * cfg.length, dtype=torch.float64)
     square = 0.0
-    for world in range(len(codes)):
-        rows = pairs.embeddings[world, pairs.targets].double() * math.sqrt(cfg.embed_dim)
+    for world, ids in parts:
+        rows = pairs.embeddings[world, ids].double() * math.sqrt(cfg.embed_dim)
         x = torch.cat([torch.ones(len(rows), 1, dtype=torch.float64), rows], 1)
-        y = net.vectors(codes[world]).flatten(1).double()
+        y = net.vectors(pairs.codes[world, ids].long()).flatten(1).double()
         gram += x.T @ x
         cross += x.T @ y
         square += float(y.square().sum())
-    count = codes.shape[0] * codes.shape[1]
+    count = len(worlds) * len(pairs.targets)
     penalty = torch.full((inputs,), ridge * count, dtype=torch.float64)
     penalty[0] = 0.0
     fitted = torch.linalg.solve(gram + penalty.diag(), cross)
@@ -106,4 +113,7 @@ def unet_trainer(
     net = UNetDenoiser(model)
     begin(net, codebook, pairs)
     sampler = ConditionSampler(pairs, config.condition, candidates)
-    return Trainer(VelocityObjective(net, config.bf16), config, sampler, processes)
+    return Trainer(
+        VelocityObjective(net, config.bf16), config, sampler, processes,
+        made_from={"data": pairs.digest()},
+    )  # fmt: skip
