@@ -52,8 +52,9 @@ def vqvae(tmp_path_factory):
 
 @pytest.mark.parametrize("backbone", ["discrete", "continuous"])
 def test_open_clip_and_a_vqvae_drive_everything(
-    backbone, photos, vqvae, open_clip_folder, tmp_path
+    backbone, photos, vqvae, open_clip_folder, tmp_path, monkeypatch
 ):
+    monkeypatch.chdir(photos)  # from where a database's sources are found
     if backbone == "continuous":
         pytest.importorskip("diffusers")
     encoder = f"open_clip:local-dir:{open_clip_folder[0]}"
@@ -117,7 +118,8 @@ def test_a_folder_with_no_image(tmp_path):
     assert not list(tmp_path.glob("out/**/*.safetensors"))
 
 
-def test_a_database_of_one_image(photos, tmp_path):
+def test_a_database_of_one_image(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(photos)
     for extra in list(photos.iterdir())[1:]:
         extra.unlink()
     db = tmp_path / "db"

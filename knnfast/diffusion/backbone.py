@@ -106,7 +106,7 @@ def check_sizes(config: Any, *names: str) -> None:
     """
     for name in names:
         value = getattr(config, name)
-        listed = value if isinstance(value, tuple) else (value,)
+        listed = value if isinstance(value, tuple | list) else (value,)
         if not listed:
             raise ValueError(f"{name} must not be empty")
         if any(not isinstance(x, int) or x < 1 for x in listed):

@@ -67,7 +67,7 @@ class DenoiserConfig:
             "mlp_width", "canvas_width", "canvas_heads", "code_width", "embed_dim", "time_width",
             "num_steps",
         )  # fmt: skip
-        if not isinstance(self.grid, tuple) or len(self.grid) != 2:
+        if not isinstance(self.grid, tuple | list) or len(self.grid) != 2:
             raise ValueError(f"grid must be rows and columns, got {self.grid!r}")
         if self.time_width % 2:
             raise ValueError(f"time_width must be even, got {self.time_width}")
