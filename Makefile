@@ -20,7 +20,7 @@ else
 endif
 SOURCES := $(wildcard csrc/* include/knnfast/*)
 
-.PHONY: demo test gpu regressions report profile sanitize lint format stickers clean
+.PHONY: demo test gpu regressions measure report profile sanitize lint format stickers clean
 
 demo: $(BASE)  ## eight prompts with the embedded sticker model -> out/demo.png
 	$(BIN)knnfast generate "a red heart" "pizza" "ice cream" "sunflower" "sailboat" "birthday party" \
@@ -36,6 +36,9 @@ gpu: $(READY)  ## what a machine with a GPU can do, into out/gpu and out/gpu.tar
 
 regressions: $(READY)  ## no op slower than at BASE, both measured in one run
 	PYTHONPATH=. $(BIN)pytest -q bench --base $(BASE_REF) --threshold $(THRESHOLD)
+
+measure: $(READY)  ## every figure of README's and docs/performance.md's tables, on this machine
+	$(BIN)python3 bench/measure.py $(ONLY:%=--only %)
 
 report: $(READY)  ## README's and docs/performance.md's tables and plots, from bench/results
 	$(BIN)python3 bench/report.py

@@ -88,7 +88,8 @@ def performance(found: list[dict[str, Any]]) -> str:
         "(above 1 ours is faster, **bold** where we lose); where ours took another time in these "
         "turns than the one printed, by a quarter or more, the cell says so. `other answers`: the "
         "peer's result is not the reference's, because it draws other random numbers or computes "
-        "less precisely. Machines differ: run the commands on yours. " + gpu_note(found),
+        "less precisely. Machines differ: `make measure` takes all of this on yours, a section's "
+        "command that section. " + gpu_note(found),
         "`of ceiling` is the time that the plain algorithm's bytes and operations need at the "
         "machine's measured rates, whichever is longer, over the time taken. For a search they are "
         "the FP16 rows, read from memory once, and 2 · rows · d · batch operations at the rate of "

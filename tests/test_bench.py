@@ -399,6 +399,44 @@ def test_sanitizer_goes_on_after_a_tool_that_fails(tmp_path):
     assert (done.returncode, done.stdout) == (77, "==== Error: Device not supported\n")
 
 
+def test_measure_puts_a_result_in_the_place_of_the_older(monkeypatch, tmp_path, capfd):
+    import measure
+
+    result = {"kind": "load", "machine": {"isa": "avx2", "date": "2026-01-02"}}
+    (tmp_path / "write.py").write_text(
+        f"import json, sys; open(sys.argv[1], 'w').write(json.dumps({result!r}))"
+    )
+    (tmp_path / "print.py").write_text(f"import json; print(json.dumps({{'part': {result!r}}}))")
+    (tmp_path / "fail.py").write_text("import sys; open(sys.argv[1], 'w').close(); sys.exit(3)")
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "report.py").write_text("open('page', 'w').close()")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "docs").mkdir()
+    for name in ("load-avx2-2026-01-01", "load-avx512-2026-01-01", "bad-avx2-2026-01-01"):
+        (tmp_path / "results" / f"{name}.json").write_text("{}")
+        (tmp_path / "docs" / f"{name}.png").write_text("")
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    monkeypatch.setattr(measure, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(measure, "DOCS", tmp_path / "docs")
+    monkeypatch.setattr(measure, "MEASUREMENTS", {
+        "load": "write.py {json}", "bad": "fail.py {json}", "topk-cpu": "print.py",
+    })  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["measure.py"])
+    assert measure.main() == 1
+    assert "failed: bad" in capfd.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
+        "bad-avx2-2026-01-01.json", "load-avx2-2026-01-02.json", "load-avx512-2026-01-01.json",
+        "topk-cpu-avx2-2026-01-02.json",
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "results" / "load-avx2-2026-01-02.json").read_text()) == result
+    assert not (tmp_path / "docs" / "load-avx2-2026-01-01.png").exists()
+    assert (tmp_path / "page").exists()
+    monkeypatch.setattr(sys, "argv", ["measure.py", "--only", "load,nothing"])
+    with pytest.raises(SystemExit):
+        measure.main()
+    assert "--only must be of load, bad, topk-cpu, got nothing" in capfd.readouterr().err
+
+
 def test_gpu_script_leaves_other_folders_alone(tmp_path):
     (tmp_path / "letter.txt").write_text("mine")
     words = [sys.executable, "bench/gpu.py", "--out", str(tmp_path)]
