@@ -167,6 +167,21 @@ SegmentView load_segment(const std::string& folder, const Json& j, int64_t versi
   return v;
 }
 
+// Whether the manifest of a folder is a good one and names none of these files any more.
+bool saved_anew(const std::string& folder, const std::vector<FileEntry>& files) {
+  try {
+    const Json j = read_manifest(folder + "/" + kManifest);
+    for (const Json& segment : j.at("segments", Json::array).items) {
+      const std::string& name = segment.at("vectors", Json::object).at("name", Json::string).text;
+      for (const FileEntry& f : files)
+        if (f.name == name) return false;
+    }
+    return true;
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+
 }  // namespace
 
 Index Index::open(const std::string& folder, bool map) {
@@ -261,6 +276,9 @@ std::vector<std::string> Index::verify() const {
   std::vector<std::string> out;
   for (size_t i = 0; i < files.size(); ++i)
     if (bad[i]) out.push_back(folder + "/" + files[i].name);
+  if (!out.empty() && saved_anew(folder, files))
+    throw std::system_error(ENOENT, std::generic_category(),
+                            folder + " was saved anew since it was opened: open it again");
   return out;
 }
 

@@ -117,6 +117,7 @@ class Database(Collection):
         self.index = Index(encoder.dim, metric="cosine")
         self._items: dict[int, Item] = {}
         self._thumbnails = Thumbnails(thumbnail_size)
+        self._writing = threading.Lock()  # one adds or saves at a time
         self._adding = threading.Lock()  # rows and items come together
 
     # ---- making one -------------------------------------------------------------------------
@@ -204,7 +205,7 @@ class Database(Collection):
             if isinstance(values, str) or not all(isinstance(v, kind) for v in values):
                 raise TypeError(f"{label}: must be a sequence of {kind.__name__}")
         thumbnails = [self._thumbnails.shrink(image) for image in images]
-        with self._adding:
+        with self._writing, self._adding:
             ids = np.asarray(self.index.add(embeddings.vectors))
             try:
                 for i, thumbnail, name, group, source in zip(
@@ -319,7 +320,7 @@ class Database(Collection):
             raise ValueError(f"{root}: is a folder with other content; give a new or empty one")
 
     def save(self, path: str | Path) -> None:
-        """Write the database into folder `path`, atomically; who saves there meanwhile waits.
+        """Write the database into folder `path`, atomically; who adds or saves meanwhile waits.
 
         New files carry a new generation's name; the manifest `database.json` is replaced last and
         old ones are removed after it, so that a kill at any moment leaves the old database or the
@@ -334,7 +335,7 @@ class Database(Collection):
         new = not root.exists()
         root.mkdir(parents=True, exist_ok=True)
         generation = uuid.uuid4().hex[:8]
-        with _files.locked(root):
+        with self._writing, _files.locked(root):
             try:
                 self.check_place(root)
                 self._write(root, generation)
@@ -420,7 +421,7 @@ class Database(Collection):
             sha256 = {str(k): str(v) for k, v in manifest["sha256"].items()}
             db = cls.__new__(cls)
             db.encoder = card
-            db._adding = threading.Lock()
+            db._writing, db._adding = threading.Lock(), threading.Lock()
             _files.check_sha256(items_path, sha256[items_path.name])
             columns = _files.read_json(items_path)
             rows = zip(

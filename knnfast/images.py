@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,8 +41,9 @@ def _is_thumbnails(path: Path) -> bool:
 
 
 def printable(name: str) -> str:
-    """A file's name as text: what is no UTF-8 in it becomes a replacement character."""
-    return name.encode(errors="surrogateescape").decode(errors="replace")
+    """A file's name as text: what is no UTF-8 in it, or steers a terminal, is replaced."""
+    odd = ("Cc", "Cs")  # control characters, and bytes that are no UTF-8
+    return "".join(c if unicodedata.category(c) not in odd else "\ufffd" for c in name)
 
 
 def read_image(path: str | Path, background: str = "white") -> Image.Image:
@@ -71,6 +73,8 @@ def flatten(image: Image.Image, background: str = "white") -> Image.Image:
     if image.mode.startswith("I;16"):  # 16 bits of grey, which Pillow would clip at 255
         grey = np.asarray(image).astype(np.float64)
         return Image.fromarray((grey / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
     if image.mode == "P" or "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         behind = Image.new("RGBA", image.size, background)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,22 @@ def test_train_on_a_folder_then_generate(folder, tmp_path):
         evaluated = invoke("evaluate", out / "model", *options)
         assert evaluated.exit_code == 2
         assert message in evaluated.stderr
+
+
+def test_a_warning_is_a_line(folder, tmp_path, monkeypatch):
+    def train(*args, **options):
+        warnings.warn("skipped one", stacklevel=1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("knnfast.diffusion.training.train", train)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        result = invoke("train", folder, "--out", tmp_path / "run")
+    assert [line for line in result.stderr.splitlines() if line] == [
+        "warning: skipped one",
+        f"{tmp_path / 'run'}: stopped; the same command goes on from here",
+        "Aborted!",
+    ]
 
 
 def test_info():

@@ -259,6 +259,28 @@ def test_file_names_that_are_no_utf8(folder, tmp_path):
     (tmp_path / "db" / "database.json").read_text(encoding="utf-8")
 
 
+def test_a_save_beside_adds_is_whole(built, tmp_path):
+    stop = threading.Event()
+
+    def add():
+        while not stop.is_set():
+            built.add(query("pink"), [Image.new("RGB", (8, 8), "pink")], names=["pink"])
+
+    with ThreadPoolExecutor(1) as threads:
+        adding = threads.submit(add)
+        for _ in range(5):
+            built.save(tmp_path / "db")
+            Database.open(tmp_path / "db")
+        stop.set()
+        adding.result()
+
+
+def test_names_steer_no_terminal(folder):
+    (folder / "warm" / "red.png").rename(folder / "warm" / "\x1b[31mred\n.png")
+    names = {item.name for item in Database.build(folder, ColourEncoder())}
+    assert "\ufffd[31mred\ufffd" in names
+
+
 def test_a_database_within_its_pictures_is_none_of_them(folder):
     for _ in range(2):
         db = Database.build(folder, ColourEncoder())

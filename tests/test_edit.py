@@ -210,6 +210,11 @@ def test_a_mask_is_off_where_it_is_transparent():
     drawn.paste((255, 255, 255, 255), (0, 0, 32, 64))
     cells = cells_of(drawn, picture, (4, 4))
     assert cells.tolist() == [[True, True, False, False]] * 4
+    for mode in ("LA", "La", "RGBa"):
+        again = cells_of(
+            drawn.convert("LA" if mode == "La" else mode).convert(mode), picture, (4, 4)
+        )
+        assert again.tolist() == cells.tolist()
 
 
 def test_command(face, tmp_path):

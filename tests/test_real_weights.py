@@ -88,7 +88,7 @@ def test_open_clip_and_a_vqvae_drive_everything(
     before = (run / "state.safetensors").read_bytes()
     result = invoke(*options, "--out", run)
     assert result.exit_code == 2
-    assert "state.safetensors: was trained with" in result.stderr
+    assert "state.safetensors: was trained with another backbone" in result.stderr
     assert (run / "state.safetensors").read_bytes() == before
     refused = invoke("generate", "x", "--model", tmp_path / "aside", "--backbone", other)
     assert f"holds {backbone}, not '{other}'" in refused.stderr

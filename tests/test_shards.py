@@ -38,6 +38,11 @@ def test_round_trip(tmp_path, mmap, own):
     opened.save(tmp_path / "ix")  # over the files it is mapped from
     again = Index.open(tmp_path / "ix")
     again.verify()
+    again.save(tmp_path / "twice")
+    other = Index.open(tmp_path / "twice")
+    again.save(tmp_path / "twice")
+    with pytest.raises(FileNotFoundError, match="was saved anew since it was opened"):
+        other.verify()
     for a, b in zip(opened.search(x, 9), again.search(x, 9), strict=True):
         np.testing.assert_array_equal(a, b)
     rows = next((tmp_path / "ix").glob("*-0000.rows.f16"))

@@ -213,11 +213,11 @@ def test_a_run_goes_on_only_as_itself(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="was trained with depth = 2, now it is 3"):
         load(replace(TINY, depth=3))
     other = denoiser_trainer(TINY, QUICK, pairs(1))
-    with pytest.raises(ValueError, match="was trained with data = '"):
+    with pytest.raises(ValueError, match="was trained with another data"):
         other.load(tmp_path)
     other = denoiser_trainer(TINY, QUICK, pairs())
     other.start_from(trainer.net)
-    with pytest.raises(ValueError, match="was trained with start = None, now it is '"):
+    with pytest.raises(ValueError, match="was trained with another start"):
         other.load(tmp_path)
     file = tmp_path / STATE_FILE
     file.write_bytes(file.read_bytes()[:-100])
@@ -237,7 +237,7 @@ def test_another_tokenizer_does_not_go_on(tmp_path: Path) -> None:
     run(tokenizer())
     other = tokenizer()
     other.quantize.embedding.weight[0] += 1
-    with pytest.raises(ValueError, match="was trained with tokenizer = '"):
+    with pytest.raises(ValueError, match="was trained with another tokenizer"):
         run(other)
 
 

@@ -111,6 +111,7 @@ class KNNFAST_API Index {
   void save(const std::string& folder) const;
   static Index open(const std::string& folder, bool mmap = true);
   // Checks every payload; the paths of the damaged ones. Empty for an index that was never saved.
+  // std::system_error (ENOENT) where the folder was saved anew since, and they are gone.
   std::vector<std::string> verify() const;
 
   struct Impl;

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, TextIO
 
 import click
 
@@ -13,12 +14,22 @@ from knnfast.cli import bench, database, evaluate, generate, info, train
 BAD_INPUT = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
 
+def _warn(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    file: TextIO | None = None, line: str | None = None,
+) -> None:  # fmt: skip
+    """A warning as one line, without the place in the source."""
+    click.echo(f"warning: {message}", err=True)
+
+
 class _Group(click.Group):
     """Turns errors of bad input into one clear line; `--debug` keeps the traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _warn
+                return super().invoke(ctx)
         except BAD_INPUT as e:
             if ctx.params.get("debug"):
                 raise

@@ -113,10 +113,14 @@ def train(
             begin = KNNDiffusion.from_pretrained(start, backbone=backbone).denoiser
             sizes = begin.config
         condition = replace(config.condition, semantic=_semantic(embed))
-        record = run(
-            source, out, codes, embed, model=sizes, start=begin, worlds=versions, device=device,
-            config=replace(config, condition=condition), progress=not as_json,
-        )  # fmt: skip
+        try:
+            record = run(
+                source, out, codes, embed, model=sizes, start=begin, worlds=versions, device=device,
+                config=replace(config, condition=condition), progress=not as_json,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            click.echo(f"{out}: stopped; the same command goes on from here", err=True)
+            raise
         if not these.main:
             return
         db = source if isinstance(source, Database) else build_database(source, embed)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -159,7 +159,7 @@ def load_images(
             try:
                 originals.append(item.read().convert("RGB"))
             except READ_ERRORS as e:
-                skipped.append(f"{item.name}: {e}")
+                skipped.append(f"{printable(item.name)}: {e}")
         if originals:
             squares.append(pixels(originals, size))
             rows.append(_embed(originals, encoder, batch))
@@ -188,7 +188,11 @@ def _members(file: Path) -> Iterator[Picture]:
 
 
 def _decode(data: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(data)) as image:
+    try:
+        opened = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:  # whose words name the buffer
+        raise ValueError("not a readable image") from None
+    with opened as image:
         return flatten(ImageOps.exif_transpose(image))
 
 

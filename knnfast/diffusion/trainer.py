@@ -182,6 +182,20 @@ def ahead(make: Callable[[int], Any], first: int, background: bool) -> Iterator[
             yield ready
 
 
+def _difference(found: dict[str, Any], now: dict[str, Any], other: str) -> str:
+    """The first setting that differs, in words; `other` where they are of another kind."""
+    if set(found) != set(now):
+        return other
+    for name in found:
+        a, b = found[name], now[name]
+        if name in FREE or a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            return _difference(a, b, other)
+        return f"{name} = {a!r}, now it is {b!r}"
+    return ""
+
+
 class Trainer:
     """The training loop's state: network, averaged weights, optimiser, levels, step.
 
@@ -366,15 +380,17 @@ class Trainer:
                 f"{file}: not a complete checkpoint of this version ({e!r}); give another folder"
             ) from None
         wanted = json.loads(json.dumps(asdict(self.config)))
-        for found, now in (
-            (model, self.net.config.to_dict()), (config, wanted), (made_from, self.made_from)
-        ):  # fmt: skip
-            for name in {**found, **now}:
-                if name not in FREE and found.get(name) != now.get(name):
-                    raise ValueError(
-                        f"{file}: was trained with {name} = {found.get(name)!r}, now it is "
-                        f"{now.get(name)!r}; go on with the same, or give another folder"
-                    )
+        others = [name for name in made_from if made_from[name] != self.made_from.get(name)]
+        difference = (
+            _difference(model, self.net.config.to_dict(), "another backbone")
+            or _difference(config, wanted, "settings of another kind")
+            or (f"another {others[0]}" if others else "")
+        )
+        if difference:
+            raise ValueError(
+                f"{file}: was trained with {difference}; go on with the same, or give another "
+                "folder"
+            )
         self.net.load_state_dict({n: state[f"net.{n}"] for n in self.net.state_dict()})
         for n, p in self.average.items():
             p.copy_(state[f"average.{n}"])

@@ -250,7 +250,8 @@ class Index:
     def verify(self) -> None:
         """Check every payload file against its checksum.
 
-        Raises: DamagedFile naming the damaged ones.
+        Raises: DamagedFile naming the damaged ones; FileNotFoundError where the folder was saved
+            anew since, and they are gone.
         """
         if damaged := self._core.verify():
             raise DamagedFile("damaged: " + ", ".join(damaged))
