@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regression import false_alarms, slower
-from sections import table, times
+from sections import SERVICES, table, times
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,6 @@ def broken(found: list[dict[str, Any]]) -> str:
     ) or "None."  # fmt: skip
 
 
-# The queues of load.py's results; the second is of older ones.
-SERVICES = {"queue": "back to back", "paced_queue": "after pauses",
-            "loaded_queue": "under that load"}  # fmt: skip
-
-
 def load_rows(found: list[dict[str, Any]], server: str, loop: str) -> list[dict[str, Any]]:
     return [row | {"isa": r["machine"]["isa"]} for r in found if r["kind"] == "load"
             for row in r["rows"] if row["server"] == server and row["loop"] == loop]  # fmt: skip
@@ -108,7 +103,7 @@ def goals(found: list[dict[str, Any]]) -> str:
         for name, service in SERVICES.items():
             if name in row:
                 value = row[f"p99_over_{name}"]
-                add(f"p99 of search at half of saturation at most 1.3 times an M/D/c queue's, "
+                add("p99 of search at half of saturation at most 1.3 times an M/D/c queue's, "
                     f"service measured {service}, {row['isa']}", f"{value:.2f}",
                     value <= 1.3)  # fmt: skip
     ours, batched = (

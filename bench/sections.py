@@ -165,11 +165,11 @@ def at_half(result: dict[str, Any]) -> str:
     return f" (Index.search at half of saturation, p99 over the queue's in each: {each})"
 
 
-# The other queue of load.py's results: of searches of the loop itself, or, in older results, of a
-# client that paused as the arrivals do.
-OTHER_SERVICE = {
-    "loaded_queue": "with the service of searches that find it free",
-    "paced_queue": "with the service after pauses",
+# How the service of each queue of load.py's results was measured; the second is of older ones.
+SERVICES = {
+    "queue": "back to back",
+    "paced_queue": "after pauses",
+    "loaded_queue": "under that load",
 }
 
 
@@ -200,7 +200,7 @@ def load_section(result: dict[str, Any], picture: str) -> str:
             f"in the mean.  \n{where(result)}.",
             table(["server", "loop (share of own saturation)", "clients", "queries/s", "p50 ms",
                    "p99", "p99.9", "stolen", "M/D/c predicts p99 (ours over it)",
-                   OTHER_SERVICE[own]], rows),
+                   f"with the service {SERVICES[own]}"], rows),
             "`stolen`: the part of the cores' time that this virtual machine's host gave to others "
             "meanwhile; no queue knows of it, so each open loop is that one of "
             f"{shape['rounds']} rounds in which it was least{at_half(result)}. The queue "

@@ -268,10 +268,12 @@ def test_a_save_beside_adds_is_whole(built, tmp_path):
 
     with ThreadPoolExecutor(1) as threads:
         adding = threads.submit(add)
-        for _ in range(5):
-            built.save(tmp_path / "db")
-            Database.open(tmp_path / "db")
-        stop.set()
+        try:
+            for _ in range(5):
+                built.save(tmp_path / "db")
+                Database.open(tmp_path / "db")
+        finally:
+            stop.set()
         adding.result()
 
 

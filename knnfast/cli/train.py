@@ -61,7 +61,7 @@ def train(
     """Train a denoiser on the pictures in DATA. No caption is read.
 
     DATA is a folder of images, WebDataset shards (one, a folder of them, or "shard-{000..099}.tar")
-    or a saved database, whose pictures are read from their files (relative to this folder) or else
+    or a saved database, whose pictures are read from their files (relative to where you are), or
     taken from its thumbnails, which is told. A run that was stopped or killed goes on from its last
     checkpoint. The trained model, with DATA as its database, lies under OUT/model, which `--model`
     of the other commands takes.

@@ -188,11 +188,11 @@ def _difference(found: dict[str, Any], now: dict[str, Any], other: str) -> str:
         return other
     for name in found:
         a, b = found[name], now[name]
-        if name in FREE or a == b:
-            continue
         if isinstance(a, dict) and isinstance(b, dict):
-            return _difference(a, b, other)
-        return f"{name} = {a!r}, now it is {b!r}"
+            if inner := _difference(a, b, other):
+                return inner
+        elif name not in FREE and a != b:
+            return f"{name} = {a!r}, now it is {b!r}"
     return ""
 
 
@@ -380,7 +380,8 @@ class Trainer:
                 f"{file}: not a complete checkpoint of this version ({e!r}); give another folder"
             ) from None
         wanted = json.loads(json.dumps(asdict(self.config)))
-        others = [name for name in made_from if made_from[name] != self.made_from.get(name)]
+        sources = {**made_from, **self.made_from}
+        others = [n for n in sources if made_from.get(n) != self.made_from.get(n)]
         difference = (
             _difference(model, self.net.config.to_dict(), "another backbone")
             or _difference(config, wanted, "settings of another kind")
