@@ -12,6 +12,7 @@
 #include "denoiser.h"
 #include "knnfast/index.h"
 #include "ops_cpu.h"
+#include "philox.h"
 #include "thread_pool.h"
 #if KNNFAST_HAS_CUDA
 #include "bindings_cuda.h"
@@ -78,14 +79,13 @@ knnfast::IdSet id_set(const py::object& given, py::object& hold) {
   knnfast::IdSet set;
   if (given.is_none()) return set;
   hold = given;
-  static const int64_t kNothing = 0;
   if (py::isinstance<Bytes>(given)) {
     const Bytes a = given.cast<Bytes>();
-    set.bits = a.size() ? a.data() : reinterpret_cast<const uint8_t*>(&kNothing);
+    set.bits = a.data();
     set.count = a.size();
   } else {
     const Int64s a = given.cast<Int64s>();
-    set.ids = a.size() ? a.data() : &kNothing;
+    set.ids = a.data();
     set.count = a.size();
   }
   return set;
@@ -177,13 +177,35 @@ py::dict stats(const Index& ix) {
   return d;
 }
 
+// Text as the file system has it: bytes that are no UTF-8 become what os.fsencode turns back.
+py::str path_text(const std::string& text) {
+  return py::reinterpret_steal<py::str>(
+      PyUnicode_DecodeFSDefaultAndSize(text.data(), static_cast<py::ssize_t>(text.size())));
+}
+
+std::vector<py::str> verify(const Index& ix) {
+  std::vector<std::string> damaged;
+  {
+    py::gil_scoped_release release;
+    damaged = ix.verify();
+  }
+  std::vector<py::str> out;
+  for (const std::string& path : damaged) out.push_back(path_text(path));
+  return out;
+}
+
 void bind_search(py::module_& m) {
-  py::register_exception<knnfast::DamagedFile>(m, "DamagedFile", PyExc_ValueError);
-  py::register_exception_translator([](std::exception_ptr p) {
+  static PyObject* const damaged_file =
+      py::exception<knnfast::DamagedFile>(m, "DamagedFile", PyExc_ValueError).release().ptr();
+  py::register_exception_translator([](std::exception_ptr p) {  // what() may name any path
     try {
       if (p) std::rethrow_exception(p);
+    } catch (const knnfast::DamagedFile& e) {
+      PyErr_SetObject(damaged_file, path_text(e.what()).ptr());
+    } catch (const std::invalid_argument& e) {
+      PyErr_SetObject(PyExc_ValueError, path_text(e.what()).ptr());
     } catch (const std::system_error& e) {
-      const py::tuple args = py::make_tuple(e.code().value(), e.what());
+      const py::tuple args = py::make_tuple(e.code().value(), path_text(e.what()));
       PyErr_SetObject(PyExc_OSError, args.ptr());
     }
   });
@@ -199,7 +221,11 @@ void bind_search(py::module_& m) {
       .def("vectors", vectors)
       .def("ids",
            [](const Index& ix) {
-             const std::vector<int64_t> ids = ix.ids();
+             std::vector<int64_t> ids;
+             {
+               py::gil_scoped_release unlocked;
+               ids = ix.ids();
+             }
              return Int64s(static_cast<py::ssize_t>(ids.size()), ids.data());
            })
       .def("remove",
@@ -212,12 +238,12 @@ void bind_search(py::module_& m) {
       .def("compact", &Index::compact, release())
       .def("save", &Index::save, release())
       .def_static("open", &Index::open, release())
-      .def("verify", &Index::verify, release())
+      .def("verify", verify)
       .def_property_readonly("dim", &Index::dim)
       .def_property_readonly("metric", [](const Index& ix) { return int(ix.metric()); })
       .def_property_readonly("scan", [](const Index& ix) { return int(ix.scan()); })
-      .def_property_readonly("size", &Index::size)
-      .def_property_readonly("nbytes", &Index::nbytes)
+      .def_property_readonly("size", py::cpp_function(&Index::size, release()))
+      .def_property_readonly("nbytes", py::cpp_function(&Index::nbytes, release()))
       .def("stats", stats);
   m.def("set_num_threads", knnfast::set_num_threads);
   m.def("num_threads", knnfast::num_threads);
@@ -256,6 +282,8 @@ void bind_ops(py::module_& m) {
   using namespace knnfast;
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("ops_isa", [] { return ops_kernels().name; });
+  m.def("unit52", unit52);
+  m.def("below", below);
   m.def("gumbel", [](uintptr_t words, int64_t n, uintptr_t out) {
     ops_kernels().noise(at<uint32_t>(words), n, at<float>(out));
   });

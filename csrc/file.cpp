@@ -9,6 +9,8 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdlib>
+#include <memory>
 #include <system_error>
 
 #include "knnfast/index.h"
@@ -98,6 +100,13 @@ FolderLock::FolderLock(const std::string& folder) : folder_(folder, O_RDONLY | O
   }
 }
 FolderLock::~FolderLock() { flock(folder_.fd(), LOCK_UN); }  // a forked child may hold it, too
+
+std::string real_path(const std::string& path) {
+  const std::unique_ptr<char, decltype(&std::free)> real(realpath(path.c_str(), nullptr),
+                                                         &std::free);
+  if (!real) fail("cannot resolve", path);
+  return real.get();
+}
 
 void sync_folder(const std::string& folder) { File(folder, O_RDONLY | O_DIRECTORY).sync(); }
 

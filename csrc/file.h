@@ -46,6 +46,7 @@ class FolderLock {
   File folder_;
 };
 
+std::string real_path(const std::string& path);  // absolute, without links
 void sync_folder(const std::string& folder);
 std::vector<std::string> names_in(const std::string& folder);
 

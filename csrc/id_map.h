@@ -2,6 +2,7 @@
 // id -> row, for indexes whose own ids do not ascend. Open addressing, 16 bytes a slot.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -11,8 +12,21 @@ class IdMap {
  public:
   static constexpr uint64_t kMissing = ~uint64_t{0};
 
-  bool insert(int64_t id, uint64_t row) {  // false when it is there already
-    if ((used_ + 1) * 20 > slots_.size() * 17) grow();
+  bool has_room(size_t n) const { return (used_ + n) * 20 <= slots_.size() * 17; }
+
+  // A copy without what was erased, with room for n ids more, or an eighth more where that is more:
+  // so ids that come one by one cost little. Three quarters of its slots are taken then.
+  IdMap with_room(size_t n) const {
+    IdMap copy;
+    const size_t most = size_ + std::max(n, size_ / 8);
+    copy.slots_.assign(std::max<size_t>(64, most * 4 / 3 + 1), Slot{kEmpty, 0});
+    for (const Slot& s : slots_)
+      if (s.id >= 0) copy.insert(s.id, s.row);
+    return copy;
+  }
+
+  // Needs room for it. False when it is there already.
+  bool insert(int64_t id, uint64_t row) {
     size_t i = start(id);
     for (; slots_[i].id != kEmpty; i = next(i))
       if (slots_[i].id == id) return false;
@@ -23,14 +37,14 @@ class IdMap {
   }
 
   uint64_t find(int64_t id) const {
-    if (slots_.empty()) return kMissing;
+    if (id < 0 || slots_.empty()) return kMissing;
     for (size_t i = start(id); slots_[i].id != kEmpty; i = next(i))
       if (slots_[i].id == id) return slots_[i].row;
     return kMissing;
   }
 
   void erase(int64_t id) {
-    if (slots_.empty()) return;
+    if (id < 0 || slots_.empty()) return;
     for (size_t i = start(id); slots_[i].id != kEmpty; i = next(i))
       if (slots_[i].id == id) {
         slots_[i].id = kErased;
@@ -55,21 +69,6 @@ class IdMap {
     return static_cast<size_t>(static_cast<unsigned __int128>(h) * slots_.size() >> 64);
   }
   size_t next(size_t i) const { return i + 1 == slots_.size() ? 0 : i + 1; }
-
-  void grow() {  // by half, which also forgets the erased
-    std::vector<Slot> old(std::max<size_t>(64, static_cast<size_t>(size_) * 7 / 4 + 1),
-                          Slot{kEmpty, 0});
-    old.swap(slots_);
-    used_ = size_ = 0;
-    for (const Slot& s : old)
-      if (s.id >= 0) {
-        size_t i = start(s.id);
-        while (slots_[i].id != kEmpty) i = next(i);
-        slots_[i] = s;
-        ++used_;
-        ++size_;
-      }
-  }
 
   std::vector<Slot> slots_;
   size_t used_ = 0, size_ = 0;  // used counts the erased too

@@ -32,13 +32,8 @@ const float* query_floats(const void* queries, DType dtype, int64_t m, int64_t d
 
 }  // namespace
 
-uint64_t Index::Impl::find(const Snapshot& s, int64_t id) const {
-  if (!ascending) {
-    const uint64_t at = map.find(id);
-    if (at == IdMap::kMissing) return at;
-    const SegmentView* view = at >> 32 < s.size() ? &s[at >> 32] : nullptr;
-    return view && static_cast<uint32_t>(at) < view->n ? at : IdMap::kMissing;
-  }
+// Where a live id is in a snapshot whose ids ascend.
+static uint64_t bisect(const Snapshot& s, int64_t id) {
   // The last segment that does not begin after `id`.
   auto after = std::partition_point(
       s.begin(), s.end(), [&](const SegmentView& v) { return v.n == 0 || v.id(0) <= id; });
@@ -56,49 +51,80 @@ uint64_t Index::Impl::find(const Snapshot& s, int64_t id) const {
   return static_cast<uint64_t>(after - s.begin()) << 32 | row;
 }
 
-bool Index::Impl::filter(const Snapshot& s, const SearchOptions& options,
-                         std::vector<LiveMask>& out) const {
-  if (!options.allow.set() && !options.deny.set()) return false;
-  out.resize(s.size());
-  auto clear = [&](uint64_t at) {
-    const uint32_t row = static_cast<uint32_t>(at);
-    out[at >> 32][row / kBlockRows] &= static_cast<uint16_t>(~(1u << row % kBlockRows));
-  };
-  const bool listed = options.allow.ids != nullptr;
-  for (size_t i = 0; i < s.size(); ++i) {
-    const size_t words = s[i].n / kBlockRows + 1;
-    if (listed)
-      out[i].assign(words, 0);
-    else if (s[i].live)
-      out[i].assign(s[i].live->begin(), s[i].live->begin() + static_cast<std::ptrdiff_t>(words));
-    else
-      out[i].assign(words, 0xffff);
-  }
-  if (listed)
-    for (int64_t i = 0; i < options.allow.count; ++i) {
-      const uint64_t at = find(s, options.allow.ids[i]);
-      if (at == IdMap::kMissing) continue;
-      const uint32_t row = static_cast<uint32_t>(at);
-      out[at >> 32][row / kBlockRows] |= static_cast<uint16_t>(1u << row % kBlockRows);
-    }
-  if (options.deny.ids)
-    for (int64_t i = 0; i < options.deny.count; ++i) {
-      const uint64_t at = find(s, options.deny.ids[i]);
-      if (at != IdMap::kMissing) clear(at);
-    }
-  auto has = [](const IdSet& set, int64_t id) {
-    return id / 8 < set.count && (set.bits[id / 8] >> (id % 8) & 1);
-  };
-  if (options.allow.bits || options.deny.bits)
-    for (size_t i = 0; i < s.size(); ++i)
-      for (uint32_t row = 0; row < s[i].n; ++row) {
-        const int64_t id = s[i].id(row);
-        if ((options.allow.bits && !has(options.allow, id)) ||
-            (options.deny.bits && has(options.deny, id)))
-          clear(static_cast<uint64_t>(i) << 32 | row);
-      }
-  return true;
+uint64_t Index::Impl::find(const Snapshot& s, int64_t id) const {
+  return ascending ? bisect(s, id) : map.find(id);
 }
+
+namespace {
+
+// The rows that a search may return, of one snapshot.
+class Filter {
+ public:
+  // Under the index's `state`, which only the id map needs: what else there is to do may take long.
+  Filter(const Index::Impl& impl, const SearchOptions& options)
+      : options_(options), mapped_(!impl.ascending) {
+    if (!mapped_) return;
+    for (int i = 0; i < 2; ++i)
+      if (listed(set(i)))
+        for (int64_t j = 0; j < set(i).count; ++j) at_[i].push_back(impl.map.find(set(i).ids[j]));
+  }
+
+  // One mask a segment; null where all of the snapshot may be returned.
+  const std::vector<LiveMask>* masks(const Snapshot& s) {
+    if (!options_.allow.set() && !options_.deny.set()) return nullptr;
+    masks_.resize(s.size());
+    for (size_t i = 0; i < s.size(); ++i) {
+      const size_t words = s[i].n / kBlockRows + 1;
+      if (listed(options_.allow))
+        masks_[i].assign(words, 0);
+      else if (s[i].live)
+        masks_[i].assign(s[i].live->begin(),
+                         s[i].live->begin() + static_cast<std::ptrdiff_t>(words));
+      else
+        masks_[i].assign(words, 0xffff);
+    }
+    for (int i = 0; i < 2; ++i)
+      for (int64_t j = 0; listed(set(i)) && j < set(i).count; ++j)
+        put(mapped_ ? at_[i][static_cast<size_t>(j)] : bisect(s, set(i).ids[j]), i == 0);
+    if (options_.allow.bits || options_.deny.bits)
+      for (size_t i = 0; i < s.size(); ++i)
+        for (uint32_t row = 0; row < s[i].n; ++row) {
+          const int64_t id = s[i].id(row);
+          if ((options_.allow.bits && !has(options_.allow, id)) ||
+              (options_.deny.bits && has(options_.deny, id)))
+            put(static_cast<uint64_t>(i) << 32 | row, false);
+        }
+    return &masks_;
+  }
+
+ private:
+  static bool listed(const IdSet& set) { return set.set() && !set.bits; }
+  static bool has(const IdSet& set, int64_t id) {
+    return id / 8 < set.count && (set.bits[id / 8] >> (id % 8) & 1);
+  }
+  const IdSet& set(int i) const { return i == 0 ? options_.allow : options_.deny; }
+
+  void put(uint64_t at, bool in) {
+    if (at == IdMap::kMissing) return;
+    const uint32_t row = static_cast<uint32_t>(at);
+    uint16_t& word = masks_[at >> 32][row / kBlockRows];
+    const auto bit = static_cast<uint16_t>(1u << row % kBlockRows);
+    word = static_cast<uint16_t>(in ? word | bit : word & ~bit);
+  }
+
+  const SearchOptions& options_;
+  const bool mapped_;
+  std::vector<uint64_t> at_[2];  // of listed ids, from the map
+  std::vector<LiveMask> masks_;
+};
+
+void check_set(const IdSet& set, const char* name) {
+  if (set.count < 0 ? set.ids || set.bits : set.count && !set.ids && !set.bits)
+    refuse(std::string(name) + ": count must be that of its ids, or of its bitset's bytes");
+  if (set.ids && set.bits) refuse(std::string(name) + ": ids or bits, not both");
+}
+
+}  // namespace
 
 Index::Index(int64_t dim, Metric metric, Scan scan) : impl_(new Impl) {
   if (dim < 1 || dim > kMaxDim)
@@ -118,16 +144,14 @@ static void search_now(const Index::Impl& impl, const void* queries, DType dtype
                        const SearchOptions& options, int64_t stride, Run run) {
   const ExactFloats exact;
   const float* floats = query_floats(queries, dtype, m, impl.dim, stride);
-  std::vector<LiveMask> filter;
-  std::shared_ptr<const Snapshot> snapshot;
-  bool filtered;
-  {
-    std::shared_lock<std::shared_mutex> lock(impl.state);
-    snapshot = impl.current;
-    filtered = impl.filter(*snapshot, options, filter);
-  }
+  check_set(options.allow, "allow");
+  check_set(options.deny, "deny");
+  std::shared_lock<std::shared_mutex> state(impl.state);
+  const std::shared_ptr<const Snapshot> snapshot = impl.current;
+  Filter filter(impl, options);
+  state.unlock();
   Stats stats;
-  run(SearchTask{snapshot.get(), filtered ? &filter : nullptr, floats, m, impl.dim, impl.metric,
+  run(SearchTask{snapshot.get(), filter.masks(*snapshot), floats, m, impl.dim, impl.metric,
                  impl.scan, &impl.doubt},
       stats);
   std::lock_guard<std::mutex> lock(impl.stats_mutex);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What Index holds. One writer at a time changes `current` and the id map under `state`; searches
-// take the snapshot under it and then hold nothing.
+// What Index holds. One writer at a time, who may read all of it, changes it under `state`;
+// searches take the snapshot under it, and where ids lie in it, and then hold nothing.
 #pragma once
 
 #include <atomic>
@@ -50,10 +50,8 @@ struct Index::Impl {
     std::shared_lock<std::shared_mutex> lock(state);
     return current;
   }
-  // segment << 32 | row of a live id, or IdMap::kMissing; under `state`.
+  // segment << 32 | row of a live id, or IdMap::kMissing; by the writer or under `state`.
   uint64_t find(const Snapshot& s, int64_t id) const;
-  // The rows a search may return, one mask a segment; false when all of the snapshot may be.
-  bool filter(const Snapshot& s, const SearchOptions& options, std::vector<LiveMask>& out) const;
 };
 
 }  // namespace knnfast

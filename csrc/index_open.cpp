@@ -77,6 +77,29 @@ std::shared_ptr<Buffer> load(const std::string& folder, const FileEntry& entry, 
   return b;
 }
 
+// Whether a payload is there as the manifest says. Throws where that cannot be told.
+bool intact(const std::string& folder, const FileEntry& entry) {
+  try {
+    File f(folder + "/" + entry.name, O_RDONLY);
+    std::vector<char> part(size_t{1} << 20);
+    uint64_t left = f.size();
+    if (left != entry.bytes) return false;
+    uint32_t crc = 0;
+    while (left) {
+      const size_t n = static_cast<size_t>(std::min<uint64_t>(left, part.size()));
+      f.read(part.data(), n);
+      crc = crc32c(part.data(), n, crc);
+      left -= n;
+    }
+    return crc == entry.crc;
+  } catch (const DamagedFile&) {  // it is no file, or became shorter meanwhile
+    return false;
+  } catch (const std::system_error& e) {
+    if (e.code().value() != ENOENT) throw;
+    return false;
+  }
+}
+
 Buffer copy_floats(const float* from, size_t n) {
   Buffer b = Buffer::reserve(n * 4);
   std::memcpy(b.as<float>(), from, n * 4);
@@ -213,21 +236,25 @@ Index Index::open(const std::string& folder, bool map) {
           impl->last_id = std::max(impl->last_id, id);
           impl->live += v.alive(r);
         }
-      if (!impl->ascending)
+      if (!impl->ascending) {
+        impl->map = IdMap().with_room(static_cast<size_t>(impl->live));
         for (size_t s = 0; s < snapshot->size(); ++s)
           for (uint32_t r = 0; r < (*snapshot)[s].n; ++r)
             if ((*snapshot)[s].alive(r) &&
                 !impl->map.insert((*snapshot)[s].id(r), uint64_t{s} << 32 | r))
               throw std::runtime_error("an id comes twice");
+      }
       impl->current = snapshot;
     } catch (const DamagedFile&) {
       throw;
     } catch (const std::system_error&) {
       throw;
     } catch (const std::runtime_error& e) {
+      for (const FileEntry& f : impl->files)  // mapped ones were not checked
+        if (!intact(folder, f)) damaged(folder + "/" + f.name, "its checksum is wrong");
       damaged(path, e.what());
     }
-    impl->folder = folder;
+    impl->folder = real_path(folder);
     return Index(std::move(impl));
   };
   for (;;) {
@@ -255,23 +282,7 @@ std::vector<std::string> Index::verify() const {
   }
   std::vector<char> bad(files.size());
   parallel_for(static_cast<int64_t>(files.size()), [&](int, int64_t i) {
-    const FileEntry& e = files[static_cast<size_t>(i)];
-    try {
-      File f(folder + "/" + e.name, O_RDONLY);
-      uint32_t crc = 0;
-      std::vector<char> part(size_t{1} << 20);
-      uint64_t left = f.size();
-      bool ok = left == e.bytes;
-      while (ok && left) {
-        const size_t n = static_cast<size_t>(std::min<uint64_t>(left, part.size()));
-        f.read(part.data(), n);
-        crc = crc32c(part.data(), n, crc);
-        left -= n;
-      }
-      bad[static_cast<size_t>(i)] = !ok || crc != e.crc;
-    } catch (const std::exception&) {
-      bad[static_cast<size_t>(i)] = 1;
-    }
+    bad[static_cast<size_t>(i)] = !intact(folder, files[static_cast<size_t>(i)]);
   });
   std::vector<std::string> out;
   for (size_t i = 0; i < files.size(); ++i)

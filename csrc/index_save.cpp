@@ -207,6 +207,7 @@ void Index::save(const std::string& folder) const {
   ours.lock();
   check_place(folder);
 
+  const std::string whole = real_path(folder);
   const std::string generation = new_generation();
   std::string segments, rotation;
   for (size_t i = 0; i < snapshot->size(); ++i) {
@@ -235,7 +236,7 @@ void Index::save(const std::string& folder) const {
   sync_folder(folder);
   remove_others(folder, ours.files);
   std::unique_lock<std::shared_mutex> lock(m.state);
-  m.folder = folder;
+  m.folder = whole;
   m.files = std::move(ours.files);
 }
 

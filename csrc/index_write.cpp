@@ -75,6 +75,17 @@ void extend_codes(Snapshot& snapshot, size_t s, uint32_t old_n, int64_t dim, boo
   quantize_blocks(*view.segment, *view.codes, dim, begin, end, cosine);
 }
 
+// The live rows' ids, with room for n more.
+IdMap map_of(const Snapshot& snapshot, int64_t n) {
+  size_t rows = static_cast<size_t>(n);
+  for (const SegmentView& v : snapshot) rows += v.n;
+  IdMap map = IdMap().with_room(rows);
+  for (size_t s = 0; s < snapshot.size(); ++s)
+    for (uint32_t r = 0; r < snapshot[s].n; ++r)
+      if (snapshot[s].alive(r)) map.insert(snapshot[s].id(r), uint64_t{s} << 32 | r);
+  return map;
+}
+
 }  // namespace
 
 void Index::add(const void* vectors, DType dtype, int64_t n, const int64_t* ids, int64_t* ids_out,
@@ -86,7 +97,7 @@ void Index::add(const void* vectors, DType dtype, int64_t n, const int64_t* ids,
   if (stride == 0) stride = m.dim;
   const ExactFloats exact;
   std::lock_guard<std::mutex> one(m.writer);
-  Snapshot next = *m.snapshot();
+  Snapshot next = *m.current;
 
   if (ids) {
     for (int64_t i = 0; i < n; ++i)
@@ -139,32 +150,38 @@ void Index::add(const void* vectors, DType dtype, int64_t n, const int64_t* ids,
     first += count;
   }
 
+  // What may fail comes before the lock: then everything changes, or nothing.
   auto id_at = [&](int64_t i) { return ids ? ids[i] : m.next_id + i; };
-  std::unique_lock<std::shared_mutex> lock(m.state);
-  if (!ascending) {
-    IdMap fresh;
-    IdMap& map = m.ascending ? fresh : m.map;
-    if (m.ascending)
-      for (size_t s = 0; s < m.current->size(); ++s)
-        for (uint32_t r = 0; r < (*m.current)[s].n; ++r)
-          if ((*m.current)[s].alive(r)) map.insert((*m.current)[s].id(r), uint64_t{s} << 32 | r);
+  auto insert_all = [&](IdMap& map) {
     for (const Piece& p : pieces)
       for (int64_t i = 0; i < p.n; ++i)
         if (!map.insert(id_at(p.first + i),
-                        uint64_t{p.segment} << 32 | (p.at + static_cast<uint64_t>(i)))) {
-          for (int64_t done = 0; done < p.first + i; ++done) map.erase(id_at(done));
-          refuse("ids: " + std::to_string(id_at(p.first + i)) + " is taken already");
-        }
-    if (m.ascending) m.map = std::move(fresh);
-    m.ascending = false;
-  }
-  int64_t highest = id_at(n - 1);
+                        uint64_t{p.segment} << 32 | (p.at + static_cast<uint64_t>(i))))
+          return p.first + i;
+    return int64_t{-1};
+  };
+  int64_t taken = -1, highest = id_at(n - 1);
   for (int64_t i = 0; ids && i < n; ++i) highest = std::max(highest, ids[i]);
+  auto published = std::make_shared<const Snapshot>(std::move(next));
+  IdMap map;
+  const bool remap = !ascending && (m.ascending || !m.map.has_room(static_cast<size_t>(n)));
+  if (remap) {
+    map = m.ascending ? map_of(*m.current, n) : m.map.with_room(static_cast<size_t>(n));
+    taken = insert_all(map);
+  }
+  std::unique_lock<std::shared_mutex> lock(m.state);
+  if (!ascending && !remap) {
+    taken = insert_all(m.map);
+    for (int64_t done = 0; done < taken; ++done) m.map.erase(id_at(done));
+  }
+  if (taken >= 0) refuse("ids: " + std::to_string(id_at(taken)) + " is taken already");
+  if (remap) std::swap(m.map, map);
+  m.ascending = ascending;
   m.last_id = std::max(m.last_id, highest);
   m.next_id = std::max(m.next_id, highest + 1);
   m.live += n;
   for (int64_t i = 0; ids_out && i < n; ++i) ids_out[i] = ids ? ids[i] : m.next_id - n + i;
-  m.current = std::make_shared<Snapshot>(std::move(next));
+  m.current.swap(published);
 }
 
 void Index::skip_ids(int64_t next) {
@@ -176,10 +193,9 @@ void Index::skip_ids(int64_t next) {
 int64_t Index::remove(const int64_t* ids, int64_t n) {
   Impl& m = *impl_;
   std::lock_guard<std::mutex> one(m.writer);
-  Snapshot next = *m.snapshot();
+  Snapshot next = *m.current;
   std::vector<std::shared_ptr<LiveMask>> masks(next.size());
-  std::unique_lock<std::shared_mutex> lock(m.state);
-  int64_t found = 0;
+  std::vector<int64_t> found;
   for (int64_t i = 0; i < n; ++i) {
     const uint64_t at = m.find(*m.current, ids[i]);
     if (at == IdMap::kMissing) continue;
@@ -189,26 +205,28 @@ int64_t Index::remove(const int64_t* ids, int64_t n) {
       const size_t words = static_cast<size_t>(next[s].segment->capacity) / kBlockRows + 1;
       masks[s] = next[s].live ? std::make_shared<LiveMask>(*next[s].live)
                               : std::make_shared<LiveMask>(words, 0xffff);
+      next[s].live = masks[s];
     }
     uint16_t& word = (*masks[s])[row / kBlockRows];
     const uint16_t bit = static_cast<uint16_t>(1u << row % kBlockRows);
     if (!(word & bit)) continue;  // given twice
     word = static_cast<uint16_t>(word & ~bit);
-    if (!m.ascending) m.map.erase(ids[i]);
-    ++found;
+    found.push_back(ids[i]);
   }
-  for (size_t s = 0; s < next.size(); ++s)
-    if (masks[s]) next[s].live = masks[s];
-  m.live -= found;
-  m.current = std::make_shared<Snapshot>(std::move(next));
-  return found;
+  auto published = std::make_shared<const Snapshot>(std::move(next));
+  std::unique_lock<std::shared_mutex> lock(m.state);
+  if (!m.ascending)
+    for (int64_t id : found) m.map.erase(id);
+  m.live -= static_cast<int64_t>(found.size());
+  m.current.swap(published);
+  return static_cast<int64_t>(found.size());
 }
 
 void Index::compact() {
   Impl& m = *impl_;
   const ExactFloats exact;
   std::lock_guard<std::mutex> one(m.writer);
-  const std::shared_ptr<const Snapshot> old = m.snapshot();
+  const std::shared_ptr<const Snapshot> old = m.current;
   const int64_t capacity = segment_capacity(m.dim);
   Snapshot next;
   size_t kept = 0;  // full segments without a removed row stay as they are
@@ -241,14 +259,12 @@ void Index::compact() {
   if (m.coded())
     for (size_t s = kept; s < next.size(); ++s)
       extend_codes(next, s, 0, m.dim, m.metric == Metric::cosine);
+  IdMap map;
+  if (!m.ascending) map = map_of(next, 0);
+  auto published = std::make_shared<const Snapshot>(std::move(next));
   std::unique_lock<std::shared_mutex> lock(m.state);
-  if (!m.ascending) {
-    IdMap map;
-    for (size_t s = 0; s < next.size(); ++s)
-      for (uint32_t r = 0; r < next[s].n; ++r) map.insert(next[s].id(r), uint64_t{s} << 32 | r);
-    m.map = std::move(map);
-  }
-  m.current = std::make_shared<Snapshot>(std::move(next));
+  std::swap(m.map, map);
+  m.current.swap(published);
 }
 
 }  // namespace knnfast

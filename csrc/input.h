@@ -7,26 +7,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "exact_floats.h"
 #include "kernels.h"
 #include "knnfast/index.h"
 
-#ifdef KNNFAST_X86
-#include <xmmintrin.h>
-#endif
-
 namespace knnfast {
-
-// Denormals count: a caller's flush-to-zero mode would change the canonical score.
-class ExactFloats {
- public:
-#ifdef KNNFAST_X86
-  ExactFloats() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-  ~ExactFloats() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#endif
-};
 
 [[noreturn]] inline void refuse(const std::string& what) { throw std::invalid_argument(what); }
 

@@ -6,9 +6,6 @@
 #include <sched.h>
 #endif
 #include <unistd.h>
-#ifdef KNNFAST_X86
-#include <xmmintrin.h>
-#endif
 
 #include <algorithm>
 #include <atomic>
@@ -16,9 +13,11 @@
 #include <exception>
 #include <mutex>
 #include <stdexcept>
+#include <system_error>
 #include <thread>
 #include <vector>
 
+#include "exact_floats.h"
 #include "knnfast/index.h"
 
 namespace knnfast {
@@ -63,7 +62,11 @@ class Steering {
 class Pool {
  public:
   explicit Pool(int workers) : steering_(size_t(workers)) {
-    for (int i = 0; i < workers; ++i) threads_.emplace_back([this, i] { serve(i + 1); });
+    threads_.reserve(size_t(workers));
+    try {
+      for (int i = 0; i < workers; ++i) threads_.emplace_back([this, i] { serve(i + 1); });
+    } catch (const std::system_error&) {  // the system gives no more
+    }
   }
 
   ~Pool() {
@@ -109,9 +112,7 @@ class Pool {
   }
 
   void serve(int thread) {
-#ifdef KNNFAST_X86
-    _mm_setcsr(0x1f80);  // subnormals count, whatever the thread does that made this one
-#endif
+    set_float_mode(kExactFloats);  // whatever that of the thread is that made this one
     uint64_t seen = 0;
     for (;;) {
       const TaskRef* work;
@@ -250,6 +251,7 @@ void parallel_for(int64_t tasks, TaskRef work, int threads) {
       if (o.workers != threads - 1) {
         delete o.pool;
         o.pool = nullptr;
+        o.workers = -1;
         o.pool = new Pool(threads - 1);
         o.workers = threads - 1;
       }

@@ -38,9 +38,10 @@ class Turn {
 };
 
 // Calls work(int thread, int64_t task) once for every task in [0, tasks), handed out one at a time
-// to at most `threads` threads (0: num_threads()), the caller among them; thread < threads.
-// Rethrows the first exception. When another caller holds the pool, everything runs on the caller:
-// many threads that search at once need no pool.
+// to at most `threads` threads (0: num_threads()), the caller among them; thread < threads. Where
+// the system refuses some of them, those that there are do the work. Rethrows the first exception.
+// When another caller holds the pool, everything runs on the caller: many threads that search at
+// once need no pool.
 void parallel_for(int64_t tasks, TaskRef work, int threads = 0);
 
 }  // namespace knnfast

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from knnfast import _files
+from knnfast.search import interop
 from knnfast.search.index import Index
 
 METRIC_INNER_PRODUCT = 0
@@ -257,13 +258,26 @@ class _Flat:
         return _into(labels, found)
 
     def search_and_reconstruct(
-        self, x: Any, k: int, *, params: SearchParameters | None = None
+        self,
+        x: Any,
+        k: int,
+        *,
+        params: SearchParameters | None = None,
+        D: np.ndarray | None = None,
+        I: np.ndarray | None = None,
+        R: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Distances, labels and the rows themselves, [n, k, d]; NaN where there is none."""
+        """Distances, labels and the rows themselves, [n, k, d]; into D, I and R where given.
+
+        NaN where there is no row.
+        """
         distances, labels = self.search(x, k, params=params)
         rows = np.full((*labels.shape, self.d), np.nan, np.float32)
         rows[labels >= 0] = self.reconstruct_batch(labels[labels >= 0])
-        return distances, labels, rows
+        given = (("D", D, distances), ("I", I, labels), ("R", R, rows))
+        for name, out, found in given:
+            _check_out(name, out, found)
+        return _into(D, distances), _into(I, labels), _into(R, rows)
 
     def range_search(
         self, x: Any, thresh: float, *, params: SearchParameters | None = None
@@ -280,17 +294,19 @@ class _Flat:
         _check_out("x", x, row)
         return _into(x, row)
 
-    def reconstruct_batch(self, key: Any) -> np.ndarray:
-        """Stored rows as float32."""
-        return self._index.vectors(key).astype(np.float32)
+    def reconstruct_batch(self, key: Any, x: np.ndarray | None = None) -> np.ndarray:
+        """Stored rows as float32; into x where it is given."""
+        rows = self._index.vectors(key).astype(np.float32)
+        _check_out("x", x, rows)
+        return _into(x, rows)
 
-    def reconstruct_n(self, n0: int = 0, ni: int = -1) -> np.ndarray:
+    def reconstruct_n(self, n0: int = 0, ni: int = -1, x: np.ndarray | None = None) -> np.ndarray:
         """Stored rows n0 to n0 + ni, in order, as float32; ni = -1: to the last one."""
         ids = self._index.ids
         end = len(ids) if ni == -1 else n0 + ni
         if not 0 <= n0 <= end <= len(ids):
             raise ValueError(f"n0 and ni: rows [{n0}, {end}) of {len(ids)}")
-        return self.reconstruct_batch(ids[n0:end])
+        return self.reconstruct_batch(ids[n0:end], x)
 
     def remove_ids(self, x: Any) -> int:
         """Remove rows by label: a list of labels or a selector."""
@@ -305,19 +321,25 @@ class IndexFlat(_Flat):
 
     def __init__(self, d: int, metric: int = METRIC_L2) -> None:
         self._index = Index(d, metric=_metric(metric))
+        self._opened = False  # from a file, of which rows may have been removed at the end
 
     def add(self, x: Any) -> None:
         """Append rows; labels count up from 0."""
-        self._index.add(_rows("x", x))
+        rows = _rows("x", x)
+        self._index.add(rows, self.ntotal + np.arange(len(rows)) if self._opened else None)
 
     def remove_ids(self, x: Any) -> int:
         """Remove rows; as in FAISS, the labels of those behind them move down."""
-        removed = super().remove_ids(x)
-        if removed:
-            kept = self._index.vectors(self._index.ids)
-            self.reset()
-            self._index.add(kept)
-        return removed
+        ids = self._index.ids
+        if isinstance(x, IDSelector):
+            gone = x.members(ids)
+        else:
+            gone = np.isin(ids, interop.as_ids(x, "x"))
+        if gone.any():
+            kept = Index(self.d, metric=self._index.metric)
+            kept.add(self._index.vectors(ids[~gone]))
+            self._index = kept
+        return int(gone.sum())
 
 
 class IndexFlatIP(IndexFlat):
@@ -401,6 +423,8 @@ def read_index(path: str | os.PathLike[str]) -> _Flat:
     own = kind.is_file() and _files.read_json(kind, _FORMAT).get("labels") == "own"
     if own or not np.array_equal(opened.ids, np.arange(len(opened))):
         flat = IndexIDMap(flat)
+    else:
+        flat._opened = True
     flat._index = opened
     return flat
 

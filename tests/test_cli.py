@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from PIL import Image
 
 from knnfast import _C, KNNDiffusion
 from knnfast.cli import main
+from knnfast.diffusion.denoiser import Denoiser
+from knnfast.diffusion.pairs import ConditionConfig
+from knnfast.diffusion.unet import UNetConfig
 from knnfast.pipeline import Interrupted
 
 
@@ -309,3 +313,91 @@ def test_an_image_that_is_none(tmp_path):
 def test_debug_shows_the_traceback():
     result = invoke("--debug", "database", "info", "nowhere")
     assert isinstance(result.exception, FileNotFoundError)
+
+
+class SeenError(Exception):
+    """What a command hands to the call behind it."""
+
+
+def keywords(monkeypatch, target, *words):
+    """The keyword arguments with which a command calls `target`."""
+    seen = {}
+
+    def call(*args, **options):
+        seen.update(options)
+        raise SeenError
+
+    monkeypatch.setattr(target, call)
+    result = invoke(*words)
+    assert isinstance(result.exception, SeenError), result.output
+    return seen
+
+
+def test_options_of_generate_arrive(monkeypatch):
+    words = ["generate", "pizza", "--image-weight", 0.25, "-n", 3, "--k", 4, "--steps", 7,
+             "--guidance", 1.5, "--truncation", 0.75, "--solver", "ddim", "--seed", 9,
+             "--group", "food", "--group", "drinks", "--no-query"]  # fmt: skip
+    call = "knnfast.pipeline.KNNDiffusion.__call__"
+    seen = keywords(monkeypatch, call, *words)
+    wanted = {
+        "image": None, "image_weight": 0.25, "num_images": 3, "k": 4, "steps": 7, "guidance": 1.5,
+        "truncation": 0.75, "solver": "ddim", "seed": 9, "groups": ["food", "drinks"],
+        "use_query": False, "use_neighbours": True,
+    }  # fmt: skip
+    assert {name: seen[name] for name in wanted} == wanted
+    seen = keywords(monkeypatch, call, "generate", "pizza", "--no-neighbours")
+    assert (seen["use_query"], seen["use_neighbours"], seen["groups"]) == (True, False, None)
+
+
+def test_options_of_edit_arrive(folder, monkeypatch):
+    words = ["edit", folder / "red-0.png", "green", "--strength", 0.5, "-n", 3, "--image-weight",
+             0.25, "--keep", 0.4, "--k", 4, "--steps", 7, "--guidance", 1.5, "--truncation", 0.75,
+             "--seed", 9, "--group", "food"]  # fmt: skip
+    wanted = {
+        "mask": None, "strength": 0.5, "num_images": 3, "image_weight": 0.25, "keep": 0.4, "k": 4,
+        "steps": 7, "guidance": 1.5, "truncation": 0.75, "seed": 9, "groups": ["food"],
+    }  # fmt: skip
+    seen = keywords(monkeypatch, "knnfast.pipeline.KNNDiffusion.edit", *words)
+    assert {name: seen[name] for name in wanted} == wanted
+
+
+def test_options_of_train_arrive(folder, tmp_path, monkeypatch):
+    words = ["train", folder, "--out", tmp_path / "run", "--steps", 5, "--batch", 6, "--accumulate",
+             2, "--lr", 0.01, "--k", 3, "--versions", 4, "--baseline", "lafite", "--noise", 0.5,
+             "--importance", "--candidates", 17, "--checkpoint-every", 11, "--precision", "bf16",
+             "--seed", 8, "--from", "stickers"]  # fmt: skip
+    call = "knnfast.diffusion.training.train"
+    seen = keywords(monkeypatch, call, *words)
+    config, wanted = seen["config"], {
+        "steps": 5, "batch": 6, "accumulate": 2, "lr": 0.01, "importance": True, "candidates": 17,
+        "checkpoint_every": 11, "bf16": True, "seed": 8,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in wanted} == wanted
+    assert config.condition == replace(
+        ConditionConfig(k=3).baseline("lafite", 0.5), semantic=config.condition.semantic
+    )
+    assert seen["worlds"] == 4
+    assert isinstance(seen["start"], Denoiser)
+    assert seen["model"] == seen["start"].config
+    seen = keywords(monkeypatch, call, "train", folder, "--out", tmp_path / "run",
+                    "--backbone", "continuous", "--precision", "fp32")  # fmt: skip
+    assert (seen["config"].lr, seen["config"].bf16, seen["start"]) == (1e-3, False, None)
+    assert isinstance(seen["model"], UNetConfig)
+
+
+def test_options_of_evaluate_arrive(monkeypatch):
+    words = ["evaluate", "stickers", "--judge", "judge", "--inception", "weights", "--prompts", 7,
+             "--other-prompts", 6, "--other-samples", 5, "--k", 4, "--steps", 3, "--guidance", 2.5,
+             "--truncation", 0.5, "--seed", 9]  # fmt: skip
+    wanted = {
+        "inception": "weights", "prompts": 7, "other_prompts": 6, "other_samples": 5, "k": 4,
+        "steps": 3, "guidance": 2.5, "truncation": 0.5, "seed": 9,
+    }  # fmt: skip
+    seen = keywords(monkeypatch, "knnfast.evaluate.evaluate", *words)
+    assert {name: seen[name] for name in wanted} == wanted
+    words = ["evaluate", "stickers", "--ablation", "k", "--judge", "judge", "--prompts", 7,
+             "--seed", 9, "--continuous", "other"]  # fmt: skip
+    monkeypatch.setattr(KNNDiffusion, "from_pretrained", lambda name, **options: (name, options))
+    seen = keywords(monkeypatch, "knnfast.ablations.run", *words)
+    assert (seen["judge"], seen["prompts"], seen["seed"]) == ("judge", 7, 9)
+    assert seen["continuous"] == ("other", {"device": "cpu", "backbone": "continuous"})

@@ -9,8 +9,9 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
-from knnfast import _C
+from knnfast import _C, reference
 from knnfast.search import Index, set_num_threads
 
 
@@ -175,19 +176,62 @@ def test_padding():
     assert scores.tolist() == [4, np.inf]
 
 
+def test_negative_ids_are_nobodys():
+    """Not those of the slots that removed rows have left in the id map, either."""
+    for n in range(60, 120):
+        index = Index(4)
+        x = np.ones((n, 4), np.float32)
+        index.add(x, np.arange(n)[::-1])
+        index.remove(np.arange(n))
+        for id in (-1, -2, -(2**63)):
+            assert index.search(x[0], 1, allow=[id])[1].tolist() == [-1]
+            assert index.remove([id]) == 0
+            with pytest.raises(ValueError, match=f"{id} is not in the index"):
+                index.vectors([id])
+        assert index.add(x, np.arange(n)).tolist() == list(range(n))
+        assert index.remove([-2]) == 0
+        assert len(index) == n
+
+
+@pytest.mark.parametrize("scan", ["fp16", "int8"])
 @pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
-def test_range_search(metric, seed):
+def test_range_search(metric, scan, seed):
+    """Rows strictly beyond the radius, in order: over threads, chunks, stops, removals, filters."""
     rng = np.random.default_rng(seed)
-    x, q = rng.standard_normal((2000, 32)), rng.standard_normal((5, 32))
-    index = Index(32, metric)
-    index.add(x.astype(np.float32))
-    scores, ids = index.search(q.astype(np.float32), 2000)
-    radius = float(np.mean(scores[:, 50], dtype=np.float64))
-    lims, found_scores, found = index.range_search(q.astype(np.float32), radius)
-    for i in range(5):
-        inside = scores[i] < radius if metric == "l2" else scores[i] > radius
-        np.testing.assert_array_equal(found[lims[i] : lims[i + 1]], ids[i][inside])
-        np.testing.assert_array_equal(found_scores[lims[i] : lims[i + 1]], scores[i][inside])
+    n, d = 20_000, 128
+    # Integers, so that scores tie and the radius is one of them.
+    x, q = rng.integers(-3, 4, (n, d)), rng.integers(-3, 4, (5, d)).astype(np.float32)
+    x[rng.random(n) < 0.5, d // 4 :] //= 3
+    index = Index(d, metric, scan=scan)
+    index.add(x.astype(np.float16))
+    gone = rng.choice(n, 500, replace=False)
+    index.remove(gone)
+    some = rng.choice(n, n // 2, replace=False)
+    threads = _C.num_threads()
+    try:
+        for number, options in ((3, {}), (1, {"allow": some}), (3, {"deny": some})):
+            set_num_threads(number)
+            kept = np.setdiff1d(np.arange(n), gone)
+            if options:
+                kept = kept[np.isin(kept, some) == ("allow" in options)]
+            scores, ids = reference.topk(
+                torch.as_tensor(q), torch.as_tensor(x[kept].astype(np.float16)), len(kept), metric,
+                torch.as_tensor(kept),
+            )  # fmt: skip
+            scores, ids = scores.numpy(), ids.numpy()
+            radius = float(scores[0, 150])
+            if metric == "cosine":  # between two scores: these are rounded to float
+                radius = (radius + float(scores[0][scores[0] < radius][0])) / 2
+            lims, found_scores, found = index.range_search(q, radius, **options)
+            for i in range(len(q)):
+                inside = scores[i] < radius if metric == "l2" else scores[i] > radius
+                np.testing.assert_array_equal(found[lims[i] : lims[i + 1]], ids[i][inside])
+                np.testing.assert_array_equal(
+                    found_scores[lims[i] : lims[i + 1]], scores[i][inside]
+                )
+            assert 100 < lims[1] < 200
+    finally:
+        set_num_threads(threads)
 
 
 def test_memory():
@@ -204,6 +248,19 @@ def test_memory():
     assert own.nbytes <= n * (3 * d + 48) + 4 * d
 
 
+@pytest.mark.parametrize("pieces", [1, 60])
+def test_memory_of_own_ids(pieces):
+    """At whatever number of rows their table has just grown."""
+    rng = np.random.default_rng(2)
+    d, most = 16, 20_000
+    x, ids = rng.standard_normal((most, d), dtype=np.float32), rng.permutation(10 * most)
+    for n in range(1000, most, 977):
+        index = Index(d)
+        for part in np.array_split(np.arange(n), pieces):
+            index.add(x[part], ids[part])
+        assert index.nbytes <= n * (3 * d + 48) + 4 * d, n
+
+
 def test_stats_show_what_the_scan_proved():
     rng = np.random.default_rng(0)
     index = Index(128)
@@ -214,7 +271,9 @@ def test_stats_show_what_the_scan_proved():
     assert 10 <= stats["rows_rescored"] < 2_000
     ties = Index(128)
     ties.add(np.ones((50_000, 128), np.float16))
-    ties.search(np.ones(128, np.float32), 10)
+    scores, ids = ties.search(np.ones(128, np.float32), 10)
+    assert ids.tolist() == list(range(10))
+    assert (scores == 128).all()
     assert ties.stats["chunks_canonical"] > ties.stats["chunks_int8"]
 
 
@@ -271,6 +330,149 @@ def test_plan_allocates_nothing(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
 
 
+FAILING = """
+#include <cstdlib>
+#include <new>
+static long left = -1;  // allocations before the one that fails; below 0: none does
+extern "C" void fail_after(long n) { left = n; }
+static void* get(void* p) {
+  if (left >= 0 && left-- == 0) throw std::bad_alloc();
+  return p ? p : throw std::bad_alloc();
+}
+void* operator new(std::size_t n) { return get(std::malloc(n)); }
+void* operator new(std::size_t n, std::align_val_t at) {
+  const std::size_t to = static_cast<std::size_t>(at);
+  return get(std::aligned_alloc(to, (n + to - 1) / to * to));
+}
+"""
+
+OUT_OF_MEMORY = """
+import ctypes, itertools, sys
+import numpy as np
+from knnfast.search import Index, set_num_threads
+
+set_num_threads(1)
+fail_after = ctypes.CDLL(None).fail_after
+fail_after.argtypes = [ctypes.c_long]
+rng = np.random.default_rng(0)
+x = rng.standard_normal((200, 24)).astype(np.float32)
+
+
+def state(index):
+    ids = index.ids
+    found = [tuple(map(tuple, part)) for part in index.search(x[:3], 5)]
+    return len(index), ids.tolist(), found, index.vectors(ids).tobytes()
+
+
+def check(make, change, expected):
+    for k in itertools.count():
+        index = make()
+        before = state(index)
+        fail_after(k)
+        try:
+            change(index)
+        except MemoryError:
+            assert state(index) == before, k
+            change(index)
+            expected(index)
+        else:
+            fail_after(-1)
+            expected(index)
+            return print(k)
+
+
+def filled(ids):
+    index = Index(24)
+    index.add(x[:100], ids)
+    return index
+
+
+for ids in (None, np.arange(100)[::-1].copy()):
+    taken = np.arange(100)
+
+    def added(index):
+        assert sorted(index.ids.tolist()) == [*range(100), *range(500, 600)]
+        assert index.search(x[150], 1, allow=[549])[1].tolist() == [549]
+
+    check(lambda: filled(ids), lambda ix: ix.add(x[100:], np.arange(599, 499, -1)), added)
+
+    def removed(index):
+        assert sorted(index.ids.tolist()) == list(range(30, 100))
+        assert index.remove(np.arange(31)) == 1
+        assert index.add(x[:2], [5, 7]).tolist() == [5, 7]
+
+    check(lambda: filled(ids), lambda ix: ix.remove(np.arange(30)), removed)
+
+    def half():
+        index = filled(ids)
+        index.remove(np.arange(0, 100, 2))
+        return index
+
+    def compacted(index):
+        assert index.remove([3]) == 1
+
+    check(half, lambda ix: ix.compact(), compacted)
+"""
+
+
+def compile_cpp(code, path):
+    path.with_suffix(".cpp").write_text(code)
+    subprocess.run(
+        ["c++", "-shared", "-fPIC", "-std=c++17", "-o", path, path.with_suffix(".cpp")], check=True
+    )
+    return str(path)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_memory_that_runs_out_changes_nothing(tmp_path):
+    """Whichever allocation of an add, a removal or a compaction fails."""
+    failing = compile_cpp(FAILING, tmp_path / "failing.so")
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY], env={**os.environ, "LD_PRELOAD": failing},
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    counts = [int(line) for line in done.stdout.split()]
+    assert len(counts) == 6
+    assert min(counts) > 2  # each had some that could fail
+
+
+FEW_THREADS = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <pthread.h>
+static int left = 1 << 30;
+void threads_left(int n) { left = n; }
+int pthread_create(pthread_t* t, const pthread_attr_t* a, void* (*f)(void*), void* arg) {
+  static int (*real)(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*);
+  if (!real) real = (int (*)(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*))
+      dlsym(RTLD_NEXT, "pthread_create");
+  return left-- > 0 ? real(t, a, f, arg) : EAGAIN;
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.parametrize("left", [0, 2])
+def test_threads_that_the_system_refuses(tmp_path, left):
+    """Under a limit of a container, say: those that there are do the work."""
+    code = (
+        "import ctypes, numpy as np\n"
+        "from knnfast.search import Index, set_num_threads\n"
+        f"ctypes.CDLL(None).threads_left({left})\n"
+        "x = np.random.default_rng(0).standard_normal((40000, 32), dtype=np.float32)\n"
+        "answers = []\n"
+        "for n in (8, 9, 1, 8):\n"
+        "    set_num_threads(n)\n"
+        "    ix = Index(32); ix.add(x)\n"
+        "    answers.append(ix.search(x[:20], 5)[1].tolist())\n"
+        "assert answers == answers[:1] * 4\n"
+    )
+    few = compile_c(FEW_THREADS, tmp_path / "few.so", "-ldl")
+    env = {**os.environ, "LD_PRELOAD": few, "OPENBLAS_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, timeout=120)
+
+
 LISTENER = """
 #include <stddef.h>
 #include <stdio.h>
@@ -307,40 +509,62 @@ def test_phases_have_nvtx_ranges(tmp_path):
     assert heard == {f"knnfast.{phase}" for phase in ("scan", "select", "rescore", "merge")}
 
 
-def test_snapshots(seed):
+@pytest.mark.parametrize("others", [0, 40_000])  # below 2^20 elements a search has one thread
+def test_snapshots(others, seed):
     """Readers while one thread adds and removes: every answer is that of some snapshot."""
     rng = np.random.default_rng(seed)
     d, seconds = 32, float(os.environ.get("KNNFAST_STRESS_SECONDS", "3"))
     index = Index(d, "l2")
-    row = rng.standard_normal(d).astype(np.float32)
-    index.add(np.stack([row] * 64), np.arange(64))
-    stop, failures = threading.Event(), []
+    query = rng.integers(-8, 9, d).astype(np.float32)
+    batch_rows = np.repeat(query[None], 64, 0)
+    batch_rows[:, 0] += np.arange(64)  # so that row i scores i * i
+    if others:
+        far = query + 100 + rng.integers(0, 50, (others, d)).astype(np.float32)
+        index.add(far, 10**9 + np.arange(others))
+    index.add(batch_rows, np.arange(64))
+    stop, failures, seen = threading.Event(), [], []
 
-    def read():
-        while not stop.is_set():
-            # Batches of 64 equal rows come and go whole: an answer holds whole batches only.
-            _, ids = index.search(row, 256)
-            ids = ids[ids >= 0]
-            batches, counts = np.unique(ids // 64, return_counts=True)
-            if len(ids) < 256 and (counts != 64).any():
-                failures.append((batches, counts))
-            if len(ids) == 0:
-                failures.append("empty")
+    def read(m):
+        queries, newest = np.repeat(query[None], m, 0), 0
+        try:
+            while not stop.is_set():
+                scores, ids = index.search(queries, 256)
+                assert (ids == ids[0]).all()
+                ours = (ids[0] >= 0) & (ids[0] < 10**9)
+                ids, scores = ids[0][ours], scores[0][ours]
+                np.testing.assert_array_equal(scores, (ids % 64).astype(np.float32) ** 2)
+                batches, counts = np.unique(ids // 64, return_counts=True)
+                assert (counts == 64).all(), (batches, counts)  # they come and go whole
+                first, last = int(batches[0]), int(batches[-1])
+                assert batches.tolist() == list(range(first, last + 1))
+                assert last - first in ((0, 1, 2) if first == 0 else (1, 2)), batches
+                assert last >= newest, "an older snapshot than the one before"
+                newest = last
+            seen.append(newest)
+        except Exception as error:  # a thread's own would be lost
+            failures.append(repr(error))
 
-    readers = [threading.Thread(target=read) for _ in range(8)]
-    for t in readers:
-        t.start()
-    end, batch = time.monotonic() + seconds, 1
-    while time.monotonic() < end:
-        index.add(np.stack([row] * 64), np.arange(64) + 64 * batch)
-        index.remove(np.arange(64) + 64 * (batch - 2))
-        if batch % 16 == 0:
-            index.compact()
-        batch += 1
-    stop.set()
-    for t in readers:
-        t.join()
+    threads = _C.num_threads()
+    set_num_threads(3)
+    try:
+        readers = [threading.Thread(target=read, args=(m,)) for m in (1, 20) * 4]
+        for t in readers:
+            t.start()
+        end, batch = time.monotonic() + seconds, 1
+        while time.monotonic() < end:
+            index.add(batch_rows, np.arange(64) + 64 * batch)
+            index.remove(np.arange(64) + 64 * (batch - 2))
+            if batch % 16 == 0:
+                index.compact()
+            batch += 1
+        stop.set()
+        for t in readers:
+            t.join()
+    finally:
+        set_num_threads(threads)
     assert not failures, failures[:3]
+    assert len(seen) == 8
+    assert min(seen) > 0
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")

@@ -83,9 +83,13 @@ def test_faiss_names(tmp_path):
             lims, _, inside = index.range_search(x[:2], 5.0)
             rows = index.reconstruct_n(3, 5), index.reconstruct(2)
             results.append((removed, index.ntotal, ids, lims, np.sort(inside[: lims[1]]), *rows))
+            assert index.remove_ids(np.array([297])) == 1
             path = str(tmp_path / f"{module.__name__}-{name}")
             module.write_index(index, path)
-            assert module.read_index(path).ntotal == 298
+            again = module.read_index(path)
+            again.add(x[:2])
+            assert again.ntotal == 299
+            np.testing.assert_array_equal(again.reconstruct_n(296, 3), x[[298, 0, 1]])
         for theirs, ours in zip(*results, strict=True):
             np.testing.assert_array_equal(theirs, ours)
     mapped = faiss_api.IndexIDMap(faiss_api.IndexFlatIP(16))
@@ -125,6 +129,13 @@ def use_flat(module, x):
     results += [lims, lims.dtype, np.sort(labels)]
     labels, row = np.empty((3, 2), np.int64), np.empty(16, np.float32)
     results += [flat.assign(x[:3], 2, labels), labels, flat.reconstruct(4, row), row]
+    rows = np.empty((2, 16), np.float32), np.empty((3, 16), np.float32)
+    results += [
+        flat.reconstruct_batch(np.array([7, 2]), rows[0]),
+        flat.reconstruct_n(1, 3, rows[1]),
+    ]
+    D, I, R = (np.empty((2, 3, *more), t) for t, more in (("f4", ()), ("i8", ()), ("f4", (16,))))
+    results += [*rows, *flat.search_and_reconstruct(x[:2], 3, D=D, I=I, R=R), D, I, R]
     few = module.IndexFlat(16)
     few.add(x[:3])
     assert few.metric_type == module.METRIC_L2
@@ -206,6 +217,18 @@ def test_faiss_names_with_bad_input():
         faiss_api.IndexFlat(4, 2)
     with pytest.raises(ValueError, match=r"description must be Flat, .* got 'HNSW32'"):
         faiss_api.index_factory(4, "HNSW32")
+
+
+def test_faiss_names_go_on_from_an_index_whose_last_rows_are_gone(tmp_path):
+    """A flat index counts labels by its rows, an Index never gives one again."""
+    x = np.arange(44, dtype=np.float32).reshape(11, 4)
+    index = Index(4)
+    index.add(x[:10])
+    index.remove([9])
+    index.save(tmp_path / "ix")
+    flat = faiss_api.read_index(tmp_path / "ix")
+    flat.add(x[10:])
+    np.testing.assert_array_equal(flat.reconstruct(9), x[10])
 
 
 def test_faiss_names_have_no_cosine(tmp_path):

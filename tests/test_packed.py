@@ -1,8 +1,5 @@
 """The packed denoiser against the network in FP64; its bits by batch and threads."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -130,18 +127,6 @@ def test_the_weights_are_copied():
     for weight in denoiser.parameters():
         weight.fill_(float("nan"))
     assert torch.equal(packed.features(inputs[2], 7, images, True), want)
-
-
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_instruction_sets(isa):
-    rank = {"portable": 0, "avx2": 1, "avx512": 2}
-    if rank[isa] > rank[_C.ops_isa()]:
-        pytest.skip(f"this machine has {_C.ops_isa()} at best")
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k",
-         "torch or threads"],
-        env={**os.environ, "KNNFAST_ISA": isa}, check=True,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["tiny", "editor"])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,13 +152,54 @@ def mutate(data, rng):
     return bytes(data)
 
 
-def test_mutations(tmp_path):
+def mutate_manifest(index, rng):
+    """One entry of a manifest changed in place: another number, another kind, or gone."""
+    places = []
+
+    def walk(part):
+        for key in part if isinstance(part, dict) else range(len(part)):
+            places.append((part, key))
+            if isinstance(part[key], dict | list):
+                walk(part[key])
+
+    walk(index)
+    part, key = rng.choice(places)
+    kind = rng.randrange(4)
+    if kind == 0:
+        del part[key]
+    elif kind == 1 and isinstance(part[key], int):
+        part[key] += rng.choice([1, -1, 2**31, 2**62])
+    elif kind == 2 and isinstance(part, list):
+        part.append(part[key])
+    else:
+        values = [0, -1, 1, 2**31 - 1, 2**63 - 1, 2**63, 2**64, 1e300, "", "../x", None, [], {}]
+        part[key] = rng.choice(values)
+
+
+def make_several(folder):
+    """An index with every kind of file: own ids, removed rows, a rotation, two segments."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((16_400, 4)) @ rng.standard_normal((4, 125))
+    index = Index(125)
+    index.add(x[:16_390].astype(np.float16), rng.permutation(40_000)[:16_390])
+    index.save(folder)
+    index = Index.open(folder)
+    ids = index.add(x[16_390:].astype(np.float16))
+    index.remove(ids[:3])
+    index.save(folder)
+    kinds = {path.name.partition(".")[2] for path in folder.iterdir()}
+    assert kinds >= {"rotation.f32", "ids.i64", "live.u16"}, kinds
+    return x.astype(np.float32)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_mutations(tmp_path, several):
     """Each damaged file is refused, or `verify` names it; nothing crashes."""
     folder = tmp_path / "ix"
-    _, x = make(folder)
+    x = make_several(folder) if several else make(folder)[1]
     rng = random.Random(0)
     names = sorted(p.name for p in folder.iterdir())
-    for _ in range(int(os.environ.get("KNNFAST_MUTATIONS", "400"))):
+    for _ in range(int(os.environ.get("KNNFAST_MUTATIONS", "400")) // (8 if several else 1)):
         name = rng.choice(names)
         whole = (folder / name).read_bytes()
         damaged = mutate(whole, rng)
@@ -174,6 +216,81 @@ def test_mutations(tmp_path):
         finally:
             (folder / name).write_bytes(whole)
     Index.open(folder).verify()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_mutated_manifests(tmp_path, several):
+    """Those whose checksum is right: refused, or an index whose files verify; nothing crashes."""
+    folder = tmp_path / "ix"
+    x = make_several(folder) if several else make(folder, own=True)[1]
+    rng = random.Random(1)
+    whole = (folder / "manifest.json").read_text()
+    refused = 0
+    for _ in range(int(os.environ.get("KNNFAST_MUTATIONS", "400")) // (8 if several else 1)):
+        index = json.loads(whole)["index"]
+        mutate_manifest(index, rng)
+        reseal(folder, index)
+        try:
+            opened = Index.open(folder, mmap=rng.random() < 0.5)
+            opened.verify()
+            opened.search(x[:2], 5)
+        except (DamagedFile, FileNotFoundError) as error:
+            assert str(folder) in str(error)  # noqa: PT017
+            refused += 1
+    assert refused > 30
+    (folder / "manifest.json").write_text(whole)
+    Index.open(folder).verify()
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_the_damaged_file_is_blamed(tmp_path, mmap):
+    """Ids that cannot be, in a mapped file: not the manifest is named, which is in order."""
+    make(tmp_path, own=True)
+    (path,) = tmp_path.glob("*.ids.i64")
+    ids = np.fromfile(path, np.int64)
+    for at, value in ((5, -7), (6, 2**40), (7, ids[9])):
+        wrong = ids.copy()
+        wrong[at] = value
+        wrong.tofile(path)
+        with pytest.raises(DamagedFile, match=r"ids\.i64.*checksum"):
+            Index.open(tmp_path, mmap=mmap)
+    ids.tofile(path)
+    Index.open(tmp_path, mmap=mmap).verify()
+
+
+def test_verify_from_another_folder(tmp_path, monkeypatch):
+    """A relative path is that of the moment."""
+    monkeypatch.chdir(tmp_path)
+    make("ix")
+    opened = Index.open("ix")
+    made, _ = make("other")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    opened.verify()
+    made.verify()
+    (rows,) = (tmp_path / "ix").glob("*.rows.f16")
+    rows.unlink()
+    with pytest.raises(DamagedFile, match=rows.name):
+        opened.verify()
+
+
+def test_paths_that_are_no_utf_8(tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/ix-\xff")
+    index, x = make(folder)
+    opened = Index.open(folder)
+    opened.verify()
+    np.testing.assert_array_equal(opened.search(x, 3)[1], index.search(x, 3)[1])
+    for rows in Path(folder).glob("*.rows.f16"):
+        rows.write_bytes(b"short")
+    with pytest.raises(DamagedFile) as caught:
+        opened.verify()
+    assert folder in str(caught.value)
+    with pytest.raises(DamagedFile) as caught:
+        Index.open(folder)
+    assert folder in str(caught.value)
+    with pytest.raises(OSError, match="cannot make") as caught:
+        index.save(folder + "/not/there")
+    assert folder in str(caught.value)
 
 
 def test_kill_during_save(tmp_path):
@@ -273,6 +390,22 @@ def test_row_files(tmp_path, suffix):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DamagedFile, match="rows"):
         read_rows(path)
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_npy_files_of_another_kind(tmp_path, mmap):
+    """An archive that is none, and a header that promises more than there is."""
+    path = tmp_path / "rows.npy"
+    path.write_bytes(b"PK\x03\x04garbage")
+    with pytest.raises(DamagedFile, match=r"rows\.npy"):
+        read_rows(path, mmap)
+    for shape in ((10**15, 8), (2**62, 2**62), (-1, 8)):
+        header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}"
+        header = header.ljust(117) + "\n"
+        path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little")
+                         + header.encode() + bytes(64))  # fmt: skip
+        with pytest.raises(DamagedFile, match=r"rows\.npy"):
+            read_rows(path, mmap)
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".fbin", ".f16bin"])

@@ -82,6 +82,9 @@ def test_matches_reference(kind, metric, seed):
         assert_topk(index, x, q, k)
 
 
+STOPPING_KINDS = ("clusters", "late", "parallel", "uneven", "mean", "queries")
+
+
 def stopping_rows(kind, n, d, rng):
     """Rows of which most are left after a part of their codes, and queries that decide late."""
     centres = rng.standard_normal((40, d))
@@ -109,7 +112,7 @@ def stopping_rows(kind, n, d, rng):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("kind", ["clusters", "late", "parallel", "uneven", "mean", "queries"])
+@pytest.mark.parametrize("kind", STOPPING_KINDS)
 def test_stops(kind, metric, seed):
     """Rows may be left before all their codes are read; the answers stay."""
     rng = np.random.default_rng(seed)
@@ -352,9 +355,9 @@ def test_pairwise(part):
     for number, case in enumerate(CASES[part::PARTS]):
         d, m, k, metric = (case[name] for name in ("d", "m", "k", "metric"))
         n = max(0, k - 1) if case["n"] == "k - 1" else k if case["n"] == "k" else int(case["n"])
-        if n * d * m > 20_000_000:  # the reference's own cost
-            m = 3
         rng = np.random.default_rng(number)
+        # All queries are searched; the reference's own cost allows so many of them.
+        asked = np.sort(rng.permutation(m)[: max(3, 20_000_000 // max(1, n * d))])
         x = hard_rows(case["kind"], n, d, rng) if n else np.empty((0, d), np.float16)
         ids = rng.permutation(3 * n + 1)[:n]
         q = torch.as_tensor(np.clip(rng.standard_normal((m, d)), -1, 1) * case["scale"])
@@ -378,10 +381,29 @@ def test_pairwise(part):
         if given:
             stays &= np.isin(ids, some) == (rule == "allow")
         want_s, want_i = reference.topk(
-            q, torch.as_tensor(x[stays]), k, metric, torch.as_tensor(ids[stays])
+            q[asked], torch.as_tensor(x[stays]), k, metric, torch.as_tensor(ids[stays])
         )
-        assert torch.equal(found, want_i), case
-        assert torch.equal(scores, want_s), case
+        assert torch.equal(found[asked], want_i), case
+        assert torch.equal(scores[asked], want_s), case
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.sampled_from([125, 128, 131, 253, 260, 516]), st.integers(1, 4000), st.integers(1, 20),
+    st.integers(1, 100), st.sampled_from(METRICS), st.sampled_from(SCANS),
+    st.sampled_from(STOPPING_KINDS), st.integers(1, 3), st.integers(0, 2**31),
+)  # fmt: skip
+def test_any_shape_that_stops(d, n, m, k, metric, scan, kind, threads, seed):
+    """Scans with stops, over several chunks and threads."""
+    x, q = stopping_rows(kind, n, d, np.random.default_rng(seed))
+    before = _C.num_threads()
+    try:
+        set_num_threads(threads)
+        index = Index(d, metric, scan=scan)
+        index.add(x)
+        assert_topk(index, x, q[:m], k)
+    finally:
+        set_num_threads(before)
 
 
 @settings(deadline=None, max_examples=60)
@@ -586,28 +608,100 @@ def test_threads_and_batches(metric, seed):
         np.testing.assert_array_equal(scores, answers[0][0])
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("metric", METRICS)
-def test_million_rows(metric, seed):
-    """At a million rows: a float64 shortlist with a margin, then the canonical order."""
+def test_scans_that_do_not_pay(metric, threads, seed):
+    """Rows that tie drive scan="auto" from codes to canonical scores; others bring it back."""
+    rng = np.random.default_rng(seed)
+    d, k = 128, 10
+    ties = rng.permuted(np.tile(np.repeat([1.0, 2.0], d // 2), (10_000, 1)), axis=1)
+    others = 0.1 * rng.standard_normal((70_000, d)) - 1
+    x = np.concatenate([ties, others]).astype(np.float16)
+    ids = rng.permutation(len(x))
+    q = (np.ones((5, d)) * [[1], [0.5], [2], [1e-3], [3]]).astype(np.float32)
+    before = _C.num_threads()
+    try:
+        set_num_threads(threads)
+        index = Index(d, metric)
+        index.add(x, ids)
+        for m in (1, 5):
+            old = index.stats
+            assert_topk(index, x, q[:m], k, torch.as_tensor(ids))
+            chunks = {n: v - old[n] for n, v in index.stats.items() if n.startswith("chunks")}
+            assert chunks["chunks_fp16"] > 0, chunks
+            assert chunks["chunks_canonical"] > 5, chunks
+            if threads == 1:  # the others' chunks, after a while
+                assert chunks["chunks_int8"] > 10, chunks
+    finally:
+        set_num_threads(before)
+
+
+def shortlisted(q, x, k, metric, ids):
+    """reference.topk where it would take minutes: of 10 k rows that plain float scores choose."""
+    wide = x.astype(np.float32)
+    found = []
+    for row in q.astype(np.float32):
+        s = wide @ row
+        if metric == "cosine":
+            s = s / np.linalg.norm(wide, axis=1)
+        elif metric == "l2":
+            s = 2 * s - np.einsum("nd,nd->n", wide, wide)
+        short = np.sort(np.argpartition(-s, 10 * k)[: 10 * k])
+        assert s[short].min() < np.sort(s)[-k] - 1e-3  # the margin holds the float error
+        found.append(reference.topk(
+            torch.as_tensor(row[None]), torch.as_tensor(x[short]), k, metric,
+            torch.as_tensor(ids[short]),
+        ))  # fmt: skip
+    return torch.cat([s for s, _ in found]).numpy(), torch.cat([i for _, i in found]).numpy()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_million_rows(metric, scan, seed):
     rng = np.random.default_rng(seed)
     n, d, k = 1_000_000, 64, 100
     x = rng.standard_normal((n, d), dtype=np.float32).astype(np.float16)
     q = rng.standard_normal((5, d)).astype(np.float32)
-    index = Index(d, metric)
+    index = Index(d, metric, scan=scan)
     index.add(x)
     scores, ids = index.search(q, k)
-    wide, x64 = q.astype(np.float64), x.astype(np.float32)
-    for i, row in enumerate(wide):
-        s = x64 @ row.astype(np.float32)
-        if metric == "cosine":
-            s = s / np.linalg.norm(x64, axis=1)
-        elif metric == "l2":
-            s = 2 * s - np.einsum("nd,nd->n", x64, x64)
-        short = np.sort(np.argpartition(-s, 10 * k)[: 10 * k])
-        assert s[short].min() < np.sort(s)[-k] - 1e-3  # the margin holds the float error
-        want = reference.topk(
-            torch.as_tensor(q[i : i + 1]), torch.as_tensor(x[short]), k, metric,
-            torch.as_tensor(short))  # fmt: skip
-        np.testing.assert_array_equal(ids[i], want[1][0].numpy())
-        np.testing.assert_array_equal(scores[i], want[0][0].numpy())
+    want_scores, want_ids = shortlisted(q, x, k, metric, np.arange(n))
+    np.testing.assert_array_equal(ids, want_ids)
+    np.testing.assert_array_equal(scores, want_scores)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_segments(metric, tmp_path, seed):
+    """Rows beyond a segment's capacity: ids run on, and so does all that is done to them."""
+    rng = np.random.default_rng(seed)
+    n, d, k = 2**20 + 5000, 16, 20
+    x = rng.standard_normal((n, d), dtype=np.float32).astype(np.float16)
+    q = rng.standard_normal((3, d)).astype(np.float32)
+    index = Index(d, metric)
+    cut = 2**20 - 1000
+    ids = np.concatenate([index.add(x[:cut]), index.add(x[cut:])])
+    np.testing.assert_array_equal(ids, np.arange(n))
+
+    def check(index, kept, **options):
+        scores, found = index.search(q, k, **options)
+        want_scores, want_ids = shortlisted(q, x[kept], k, metric, ids[kept])
+        np.testing.assert_array_equal(found, want_ids)
+        np.testing.assert_array_equal(scores, want_scores)
+
+    check(index, ids)
+    best = index.search(q, 100)[1].ravel()
+    check(index, np.setdiff1d(ids, best), deny=best)
+    second = ids[2**20 :]
+    check(index, second, allow=second)
+    gone = np.concatenate([best, ids[2**20 - 50 : 2**20 + 50]])
+    assert index.remove(gone) == len(np.unique(gone))
+    kept = np.setdiff1d(ids, gone)
+    check(index, kept)
+    index.compact()
+    assert len(index) == len(kept)
+    np.testing.assert_array_equal(np.sort(index.ids), kept)
+    check(index, kept)
+    index.save(tmp_path)
+    check(Index.open(tmp_path), kept)
+    np.testing.assert_array_equal(index.vectors(kept[-1:]), x[kept[-1:]])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transition_helpers import SCHEDULES, brute_force, levels, random_logits
 
-from knnfast import reference
+from knnfast import _C, reference
 from knnfast.ops import philox
 
 
@@ -28,15 +28,41 @@ def test_philox_known_answers(counter, key, expected):
     assert [int(w) for w in words] == expected
 
 
-def test_random_maps_at_their_ends():
-    top = torch.tensor(0xFFFFFFFF)
-    zero = torch.tensor(0)
-    assert 0.0 < float(philox.unit52(zero, zero)) == 2.0**-53
-    assert float(philox.unit52(top, top)) == 1.0 - 2.0**-53
-    assert int(philox.below(zero, zero, 7)) == 0
-    assert int(philox.below(top, top, 7)) == 6
-    assert int(philox.below(top, top, 8192)) == 8191
-    ends = philox.gumbel(torch.stack([zero, top]))
+def in_torch(w0, w1, n):
+    w0, w1 = torch.tensor(w0), torch.tensor(w1)
+    return float(philox.unit52(w0, w1)), int(philox.below(w0, w1, n))
+
+
+def in_cpp(w0, w1, n):
+    return _C.unit52(w0, w1), _C.below(w0, w1, n)
+
+
+def in_triton(w0, w1, n):
+    from noise_kernel import maps_kernel
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    words = torch.tensor([w0, w1]).to(torch.uint32).to(device)
+    uniform = torch.empty(1, dtype=torch.float64, device=device)
+    whole = torch.empty(1, dtype=torch.int64, device=device)
+    maps_kernel[(1,)](words, n, uniform, whole)
+    return float(uniform), int(whole)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("maps", [in_torch, in_cpp, in_triton])
+def test_random_maps_at_their_ends(maps):
+    top = 0xFFFFFFFF
+    assert maps(0, 0, 7) == (2.0**-53, 0)
+    assert maps(top, top, 7) == (1.0 - 2.0**-53, 6)
+    assert maps(top, top, 8192)[1] == 8191
+    assert maps(0x80000000, 0, 2) == (0.5 + 2.0**-53, 1)
+    assert maps(0x7FFFFFFF, top, 2) == (0.5 - 2.0**-53, 0)
+    assert maps(0, top, 65536)[1] == 0
+    assert maps(0x12345678, 0x9ABCDEF0, 1000003) == in_torch(0x12345678, 0x9ABCDEF0, 1000003)
+
+
+def test_gumbel_at_its_ends():
+    ends = philox.gumbel(torch.tensor([0, 0xFFFFFFFF]))
     assert torch.isfinite(ends).all()
     assert float(ends[0]) == pytest.approx(np.log(2.0**33), rel=1e-9)
 

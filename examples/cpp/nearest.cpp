@@ -27,5 +27,18 @@ int main(int argc, char** argv) {
   std::printf("%s:", knnfast::isa());
   for (int64_t i = 0; i < k; ++i) std::printf(" %lld (%.4f)", (long long)ids[i], scores[i]);
   std::printf("\n");
-  return ids[0] == 42 ? 0 : 1;
+  if (ids[0] != 42) return 1;
+
+  // Only rows that a caller may see; an empty list permits none.
+  std::vector<int64_t> permitted = {7, 8, 9};
+  for (size_t count : {size_t{3}, size_t{0}}) {
+    permitted.resize(count);
+    permitted.shrink_to_fit();
+    knnfast::SearchOptions options;
+    options.allow = {permitted.data(), nullptr, static_cast<int64_t>(count)};
+    opened.search(rows.data() + 8 * dim, knnfast::DType::f32, 1, k, scores.data(), ids.data(),
+                  options);
+    if (ids[0] != (count ? 8 : -1)) return 1;
+  }
+  return 0;
 }

@@ -37,12 +37,13 @@ struct KNNFAST_API DamagedFile : std::runtime_error {
 };
 
 // Which rows a search may return: ids (any order, repeats allowed) or a packed little-endian bitset
-// over ids (bit i of byte i/8). Neither set: no restriction.
+// over ids (bit i of byte i/8). One of nothing (count 0, whatever the pointers) is a restriction,
+// too; no restriction is a count below 0.
 struct IdSet {
   const int64_t* ids = nullptr;
   const uint8_t* bits = nullptr;
-  int64_t count = 0;  // ids, or bytes of the bitset
-  bool set() const { return ids != nullptr || bits != nullptr; }
+  int64_t count = -1;  // ids, or bytes of the bitset
+  bool set() const { return count >= 0; }
 };
 
 struct SearchOptions {

@@ -232,7 +232,7 @@ class Index:
             path: a new or empty folder, or one that holds an index, which is replaced.
         Raises: ValueError a folder of other files; OSError it cannot be written.
         """
-        self._core.save(interop.as_path(path, "path"))
+        self._core.save(os.fsencode(interop.as_path(path, "path")))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], device: str = "cpu", mmap: bool = True) -> Index:
@@ -244,7 +244,7 @@ class Index:
         path = interop.as_path(path, "path")
         if not os.path.isfile(os.path.join(path, "manifest.json")):
             raise FileNotFoundError(f"{path} holds no index (no manifest.json)")
-        index = Index._wrap(_C.Index.open(path, mmap))
+        index = Index._wrap(_C.Index.open(os.fsencode(path), mmap))
         return index.to(device) if on_cuda else index
 
     def verify(self) -> None:

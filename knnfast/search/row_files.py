@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import MAGIC_PREFIX
 
 from knnfast import _files
 from knnfast.search.index import DamagedFile
@@ -23,17 +24,18 @@ def read_rows(path: str | os.PathLike[str], mmap: bool = True) -> np.ndarray:
     path = os.fspath(path)
     suffix = os.path.splitext(path)[1]
     if suffix == ".npy":
+        with open(path, "rb") as f:
+            if f.read(len(MAGIC_PREFIX)) != MAGIC_PREFIX:  # an archive, say
+                raise DamagedFile(f"{path}: it is no .npy file")
         try:
-            rows = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-        except (ValueError, EOFError) as error:
+            with np.errstate(over="raise"):  # of an absurd shape; a map is no larger than the file
+                rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, ArithmeticError) as error:
             raise DamagedFile(f"{path}: {error}") from error
-        if not isinstance(rows, np.ndarray):  # an archive
-            rows.close()
-            raise DamagedFile(f"{path}: it is no .npy file, but several in an archive")
         if rows.ndim != 2 or not _is_half_or_single(rows.dtype):
             raise DamagedFile(f"{path}: rows must be [n, d] float16 or float32, "
                               f"got {list(rows.shape)} {rows.dtype}")  # fmt: skip
-        return rows
+        return rows if mmap else np.array(rows)
     if suffix not in _BIN:
         raise ValueError(f"{path}: the suffix must be .npy, .fbin or .f16bin")
     size = os.path.getsize(path)
