@@ -38,7 +38,8 @@ MEASUREMENTS = {
     "load": "bench/load.py --json {json}",
     **{
         op: f"bench/run.py --op {op} --json {{json}}"
-        for op in ("neighbour_attention", "transition_step", "transition_loss", "sample_head")
+        for op in ("fold_neighbours", "neighbour_attention", "transition_step", "sample_head",
+                   "transition_loss")
     },
     "sample": "bench/run.py --op sample --shape stickers-1 --shape stickers --turns 5 "
               "--json {json}",

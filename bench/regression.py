@@ -29,15 +29,13 @@ from typing import Any
 
 import torch
 from base import Base, build
-from cases import cases
+from cases import OPS, cases
 from run import tidy
 
 from knnfast import _C, _files
 from knnfast.benchmark.machine import machine
 from knnfast.benchmark.timing import CLOCKS, Local, interleave, ratio
 
-OPS = ("topk", "neighbour_attention", "transition_step", "sample_head", "transition_loss",
-       "sample", "end_to_end")  # fmt: skip
 THRESHOLD = 1.10
 SLOWDOWN = 1.20
 MEASUREMENTS = 7

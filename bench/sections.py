@@ -165,12 +165,9 @@ def at_half(result: dict[str, Any]) -> str:
     return f" (Index.search at half of saturation, p99 over the queue's in each: {each})"
 
 
-# How the service of each queue of load.py's results was measured; the second is of older ones.
-SERVICES = {
-    "queue": "back to back",
-    "paced_queue": "after pauses",
-    "loaded_queue": "under that load",
-}
+# How the service was measured of queues other than the one that serves as long as searches take back
+# to back; the first is of older results.
+OTHER_SERVICES = {"paced_queue": "after pauses", "loaded_queue": "under that load"}
 
 
 def load_section(result: dict[str, Any], picture: str) -> str:
@@ -200,7 +197,7 @@ def load_section(result: dict[str, Any], picture: str) -> str:
             f"in the mean.  \n{where(result)}.",
             table(["server", "loop (share of own saturation)", "clients", "queries/s", "p50 ms",
                    "p99", "p99.9", "stolen", "M/D/c predicts p99 (ours over it)",
-                   f"with the service {SERVICES[own]}"], rows),
+                   f"with the service {OTHER_SERVICES[own]}"], rows),
             "`stolen`: the part of the cores' time that this virtual machine's host gave to others "
             "meanwhile; no queue knows of it, so each open loop is that one of "
             f"{shape['rounds']} rounds in which it was least{at_half(result)}. The queue "

@@ -85,7 +85,7 @@ END_TO_END: dict[str, dict[str, Any]] = {
 SHAPES = {
     "topk": TOPK,
     "neighbour_attention": NEIGHBOUR_ATTENTION,
-    "fold_neighbours": {"sampling-256": NEIGHBOUR_ATTENTION["sampling-256"]},
+    "fold_neighbours": {name: NEIGHBOUR_ATTENTION[name] for name in ("sampling-256", "ci")},
     "transition_step": TRANSITION_STEP,
     "sample_head": TRANSITION_STEP,
     "transition_loss": TRANSITION_LOSS,

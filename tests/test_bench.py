@@ -113,8 +113,9 @@ def test_gate_gives_the_alarm_when_most_measurements_are_above(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
-@pytest.mark.parametrize("op", ["topk", "neighbour_attention", "transition_step", "sample_head",
-                                "transition_loss", "sample", "end_to_end"])  # fmt: skip
+@pytest.mark.parametrize("op", ["topk", "neighbour_attention", "fold_neighbours",
+                                "transition_step", "sample_head", "transition_loss", "sample",
+                                "end_to_end"])  # fmt: skip
 def test_first_case_is_right_and_has_its_peers(op):
     from cases import cases
 
