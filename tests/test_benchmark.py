@@ -14,7 +14,7 @@ from PIL import Image
 import knnfast
 from knnfast import _C
 from knnfast.benchmark.faiss_reference import faiss_reference
-from knnfast.benchmark.machine import KERNEL_SETTINGS, ceilings, machine, share
+from knnfast.benchmark.machine import KERNEL_SETTINGS, ceilings, commit, machine, share
 from knnfast.benchmark.plot import floor_ms
 from knnfast.benchmark.timing import Choice, Local, best_choice, interleave, peak_mib, ratio
 from knnfast.benchmark.topk import (
@@ -48,9 +48,9 @@ def test_ceilings():
     assert all(value > 0 for value in limits.values())
 
 
-def test_truth_sees_every_kind_of_wrong_answer():
+def test_truth_sees_every_kind_of_wrong_answer(device):
     rows, queries = make_rows(500, 16, queries=4)
-    truth = Truth(rows, queries, 5)
+    truth = Truth(rows, queries, 5, device=device)
     right = np.argsort(-(queries.astype(np.float64) @ rows.astype(np.float64).T), 1)[:, :5]
     assert truth.judge(right) == {"exact": True, "recall": 1.0, "regret": 0.0}
     assert truth.judge(right[:, ::-1])["exact"]  # a set of the best; order is the tests' affair
@@ -63,6 +63,21 @@ def test_truth_sees_every_kind_of_wrong_answer():
     missing = right.copy()
     missing[2, 0] = -1
     assert not any(truth.judge(ids)["exact"] for ids in (worse, twice, missing))
+
+
+@pytest.mark.parametrize("m", [7, 8, 9, 64, 1024])
+def test_truth_judges_the_first_the_last_and_some_between(m):
+    rows, queries = make_rows(200, 8, queries=m)
+    truth = Truth(rows, queries, 3)
+    right = np.argsort(-(queries.astype(float) @ rows.astype(float).T), 1)[:, :3]
+    assert truth.judge(right)["exact"]
+    for place in {0, min(7, m - 1), m - 1}:
+        wrong = right.copy()
+        wrong[place] = right[place, 0]
+        assert not truth.judge(wrong)["exact"]
+        assert truth.judge(wrong[:place] if place else right)["exact"]  # a batch without it
+    if m == 1024:
+        assert truth.checked.tolist() == [*range(8), 15, 31, 63, 127, 255, 511, 1023]
 
 
 @pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
@@ -206,12 +221,36 @@ def test_bench_command_writes_table_and_plot(tmp_path, quickly):
     arguments = ["bench", *shape, "--seconds", "60", "--plot"]
     result = CliRunner().invoke(main, [*arguments, str(plot)])
     assert result.exit_code == 0, result.output
-    for name in ("knnfast", "faiss-flat", "faiss-sq-fp16", "usearch-exact", "torch-fp32"):
+    for name in ("faiss-flat", "faiss-sq-fp16", "usearch-exact", "torch-fp32"):
         assert re.search(rf"^{name} +2,000 +4 .*(exact|recall)", result.stdout, re.M), result.output
+    ours = re.findall(r"^knnfast +(20|200|2,000) +(1|4) .* exact ", result.stdout, re.M)
+    assert ours == [("20", "1"), ("200", "1"), ("2,000", "1"), ("2,000", "4")], result.output
     assert "measured ceilings: read" in result.stdout
     with Image.open(plot) as image:
         assert image.format == "PNG"
         assert image.width > 1000
+
+
+def test_bench_command_measures_what_its_options_name(quickly):
+    words = ["--n", "300", "--d", "8", "--batch", "2", "--k", "3", "--metric", "l2", "--peers",
+             "faiss-sq-fp16,faiss-flat", "--threads", "1", "--plot", "none", "--json"]  # fmt: skip
+    before = _C.num_threads()
+    result = CliRunner().invoke(main, ["bench", *words])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["shape"] == {"n": 300, "d": 8, "batch": [2], "k": 3, "metric": "l2"}
+    assert {row["name"] for row in report["rows"]} == {"knnfast", "faiss-sq-fp16", "faiss-flat"}
+    assert {row["threads"] for row in report["rows"]} == {1}
+    assert all(row["exact"] for row in report["rows"] if row["name"] == "knnfast")
+    assert _C.num_threads() == before
+
+
+def test_a_copy_without_history_is_told_its_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr("knnfast.benchmark.machine.__file__", str(tmp_path / "a" / "b" / "c.py"))
+    monkeypatch.delenv("KNNFAST_COMMIT", raising=False)
+    assert commit() is None
+    monkeypatch.setenv("KNNFAST_COMMIT", "1234abc")
+    assert commit() == "1234abc"
 
 
 def test_faiss_reference_takes_own_rows_and_skips_what_does_not_fit(quickly):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,23 +11,51 @@ from case import Case, Rival, UnknownNameError
 from graph import Graph
 
 from knnfast.benchmark.machine import memory_bytes
-from knnfast.benchmark.topk import CPU_PEERS, GPU_PEERS, Truth, build_peers, make_rows
+from knnfast.benchmark.topk import CPU_PEERS, GPU_PEERS, Peer, Truth, build_peers, make_rows
 from knnfast.search import Index
 
 
 def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
     n, d, kind = size["n"], size["d"], size.get("kind", "isotropic")
-    # FP16 rows, their copies in two indexes with codes, and a peer's FP32 rows.
-    if (needed := n * d * (2 + 3 + 2 + 4)) > memory_bytes():
-        raise ValueError(f"{shape} needs {needed / 2**30:.0f} GiB of memory")
+    check_memory(shape, n * d, device)
     rows, queries = make_rows(n, d, kind, max(size["batches"]))
     indexes = {scan: Index(d, device=device, scan=scan) for scan in ("auto", "fp16")}
     for index in indexes.values():
         index.add(rows)
-    truth = Truth(rows, queries, max(size["ks"]))
+    truth = Truth(rows, queries, max(size["ks"]), device=device)
+    built: dict[str, Peer | str] = {}
+
+    def peers(names: Sequence[str] | None) -> Iterator[tuple[str, Peer | str]]:
+        """On a GPU each is built once and stays; on the CPU one at a time is in memory."""
+        if device == "cpu":
+            yield from build_peers(names, rows, "ip")
+            return
+        for name in GPU_PEERS if names is None else names:
+            if name not in built:
+                (_, built[name]), *_ = build_peers([name], rows, "ip", device)
+            yield name, built[name]
+
     for batch in size["batches"]:
         for k in size["ks"]:
-            yield _case(shape, rows, queries[:batch], k, indexes, truth, device)
+            yield _case(shape, rows, queries[:batch], k, indexes, truth, peers, device)
+
+
+def check_memory(shape: str, elements: int, device: str) -> None:
+    """Refuse a shape of so many elements that this machine has no room for.
+
+    FP16 rows on the host; where the search is, two indexes of FP16 rows, one with codes, and the
+    peers' rows: FP32 of one at a time on the CPU, FP16 of each on a GPU.
+    """
+    rooms = [("memory", 2 + (2 + 3 + 4 if device == "cpu" else 0), memory_bytes())]
+    if device != "cpu":
+        import torch
+
+        torch.cuda.empty_cache()  # of the shape before
+        free, _all = torch.cuda.mem_get_info(device)
+        rooms.append(("GPU memory", 2 + 3 + 2 * len(GPU_PEERS), free))
+    for name, width, room in rooms:
+        if (needed := width * elements) > room:
+            raise ValueError(f"{shape} needs {needed / 2**30:.0f} GiB of {name}")
 
 
 def _case(
@@ -37,6 +65,7 @@ def _case(
     k: int,
     indexes: dict[str, Any],
     truth: Truth,
+    built: Callable[[Sequence[str] | None], Iterator[tuple[str, Peer | str]]],
     device: str,
 ) -> Case:
     n, d = rows.shape
@@ -62,7 +91,7 @@ def _case(
         known = CPU_PEERS if device == "cpu" else GPU_PEERS
         if unknown := sorted(set(names or ()) - set(known)):
             raise UnknownNameError(f"--peers must be of {tuple(known)}, got {unknown[0]!r}")
-        for name, peer in build_peers(names, rows, "ip", device):
+        for name, peer in built(names):
             if isinstance(peer, str):
                 yield name, peer
             else:

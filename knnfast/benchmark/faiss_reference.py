@@ -195,7 +195,7 @@ def _measure(
         say(f"indexing {size:,} rows")
         indexes[size] = Index(d, metric=metric, device=device)
         indexes[size].add(half[:size])
-        truths[size] = Truth(half[:size], queries, k, metric)
+        truths[size] = Truth(half[:size], queries, k, metric, device=device)
     ours = {
         (size, b): _search(indexes[size], _on(queries[:b], device), k, device) for size, b in cells
     }

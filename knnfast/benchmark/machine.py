@@ -24,7 +24,8 @@ KERNEL_SETTINGS = (
     "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "FAISS_SIMD_LEVEL", "NPY_DISABLE_CPU_FEATURES",
     "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "KNNFAST_ISA",
 )  # fmt: skip
-PACKAGES = ("numpy", "torch", "triton", "faiss-cpu", "usearch", "diffusers", "xformers", "flashlib")
+PEERS_ON_GPU = ("faiss-gpu", "faiss-gpu-cu12", "cuvs-cu12", "cuvs-cu13", "flashlib", "xformers")
+PACKAGES = ("numpy", "torch", "triton", "faiss-cpu", "usearch", "diffusers", *PEERS_ON_GPU)
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -81,15 +82,19 @@ def stolen_seconds() -> float:
 
 
 def commit() -> str | None:
-    """Commit of the checkout that the package lies in, `-dirty` when changed; None in a wheel."""
+    """Commit of the checkout that the package lies in, `-dirty` when changed.
+
+    In a wheel, or a copy without its history: what the variable KNNFAST_COMMIT holds, or None.
+    """
     root = Path(__file__).resolve().parents[2]
+    given = os.environ.get("KNNFAST_COMMIT")
     if not (root / ".git").exists() or not (root / "CMakeLists.txt").is_file():
-        return None
+        return given
     words = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return given
 
 
 def memory_bytes() -> int:
@@ -109,9 +114,10 @@ def ceilings(device: str = "cpu", scale: int = 1) -> dict[str, float]:
 
     Args:
         scale: divides the sizes that are used (256 MiB and 2048 x 2048 on the CPU).
-    Returns: `read_gb_s` (reading memory once), `copy_gb_s` (bytes read plus bytes written),
-        `matmul_tflop_s` (FP32 on the CPU, FP16 on a GPU, 2 operations a multiply-add), on the CPU
-        that of numpy's BLAS or torch's, whichever is faster, and `torch_matmul_tflop_s`.
+    Returns: `read_gb_s` (reading memory once; on a GPU the copy's rate where that is higher),
+        `copy_gb_s` (bytes read plus bytes written), `matmul_tflop_s` (FP32 on the CPU, FP16 on a
+        GPU, 2 operations a multiply-add), on the CPU that of numpy's BLAS or torch's, whichever is
+        faster, and `torch_matmul_tflop_s`.
     """
     import torch
 
@@ -145,7 +151,9 @@ def ceilings(device: str = "cpu", scale: int = 1) -> dict[str, float]:
         "copy_gb_s": round(2 * source.nbytes / best["copy"] / 1e6, 2),
         "matmul_tflop_s": round(2 * size**3 / matmul / 1e9, 4),
     }
-    if not cuda:
+    if cuda:  # the reduction that reads may be slower than the memory
+        limits["read_gb_s"] = max(limits["read_gb_s"], limits["copy_gb_s"])
+    else:
         limits["torch_matmul_tflop_s"] = round(2 * size**3 / best["torch"] / 1e9, 4)
     return limits
 

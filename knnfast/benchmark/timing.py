@@ -59,9 +59,10 @@ class Local:
 
     Args:
         call: what is timed; its result is thrown away.
-        cuda: time on the device, between events, with a cold L2 cache (256 MiB are overwritten
-            before each call); otherwise on the host. The device is kept busy for a millisecond
-            first: what the host needs to queue a call counts where it is longer than that.
+        cuda: time on the device, between events, with a cold L2 cache (256 MiB are read before each
+            call: nothing is left to be written back while it runs); otherwise on the host. The
+            device is kept busy for a millisecond first: what the host needs to queue a call counts
+            where it is longer than that.
         clock: of the host, in seconds: time.perf_counter, or time.process_time to count this
             process's CPU time alone, which other work on the machine hardly changes.
     """
@@ -100,11 +101,11 @@ def _host_clock(clock: Callable[[], float]) -> Iterator[Callable[[Callable[[], A
 def _cuda_clock() -> Iterator[Callable[[Callable[[], Any]], float]]:
     import torch
 
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    flush = torch.zeros(32 << 20, dtype=torch.int64, device="cuda")
 
     def timed(call: Callable[[], Any]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
+        flush.max()
         torch.cuda._sleep(HEAD_START)
         start.record()
         call()

@@ -52,7 +52,7 @@ def make_rows(
         # never [seed, 0]: that is the stream of `seed` alone, which the queries come from
         block[:] = draw(np.random.default_rng([seed, first + 1]), len(block))
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(fill, range(0, n, 16384)))
     if kind == "mean":
         return rows, rng.standard_normal((queries, d), dtype=np.float32)
@@ -64,45 +64,68 @@ class Truth:
 
     Args:
         rows: [n, d] fp16.
-        queries: [m, d] fp32; the first `check` of them are ranked.
+        queries: [m, d] fp32; the first `check` of them are ranked, and as many more at distances
+            that grow up to the last.
         k: as many as any answer that is judged.
         metric: ip, cosine or l2.
+        device: where scores are computed.
     """
 
     def __init__(
-        self, rows: np.ndarray, queries: np.ndarray, k: int, metric: str = "ip", check: int = 8
+        self,
+        rows: np.ndarray,
+        queries: np.ndarray,
+        k: int,
+        metric: str = "ip",
+        check: int = 8,
+        device: str = "cpu",
     ) -> None:
-        self.rows, self.metric = rows, metric
-        self.queries = queries[:check].astype(np.float64)
-        best = np.empty((len(self.queries), 0))
-        for first in range(0, len(rows), 16384):
-            scores = self._scores(rows[first : first + 16384], self.queries)
+        self.rows, self.metric, self.device = rows, metric, device
+        some = np.arange(min(check, len(queries)))
+        if len(queries) > check:
+            spread = np.geomspace(check, len(queries), check).round().astype(int) - 1
+            some = np.unique([*some, *spread])
+        self.checked = some
+        self.queries = self._wide(queries[some])
+        best = np.empty((len(some), 0))
+        for first in range(0, len(rows), 8192):
+            scores = self._scores(rows[first : first + 8192], self.queries)
             best = np.concatenate([best, scores], 1)
             if best.shape[1] > k:
                 best = -np.partition(-best, k - 1, axis=1)[:, :k]
         self.best = -np.sort(-best, axis=1)
 
-    def _scores(self, rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    def _wide(self, x: np.ndarray) -> Any:
+        """In FP64 on the device: an array, or a tensor on a GPU."""
+        if self.device == "cpu":
+            return x.astype(np.float64)
+        import torch
+
+        return torch.from_numpy(x).to(self.device).double()
+
+    def _scores(self, rows: np.ndarray, queries: Any) -> np.ndarray:
         """Larger is better: l2 counts negative."""
-        x = rows.astype(np.float64)
+        x = self._wide(rows)
         if self.metric == "l2":
-            return -((queries[:, None] - x) ** 2).sum(-1)
-        scores = queries @ x.T
+            scores = -((queries[:, None] - x) ** 2).sum(-1)
+        else:
+            scores = queries @ x.T
         if self.metric == "cosine":
-            norms = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(x, axis=1)
-            scores = np.divide(scores, norms, out=np.zeros_like(scores), where=norms > 0)
-        return scores
+            norms = (queries**2).sum(-1)[:, None] ** 0.5 * (x**2).sum(-1) ** 0.5
+            scores = scores / (norms + (norms == 0))
+        return scores if self.device == "cpu" else scores.cpu().numpy()
 
     def judge(self, ids: np.ndarray) -> dict[str, Any]:
         """How an answer compares with the truth.
 
         Args:
-            ids: [m, k] int64, of the same queries (the checked ones are looked at).
+            ids: [m, k] int64, of the first m queries (the checked ones are looked at).
         Returns: `exact`: all k scores are the best there are, in FP64 up to its rounding;
             `recall`: share of the answer that scores at least the k-th best; `regret`: the
             largest amount by which a score falls short of the one that belongs in its place.
         """
-        ids = np.asarray(ids)[: len(self.queries)]
+        ids = np.asarray(ids)
+        ids = ids[self.checked[self.checked < len(ids)]]
         k = ids.shape[1]
         queries, best = self.queries[: len(ids)], self.best[: len(ids), :k]
         if ((ids < 0) | (ids >= len(self.rows))).any():
@@ -285,27 +308,41 @@ def faiss_gpu(rows: np.ndarray, metric: str) -> Peer:
     if not hasattr(faiss, "StandardGpuResources"):
         raise ImportError("this FAISS is built for CPUs: pip install faiss-gpu")
     import faiss.contrib.torch_utils
+    import torch
 
     config = faiss.GpuIndexFlatConfig()
     config.useFloat16 = True
     resources = faiss.StandardGpuResources()
     built = faiss.GpuIndexFlat(resources, rows.shape[1], _metric(faiss, metric), config)
-    for block in _blocks(rows):
-        built.add(block)
+    for block in torch.from_numpy(rows).split(1 << 20):
+        built.add(block.cuda().float())
     return _on_gpu(lambda q, k: built.search(q, k)[1])
 
 
 def cuvs_brute_force(rows: np.ndarray, metric: str) -> Peer:
-    """NVIDIA cuVS brute force over the FP16 rows."""
+    """NVIDIA cuVS brute force over the FP16 rows: into buffers that are there, without waiting for
+    the device, and with scratch memory from a pool."""
+    import rmm
     import torch
+    from cuvs.common import Resources
     from cuvs.neighbors import brute_force
 
+    if not isinstance(rmm.mr.get_current_device_resource(), rmm.mr.CudaAsyncMemoryResource):
+        rmm.mr.set_current_device_resource(rmm.mr.CudaAsyncMemoryResource())
     kind = {"ip": "inner_product", "cosine": "cosine", "l2": "sqeuclidean"}[metric]
     x = torch.from_numpy(rows).cuda()
-    built = brute_force.build(x, metric=kind)
+    # torch's stream, as ours; 0 would mean none, 1 is CUDA's name for the default one
+    resources = Resources(stream=torch.cuda.current_stream().cuda_stream or 1)
+    built = brute_force.build(x, metric=kind, resources=resources)
+    buffers: dict[tuple[int, int], tuple[Any, Any]] = {}
 
     def call(q: Any, k: int, _rows: Any = x) -> Any:  # what is built holds but a view of them
-        return torch.as_tensor(brute_force.search(built, q.half(), k)[1], device="cuda")
+        shape = len(q), k
+        if shape not in buffers:
+            buffers[shape] = q.new_empty(shape), q.new_empty(shape, dtype=torch.int64)
+        scores, ids = buffers[shape]
+        brute_force.search(built, q.half(), k, ids, scores, resources=resources)
+        return ids
 
     return _on_gpu(call)
 
