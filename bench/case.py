@@ -66,6 +66,17 @@ class Case:
     facts: Callable[[], dict[str, Any]] = field(default=dict)
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function compiled by torch for the shapes it is called with.
+
+    torch remembers what it compiled before: at another shape it would make code for any.
+    """
+    import torch
+
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
+
+
 def pick(
     rivals: dict[str, Callable[[], Rival]], names: Sequence[str] | None
 ) -> Iterator[tuple[str, Rival | str]]:

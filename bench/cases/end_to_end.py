@@ -42,6 +42,7 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
         faiss = faiss_module()
         flat = faiss.IndexFlatIP(rows.shape[1])
         flat.add(rows.astype(np.float32))
+        sampler = plain.PlainSampler(pipe.denoiser, images, steps, GUIDANCE)
 
         def call() -> tuple[list[Image.Image], list[int]]:
             vector = pipe.encoder.encode_text([PROMPT]).vectors
@@ -49,7 +50,7 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
             cond = torch.from_numpy(np.concatenate([vector, rows[found].astype(np.float32)]))
             cond = cond.expand(images, -1, -1).to(device)
             mask = torch.ones(images, k + 1, dtype=torch.bool, device=device)
-            codes = plain.sample(pipe.denoiser, cond, mask, steps, GUIDANCE)
+            codes = sampler(cond, mask)
             with torch.inference_mode():
                 pixels = pipe.tokenizer.decode(codes)
             array = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()

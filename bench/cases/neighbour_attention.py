@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from case import Case, Rival, pick
+from case import Case, Rival, compiled, pick
 from graph import with_graphs
+from torch.nn import functional as F
 
 from knnfast import ops, reference
+
+Attend = Callable[[torch.Tensor], torch.Tensor]  # queries [B, L, H, D / H] to a like tensor
 
 
 def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
@@ -45,12 +48,20 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
 
     A, C = folded(True), folded(False)
 
-    def compiled() -> Rival:
-        form = torch.compile(ops.neighbour_attention)
+    def in_torch(x: torch.Tensor, attend_to: Attend) -> torch.Tensor:
+        """Projections around an attention to all N embeddings."""
+        z = F.layer_norm(x, (D,)) * (1 + ada["scale"][:, None]) + ada["shift"][:, None]
+        q = F.linear(z, W[0], b[0]).view(B, L, H, D // H)
+        return x + F.linear(attend_to(q).reshape(B, L, D), W[3], b[2])
 
+    def sdpa(q: torch.Tensor) -> torch.Tensor:
+        """Without a mask: there is nothing to hide here, and it costs time."""
+        return F.scaled_dot_product_attention(q.transpose(1, 2), C.K, C.V).transpose(1, 2)
+
+    def peer(attend_to: Attend, form: Callable[..., torch.Tensor] = in_torch) -> Rival:
         def call() -> torch.Tensor:
             with torch.inference_mode():
-                return form(x, C, **ada)
+                return form(x, attend_to)
 
         return Rival(call)
 
@@ -60,16 +71,7 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
         from xformers.ops import memory_efficient_attention
 
         K, V = (v.transpose(1, 2).contiguous() for v in (C.K, C.V))
-
-        def call() -> torch.Tensor:
-            with torch.inference_mode():
-                z = torch.nn.functional.layer_norm(x, (D,))
-                z = z * (1 + ada["scale"][:, None]) + ada["shift"][:, None]
-                q = torch.nn.functional.linear(z, W[0], b[0]).view(B, L, H, D // H)
-                y = memory_efficient_attention(q, K, V).reshape(B, L, D)
-                return x + torch.nn.functional.linear(y, W[3], b[2])
-
-        return Rival(call)
+        return peer(lambda q: memory_efficient_attention(q, K, V))
 
     yield Case(
         "neighbour_attention", shape, f"B {B}, L {L}, D {D}, H {H}, N {N}",
@@ -78,8 +80,8 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
         judge,
         lambda names: pick(
             {
-                "torch-sdpa": lambda: Rival(lambda: attend(C)),
-                "torch-compile-sdpa": compiled,
+                "torch-sdpa": lambda: peer(sdpa),
+                "torch-compile-sdpa": lambda: peer(sdpa, compiled(in_torch)),
                 "xformers": xformers,
             },
             names,

@@ -30,7 +30,7 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
     E, K = denoiser.config.embed_dim, denoiser.config.num_codes
     cond = torch.nn.functional.normalize(torch.randn(B, 11, E), dim=-1).to(device)
     mask = torch.ones(B, 11, dtype=torch.bool, device=device)
-    exact = plain.sample_reference(denoiser, cond, mask, steps, GUIDANCE)
+    exact = plain.ReferenceSampler(denoiser, B, steps, GUIDANCE)(cond, mask)
 
     def judge(codes: torch.Tensor) -> dict[str, Any]:
         """Codes are codes; how many differ says how far rounding carried a run from another."""
@@ -38,8 +38,9 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
         valid = bool(((codes >= 0) & (codes < K)).all())
         return {"tokens_that_differ": differ, "ok": valid and differ <= 0.05}
 
-    def in_plain_torch() -> torch.Tensor:
-        return plain.sample(denoiser, cond, mask, steps, GUIDANCE)
+    def in_plain_torch() -> Rival:
+        sampler = plain.PlainSampler(denoiser, B, steps, GUIDANCE)
+        return Rival(lambda: sampler(cond, mask))
 
     backends: dict[str, Any] = {
         "fused": lambda: sample(denoiser, denoiser.schedule, cond, mask, steps, GUIDANCE, seed=0)
@@ -53,7 +54,7 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
         "float32",
         backends,
         judge,
-        lambda names: pick({"torch-plain": lambda: Rival(in_plain_torch)}, names),
+        lambda names: pick({"torch-plain": in_plain_torch}, names),
         cuda=device != "cpu",
         graphs=True,
     )  # fmt: skip

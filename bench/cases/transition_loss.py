@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from case import Case, Rival, pick
+from case import Case, Rival, compiled, pick
 from torch.nn.functional import one_hot
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
@@ -69,7 +69,7 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
             {
                 "torch-log-space": log_space,
                 "torch-closed-form": lambda: closed(closed_form_loss),
-                "torch-compile-closed-form": lambda: closed(torch.compile(closed_form_loss)),
+                "torch-compile-closed-form": lambda: closed(compiled(closed_form_loss)),
             },
             names,
         ),
