@@ -74,6 +74,21 @@ def filled(rows: np.ndarray, **options: Any) -> Index:
     return index
 
 
+def check(
+    index: Index, rows: np.ndarray, queries: np.ndarray, batches: tuple[int, ...], kind: str
+) -> None:
+    """Refuse to time an index that answers wrongly.
+
+    Where all scores are equal that takes their order: the lowest ids.
+    """
+    truth = Truth(rows, queries, 10)
+    for batch in batches:
+        ids = index.search(queries[:batch], 10)[1]
+        assert truth.judge(ids)["exact"], (kind, batch)
+        if kind in ("ties", "orthogonal"):
+            assert (ids == np.arange(10)).all(), (kind, batch)
+
+
 def sticker_embeddings(n: int) -> tuple[np.ndarray, np.ndarray]:
     """Real embeddings: the bundled encoder's of n stickers, each changed in its own way, and 256
     more as queries. They take some minutes, and stay in out/."""
@@ -175,15 +190,19 @@ def shapes_of_data() -> dict[str, Any]:
     """A shared mean against the same rows centred; ties everywhere against the FP16 scan."""
     times: dict[str, Any] = {}
     claims = []
+    batches = (1, 8, 64)
     plain, queries = make_rows(N, D, "isotropic")
     indexes = {"isotropic": filled(plain), "fp16": filled(plain, scan="fp16")}
+    for name, index in indexes.items():
+        check(index, plain, queries, batches, name)
     for kind, base, limit in (
         ("mean", "isotropic", 1.05), ("ties", "fp16", 2), ("orthogonal", "fp16", 2)
     ):  # fmt: skip
         rows, q = make_rows(N, D, kind)
         indexes[kind] = filled(rows)
+        check(indexes[kind], rows, q, batches, kind)
         del rows
-        for batch in (1, 8, 64):
+        for batch in batches:
             timings, over = against(
                 {base: lambda: indexes[base].search(queries[:batch], 10),  # noqa: B023
                  kind: lambda: indexes[kind].search(q[:batch], 10)},  # noqa: B023
@@ -199,6 +218,7 @@ def small() -> dict[str, Any]:
     """100k x 512 against reading its codes, with its tail; 1,000 x 64 against FAISS."""
     rows, queries = make_rows(100_000, D, "isotropic")
     index = filled(rows)
+    check(index, rows, queries, (1,), "100k")
     codes = np.ones((100_000, D), np.uint8)
     calls = undisturbed(lambda: index.search(queries[:1], 10))
     timings, over_read = against(
@@ -206,6 +226,7 @@ def small() -> dict[str, Any]:
     )
     few, q = make_rows(1000, 64, "isotropic")
     ours, peer = filled(few), CPU_PEERS["faiss-flat"](few, "ip")
+    check(ours, few, q, (1,), "1k")
     assert (peer.search(q[:1], 10) == ours.search(q[:1], 10)[1]).all()
     fastest = best_choice(peer.choices(_C.num_threads(), 1), lambda: peer.call(q[:1], 10))
     pair, over = against(
