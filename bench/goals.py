@@ -7,54 +7,63 @@ from dataclasses import dataclass
 from typing import Any
 
 from regression import false_alarms, slower
-from sections import OTHER_SERVICES, table, times
+from sections import OTHER_SERVICES, kernels, table, times
 
 
 @dataclass(frozen=True)
 class Target:
-    """What every row of these cases has to reach.
+    """What every row of some cases has to reach.
 
     Args:
-        cases: how the cases begin, or the shapes' names.
-        value: of a row: a share of the machine's ceiling, say, or a peer's time over ours.
+        shapes: the names of its shapes.
+        value: of a row: a share of the machine's ceiling, say, or a peer's time over ours; None
+            where the row does not tell.
         unit: how the value is written.
+        cases: how its cases begin.
     """
 
     text: str
     op: str
     backend: str
-    cases: tuple[str, ...]
+    shapes: tuple[str, ...]
     least: float
-    value: Callable[[dict[str, Any]], float]
+    value: Callable[[dict[str, Any]], float | None]
     unit: str = ".1f"
+    cases: tuple[str, ...] = ("",)
 
     def judges(self, row: dict[str, Any]) -> bool:
         """Whether it is about this row."""
         ours = (row["op"], row["backend"]) == (self.op, self.backend)
-        return ours and (row["case"].startswith(self.cases) or row["shape"] in self.cases)
+        return ours and row["shape"] in self.shapes and row["case"].startswith(self.cases)
 
     def row(self, rows: list[dict[str, Any]], prefix: str = "", suffix: str = "") -> list[str]:
         """Its row of the table: the worst of those that it judges."""
-        worst = min((self.value(row) for row in rows if self.judges(row)), default=None)
-        if worst is None:
-            return [prefix + self.text + suffix, "", "not measured"]
-        met = "yes" if worst >= self.least else "no"
-        return [prefix + self.text + suffix, f"{worst:{self.unit}}", met]
+        text = prefix + self.text + suffix
+        values = [self.value(row) for row in rows if self.judges(row)]
+        known = [value for value in values if value is not None]
+        if not known:
+            return [text, "", "not measured"]
+        worst = min(known)
+        met = "no" if worst < self.least else "yes" if known == values else "not all measured"
+        return [text, f"{worst:{self.unit}}", met]
 
 
-def over(peer: str, field: str = "") -> Callable[[dict[str, Any]], float]:
+def over(peer: str, field: str = "") -> Callable[[dict[str, Any]], float | None]:
     """A peer's time over ours, or another figure of the peer's over ours."""
 
-    def value(row: dict[str, Any]) -> float:
-        theirs = row["peers"][peer]
-        return theirs[field] / row[field] if field else theirs["ratio"]
+    def value(row: dict[str, Any]) -> float | None:
+        theirs = row["peers"].get(peer, {})
+        if not field:
+            return theirs.get("ratio")
+        known = theirs.get(field) is not None and row.get(field)
+        return theirs[field] / row[field] if known else None
 
     return value
 
 
-def of_ceiling(row: dict[str, Any]) -> float:
+def of_ceiling(row: dict[str, Any]) -> float | None:
     """The time that the ceilings need over ours."""
-    return row["ceiling_share"]
+    return row.get("ceiling_share")
 
 
 CPU_TARGETS = (
@@ -81,8 +90,12 @@ CPU_TARGETS = (
            "sample", "fused", ("sampling-1024",), 1.5, over("torch-plain"), ".2f"),
 )  # fmt: skip
 GPU_TARGETS = (
-    Target("FP16 search at batch 1 to 16: at least 85 % of the rows' bytes at the read rate",
-           "topk", "graph fp16", ("batch 1,", "batch 8,", "batch 16,"), 0.85, of_ceiling, ".0%"),
+    Target("FP16 search of a million rows and more at batch 1 to 16: at least 85 % of their bytes "
+           "at the read rate",
+           "topk", "graph fp16",
+           ("service-1m", "service-1m-clustered", "service-1m-mean", "service-1m-ties",
+            "coco-69m-shard"),
+           0.85, of_ceiling, ".0%", ("batch 1,", "batch 8,", "batch 16,")),
     Target("neighbour attention at B 16 and 64: at least 65 % of its floor",
            "neighbour_attention", "graph fused", ("gpu-16", "gpu-64"), 0.65, of_ceiling, ".0%"),
     Target("transition step at B 16 and 64: at least 80 % of one pass over the logits",
@@ -94,7 +107,7 @@ def lost(found: list[dict[str, Any]]) -> str:
     """Every comparison in which a peer is faster."""
     lines = []
     for result in found:
-        isa = result["machine"]["isa"]
+        isa = kernels(result)
         for row in result.get("rows", []):
             if result["kind"] == "faiss_reference" and row.get("ratio", 1) < 1:
                 lines.append(
@@ -114,7 +127,9 @@ def lost(found: list[dict[str, Any]]) -> str:
 WHY_LOST = (
     "The attention's rows here have more neighbours than folding is for (the paper's 10 give 11 "
     "embeddings): beyond 0.9 D scores the op itself takes the unfolded path, and near that the "
-    "work of both forms is the same, which a library of matrix products does faster."
+    "work of both forms is the same, which a library of matrix products does faster. Folding "
+    "itself makes keys and values first and multiplies them into the weights: it always takes "
+    "longer than they do alone, once in a run, and is repaid at every step."
 )
 WHY_BROKEN = (
     "Ratios depend on the machine as much as on us. One query reads the codes once, a quarter of "
@@ -152,17 +167,18 @@ def goals(found: list[dict[str, Any]]) -> str:
         rows.append([target, value, {True: "yes", False: "no", None: "not measured"}[met]])
 
     half = [
-        r for r in load_rows(found, "Index.search", "open") if abs(r["of_saturation"] - 0.5) < 0.01
-    ]
+        r for r in load_rows(found, "Index.search", "open")
+        if abs(r["of_saturation"] - 0.5) < 0.01 and "p99_over_queue" in r
+    ]  # fmt: skip
     for row in half:
         others = [
             f"{row[f'p99_over_{name}']:.2f} with the service {service}"
             for name, service in OTHER_SERVICES.items() if name in row
         ]  # fmt: skip
         value = row["p99_over_queue"]
+        text = f"{value:.2f}" + (f" ({'; '.join(others)})" if others else "")
         add("p99 of search at half of saturation at most 1.3 times an M/D/c queue's, service "
-            f"measured back to back, {row['isa']}",
-            f"{value:.2f}" + (f" ({'; '.join(others)})" if others else ""), value <= 1.3)  # fmt: skip
+            f"measured back to back, {row['isa']}", text, value <= 1.3)  # fmt: skip
     if not half:
         add("p99 of search at half of saturation at most 1.3 times an M/D/c queue's", "", None)
     ours, batched = (

@@ -23,6 +23,7 @@ from sections import (  # noqa: E402
     claims_section,
     faiss_section,
     gate_section,
+    kernels,
     load_section,
     ms,
     ops_section,
@@ -54,7 +55,8 @@ def results() -> list[dict[str, Any]]:
         if result and all("claims" in part for part in result.values() if isinstance(part, dict)):
             parts = {n: part for n, part in result.items() if isinstance(part, dict)}
             about = [part["machine"] for part in parts.values()]
-            commits = ", ".join(dict.fromkeys(m["commit"] for m in about))  # each part has its own
+            # each part has its own
+            commits = ", ".join(dict.fromkeys(str(m["commit"]) for m in about))
             result = {
                 "kind": "claims", "machine": about[0] | {"commit": commits}, "parts": parts,
             } | ({"note": result["note"]} if "note" in result else {})  # fmt: skip
@@ -141,7 +143,8 @@ def embeddings(result: dict[str, Any]) -> list[str]:
 def summary(found: list[dict[str, Any]]) -> str:
     """The part of README between the markers: the newest run of each shape by the wall's clock."""
     parts = []
-    for result in [r for r in found if r["kind"] == "faiss_reference"][:1]:
+    newest = {r["machine"]["device"]: r for r in reversed(found) if r["kind"] == "faiss_reference"}
+    for _, result in sorted(newest.items()):
         shape = result["shape"]
         rows = [r for r in result["rows"] if r["n"] == shape["n"]]
         names = list(dict.fromkeys(r["name"] for r in rows))
@@ -151,13 +154,17 @@ def summary(found: list[dict[str, Any]]) -> str:
             for r in rows
         }
         about = result["machine"]
-        place = about.get("gpu", about["cpu"])
+        place, command = about.get("gpu"), "knnfast bench --device cuda"
+        if place is None:
+            place = (
+                "FAISS at its best threads and with BLAS where faster; "
+                f"{about['cpu']}, {about['threads']} threads, {about['isa']}"
+            )
+            command = "knnfast bench"
         parts += [
             f"p50 in milliseconds (and its time over ours, median over rounds), {shape['n']:,} x "
-            f"{shape['d']}, k {shape['k']}, answers checked, FAISS at its best threads and with "
-            f"BLAS where faster; {place}, "
-            f"{about['threads']} threads, {about['isa']}, {about['date']}. On your machine: "
-            "`knnfast bench`.",
+            f"{shape['d']}, k {shape['k']}, answers checked, {place}, {about['date']}. On your "
+            f"machine: `{command}`.",
             table(["batch", *names],
                   [[str(b), *(cell.get((name, b), "") for name in names)] for b in shape["batch"]]),
         ]  # fmt: skip
@@ -169,13 +176,12 @@ def summary(found: list[dict[str, Any]]) -> str:
             rivals = {n: p["ratio"] for n, p in row["peers"].items()
                       if "ratio" in p and not n.startswith(("knnfast ", "base "))}  # fmt: skip
             shown = row["shape"] not in SMALL_PRINT and not row["case"].endswith(CPU_TIME)
-            told = (row["op"], row["shape"], row["case"])
+            told = (row["op"], row["shape"], row["case"], result["machine"]["device"])
             if rivals and shown and told not in seen:
                 seen.add(told)
                 against = ", ".join(f"{times(v)} {n}" for n, v in rivals.items())
                 case = f"{row['shape']}: {row['case']}"
-                kernels = result["machine"]["isa"]
-                lines.append([row["op"], case, kernels, ms(row["p50_ms"]), against])
+                lines.append([row["op"], case, kernels(result), ms(row["p50_ms"]), against])
     if lines:
         parts.append(table(["op", "shape", "kernels", "p50 ms", "peers' time over ours"], lines))
     parts.append(

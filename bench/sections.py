@@ -11,6 +11,7 @@ from typing import Any
 from regression import false_alarms, slower
 
 from knnfast.benchmark.faiss_reference import way
+from knnfast.benchmark.machine import PEERS_ON_GPU
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -30,11 +31,16 @@ def times(ratio: float) -> str:
     return text if ratio >= 1 else f"**{text}**"
 
 
+def kernels(result: dict[str, Any]) -> str:
+    """What it ran on, in a word or two: the GPU, or the CPU's instruction set."""
+    return result["machine"].get("gpu", result["machine"]["isa"])
+
+
 def where(result: dict[str, Any]) -> str:
     about = result["machine"]
     place = about.get("gpu", about["cpu"])
     versions = about["versions"]
-    shown = ("python", "numpy", "torch", "faiss-cpu", "usearch", "diffusers")
+    shown = ("python", "numpy", "torch", "faiss-cpu", "usearch", "diffusers", *PEERS_ON_GPU)
     names = [f"{name} {versions[name]}" for name in shown if name in versions]
     names += about.get("blas", [])
     names += [f"{name}={value}" for name, value in about.get("settings", {}).items()]
@@ -165,8 +171,8 @@ def at_half(result: dict[str, Any]) -> str:
     return f" (Index.search at half of saturation, p99 over the queue's in each: {each})"
 
 
-# How the service was measured of queues other than the one that serves as long as searches take back
-# to back; the first is of older results.
+# Queues other than the one that serves as long as searches take back to back, and how their service
+# was measured; the first is of older results.
 OTHER_SERVICES = {"paced_queue": "after pauses", "loaded_queue": "under that load"}
 
 

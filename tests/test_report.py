@@ -61,3 +61,82 @@ def test_rows_we_lose_stay_and_stand_out(report):
     page = report.performance([result])
     assert "- topk small: {'raised': 'E: why'}" in page
     assert "1 failed | no" in page
+
+
+@pytest.fixture
+def ops_result():
+    """Makes a result of ops with one row of ours; `peers` maps names to figures."""
+
+    def result(op, shape, backend, peers=(), device="cpu", case="it", **figures):
+        machine = {"isa": "b", "device": device} | ({"gpu": "G"} if device != "cpu" else {})
+        row = {"op": op, "shape": shape, "case": case, "backend": backend, "peers": dict(peers)}
+        return {"kind": "ops", "machine": machine, "rows": [row | figures]}
+
+    return result
+
+
+def lines(found, text):
+    """What the table of targets says of those whose text holds this."""
+    from goals import goals
+
+    rows = [line.strip("| ").split(" | ") for line in goals(found).splitlines()]
+    return [row[1:] for row in rows if text in row[0]]
+
+
+def test_a_cpu_target_is_met_missed_or_not_measured(report, ops_result):
+    def loss(peers):
+        return ops_result("transition_loss", "training-1024", "fused", peers, peak_mib=2.0)
+
+    text = "at least 10 times as fast as VQ-Diffusion's"
+    assert lines([], text) == [["", "not measured"]]
+    for ratio, met in ((10.0, "yes"), (9.9, "no")):
+        peers = {"torch-log-space": {"ratio": ratio, "peak_mib": 1.0}}
+        assert lines([loss(peers)], text) == [[f"{ratio}", met]]
+    for peers in ({}, {"torch-log-space": {"skipped": "ImportError: why"}}):
+        assert lines([loss(peers)], text) == [["", "not measured"]]
+    # every machine has a row of its own; one with a GPU is not asked
+    both = [loss({"torch-log-space": {"ratio": r}}) for r in (20.0, 5.0)]
+    assert lines(both, text) == [["20.0", "yes"], ["5.0", "no"]]
+    both[0]["machine"]["device"] = "cuda"
+    assert lines(both, text) == [["5.0", "no"]]
+
+
+def test_the_memory_target_compares_peaks(report, ops_result):
+    def loss(ours, theirs):
+        peers = {"torch-log-space": {"ratio": 1.0, "peak_mib": theirs}}
+        return [ops_result("transition_loss", "training-1024", "fused", peers, peak_mib=ours)]
+
+    text = "at most 1/8 of that formulation's peak memory"
+    assert lines(loss(10.0, 80.0), text) == [["8.0", "yes"]]
+    assert lines(loss(10.0, 79.0), text) == [["7.9", "no"]]
+    assert lines(loss(None, 80.0), text) == lines(loss(10.0, None), text) == [["", "not measured"]]
+
+
+def test_the_target_of_fp16_search_on_a_gpu_is_about_large_databases(report, ops_result):
+    def search(shape, case, share):
+        return ops_result("topk", shape, "graph fp16", case=case, device="cuda",
+                          ceiling_share=share)  # fmt: skip
+
+    small = [
+        search("stickers", "batch 1, k 10", 0.1),
+        search("coco-69m-shard", "batch 128, k", 0.1),
+    ]
+    text = "GPU: FP16 search"
+    assert lines(small, text) == [["", "not measured"]]
+    large = [
+        search("coco-69m-shard", "batch 16, k 10", 0.9),
+        search("service-1m", "batch 1, k", 0.8),
+    ]
+    assert lines([*small, large[0]], text) == [["90%", "yes"]]
+    assert lines([*small, *large], text) == [["80%", "no"]]
+
+
+def test_one_reading_of_the_queue_is_judged(report):
+    row = {"server": "Index.search", "loop": "open", "of_saturation": 0.5, "clients": 16,
+           "p99_over_queue": 1.2, "p99_over_loaded_queue": 1.4, "loaded_queue": {}}  # fmt: skip
+    result = {"kind": "load", "machine": {"isa": "b"}, "rows": [row]}
+    said = "1.20 (1.40 with the service under that load)"
+    assert lines([result], "p99 of search") == [[said, "yes"]]
+    row["p99_over_queue"] = 1.31
+    assert lines([result], "p99 of search")[0][1] == "no"
+    assert lines([], "p99 of search") == [["", "not measured"]]
