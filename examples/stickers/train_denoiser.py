@@ -28,6 +28,7 @@ from knnfast.diffusion.trainer import TrainConfig
 from knnfast.diffusion.training import train
 from knnfast.encoders import load_encoder
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORLDS = 12
 CONDITION = ConditionConfig(
     k=10,
@@ -42,7 +43,7 @@ CPU = Path("/proc/cpuinfo")
 AMX = CPU.exists() and "amx_bf16" in CPU.read_text(encoding="ascii")
 CONFIG = TrainConfig(
     steps=1400, batch=128, lr=3e-3, decay=0.4, compile=True, checkpoint_every=100,
-    bf16=AMX or torch.cuda.is_available(), condition=CONDITION,
+    bf16=AMX or DEVICE == "cuda", condition=CONDITION,
 )  # fmt: skip
 # The wanted sticker never among the neighbours, on top of the shipped weights (see README.md).
 TRIAL = replace(
@@ -101,10 +102,12 @@ def main() -> None:
         pairs.save(file)
     if args.trial:
         start = Denoiser.from_folder(args.bundle)
-        train(pairs, args.data / "denoiser-trial", tokenizer, config=TRIAL, start=start)
+        out = args.data / "denoiser-trial"
+        train(pairs, out, tokenizer, config=TRIAL, start=start, device=DEVICE)
         return
-    record = train(pairs, args.data / "denoiser", tokenizer, model=DenoiserConfig(), config=CONFIG)
-    export(args.data / "denoiser", args.bundle)
+    out = args.data / "denoiser"
+    record = train(pairs, out, tokenizer, model=DenoiserConfig(), config=CONFIG, device=DEVICE)
+    export(out, args.bundle)
     print(f"{record['images_seen']} images in {record['seconds']:.0f} s")
 
 

@@ -66,8 +66,10 @@ def main() -> None:
         print(f"{share:.3f} of the alignments converged", flush=True)
         pairs.save(file)
     start = editor_from(Denoiser.from_folder(args.start))
+    config = replace(CONFIG, steps=args.steps)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     record = train_editor(
-        pairs, args.data / "editor", start, encoder, tokenizer, replace(CONFIG, steps=args.steps)
+        pairs, args.data / "editor", start, encoder, tokenizer, config, device=device
     )
     print(f"{record['images_seen']} images in {record['seconds']:.0f} s")
 

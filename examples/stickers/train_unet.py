@@ -57,7 +57,9 @@ def main() -> None:
             parser.error(f"{file} is missing; train_denoiser.py makes it")
         tokenizer = VQTokenizer.from_folder(args.data / "tokenizer")
         pairs = Pairs.load(file)
-        record = train(pairs, args.data / "unet", tokenizer, model=UNetConfig(), config=CONFIG)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        out = args.data / "unet"
+        record = train(pairs, out, tokenizer, model=UNetConfig(), config=CONFIG, device=device)
         print(f"{record['images_seen']} images in {record['seconds']:.0f} s")
     export(args.data / "unet", args.bundle)
 
