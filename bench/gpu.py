@@ -3,13 +3,15 @@
     python bench/gpu.py [--out out/gpu] [--budget SECONDS] [--only STAGE,...] [--train]
 
 Stages, the most telling first: build for this machine's GPU alone; the tests marked `gpu`, then the
-others of the index; the benchmark of top-k and of every other op, with whichever peers import;
-compute-sanitizer on the search kernels; `knnfast bench`; training of the sticker models when it is
-asked for. Each has a time limit, is skipped with a reason where it cannot run or no longer fits
-into the budget, and the script goes on. All of it lands in one folder of small files,
-`summary.json` first, and in one archive beside it, out/gpu.tar.gz, both written anew before each
-stage and at the end. SIGTERM and Ctrl-C end the running stage with everything it started. Exit code
-1 when a stage failed or was stopped, 0 when all passed or were skipped.
+others of the index; the benchmark of top-k and of every other op, each beginning with the shapes
+that are meant for a GPU, with whichever peers import; compute-sanitizer on the search kernels;
+`knnfast bench`; training of the sticker models when it is asked for. Each has a time limit, is
+skipped with a reason where it cannot run or no longer fits into the budget, and the script goes on.
+All of it lands in one folder of small files, `summary.json` first, and in one archive beside it,
+out/gpu.tar.gz, both written before anything else, anew before each stage and at the end. SIGTERM
+and Ctrl-C end the running stage with everything it started. Exit code 1 when a stage failed or was
+stopped, 0 when all passed or were skipped. Where git knows no commit of this tree (a copy of its
+files, say), results name the one that KNNFAST_COMMIT holds.
 """
 
 from __future__ import annotations
@@ -38,6 +40,9 @@ GRACE = 10  # seconds in which a stage that is stopped may say what it has found
 LEAST = 20  # seconds that a stage must have to be worth its start
 CANNOT = 77  # exit code of a stage that found out it cannot run here; its last line says why
 CUDA_TOOLS = "/usr/local/cuda/bin"
+WORKERS = max(1, min(12, (os.cpu_count() or 1) - 3))  # of the tests; each may take another core
+FEW_THREADS = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+QUICK = ("--turns", "5", "--seconds", "0.05")  # a device that nobody else uses needs few turns
 
 
 def no_gpu() -> str | None:
@@ -78,14 +83,14 @@ class Stage:
         command: run in the repository's root; `{out}` is the folder of results.
         limit: seconds after which it is stopped, with everything it started.
         needs: checks that return why it cannot run.
-        environment: what it finds there beside ours.
+        environment: gives what it finds there beside ours; asked when it starts.
     """
 
     name: str
     command: list[str]
     limit: float
     needs: tuple[Callable[[], str | None], ...] = ()
-    environment: dict[str, str] | None = None
+    environment: Callable[[], dict[str, str]] = dict
 
     def run(self, out: Path, left: float = float("inf")) -> dict[str, Any]:
         """Run or skip; the result says which, for how long and why. `left`: of the budget."""
@@ -97,7 +102,7 @@ class Stage:
             reason = f"{max(left, 0):.0f} s of the budget are left"
             return {"stage": self.name, "result": "skipped", "reason": reason}
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        own = {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | (self.environment or {})
+        own = {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | self.environment()
         words = [word.format(out=out) for word in self.command]
         log = out / f"{self.name}.log"
         start = time.perf_counter()
@@ -114,8 +119,7 @@ class Stage:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=GRACE)
             finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                end_session(process.pid)
                 with contextlib.suppress(subprocess.TimeoutExpired):  # one stuck in the driver
                     process.wait(timeout=GRACE)
         text = log.read_bytes()
@@ -130,6 +134,18 @@ class Stage:
         return row | ({"result": "passed"} if code == 0 else {"result": "failed", "code": code})
 
 
+def end_session(leader: int) -> None:
+    """Kill a process that leads a session, its group, and (Linux) whatever else is left in it:
+    `timeout` makes a group of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            _state, _parent, _group, session, *_ = stat.read_text().rpartition(")")[2].split()
+            if int(session) == leader:
+                os.kill(int(stat.parent.name), signal.SIGKILL)
+
+
 def architecture() -> dict[str, str]:
     """CUDAARCHS of the GPU that is there, where it is not set; Hopper's kernel needs the `a`."""
     if "CUDAARCHS" in os.environ or no_gpu():
@@ -140,33 +156,45 @@ def architecture() -> dict[str, str]:
     return {"CUDAARCHS": f"{number}a-real" if number == "90" else f"{number}-real"}
 
 
+def shapes(op: str) -> list[str]:
+    """All shapes of an op but the tests' own; those of a GPU's size first."""
+    names = [name for name in SHAPES[op] if name != "ci"]
+    return sorted(names, key=lambda name: not name.startswith(("coco-", "gpu-")))
+
+
 def stages(train: bool, scale: float) -> list[Stage]:
     """All stages, the most telling first; `scale` multiplies their time limits."""
 
     def pytest(*words: str) -> list[str]:
         # Warnings of other versions fail no test here; a kernel that hangs fails its own alone.
-        options = ["-q", "-p", "no:cacheprovider", "-W", "default"]
+        options = ["-q", "-p", "no:cacheprovider", "-W", "default", "--maxfail", "20"]
         if importlib.util.find_spec("pytest_timeout"):
-            options += ["--timeout", "120", "--timeout-method", "thread"]
+            options += ["--timeout", "45", "--timeout-method", "thread"]
+        if importlib.util.find_spec("xdist"):
+            options += ["-n", str(WORKERS), "--max-worker-restart", "6"]
         return [PYTHON, "-m", "pytest", *options, *words]
 
-    spread = ["-n", "auto", "--maxprocesses", "4"] if importlib.util.find_spec("xdist") else []
+    def bench(op: str) -> list[str]:
+        named = [word for shape in shapes(op) for word in ("--shape", shape)]
+        return [PYTHON, "bench/run.py", "--op", op, *named, "--device", "cuda", *QUICK,
+                "--json", f"{{out}}/{op}.json"]  # fmt: skip
+
     every = [
-        Stage("build", [PYTHON, "setup.py", "-q", "build_ext", "--inplace"], 600,
-              (no_gpu, no_nvcc), {"KNNFAST_CUDA": "ON"} | architecture()),
-        Stage("tests", pytest("-m", "gpu", *spread), 900, (no_gpu,)),
-        Stage("tests-index", pytest("-m", "not gpu", *spread, "tests/test_cuda_index.py"), 300,
-              (no_gpu,)),
+        Stage("build", [PYTHON, "setup.py", "-q", "build_ext", "--inplace"], 240,
+              (no_gpu, no_nvcc), lambda: {"KNNFAST_CUDA": "ON"} | architecture()),
+        Stage("tests", pytest("-m", "gpu"), 240, (no_gpu,), lambda: FEW_THREADS),
+        Stage("tests-index", pytest("-m", "not gpu", "tests/test_cuda_index.py"), 120, (no_gpu,),
+              lambda: FEW_THREADS),
         *(
-            Stage(f"bench-{op}", [PYTHON, "bench/run.py", "--op", op, "--device", "cuda",
-                                  "--json", f"{{out}}/{op}.json"], 600, (no_gpu,))
+            Stage(f"bench-{op}", bench(op), 240 if op == "topk" else 120, (no_gpu,))
             for op in SHAPES  # topk is the first
         ),
-        Stage("sanitizer", ["sh", "tests/cuda_sanitize.sh"], 600, (no_gpu, no_sanitizer),
-              {"PYTHON": PYTHON}),
+        Stage("sanitizer", ["sh", "tests/cuda_sanitize.sh"], 660, (no_gpu, no_sanitizer),
+              lambda: {"PYTHON": PYTHON}),
         Stage("bench-faiss-reference",
-              [PYTHON, "-c", "from knnfast.cli import main; main()", "bench", "--device", "cuda",
-               "--plot", "{out}/bench.png"], 300, (no_gpu,)),
+              ["sh", "-c", '"$0" -m knnfast bench --device cuda --seconds 60 '
+               '--plot "$1.png" --json > "$1.json"', PYTHON, "{out}/faiss-reference"], 150,
+              (no_gpu,)),
     ]  # fmt: skip
     if train:
         every.append(
@@ -238,7 +266,7 @@ def main() -> int:
     except OSError as error:
         parser.error(f"--out must be a folder that can be made, got {out}: {error.strerror}")
     rows: list[dict[str, Any]] = []
-    summary = {"device": device(), "stages": rows}
+    summary: dict[str, Any] = {"device": {}, "stages": rows}
 
     def write() -> str:
         (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -247,6 +275,8 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with contextlib.suppress(KeyboardInterrupt):
+        write()
+        summary["device"] = device()
         for stage in todo:
             rows.append({"stage": stage.name, "result": "stopped", "reason": "interrupted"})
             write()

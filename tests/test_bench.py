@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from knnfast.benchmark.topk import threads_for_all
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -122,15 +124,18 @@ def test_first_case_is_right_and_has_its_peers(op):
     case = next(iter(cases(op, "ci")))
     for name, call in case.ours.items():
         assert case.judge(call())["ok"], name
+    right = []
     case.facts()
     with pytest.raises(ValueError, match="peers must be of"):
         list(case.peers(["no such peer"]))
     compared = 0
     for name, rival in case.peers(None):
         if not isinstance(rival, str) and not name.startswith("torch-compile"):  # minutes
-            case.judge((rival.result or rival.call)())
+            if case.judge((rival.result or rival.call)())["ok"]:
+                right.append(name)
             compared += 1
     assert compared
+    assert op != "neighbour_attention" or right == ["torch-sdpa"]
 
 
 def test_a_peer_that_fails_is_a_row_of_the_table():
@@ -190,6 +195,89 @@ def test_run_names_a_wrong_option(words, message, monkeypatch, capsys):
         run.main()
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_run_measures_what_its_options_name(monkeypatch, tmp_path):
+    """One backend and one peer, one thread, by CPU time; then beside an earlier commit."""
+    import run
+
+    limits = {"read_gb_s": 1.0, "copy_gb_s": 1.0, "matmul_tflop_s": 1.0}
+    monkeypatch.setattr(run, "ceilings", lambda device: limits)
+
+    def rows(*words):
+        out = tmp_path / "run.json"
+        monkeypatch.setattr("sys.argv", [
+            "run.py", "--op", "topk", "--shape", "ci", "--backend", "fp16", "--threads", "1",
+            "--seconds", "0.001", "--turns", "2", "--json", str(out), *words,
+        ])  # fmt: skip
+        with threads_for_all(None):
+            assert run.main() == 0
+        report = json.loads(out.read_text())
+        assert report["machine"]["threads"] == 1
+        assert [row["backend"] for row in report["rows"]] == ["fp16", "fp16"]
+        assert all(row["exact"] for row in report["rows"])
+        return report["rows"]
+
+    for row in rows("--peers", "torch-fp32", "--clock", "cpu"):
+        assert list(row["peers"]) == ["torch-fp32"]
+        assert row["peers"]["torch-fp32"]["threads"] == 1
+        assert row["case"].endswith(", CPU time of one thread")
+        assert "ceiling_share" not in row
+    monkeypatch.setattr(run, "build", lambda ref: ROOT)
+    for row in rows("--peers", "none", "--base", "HEAD"):
+        assert list(row["peers"]) == [f"base {ROOT.name}"]
+        assert row["peers"][f"base {ROOT.name}"]["ratio"] > 0
+
+
+def test_a_shape_without_room_is_refused(monkeypatch):
+    from cases import topk
+
+    monkeypatch.setattr(topk, "memory_bytes", lambda: 11 << 30)
+    topk.check_memory("it", 1 << 30, "cpu")
+    with pytest.raises(ValueError, match="it needs 22 GiB of memory"):
+        topk.check_memory("it", 2 << 30, "cpu")
+
+
+def test_parts_of_topk_cpu_add_up_in_one_file(monkeypatch, tmp_path, capsys):
+    import topk_cpu
+
+    for part, holds in (("small", True), ("memory", False)):
+        claim = {"claim": f"{part} is fast", "value": 1, "limit": "<= 2", "holds": holds}
+        monkeypatch.setitem(topk_cpu.PARTS, part, lambda c=claim: {"times": {}, "claims": [c]})
+        words = ["topk_cpu.py", "--part", part, "--json", str(tmp_path / "topk.json")]
+        monkeypatch.setattr("sys.argv", words)
+        topk_cpu.main()
+    saved = json.loads((tmp_path / "topk.json").read_text())
+    assert list(saved) == ["small", "memory"]
+    assert saved["memory"]["command"] == "python bench/topk_cpu.py --part memory"
+    assert "1 claims fail\n  memory is fast" in capsys.readouterr().out
+
+
+def test_topk_cpu_times_right_answers_alone(monkeypatch):
+    import topk_cpu
+
+    def against(calls):
+        contenders = {name: topk_cpu.Local(call) for name, call in calls.items()}
+        timings = topk_cpu.interleave(contenders, seconds=0, turns=1)
+        return timings, lambda a, b: topk_cpu.ratio(timings[a], timings[b])
+
+    monkeypatch.setattr(topk_cpu, "against", against)
+    monkeypatch.setattr(topk_cpu, "N", 3_000)
+    monkeypatch.setattr(topk_cpu, "D", 32)
+    assert len(topk_cpu.shapes_of_data()["claims"]) == 9
+
+    class Reversed:
+        def __init__(self, index):
+            self.index = index
+
+        def search(self, q, k):
+            scores, ids = self.index.search(q, k)
+            return scores, ids[:, ::-1]
+
+    filled = topk_cpu.filled
+    monkeypatch.setattr(topk_cpu, "filled", lambda *rows, **how: Reversed(filled(*rows, **how)))
+    with pytest.raises(AssertionError, match="ties"):
+        topk_cpu.shapes_of_data()
 
 
 def test_what_fails_of_ours_is_told_and_the_rest_is_measured(monkeypatch, tmp_path):
@@ -325,10 +413,22 @@ def test_the_build_is_for_the_gpu_that_is_there(capability, archs, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.delenv("CUDAARCHS", raising=False)
     build, *others = gpu.stages(train=False, scale=1)
-    assert build.environment == {"KNNFAST_CUDA": "ON", "CUDAARCHS": archs}
+    assert build.environment() == {"KNNFAST_CUDA": "ON", "CUDAARCHS": archs}
     assert [stage.name for stage in others][:3] == ["tests", "tests-index", "bench-topk"]
     monkeypatch.setenv("CUDAARCHS", "80-real")
-    assert "CUDAARCHS" not in gpu.stages(train=False, scale=1)[0].environment
+    assert "CUDAARCHS" not in gpu.stages(train=False, scale=1)[0].environment()
+
+
+def test_shapes_of_a_gpus_size_come_first():
+    import gpu
+
+    for op, first in (("topk", "coco-69m-shard"), ("transition_step", "gpu-1"),
+                      ("transition_loss", "gpu-16"), ("sample", "stickers-1")):  # fmt: skip
+        names = gpu.shapes(op)
+        assert names[0] == first
+        assert set(names) == set(gpu.SHAPES[op]) - {"ci"}
+    words = next(s for s in gpu.stages(False, 1) if s.name == "bench-topk").command
+    assert words[words.index("--shape") + 1] == "coco-69m-shard"
 
 
 def test_sigterm_ends_the_running_stage_and_leaves_a_summary(tmp_path):
@@ -337,7 +437,7 @@ def test_sigterm_ends_the_running_stage_and_leaves_a_summary(tmp_path):
 import sys, gpu
 gpu.stages = lambda train, scale: [
     gpu.Stage("quick", ["true"], 60),
-    gpu.Stage("slow", ["sh", "-c", "sleep 600 & echo $! > {pid}; wait"], 60),
+    gpu.Stage("slow", ["sh", "-c", "timeout 600 sh -c 'echo $$ > {pid}; sleep 600' & wait"], 60),
     gpu.Stage("never", ["true"], 60),
 ]
 sys.argv = ["gpu.py", "--out", {str(out)!r}]
@@ -360,6 +460,20 @@ sys.exit(gpu.main())
         time.sleep(0.05)
 
 
+def test_a_summary_is_there_before_anything_is_asked(tmp_path):
+    script = f"""
+import os, signal, sys, gpu
+gpu.device = lambda: os.kill(os.getpid(), signal.SIGKILL)
+sys.argv = ["gpu.py", "--out", {str(tmp_path / "gpu")!r}]
+gpu.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT / "bench", check=False)
+    assert done.returncode == -signal.SIGKILL
+    with tarfile.open(tmp_path / "gpu.tar.gz") as archive:
+        summary = json.load(archive.extractfile("gpu/summary.json"))
+    assert summary == {"device": {}, "stages": []}
+
+
 def test_ncu_sees_every_search_kernel():
     from nsight import commands
 
@@ -378,17 +492,19 @@ def test_sanitizer_goes_on_after_a_tool_that_fails(tmp_path):
     """With a stand-in for compute-sanitizer."""
     stand_in = tmp_path / "compute-sanitizer"
     stand_in.write_text(
-        "#!/bin/sh\necho $2 >> $0.tools\ncase $2 in racecheck|synccheck) exit 1;; esac\n"
+        "#!/bin/sh\necho $2 >> $0.tools\n"
+        "case $2 in initcheck) sleep 60;; racecheck|synccheck) exit 1;; esac\n"
     )
     stand_in.chmod(0o755)
     done = subprocess.run(
         ["sh", "tests/cuda_sanitize.sh"], cwd=ROOT, capture_output=True, text=True, check=False,
-        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SANITIZE_SECONDS": "2"},
     )  # fmt: skip
     assert done.returncode == 1
-    assert done.stdout.endswith("failed: racecheck synccheck\n")
+    assert "initcheck: not done after 2 s\n" in done.stdout
+    assert done.stdout.endswith("failed: synccheck initcheck racecheck\n")
     tools = (tmp_path / "compute-sanitizer.tools").read_text().split()
-    assert tools == ["memcheck", "memcheck", "racecheck", "synccheck", "initcheck"]  # a probe
+    assert tools == ["memcheck", "memcheck", "synccheck", "initcheck", "racecheck"]  # a probe
     stand_in.write_text(
         "#!/bin/sh\necho ==== COMPUTE-SANITIZER\necho ==== Error: Device not supported\n"
         "echo ==== ERROR SUMMARY: 1 error\nexit 1\n"
