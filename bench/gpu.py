@@ -103,7 +103,8 @@ class Stage:
             return {"stage": self.name, "result": "skipped", "reason": reason}
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         own = {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | self.environment()
-        words = [word.format(out=out) for word in self.command]
+        place = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out  # results name it
+        words = [word.format(out=place) for word in self.command]
         log = out / f"{self.name}.log"
         start = time.perf_counter()
         with log.open("wb") as output:

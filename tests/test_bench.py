@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from knnfast.benchmark.topk import threads_for_all
+import knnfast
+from knnfast.benchmark.topk import Peer, threads_for_all
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -236,6 +237,43 @@ def test_a_shape_without_room_is_refused(monkeypatch):
     topk.check_memory("it", 1 << 30, "cpu")
     with pytest.raises(ValueError, match="it needs 22 GiB of memory"):
         topk.check_memory("it", 2 << 30, "cpu")
+
+
+def test_peers_on_a_gpu_are_built_once_a_shape(monkeypatch):
+    """On torch's `cpu:0`, which is not called `cpu` and so passes for a GPU."""
+    import torch
+    from cases import cases, topk
+
+    built = []
+
+    def right(rows, metric):
+        built.append("right")
+        x = torch.from_numpy(rows).double()
+
+        def call(q, k):
+            return (q.double() @ x.T).topk(k)[1]
+
+        return Peer(lambda q, k: call(q, k).numpy(), call)
+
+    def broken(rows, metric):
+        built.append("broken")
+        raise RuntimeError("no room")
+
+    peers = {"right": right, "broken": broken}
+    monkeypatch.setattr(topk, "GPU_PEERS", peers)
+    monkeypatch.setattr("knnfast.benchmark.topk.GPU_PEERS", peers)
+    monkeypatch.setattr(topk, "Index", lambda d, device, scan: knnfast.Index(d, scan=scan))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 1 << 40))
+    for case in cases("topk", "ci", "cpu:0"):
+        found = dict(case.peers(None))
+        assert found["broken"] == "RuntimeError: no room"
+        assert case.judge(found["right"].result())["ok"]
+        assert case.judge(case.ours["fp16"]())["ok"]
+        assert list(dict(case.peers(["right"]))) == ["right"]
+    assert built == ["right", "broken"]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, 1 << 40))
+    with pytest.raises(ValueError, match="ci needs 0.107 GiB of GPU memory"):
+        next(cases("topk", "ci", "cpu:0"))
 
 
 def test_parts_of_topk_cpu_add_up_in_one_file(monkeypatch, tmp_path, capsys):

@@ -55,7 +55,7 @@ def check_memory(shape: str, elements: int, device: str) -> None:
         rooms.append(("GPU memory", 2 + 3 + 2 * len(GPU_PEERS), free))
     for name, width, room in rooms:
         if (needed := width * elements) > room:
-            raise ValueError(f"{shape} needs {needed / 2**30:.0f} GiB of {name}")
+            raise ValueError(f"{shape} needs {needed / 2**30:.3g} GiB of {name}")
 
 
 def _case(
