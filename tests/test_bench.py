@@ -272,7 +272,7 @@ def test_peers_on_a_gpu_are_built_once_a_shape(monkeypatch):
         assert list(dict(case.peers(["right"]))) == ["right"]
     assert built == ["right", "broken"]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, 1 << 40))
-    with pytest.raises(ValueError, match="ci needs 0.107 GiB of GPU memory"):
+    with pytest.raises(ValueError, match=r"ci needs 0\.107 GiB of GPU memory"):
         next(cases("topk", "ci", "cpu:0"))
 
 
