@@ -5,8 +5,8 @@
 One measurement after the other goes to out/measure, and when it is done to bench/results as
 NAME-ISA-DATE.json, in the place of the older one of this instruction set; in the end report.py
 writes the pages anew. What fails leaves what was there; the exit code is 1 then. It takes about an
-hour on two cores without `gate`, whose 20 runs of an unchanged tree take another two: let nothing
-else run meanwhile. `make gpu` is for machines with a GPU.
+hour on two cores, the 20 runs of `gate`, which comes last, a third of it: let nothing else run
+meanwhile. `make gpu` is for machines with a GPU.
 
 FAISS's own copy of OpenBLAS may not know a new processor and take kernels of an old one: a result
 names those it took, and OPENBLAS_CORETYPE (SkylakeX, say) chooses others.
