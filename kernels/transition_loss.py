@@ -141,8 +141,9 @@ def launch_transition_loss(logits, out, x_0, x_t, steps, weight, auxiliary):
             logits_ptr=logits, x_0_ptr=x_0.contiguous(), x_t_ptr=x_t.contiguous(),
             steps_ptr=steps.contiguous(), weight_ptr=(weight / (B * L)).contiguous(),
             auxiliary_ptr=auxiliary.contiguous(), grad_ptr=out, kl_ptr=kl, nll_ptr=nll,
-            L=L, K=K, stride_row=logits.stride(-2),
-            stride_grad=out.stride(-2), BLOCK_K=block_k, num_warps=warps,
+            L=L, K=K,
+            # Not stride(-2), which may be anything where L = 1, of contiguous logits too.
+            stride_row=K, stride_grad=K, BLOCK_K=block_k, num_warps=warps,
         )  # fmt: skip
     loss = (weight * (kl + auxiliary[:, None] * nll).mean(-1)).mean()
     return loss.float(), kl.mean(-1).float(), out

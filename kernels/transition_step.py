@@ -142,7 +142,8 @@ def _launch(
         weights_ptr=weights, image_ptr=image_indices, seed_ptr=seed, rows_ptr=rows,
         count_ptr=count, out_ptr=out, score_ptr=none if score is None else score,
         best_ptr=none if best is None else best, L=x_t.shape[1], K=K,
-        stride_row=logits.stride(-2), stride_null=0 if null is None else null.stride(-2),
+        # Not stride(-2), which may be anything where L = 1, of contiguous logits too.
+        stride_row=K, stride_null=0 if null is None else K,
         stride_weights=7 if weights.dim() == 2 else 0,
         guidance=guidance, inverse_temperature=1.0 / temperature, top_r=top_r, top_k=top_k,
         purity=purity,

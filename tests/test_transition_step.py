@@ -323,37 +323,91 @@ def test_rare_events_appear_at_their_rate(seed):
     assert low <= hits <= high
 
 
-def test_tails_never_give_a_masked_class():
-    ninf = float("-inf")
-    weights = weights_of("mask", 3, 100, 0)
-    x = torch.full((1, 50_000), 3)
+ON_THE_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled in this process")
+BOTH = pytest.mark.parametrize(
+    "run",
+    [ops.transition_step, pytest.param(interpreted, marks=ON_THE_CPU)],
+    ids=["cpu", "triton"],
+)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
+@pytest.mark.parametrize(
+    ("run", "dtype"),
+    [
+        (ops.transition_step, torch.float32),
+        (ops.transition_step, torch.float16),
+        pytest.param(interpreted, torch.float16, marks=ON_THE_CPU),
+    ],
+    ids=["cpu-float32", "cpu-float16", "triton-float16"],
+)
+def test_tails_never_give_a_masked_class(run, dtype):
+    ninf, n = float("-inf"), 8 if run is interpreted else 50_000
     for row, allowed in [
         ([ninf, 1e4, -1e4], {1}), ([ninf, ninf, -1e4], {2}), ([ninf, 0.0, 0.0], {1, 2}),
-        ([1e4, 1e4, ninf], {0, 1}), ([-1e4, -1e4, -1e4], {0, 1, 2}),
+        ([1e4, 1e4, ninf], {0, 1}), ([-1e4, -1e4, -1e4], {0, 1, 2}), ([0.0, ninf], {0}),
+        ([-1e4, 1e4], {1}), ([1e4, 1e4], {0, 1}), ([ninf] * 20 + [-1e4], {20}),
     ]:  # fmt: skip
-        logits = torch.tensor(row).expand(1, 50_000, 3)
-        assert set(ops.transition_step(logits, x, weights, seed=0).unique().tolist()) == allowed
-        sharp = ops.transition_step(
-            logits, x, weights, seed=0, null_logits=logits, guidance=7.5, top_r=0.99
-        )
-        assert set(sharp.unique().tolist()) <= allowed
+        K = len(row)
+        x, weights = torch.full((1, n), K), weights_of("mask", K, 100, 0)
+        logits = torch.tensor(row, dtype=dtype).expand(1, n, K)
+        for rule in (
+            {}, {"purity": 1.0},
+            {"null_logits": logits, "guidance": 7.5, "top_r": 0.99, "temperature": 0.1},
+        ):  # fmt: skip
+            got = set(run(logits, x, weights, seed=0, **rule).unique().tolist())
+            assert got <= allowed
+            assert got == allowed or n == 8
     # excluded in the null pass alone counts too
-    null = torch.tensor([0.0, ninf, 0.0]).expand(1, 50_000, 3)
-    cond = torch.zeros(1, 50_000, 3)
-    got = ops.transition_step(cond, x, weights, seed=0, null_logits=null, guidance=2.0)
+    x, weights = torch.full((1, n), 3), weights_of("mask", 3, 100, 0)
+    null = torch.tensor([0.0, ninf, 0.0], dtype=dtype).expand(1, n, 3)
+    cond = torch.zeros(1, n, 3, dtype=dtype)
+    got = run(cond, x, weights, seed=0, null_logits=null, guidance=2.0)
     assert set(got.unique().tolist()) == {0, 2}
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's of NaN
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
-def test_bad_rows_raise(bad):
-    logits, x_t, _ = make(8, 1, 4, {}, masked=1.0)
+def test_bad_rows(run, dtype, bad):
+    """On the CPU they raise; where nothing may synchronise their tokens are -1."""
+    logits, x_t, _ = make(8, 1, 4, {}, dtype, masked=1.0)
+    fine = torch.zeros_like(logits)
     if bad is None:
         logits[0, 2] = float("-inf")
     else:
         logits[0, 2, 5] = bad
-    for kw in ({}, {"purity": 1.0}, {"null_logits": torch.zeros_like(logits), "guidance": 2.0}):
-        with pytest.raises(ValueError, match="NaN, \\+inf or no finite class"):
-            ops.transition_step(logits, x_t, weights_of("mask", 8, 100, 0), seed=0, **kw)
+    for pair, rule in (
+        ((logits, None), {}), ((logits, None), {"purity": 1.0}), ((logits, None), {"top_r": 0.9}),
+        ((logits, fine), {"guidance": 2.0}), ((fine, logits), {"guidance": 2.0}),
+    ):  # fmt: skip
+        step = pair[0], x_t, weights_of("mask", 8, 100, 0)
+        rule = {"null_logits": pair[1], "seed": 0} | rule
+        if run is interpreted:
+            got = run(*step, **rule)[0]
+            assert int(got[2]) == -1
+            assert ((got >= 0) & (got < 8)).sum() == 3
+        else:
+            with pytest.raises(ValueError, match="NaN, \\+inf or no finite class in 1 of"):
+                run(*step, **rule)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
+@BOTH
+def test_rows_at_any_distance(run):
+    """One position an image: the stride along positions says nothing of where a row is."""
+    K = 33
+    x_t, weights = torch.full((3, 1), K), weights_of("mask", K, 100, 0)
+    turned, null = (random_logits((3, 3, K)).transpose(0, 1)[:, :1] for _ in range(2))
+    assert turned.is_contiguous()
+    assert turned.stride(1) != K
+    wide = random_logits((3, 1, 2 * K))[..., :K]
+    shared = random_logits((1, 1, K)).expand(3, -1, -1)
+    for logits in (turned, wide, shared):
+        for rule in ({}, {"null_logits": null, "guidance": 2.0}):
+            got = run(logits, x_t, weights, seed=5, **rule)
+            agree(got, logits, x_t, weights, seed=5, **rule)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -444,6 +498,7 @@ def test_correlated_tokens_mismatch_is_one_over_2n(n, seed):
         ({"weights": torch.zeros(6, dtype=torch.float64)}, ValueError, "weights"),
         ({"weights": torch.zeros(7)}, TypeError, "weights"),
         ({"null_logits": torch.zeros(2, 3, 5)}, ValueError, "null_logits"),
+        ({"logits": torch.zeros(2, 3, 1)}, ValueError, "logits: at least 2 classes, got 1"),
         ({"logits": None}, TypeError, "logits: must be a tensor, got NoneType"),
         ({"weights": [0.0] * 7}, TypeError, "weights: must be a tensor, got list"),
         ({"guidance": float("nan")}, ValueError, "guidance: must be finite, got nan"),
@@ -569,3 +624,18 @@ def test_opcheck_and_compile(device):
     assert torch.equal(exported.module()(logits, x_t, weights, key), eager)
     with torch.autocast(device, torch.bfloat16):  # tokens have no lower type to fall to
         assert torch.equal(call(logits, x_t, weights, key), eager)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo's and Inductor's
+def test_compiles_with_inductor():
+    logits, x_t, _ = make(16, 2, 5, {})
+    weights, key = weights_of("mask_replace", 16, 50, 25), torch.tensor([3])
+
+    def call(logits, null, x_t, weights, seed):
+        return 2 * ops.transition_step(
+            logits * 2.0, x_t, weights, seed=seed, null_logits=null, guidance=2.0
+        )
+
+    args = logits, logits.flip(0), x_t, weights, key
+    assert torch.equal(torch.compile(call, fullgraph=True)(*args), call(*args))

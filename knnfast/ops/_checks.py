@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -66,8 +67,7 @@ def rows(x: Tensor) -> Tensor:
     if x.dim() < 2:
         return x.contiguous()
     if x.stride(-1) == 1 and all(
-        x.stride(d) == x.stride(d + 1) * x.shape[d + 1] or x.shape[d] == 1
-        for d in range(x.dim() - 2)
+        x.stride(d) == x.stride(inner) * x.shape[inner] for d, inner in pairwise(_long(x))
     ):
         return x
     return x.contiguous()
@@ -75,7 +75,13 @@ def rows(x: Tensor) -> Tensor:
 
 def row_stride(x: Tensor) -> int:
     """Elements from row to row of a tensor that `rows` returned."""
-    return x.stride(-2) if x.shape[-2] > 1 or x.dim() == 2 else x.shape[-1]
+    long = _long(x)
+    return x.stride(long[-1]) if long else x.shape[-1]
+
+
+def _long(x: Tensor) -> list[int]:
+    """The dimensions along which rows lie; the stride of one of size 1 says nothing."""
+    return [d for d in range(x.dim() - 1) if x.shape[d] != 1]
 
 
 def pointer(x: Tensor | None) -> int:
