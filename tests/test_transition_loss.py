@@ -7,7 +7,8 @@ import torch
 from transition_helpers import SCHEDULES, closed_form_loss, levels, random_logits, within_twice
 
 from knnfast import ops, reference
-from knnfast.ops.transition_loss import _table
+from knnfast.diffusion.schedule import Schedule
+from knnfast.ops.transition_loss import _cached_table, _table
 
 # Outputs hold NaN before a kernel writes them. torch's own CUDA ops warn when that mode finds them
 # in another order than they promise.
@@ -117,6 +118,26 @@ def test_inplace_writes_the_gradient_over_the_logits():
         ops.transition_loss(leaf, *rest, inplace=True)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_scaled_gradient_is_in_place_where_the_logits_were(inplace, dtype):
+    logits, *rest = make("mask_replace", 64, dtype=dtype)
+    leaf = logits.clone().requires_grad_()
+    work, seen = leaf * 1.0, []
+    work.register_hook(lambda grad: seen.append(grad.data_ptr()))
+    loss, _ = ops.transition_loss(work, *rest, inplace=inplace)
+    (3 * loss).backward(retain_graph=True)
+    assert (seen == [work.data_ptr()]) == inplace
+    wide = logits.float().requires_grad_()
+    (3 * ops.transition_loss(wide, *rest)[0]).backward()
+    torch.testing.assert_close(leaf.grad.float(), wide.grad, rtol=2e-3, atol=1e-7)
+    if inplace:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    else:
+        loss.backward()
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_loss_scale_beyond_fp16(device, compiled):
@@ -150,6 +171,42 @@ def test_mask_schedule_is_weighted_cross_entropy():
     assert float(loss.detach()) == pytest.approx(float(expected.mean()), rel=1e-5)
 
 
+def test_rows_at_any_distance():
+    """One position an image: the stride along positions says nothing of where a row is."""
+    K = 33
+    _, x_0, x_t, t, schedule = make("mask_replace", K, B=3, L=1)
+    turned = random_logits((3, 3, K)).transpose(0, 1)[:, :1]  # contiguous, its stride(1) is 3 K
+    assert turned.is_contiguous()
+    assert turned.stride(1) != K
+    for logits in (turned, random_logits((3, 1, 2 * K))[..., :K], turned[:1].expand(3, -1, -1)):
+        exact, exact_kl, _ = truth(logits, x_0, x_t, t, schedule)
+        loss, kl = ops.transition_loss(logits, x_0, x_t, t, schedule)
+        torch.testing.assert_close(loss.double(), exact.double(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(kl.double(), exact_kl.double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
+@pytest.mark.parametrize("inplace", [False, True])
+def test_triton_finds_the_rows_of_one_position(inplace):
+    if torch.cuda.is_available():
+        pytest.skip("compiled in this process; the gpu tests cover it")
+    from knnfast.kernels.transition_loss import launch_transition_loss
+
+    K = 33
+    _, x_0, x_t, t, schedule = make("mask_replace", K, B=3, L=1)
+    logits = random_logits((3, 3, K)).transpose(0, 1)[:, :1]
+    assert logits.is_contiguous()
+    assert logits.stride(1) != K
+    exact, _, exact_grad = truth(logits, x_0, x_t, t, schedule)
+    table, T = _table(schedule, K, logits.device)
+    factor = 5e-4 * (2 - (t.double() - 1) / T)
+    out = logits if inplace else None
+    args = x_0, x_t, table[t], torch.ones(3).double(), factor
+    loss, _, grad = launch_transition_loss(logits, out, *args)
+    assert float(loss) == pytest.approx(float(exact), rel=2e-6)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_triton_matches_reference(name):
@@ -180,6 +237,50 @@ def test_triton_within_twice(monkeypatch, name, scale):
         torch.ops.knnfast, "transition_loss", lambda l, *v: launch_transition_loss(l, None, *v)
     )
     compare(*make(name, 65, L=6, scale=scale), weight=torch.tensor([1.0, 0.5, 2.0, 3.0]))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_excluded_classes(monkeypatch, name, backend):
+    """Classes at -inf that are neither x_0 nor x_t: no share of the loss, no gradient."""
+    if backend == "triton":
+        if torch.cuda.is_available():
+            pytest.skip("compiled in this process; the gpu tests cover it")
+        from knnfast.kernels.transition_loss import launch_transition_loss
+
+        monkeypatch.setattr(
+            torch.ops.knnfast, "transition_loss", lambda l, *v: launch_transition_loss(l, None, *v)
+        )
+    K = 21
+    logits, x_0, x_t, t, schedule = make(name, K, L=6)
+    out = torch.rand(logits.shape) < 0.5
+    for kept in (x_0, x_t.clamp(max=K - 1)):
+        out.scatter_(-1, kept[..., None], False)
+    logits = logits.masked_fill(out, float("-inf"))
+    compare(logits, x_0, x_t, t, schedule)
+    leaf = logits.requires_grad_()
+    ops.transition_loss(leaf, x_0, x_t, t, schedule)[0].backward()
+    assert not leaf.grad[out].any()
+    assert leaf.grad[~out].any()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_auxiliary_that_does_not_fall(name):
+    """adaptive=False: the same factor of -log p(x_0) at every level."""
+    logits, *rest = make(name, 40)
+    losses = []
+    for adaptive in (False, True):
+        leaf = logits.clone().requires_grad_()
+        rule = {"auxiliary": 0.3, "adaptive": adaptive}
+        loss, kl = ops.transition_loss(leaf, *rest, **rule)
+        loss.backward()
+        exact, exact_kl, grad = truth(logits, *rest, **rule)
+        assert float(loss.detach()) == pytest.approx(float(exact), rel=1e-5)
+        torch.testing.assert_close(kl.double(), exact_kl, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(leaf.grad.double(), grad, rtol=1e-4, atol=1e-7)
+        losses.append(float(loss.detach()))
+    assert losses[1] > 1.05 * losses[0]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
@@ -262,10 +363,33 @@ def test_rejects():
     for level in (0, -1, 101, -101):
         with pytest.raises(ValueError, match="t: must be a level from 1"):
             ops.transition_loss(logits, x_0, x_t, torch.tensor([1, level, 60, 100]), schedule)
-    bad = logits.clone()
-    bad[1, 2, 3] = float("nan")
-    with pytest.raises(ValueError, match="NaN"):
-        ops.transition_loss(bad, x_0, x_t, t, schedule)
+    for value, where in ((math.nan, 3), (math.inf, 3), (-math.inf, slice(None))):
+        bad = logits.clone()
+        bad[1, 2, where] = value
+        with pytest.raises(ValueError, match=r"NaN, \+inf or no finite class in 1 rows"):
+            ops.transition_loss(bad, x_0, x_t, t, schedule)
+    with pytest.raises(ValueError, match="schedule: is of 9 codes, logits of 8"):
+        ops.transition_loss(logits, x_0, x_t, t, Schedule("mask", 100, 9))
+    with pytest.raises(ValueError, match=r"at least one position, got shape \[4, 0, 8\]"):
+        ops.transition_loss(logits[:, :0], x_0[:, :0], x_t[:, :0], t, schedule)
+
+
+def test_inplace_rejects_rows_that_are_not_evenly_spaced():
+    *_, x_0, x_t, t, schedule = make("mask", 8)
+    for shape, view in (
+        ((4, 60, 8), lambda v: v[:, :30]),
+        ((4, 8, 30), lambda v: v.mT),
+        ((1, 30, 8), lambda v: v.expand(4, -1, -1)),
+    ):
+        work = torch.zeros(shape, requires_grad=True) * 1.0
+        with pytest.raises(ValueError, match=r"inplace: .*evenly spaced rows"):
+            ops.transition_loss(view(work), x_0, x_t, t, schedule, inplace=True)
+    one = torch.zeros(1, 1, 8, requires_grad=True) * 1.0
+    for B, L in ((4, 1), (1, 30)):  # all rows at one address
+        with pytest.raises(ValueError, match=r"inplace: .*evenly spaced rows"):
+            ops.transition_loss(
+                one.expand(B, L, -1), x_0[:B, :L], x_t[:B, :L], t[:B], schedule, inplace=True
+            )
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's
@@ -309,3 +433,46 @@ def test_deterministic_and_registered(device):
             compiled(logits, x_0, x_t, t - 1)
     call(leaf2, x_0, x_t, t).backward()
     torch.testing.assert_close(leaf.grad, leaf2.grad)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's
+@pytest.mark.parametrize("how", ["export", "export-strict", "compile"])
+def test_a_schedule_used_first_in_a_trace(how):
+    """No tensor of the trace is kept for later calls."""
+    logits, x_0, x_t, t, schedule = make("mask_replace", 33)
+
+    class Loss(torch.nn.Module):
+        def forward(self, logits, x_0, x_t, t):
+            return ops.transition_loss(logits * 1.0, x_0, x_t, t, schedule)
+
+    args = logits, x_0, x_t, t
+    expected = Loss()(*args)
+    _cached_table.cache_clear()
+    if how == "compile":
+        traced = torch.compile(Loss(), fullgraph=True, backend="aot_eager")
+    else:
+        traced = torch.export.export(Loss(), args, strict="strict" in how).module()
+    for call in (traced, Loss(), traced):
+        for got, value in zip(call(*args), expected, strict=True):
+            assert torch.equal(got, value)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo's and Inductor's
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_compiles_with_inductor(dtype, inplace):
+    logits, x_0, x_t, t, schedule = make("mask_replace", 33, dtype=dtype)
+
+    def call(leaf, x_0, x_t, t):
+        loss, kl = ops.transition_loss(leaf * 2.0, x_0, x_t, t, schedule, inplace=inplace)
+        return 3.0 * loss, kl
+
+    results = []
+    for run in (call, torch.compile(call, fullgraph=True)):
+        leaf = logits.clone().requires_grad_()
+        loss, kl = run(leaf, x_0, x_t, t)
+        loss.backward()
+        results.append([loss.detach(), kl, leaf.grad])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)

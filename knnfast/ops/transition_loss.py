@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from knnfast.ops import reference
 from knnfast.ops._checks import (
@@ -52,7 +53,8 @@ def transition_loss(
         auxiliary: factor of -log p_theta(x_0).
         adaptive: f(t) = 2 - (t - 1) / T, else 1.
         inplace: write the gradient (in FP16 a multiple of it) over the logits: their values are
-            lost; only when the backward pass of whatever made them does not need them.
+            lost; only when the backward pass of whatever made them does not need them. The graph
+            can then be passed back once.
 
     Returns:
         loss: scalar, fp32 (fp64 for fp64 logits).
@@ -63,7 +65,8 @@ def transition_loss(
         tokens are not looked at.
     Numerics: FP32 per class, FP64 per row; an FP16 gradient is scaled in FP32.
     Backends: triton, cpu, reference.
-    Memory: the gradient, nothing with inplace.  Deterministic: yes.
+    Memory: the gradient, and where the backward pass scales it (on CUDA always) another; with
+        inplace neither.  Deterministic: yes.
     Differentiable: once, in logits.
     """
     check_dtype("logits", logits, _TYPES)
@@ -119,6 +122,7 @@ class _TransitionLoss(torch.autograd.Function):
         else:
             loss, kl, grad = torch.ops.knnfast.transition_loss(logits.detach(), *args)
         ctx.save_for_backward(grad, multiple)
+        ctx.inplace = inplace
         ctx.mark_non_differentiable(kl)
         return (loss / multiple).to(loss.dtype), kl
 
@@ -132,7 +136,7 @@ class _TransitionLoss(torch.autograd.Function):
         if not (eager and float(d_loss) == 1.0):
             # Three dimensions, so that an FP16 gradient is multiplied in FP32: GradScaler's 65,536
             # is no FP16 number, its product with the gradient may be one.
-            out = torch.empty_like(grad)
+            out = grad if ctx.inplace else torch.empty_like(grad)
             grad = torch.mul(grad, d_loss.view(1, 1, 1), out=out)
         return grad, None, None, None, None, None, None
 
@@ -157,7 +161,8 @@ def _cached_table(A: tuple, B: tuple, C: tuple, device: str) -> Tensor:
         real_u = b * A_s / B[t] if B[t] > 0 else 0.0
         real_v = (a + b) * A_s / (A[t] + B[t]) if B[t] > 0 else 0.0
         out.append([A[t], B[t], A_s, B_s, mask_u, real_u, real_v])
-    return torch.tensor(out, dtype=torch.float64, device=device)
+    with _disable_current_modes():  # the first use may be in a trace, whose tensors are fake
+        return torch.tensor(out, dtype=torch.float64, device=device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -206,7 +211,7 @@ def _loss_cpu(logits, *args):
 
 
 def _loss_inplace_cpu(logits, *args):
-    if rows(logits).data_ptr() != logits.data_ptr():
+    if rows(logits).data_ptr() != logits.data_ptr() or row_stride(logits) < logits.shape[-1]:
         raise ValueError("inplace: logits must have last stride 1 and evenly spaced rows")
     return _run_cpu(logits, logits, *args)
 
