@@ -193,6 +193,10 @@ def test_rejects():
         ops.sample_head(features, weight, bias[:-1], x_t, weights, seed=0)
     with pytest.raises(TypeError, match="bias"):
         ops.sample_head(features, weight, bias.half(), x_t, weights, seed=0)
+    with pytest.raises(ValueError, match="bias: must be on cpu, got meta"):
+        ops.sample_head(features, weight, bias.to("meta"), x_t, weights, seed=0)
+    with pytest.raises(ValueError, match="at least 2 classes, got 1"):
+        ops.sample_head(features, weight[:1], bias[:1], x_t, weights, seed=0)
     with pytest.raises(ValueError, match="null_features"):
         ops.sample_head(features, weight, bias, x_t, weights, seed=0, null_features=null[:1])
     with pytest.raises(ValueError, match=r"guidance: must be 1 without null_features, got 2\.0"):
@@ -203,6 +207,39 @@ def test_rejects():
         ops.sample_head(features, lambda r: r, None, x_t, weights, seed=0, num_codes="a")
     with pytest.raises(TypeError, match="features"):
         ops.sample_head(features.double(), weight, bias, x_t, weights, seed=0)
+
+
+def in_one_row(kind):
+    """Inputs whose row [0, 2] alone, drawn as all are, has bad logits."""
+    features, null, weight, bias, x_t = make(8, B=1, L=5)
+    x_t[:] = 8
+    (null if kind == "null" else features)[0, 2, 3] = float("inf" if kind == "inf" else "nan")
+    return features, null, weight, bias, x_t, weights_of("mask", 8, 50, 0)
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf", "null"])
+def test_a_bad_row_raises(kind):
+    features, null, weight, bias, x_t, weights = in_one_row(kind)
+    rule = {"null_features": null, "guidance": 2.0, "num_codes": 8, "seed": 0}
+    for head in ((weight, bias), (lambda rows: rows @ weight.T, None)):
+        with pytest.raises(ValueError, match="no finite class in 1 of the rows"):
+            ops.sample_head(features, *head, x_t, weights, **rule)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's of NaN
+@pytest.mark.parametrize("kind", ["nan", "inf", "null"])
+def test_triton_marks_a_bad_row(kind):
+    if torch.cuda.is_available():
+        pytest.skip("compiled in this process; the gpu tests cover it")
+    from knnfast.kernels.sample_head import launch_sample_head
+
+    features, null, weight, bias, x_t, weights = in_one_row(kind)
+    index, key = torch.tensor([0]), torch.tensor([0])
+    got = launch_sample_head(
+        features, null, weight, bias, x_t, weights, index, key, 2.0, 1.0, 1.0, 0
+    )[0]
+    assert int(got[2]) == -1
+    assert ((got >= 0) & (got < 8)).sum() == 4
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
@@ -261,3 +298,18 @@ def test_rejects_another_number_of_codes_than_the_weight_has():
         ops.sample_head(
             features, weight, bias, x_t, weights_of("mask", 8, 50, 25), seed=0, num_codes=7
         )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo's and Inductor's
+def test_compiles_with_inductor():
+    features, null, weight, bias, x_t = make(16)
+    weights, key = weights_of("mask_replace", 16, 50, 25), torch.tensor([3])
+
+    def call(features, null, weight, bias, x_t, weights, seed):
+        return 2 * ops.sample_head(
+            features * 2.0, weight, bias, x_t, weights, seed=seed, null_features=null, guidance=2.0
+        )
+
+    args = features, null, weight, bias, x_t, weights, key
+    assert torch.equal(torch.compile(call, fullgraph=True)(*args), call(*args))

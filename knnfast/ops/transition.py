@@ -128,7 +128,8 @@ def sample_head(
     Returns:
         x_s: [B, L] int64.
     Raises: as `transition_step`; on CUDA K is at most 65,536 in both.
-    Memory: O(n K) for the n rows that are drawn (3 % at 100 steps).  Backends: triton, cpu.
+    Memory: for each pass FP32 logits [n, K] of the n rows that are drawn (3 % at 100 steps); with a
+        weight on CUDA, where the host does not know n, of all [B L, K].  Backends: triton, cpu.
     Numerics: FP32 logits from sums in one order, so that a token depends on its own row alone.
     A callable head on CUDA synchronises once, to learn n; a weight does not.
     """
@@ -151,6 +152,7 @@ def sample_head(
         if bias is not None:
             check_dtype("bias", bias, (features.dtype,))
             check_shape("bias", bias, (num_codes,))
+            check_device("bias", bias, features.device)
     elif bias is not None or num_codes is None:
         raise ValueError("weight: a callable head takes bias=None and needs num_codes")
     x_t, weights, image_indices, seed = _check_step(
