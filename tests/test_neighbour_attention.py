@@ -48,16 +48,28 @@ def wide(values):
     return tuple(v.double() if v.is_floating_point() else v for v in values)
 
 
-def errors(run, shape, dtype, mean=0.0):
+def errors(run, shape, dtype, mean=0.0, residual=True):
+    """Without the residual the error budget is a share of the attention, not of x."""
     x, n, layer, fold, ada = make(*shape, dtype=dtype, mean=mean)
-    exact_ada = {k: v.double() for k, v in ada.items()}
+    ada["residual"] = residual
+    exact_ada = {k: v.double() if torch.is_tensor(v) else v for k, v in ada.items()}
     exact = reference.neighbour_attention(
         x.double(), reference.fold_neighbours(n.double(), *wide(layer), **fold), **exact_ada
     )
     plain = ops.neighbour_attention(x, ops.fold_neighbours(n, *layer, **fold, fold=False), **ada)
     got = run(x, ops.fold_neighbours(n, *layer, **fold, fold=True), ada)
     within_twice(got, plain, exact, dtype)
-    assert torch.equal(got[~fold["mask"].any(-1)], x[~fold["mask"].any(-1)])
+    off = ~fold["mask"].any(-1)
+    assert torch.equal(got[off], x[off] if residual else torch.zeros_like(x[off]))
+
+
+def interpreted(x, folded, ada):
+    """Call the Triton kernel on CPU tensors through the interpreter."""
+    from knnfast.kernels.neighbour_attention import launch_neighbour_attention
+
+    return launch_neighbour_attention(
+        x, *folded, ada["scale"], ada["shift"], True, 1e-5, ada["residual"]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -72,7 +84,7 @@ def test_large_mean(mean, dtype):
     """Mean over deviation up to 1000."""
     errors(
         lambda x, folded, ada: ops.neighbour_attention(x, folded, **ada), (2, 9, 512, 8, 11),
-        dtype, mean,
+        dtype, mean, residual=False,
     )  # fmt: skip
 
 
@@ -82,13 +94,7 @@ def test_large_mean(mean, dtype):
 def test_triton_matches_reference(shape, dtype):
     if torch.cuda.is_available():
         pytest.skip("compiled in this process; the gpu tests cover it")
-    from knnfast.kernels.neighbour_attention import launch_neighbour_attention
-
-    errors(
-        lambda x, f, ada: launch_neighbour_attention(
-            x, *f, ada["scale"], ada["shift"], True, 1e-5, True
-        ), shape, dtype,
-    )  # fmt: skip
+    errors(interpreted, shape, dtype)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
@@ -97,13 +103,7 @@ def test_triton_matches_reference(shape, dtype):
 def test_triton_large_mean(mean, dtype):
     if torch.cuda.is_available():
         pytest.skip("compiled in this process; the gpu tests cover it")
-    from knnfast.kernels.neighbour_attention import launch_neighbour_attention
-
-    errors(
-        lambda x, f, ada: launch_neighbour_attention(
-            x, *f, ada["scale"], ada["shift"], True, 1e-5, True
-        ), (2, 9, 200, 8, 11), dtype, mean,
-    )  # fmt: skip
+    errors(interpreted, (2, 9, 200, 8, 11), dtype, mean, residual=False)
 
 
 @pytest.mark.gpu
@@ -114,7 +114,7 @@ def test_triton_large_mean(mean, dtype):
 def test_cuda_matches_reference(shape, dtype):
     def run(x, folded, ada):
         folded = ops.Folded(*(v.cuda() for v in folded))
-        ada = {k: v.cuda() for k, v in ada.items()}
+        ada = {k: v.cuda() if torch.is_tensor(v) else v for k, v in ada.items()}
         return ops.neighbour_attention(x.cuda(), folded, **ada).cpu()
 
     errors(run, shape, dtype)
@@ -218,6 +218,40 @@ def test_gradients_within_twice(shape, dtype, mean):
     ):
         assert mine.dtype == dtype
         within_twice(mine, theirs, truth, dtype)
+
+
+def test_gradients_of_strided_weights():
+    """A and C that lie in another order than the kernels read have the same gradients."""
+    x, n, layer, fold, _ = make(2, 6, 64, 4, 5)
+    folded = ops.fold_neighbours(n, *layer, **fold, fold=True)
+    turned = folded._replace(
+        A=folded.A.transpose(1, 3).contiguous().transpose(1, 3),
+        C=folded.C.transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    assert not turned.A.is_contiguous()
+    assert not turned.C.is_contiguous()
+    grads = []
+    for weights in (folded, turned):
+        leaves = [v.detach().requires_grad_() for v in (x, *weights[:4])]
+        y = ops.neighbour_attention(leaves[0], ops.Folded(*leaves[1:], weights.mask))
+        y.square().sum().backward()
+        grads.append([v.grad for v in leaves])
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 64, 4, 5), (2, 0, 64, 4, 5)])
+def test_gradients_of_nothing(shape):
+    B, L, D, H, N = shape
+    leaves = [
+        torch.zeros(s, requires_grad=True)
+        for s in ((B, L, D), (B, D, N, H), (B, N, H), (B, N, H, D), (D,))
+    ]
+    mask = torch.ones(B, N, dtype=torch.bool)
+    y = ops.neighbour_attention(leaves[0], ops.Folded(*leaves[1:], mask))
+    y.sum().backward()
+    assert y.shape == (B, L, D)
+    assert all(not v.grad.any() for v in leaves)
 
 
 def test_gradients_reach_the_weights():
@@ -342,3 +376,22 @@ def test_opcheck_compile_autocast(device):
         assert torch.equal(low, x + out)
     full = ops.neighbour_attention(x, folded, **ada)
     torch.testing.assert_close(low, full, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo's and Inductor's
+def test_compiles_with_inductor():
+    x, n, layer, fold, ada = make(2, 5, 64, 4, 5)
+
+    def call(x, n, mask, *layer):
+        folded = ops.fold_neighbours(n, *layer, heads=4, mask=mask, fold=True)
+        return ops.neighbour_attention(x * 2.0, folded, **ada) + 1.0
+
+    results = []
+    for run in (call, torch.compile(call, fullgraph=True)):
+        leaves = [v.clone().requires_grad_() for v in (x, n, *layer)]
+        y = run(*leaves[:2], fold["mask"], *leaves[2:])
+        y.square().sum().backward()
+        results.append([y.detach(), *(v.grad for v in leaves)])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)

@@ -241,24 +241,25 @@ class _NeighbourAttention(torch.autograd.Function):
         x, A, a, C, mask, scale, shift = ctx.saved_tensors
         types = x.dtype, A.dtype
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        B, _, D = x.shape
+        B, L, D = x.shape
         _, _, N, H = A.shape
         x, A, a, C, dy = (v.to(wide) for v in (x, A, a, C, dy))
         s, h = (None if v is None else v.to(wide) for v in (scale, shift))
         hat, rstd, z = _modulated(x, s, h, ctx.norm, ctx.eps)
         on = mask.any(-1)
         off = ~mask[:, None, :, None] & on[:, None, None, None]
-        score = (z @ A.view(B, D, N * H)).view(B, -1, N, H) + a[:, None]
+        A, C = A.reshape(B, D, N * H), C.reshape(B, N * H, D)
+        score = (z @ A).view(B, L, N, H) + a[:, None]
         p = torch.softmax(score.masked_fill(off, float("-inf")), 2)
         p = p * on[:, None, None, None]
         d_out = dy * on[:, None, None]
-        dp = (d_out @ C.view(B, N * H, D).mT).view_as(p)
-        dC = (p.flatten(2).mT @ d_out).view_as(C)
+        dp = (d_out @ C.mT).view_as(p)
+        dC = (p.flatten(2).mT @ d_out).view(B, N, H, D)
         ds = p * (dp - (p * dp).sum(2, keepdim=True))
         ds = ds.flatten(2)
-        dA = (z.mT @ ds).view_as(A)
-        da = ds.sum(1).view_as(a)
-        dz = ds @ A.view(B, D, N * H).mT
+        dA = (z.mT @ ds).view(B, D, N, H)
+        da = ds.sum(1).view(B, N, H)
+        dz = ds @ A.mT
         d_scale = d_shift = None
         if shift is not None:
             d_shift = dz.sum(1) if shift.dim() == 2 else dz.sum((0, 1))
