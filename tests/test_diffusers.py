@@ -7,6 +7,8 @@ from scipy import stats
 
 diffusers = pytest.importorskip("diffusers")
 
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0  # noqa: E402
+
 from knnfast.diffusion.schedule import Schedule  # noqa: E402
 from knnfast.diffusion.scheduler import NeighbourAttnProcessor, VQDiffusionScheduler  # noqa: E402
 
@@ -68,6 +70,9 @@ def test_strided_steps_visit_the_whole_chain(n):
     assert ours.timesteps.tolist() == [99, 10, 3]
     with pytest.raises(ValueError, match="fall"):
         ours.set_timesteps(timesteps=[3, 10])
+    for wrong in (0, 101, None):
+        with pytest.raises(ValueError, match=r"num_inference_steps: must be in \[1, 100\], got"):
+            ours.set_timesteps(wrong)
 
 
 def unet():
@@ -111,6 +116,69 @@ def attention():
 def anew(layer, x, cond, mask=None):
     """What a processor gives that has kept nothing."""
     return NeighbourAttnProcessor()(layer, x, cond, mask)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": True},
+        {"norm_num_groups": 4},
+        {"cross_attention_norm": "layer_norm"},
+        {"cross_attention_norm": "group_norm", "cross_attention_norm_num_groups": 3},
+        {"residual_connection": True},
+        {"rescale_output_factor": 2.5},
+        {
+            "bias": True, "norm_num_groups": 8, "cross_attention_norm": "layer_norm",
+            "residual_connection": True, "rescale_output_factor": 0.5,
+        },
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)  # fmt: skip
+@pytest.mark.parametrize("shape", [(2, 15, 32), (2, 32, 3, 5)])
+def test_processor_equals_diffusers(shape, options):
+    layer = Attention(32, cross_attention_dim=24, heads=4, dim_head=8, **options).eval()
+    for p in layer.parameters():
+        p.copy_(torch.randn_like(p) * 0.3)
+    x, cond = torch.randn(shape), torch.randn(2, 3, 24)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    bias = torch.where(mask, 0.0, -10000.0)[:, None]
+    theirs = AttnProcessor2_0()
+    layer.set_processor(NeighbourAttnProcessor())
+    for given, ours in (
+        (None, {}), (bias, {"attention_mask": bias}), (bias, {"neighbour_mask": mask}),
+    ):  # fmt: skip
+        expected = theirs(layer, x, cond, given)
+        for _ in range(2):  # the second time from the kept fold
+            torch.testing.assert_close(layer(x, cond, **ours), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_processor_rejects():
+    layer, x, cond = attention()
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="neighbour_mask: is the mask of the condition"):
+        layer(x, cond, attention_mask=torch.zeros(2, 1, 3), neighbour_mask=mask)
+    with pytest.raises(ValueError, match="mask: shape"):
+        layer(x, cond, neighbour_mask=mask[:, 1:])
+    for name in ("spatial_norm", "norm_q", "norm_k"):
+        before = getattr(layer, name)
+        setattr(layer, name, torch.nn.Identity())
+        with pytest.raises(ValueError, match=f"attn: {name} is not supported"):
+            layer(x, cond)
+        setattr(layer, name, before)
+    layer(x, cond)
+
+
+@torch.no_grad()
+def test_processor_folds_anew_under_another_autocast():
+    layer, x, cond = attention()
+    for dtype in (None, torch.bfloat16, torch.float16, None):
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            kept = layer(x, cond)
+            assert torch.equal(kept, anew(layer, x, cond))
+            assert kept.dtype == (dtype or torch.float32)
 
 
 @torch.no_grad()

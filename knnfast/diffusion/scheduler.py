@@ -147,10 +147,10 @@ class NeighbourAttnProcessor:
 
     `unet.set_attn_processor({name: NeighbourAttnProcessor() for name in unet.attn_processors})`.
     The fold of a condition is kept while the same tensor comes back unchanged (all steps of a run)
-    with a mask of the same values, and gradients are off. Tensors made under
-    `torch.inference_mode` do not tell whether they were changed: with one of these, every call
-    folds. Nor do weights that are changed through `.data` (an EMA's `copy_to`, say): call `reset`
-    after that. Self-attention, which has no condition, is diffusers' own.
+    with a mask of the same values, under the same autocast, and gradients are off. Tensors made
+    under `torch.inference_mode` do not tell whether they were changed: with one of these, every
+    call folds. Nor do weights that are changed through `.data` (an EMA's `copy_to`, say): call
+    `reset` after that. Self-attention, which has no condition, is diffusers' own.
 
     A U-Net makes a new tensor of its `encoder_attention_mask` at every step, and to compare the
     values waits for the device. A mask given as `cross_attention_kwargs={"neighbour_mask": mask}`,
@@ -231,12 +231,14 @@ class NeighbourAttnProcessor:
 def _key(
     attn: Attention, cond: Tensor, mask: Tensor | None, weights: list[Tensor | None]
 ) -> tuple[Any, ...] | None:
-    """What changes with a fold's sources; None where a source does not tell its changes."""
+    """What changes with a fold's sources or type; None where a source does not tell its changes."""
     norm = list(attn.norm_cross.parameters()) if attn.norm_cross else []
     if any(x is not None and x.is_inference() for x in (cond, mask, *weights, *norm)):
         return None
+    kind = cond.device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     versions = (None if w is None else (id(w), w._version) for w in (*weights, *norm))
-    return (cond._version, None if mask is None else mask._version, *versions)
+    return (autocast, cond._version, None if mask is None else mask._version, *versions)
 
 
 def _same_mask(given: Tensor | None, kept: Tensor | None, by_value: bool) -> bool:
