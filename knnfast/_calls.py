@@ -70,8 +70,8 @@ class Clock:
         start = time.perf_counter()
         with phase(name):
             yield
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            if self.device.type == "cuda":  # not the device: a thread may be recording a graph
+                torch.cuda.current_stream(self.device).synchronize()
         self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
 
 

@@ -1,13 +1,20 @@
 """The sampler: exact on a known posterior, bits fixed by seed and image index, bad input."""
 
 import copy
+import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from transition_helpers import NoHostReads
 
+from knnfast._calls import Clock
+from knnfast.diffusion import sampler as module
 from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
+from knnfast.diffusion.packed import PackedDenoiser
 from knnfast.diffusion.sampler import Sampler, SamplingGraph, SamplingGraphs, sample, signed
 from knnfast.diffusion.schedule import NAMES, Schedule
 
@@ -131,6 +138,198 @@ def test_a_graph_needs_a_device(tiny: Denoiser) -> None:
         SamplingGraph(Sampler(tiny, tiny.schedule, steps=3), batch=1, tokens=4)
 
 
+class FakeCuda:
+    """What graphs use of torch.cuda, on the CPU: a capture runs, a replay does nothing."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple] = []
+        self.streams: list[FakeStream] = []
+        self.default = FakeStream(self)
+        self.captures = self.most = 0
+        self.invalid = False
+        self._local = threading.local()
+
+    def Stream(self, device: torch.device) -> "FakeStream":
+        self.streams.append(FakeStream(self))
+        return self.streams[-1]
+
+    def Event(self) -> "FakeEvent":
+        return FakeEvent(self)
+
+    def CUDAGraph(self) -> "FakeGraph":
+        return FakeGraph(self)
+
+    def device(self, device: torch.device) -> nullcontext:
+        return nullcontext()
+
+    def current_stream(self, device: torch.device | None = None) -> "FakeStream":
+        return getattr(self._local, "stream", self.default)
+
+    @contextmanager
+    def stream(self, stream: "FakeStream") -> Iterator[None]:
+        before = self.current_stream()
+        self._local.stream = stream
+        try:
+            yield
+        finally:
+            self._local.stream = before
+
+    @contextmanager
+    def graph(self, graph: object, stream: "FakeStream", **options: str) -> Iterator[None]:
+        """As torch's, which stays on its stream where a capture turns out to be invalid."""
+        before = self.current_stream()
+        self._local.stream = stream
+        self.captures += 1
+        self.most = max(self.most, self.captures)
+        time.sleep(0.05)
+        yield
+        self.captures -= 1
+        if self.invalid:
+            raise RuntimeError("the capture was invalidated")
+        self._local.stream = before
+
+
+class FakeStream:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+
+    def wait_stream(self, stream: "FakeStream") -> None:
+        pass
+
+    def wait_event(self, event: "FakeEvent") -> None:
+        self.cuda.log.append(("wait", self, event))
+
+
+class FakeEvent:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+
+    def record(self, stream: FakeStream) -> None:
+        self.cuda.log.append(("record", stream, self))
+
+
+class FakeGraph:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+
+    def replay(self) -> None:
+        self.cuda.log.append(("replay",))
+
+    def reset(self) -> None:
+        pass
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    fake = FakeCuda()
+    for name in ("Stream", "Event", "CUDAGraph", "device", "current_stream", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    monkeypatch.setattr(module, "_broken", [])
+    module._shared.cache_clear()
+    yield fake
+    module._shared.cache_clear()
+
+
+def recorded(tiny: Denoiser) -> SamplingGraph:
+    """A graph of two images, past the check that they are on a GPU."""
+    graph = SamplingGraph.__new__(SamplingGraph)
+    graph.sampler = Sampler(tiny, tiny.schedule, 3)
+    graph._record(2, 4, tiny.head.weight)
+    return graph
+
+
+def test_recordings_take_turns(tiny: Denoiser, cuda: FakeCuda) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: recorded(tiny), range(3)))
+    assert cuda.most == 1
+
+
+def test_replays_take_turns(tiny: Denoiser, cuda: FakeCuda) -> None:
+    """Two graphs share what cuBLAS keeps for a stream: one waits for the other's result."""
+    a, b = recorded(tiny), recorded(tiny)
+    assert len(cuda.streams) == 1
+    assert a.drawn is b.drawn
+    cuda.log.clear()
+    with cuda.stream(first := FakeStream(cuda)):
+        a.draw(*condition(2))
+    with cuda.stream(second := FakeStream(cuda)):
+        b(*condition(2))
+    assert cuda.log == [
+        ("wait", first, a.drawn), ("replay",), *2 * [("record", first, a.drawn)],
+        ("wait", second, a.drawn), ("replay",), ("record", second, a.drawn),
+    ]  # fmt: skip
+
+
+def test_a_broken_capture_leaves_its_stream_and_its_graph(tiny: Denoiser, cuda: FakeCuda) -> None:
+    """The allocator of torch goes on asking the graph: it must not be freed."""
+    cuda.invalid = True
+    with pytest.raises(RuntimeError, match="invalidated"):
+        recorded(tiny)
+    assert cuda.current_stream() is cuda.default
+    assert len(module._broken) == 1
+    cuda.invalid = False
+    recorded(tiny)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"cond": torch.zeros(1, 4, 12)}, ValueError, r"cond_mask: shape must be \[1, 4\]"),
+        (
+            {"cond": torch.zeros(1, 4, 12), "cond_mask": torch.ones(1, 4, dtype=torch.bool)},
+            ValueError,
+            r"cond: shape must be \[2, 4, 12\]",
+        ),
+        ({"cond": torch.zeros(2, 4, 12).half()}, TypeError, "cond: dtype"),
+        ({"cond": torch.zeros(2, 4, 12, device="meta")}, ValueError, "cond: must be on cpu"),
+        ({"cond_mask": torch.ones(4, dtype=torch.bool)}, ValueError, "cond_mask: shape"),
+        ({"cond_mask": torch.ones(2, 4)}, TypeError, "cond_mask: dtype"),
+        ({"image_indices": torch.arange(1)}, ValueError, "image_indices: shape"),
+        ({"image_indices": torch.arange(2.0)}, TypeError, "image_indices: dtype"),
+        (
+            {"image_indices": torch.arange(2, device="meta")},
+            ValueError,
+            "image_indices: must be on cpu",
+        ),
+        ({"seed": -1}, ValueError, "seed must be"),
+    ],
+)
+def test_replays_refuse_what_the_loop_refuses(
+    tiny: Denoiser,
+    cuda: FakeCuda,
+    change: dict,
+    error: type[Exception],
+    match: str,
+) -> None:
+    """`copy_` would spread, cast or fetch them."""
+    cond, mask = condition(2)
+    given = {"cond": cond, "cond_mask": mask} | change
+    graph = recorded(tiny)
+    cuda.log.clear()
+    with pytest.raises(error, match=match):
+        graph(**given)
+    assert not cuda.log
+    if given["cond"].shape[0] == 2:  # the loop takes any batch
+        with pytest.raises(error, match=match):
+            graph.sampler(**given)
+
+
+def test_a_clock_waits_for_its_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To wait for the device would break a recording of another thread."""
+    waited = []
+
+    class Stream:
+        def synchronize(self) -> None:
+            waited.append(self)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    timings: dict[str, float] = {}
+    with Clock(timings, torch.device("cuda"))("denoise"):
+        pass
+    assert len(waited) == 1
+    assert timings["denoise"] > 0
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("name", NAMES)
@@ -199,6 +398,25 @@ def test_graphs_serve_what_comes_again(tiny: Denoiser, monkeypatch: pytest.Monke
     assert [graph.replays for graph in made] == [3, 1]
     with pytest.raises(ValueError, match="steps must"):
         draw(0)
+
+
+def test_a_refused_call_is_not_the_first_of_its_kind(
+    tiny: Denoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SamplingGraphs, "_recorded", lambda *_: pytest.fail("recorded"))
+    graphs = SamplingGraphs()
+    cond, mask = condition(3)
+    with pytest.raises(TypeError, match="cond_mask"):
+        graphs(tiny, cond, mask.float(), 4)
+    graphs(tiny, cond, mask, 4)
+
+
+def test_no_image_is_not_recorded(tiny: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SamplingGraphs, "_recorded", lambda *_: pytest.fail("recorded"))
+    graphs = SamplingGraphs()
+    cond, mask = condition(3)
+    for _ in range(2):
+        assert graphs(tiny, cond[:0], mask[:0], 4).shape == (0, 16)
 
 
 def test_graphs_serve_plain_denoisers_on_cuda(tiny: Denoiser) -> None:
@@ -314,6 +532,48 @@ def test_rejects(tiny: Denoiser) -> None:
         start = torch.full((2, 16), code)
         with pytest.raises(ValueError, match=r"start: codes must be in \[0, 11\]"):
             sample(tiny, tiny.schedule, cond, mask, steps=3, start=(start, 10))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_no_image(
+    tiny: Denoiser, where: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The packed network's and the plain one's; the codes are where the embeddings are."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # knows no meta
+    cond, mask = (v[:0].to(where) for v in condition(3))
+    codes = sample(tiny.to(where, dtype), tiny.schedule, cond.to(dtype), mask, steps=3)
+    assert codes.shape == (0, 16)
+    assert codes.dtype == torch.int64
+    assert codes.device.type == where
+
+
+def test_the_token_of_a_bad_row_reaches_no_embedding(
+    tiny: Denoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA it is -1, and stays for the decoder to refuse; an embedding would lose the device."""
+    head = module.sample_head
+
+    def as_on_cuda(features, weight, bias, x_t, *args, **options):
+        x_s = head(features, weight, bias, x_t.clamp_min(0), *args, **options)
+        x_s[:, 3] = -1
+        return x_s
+
+    monkeypatch.setattr(module, "sample_head", as_on_cuda)
+    monkeypatch.setattr(PackedDenoiser, "serves", staticmethod(lambda *_: False))
+    codes = sample(tiny, tiny.schedule, *condition(2), steps=3)
+    assert (codes[:, 3] == -1).all()
+    assert (codes != -1).sum() == 2 * 15
+
+
+@pytest.mark.gpu
+def test_cuda_keeps_the_device_where_rows_are_bad(tiny: Denoiser) -> None:
+    tiny.cuda()
+    cond, mask = (v.cuda() for v in condition(2))
+    cond[0] = float("nan")
+    codes = sample(tiny, tiny.schedule, cond, mask, steps=4)
+    assert (codes[0] == -1).all()
+    assert ((codes[1] >= 0) & (codes[1] < 11)).all()
 
 
 def test_other_types(tiny: Denoiser) -> None:

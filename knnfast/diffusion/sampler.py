@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import warnings
@@ -17,7 +18,7 @@ from knnfast._phases import phase
 from knnfast.diffusion.packed import PackedDenoiser
 from knnfast.diffusion.schedule import Schedule
 from knnfast.ops import sample_head, sample_prior, transition_weights
-from knnfast.ops._checks import LOGIT_TYPES, check_dtype, check_shape
+from knnfast.ops._checks import LOGIT_TYPES, check_device, check_dtype, check_shape
 
 if TYPE_CHECKING:
     from knnfast.diffusion.denoiser import Condition, Denoiser
@@ -103,19 +104,15 @@ class Sampler:
             Codes, [B, L] int64.
 
         Raises:
-            ValueError: the shape of a tensor, a code outside [0, K], or a seed outside [0, 2^64).
+            ValueError: the shape or device of a tensor, a code outside [0, K] (on the host), or a
+                seed outside [0, 2^64).
             TypeError: a tensor's type.
         """
         if not isinstance(seed, Tensor):
             seed = signed(seed)
-        head, batch = self.denoiser.head, len(cond)
-        k, shape = self.schedule.num_codes, (batch, self.denoiser.config.length)
-        check_shape("cond", cond, (None, None, self.denoiser.config.embed_dim))
-        check_dtype("cond", cond, (head.weight.dtype,))
-        check_dtype("cond_mask", cond_mask, (torch.bool,))
-        check_shape("cond_mask", cond_mask, cond.shape[:2])
-        if image_indices is not None:
-            check_shape("image_indices", image_indices, (batch,))
+        self.check_inputs(cond, cond_mask, image_indices)
+        head, k = self.denoiser.head, self.schedule.num_codes
+        shape = len(cond), self.denoiser.config.length
         for name, codes in (("start", start), ("source", source)):
             if codes is None:
                 continue
@@ -124,6 +121,8 @@ class Sampler:
             on_host = codes.device.type == "cpu"  # elsewhere looking would synchronise
             if on_host and codes.numel() and not 0 <= codes.min() <= codes.max() <= k:
                 raise ValueError(f"{name}: codes must be in [0, {k}], the mask is {k}")
+        if not len(cond):
+            return torch.zeros(shape, dtype=torch.int64, device=cond.device)
         x = start
         if x is None:
             x = sample_prior(
@@ -152,6 +151,23 @@ class Sampler:
                 callback(done, len(self.weights))
         return x
 
+    def check_inputs(
+        self, cond: Tensor, cond_mask: Tensor, image_indices: Tensor | None = None
+    ) -> None:
+        """Refuse a condition, its mask or the images' indices as a call does."""
+        config, weight = self.denoiser.config, self.denoiser.head.weight
+        check_dtype("cond", cond, (weight.dtype,))
+        check_shape("cond", cond, (None, None, config.embed_dim))
+        check_dtype("cond_mask", cond_mask, (torch.bool,))
+        check_shape("cond_mask", cond_mask, cond.shape[:2])
+        given = {"cond": cond, "cond_mask": cond_mask}
+        if image_indices is not None:
+            check_dtype("image_indices", image_indices, (torch.int64,))
+            check_shape("image_indices", image_indices, cond.shape[:1])
+            given["image_indices"] = image_indices
+        for name, each in given.items():
+            check_device(name, each, weight.device)
+
     def _network(
         self, cond: Tensor, mask: Tensor, source: Tensor | None
     ) -> Callable[[Tensor, int], Tensor]:
@@ -160,14 +176,14 @@ class Sampler:
         On the CPU every image has the network to itself: a matrix product rounds by its shape, and
         an image must not depend on its batch. A GPU needs the whole batch to be busy.
         """
-        size = 1 if cond.device.type == "cpu" else max(len(cond), 1)
-        parts = [slice(i, i + size) for i in range(0, max(len(cond), 1), size)]
+        size = 1 if cond.device.type == "cpu" else len(cond)
+        parts = [slice(i, i + size) for i in range(0, len(cond), size)]
         sources = [None if source is None else source[p] for p in parts]
         each = list(zip((cond[p].clone() for p in parts), (mask[p] for p in parts), sources,
                         strict=True))  # fmt: skip
         if PackedDenoiser.serves(self.denoiser, cond):
             packed = PackedDenoiser(self.denoiser, self.levels)
-            images = [packed.prepare(*one) for one in each if len(one[0])]
+            images = [packed.prepare(*one) for one in each]
             return lambda x, t: packed.features(x, t, images, self.guided)
         conditions = [self._prepare(*one) for one in each]
         return lambda x, t: torch.cat(
@@ -185,14 +201,35 @@ class Sampler:
 
     def _features(self, x: Tensor, t: int, condition: Condition) -> Tensor:
         """What the head reads, [1 or 2, B, L, W]: with the condition, and without when guided."""
+        x = x.clamp_min(0)  # -1, a bad row's token on CUDA, is no row of the embedding
         codes = torch.cat([x, x]) if self.guided else x
         level = torch.full((len(codes),), t, dtype=torch.int64, device=x.device)
         rows = self.denoiser.features(codes, level, condition)
         return rows.to(self.denoiser.head.weight.dtype).unflatten(0, (-1, len(x)))
 
 
+# Recordings and replays take turns. To begin a recording waits for the whole device, which would
+# break another that is under way.
+_turn = threading.RLock()
+# Graphs whose recording broke off: torch's allocator may go on asking them what is theirs.
+_broken: list[torch.cuda.CUDAGraph] = []
+
+
+@functools.cache
+def _shared(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Event]:
+    """The stream that records a device's graphs, and when the last result was taken from one.
+
+    cuBLAS has one workspace for all that is recorded on a stream, and torch's new streams are old
+    ones after 32. So there is one stream, and a replay waits for the one before it.
+    """
+    return torch.cuda.Stream(device), torch.cuda.Event()
+
+
 class SamplingGraph:
     """A sampler's whole run for a fixed batch as one CUDA graph: one launch, no synchronisation.
+
+    Any number of threads may record and replay, on any streams; on a device, replays run one after
+    another.
 
     Args:
         sampler: on a CUDA device.
@@ -215,36 +252,62 @@ class SamplingGraph:
 
     def _record(self, batch: int, tokens: int, weight: Tensor) -> None:
         sampler, device = self.sampler, weight.device
-        width = sampler.denoiser.config.embed_dim
+        width, here = sampler.denoiser.config.embed_dim, torch.cuda.current_stream()
         self.cond = torch.zeros(batch, tokens, width, dtype=weight.dtype, device=device)
         self.mask = torch.ones(batch, tokens, dtype=torch.bool, device=device)
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
         self.indices = torch.arange(batch, device=device)
-        # Before the capture, on a stream of its own: kernels are compiled and workspaces made.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                sampler(self.cond, self.mask, self.seed, self.indices)
-        torch.cuda.current_stream().wait_stream(side)
+        inputs = self.cond, self.mask, self.seed, self.indices
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate meanwhile.
-        with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
-            self.codes = sampler(self.cond, self.mask, self.seed, self.indices)
+        # Around the capture, too: torch stays on its stream where that breaks off.
+        with _turn, torch.cuda.stream(_shared(device)[0]):
+            side, self.drawn = _shared(device)
+            side.wait_stream(here)
+            side.wait_event(self.drawn)
+            for _ in range(2):  # kernels are compiled and workspaces made
+                sampler(*inputs)
+            try:
+                # Other threads may allocate meanwhile.
+                with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
+                    self.codes = sampler(*inputs)
+            except BaseException:
+                self.graph.reset()
+                _broken.append(self.graph)
+                raise
+            here.wait_stream(side)
 
     def __call__(
         self, cond: Tensor, cond_mask: Tensor, seed: int = 0, image_indices: Tensor | None = None
     ) -> Tensor:
-        """Draw codes as `Sampler` does; the result is overwritten by the next call."""
-        self.cond.copy_(cond)
-        self.mask.copy_(cond_mask)
-        self.seed.fill_(signed(seed))
-        if image_indices is None:
-            torch.arange(len(self.indices), out=self.indices)
-        else:
-            self.indices.copy_(image_indices)
-        self.graph.replay()
+        """Draw codes as `Sampler` does; the result is overwritten by the next call.
+
+        Raises:
+            ValueError, TypeError: as `Sampler`; another batch or number of embeddings.
+        """
+        self.sampler.check_inputs(cond, cond_mask, image_indices)
+        check_shape("cond", cond, self.cond.shape)
+        bits, stream = signed(seed), torch.cuda.current_stream(self.cond.device)
+        with _turn:
+            stream.wait_event(self.drawn)
+            self.cond.copy_(cond)
+            self.mask.copy_(cond_mask)
+            self.seed.fill_(bits)
+            if image_indices is None:
+                torch.arange(len(self.indices), out=self.indices)
+            else:
+                self.indices.copy_(image_indices)
+            self.graph.replay()
+            self.drawn.record(stream)
         return self.codes
+
+    def draw(
+        self, cond: Tensor, cond_mask: Tensor, seed: int = 0, image_indices: Tensor | None = None
+    ) -> Tensor:
+        """The same as a tensor of the caller's own, which no other thread's call overwrites."""
+        with _turn:
+            codes = self(cond, cond_mask, seed, image_indices).clone()
+            self.drawn.record(torch.cuda.current_stream(codes.device))
+        return codes
 
 
 class SamplingGraphs:
@@ -260,9 +323,9 @@ class SamplingGraphs:
 
     def __init__(self, size: int = 4) -> None:
         self.size = size
-        self._lock = threading.Lock()
         # None: seen once. False: could not be recorded.
-        self._kept: OrderedDict[tuple[Any, ...], _Kept | Literal[False] | None] = OrderedDict()
+        self._kept: OrderedDict[tuple[Any, ...], SamplingGraph | Literal[False] | None]
+        self._kept = OrderedDict()
 
     @staticmethod
     def serves(denoiser: Any) -> TypeGuard[Denoiser]:
@@ -295,49 +358,40 @@ class SamplingGraphs:
         rule = tuple(levels), float(guidance), float(truncation)
         weights = tuple(each.data_ptr() for each in denoiser.parameters())
         kind = (*cond.shape, cond.dtype, *rule, weights)
-        with self._lock:
-            known = kind in self._kept
-            kept = self._kept.pop(kind, None)
-            if known and kept is None:
-                kept = self._recorded(denoiser, cond, levels, guidance, truncation)
-            self._kept[kind] = kept
-            while len(self._kept) > self.size:
-                _, old = self._kept.popitem(last=False)
-                if old:
-                    old.drawn.synchronize()  # its memory goes to others
-            if kept:
-                return kept.draw(cond, cond_mask, seed, image_indices)
-        return denoiser.sample(
+        with _turn:
+            if kind in self._kept:
+                kept = self._kept[kind]
+                if kept is None:
+                    kept = self._recorded(denoiser, cond, levels, guidance, truncation)
+                self._keep(kind, kept)
+                if kept:
+                    return kept.draw(cond, cond_mask, seed, image_indices)
+        codes = denoiser.sample(
             cond, cond_mask, levels, guidance, seed, image_indices, truncation=truncation
         )
+        with _turn:
+            if len(codes) and kind not in self._kept:
+                self._keep(kind, None)
+        return codes
+
+    def _keep(self, kind: tuple[Any, ...], kept: SamplingGraph | Literal[False] | None) -> None:
+        self._kept[kind] = kept
+        self._kept.move_to_end(kind)
+        while len(self._kept) > self.size:
+            _, old = self._kept.popitem(last=False)
+            if old:
+                old.drawn.synchronize()  # its memory goes to others
 
     def _recorded(
         self, denoiser: Denoiser, cond: Tensor, levels: list[int], guidance: float,
         truncation: float,
-    ) -> _Kept | Literal[False]:  # fmt: skip
+    ) -> SamplingGraph | Literal[False]:  # fmt: skip
         sampler = Sampler(denoiser, denoiser.schedule, levels, guidance, truncation)
         try:
-            return _Kept(SamplingGraph(sampler, *cond.shape[:2]))
+            return SamplingGraph(sampler, *cond.shape[:2])
         except RuntimeError as error:  # of memory, say: the loop needs less
             warnings.warn(f"sampling runs op by op, without a CUDA graph: {error}", stacklevel=3)
             return False
-
-
-class _Kept:
-    """A graph, and when the last result was taken from it."""
-
-    def __init__(self, graph: SamplingGraph) -> None:
-        self.graph, self.drawn = graph, torch.cuda.Event()
-
-    def draw(
-        self, cond: Tensor, cond_mask: Tensor, seed: int, image_indices: Tensor | None
-    ) -> Tensor:
-        """A result of one's own; a stream waits until that of the call before has taken its."""
-        stream = torch.cuda.current_stream(self.graph.cond.device)
-        stream.wait_event(self.drawn)
-        codes = self.graph(cond, cond_mask, seed, image_indices).clone()
-        self.drawn.record(stream)
-        return codes
 
 
 def sample(

@@ -324,7 +324,7 @@ class UNetDenoiser(Backbone):
                     callback(now, steps)
                 told = now
             drawn.append(self.nearest(x))
-        return torch.cat(drawn) if drawn else torch.zeros(0, cfg.length, dtype=torch.int64)
+        return torch.cat(drawn) if drawn else cond.new_zeros((0, cfg.length), dtype=torch.int64)
 
     def _run(
         self, x: Tensor, condition: tuple[Tensor, Tensor], steps: int, guidance: float, solver: str
