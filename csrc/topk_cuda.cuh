@@ -11,7 +11,9 @@
 //         ip, cosine: t·μ + t·y        l2: t·y - γ‖y‖²/2
 // The estimate v replaces t·y by a·b·(c·p). What lies between v and the canonical score is at most
 //   fp16  ‖q'-h‖‖x‖                rounding of the query (Cauchy-Schwarz)
-//         (2d+64) 2^-23 ‖h‖‖x‖     tensor cores cut each addend to 24 bits of the largest
+//         (2d+64) 2^-23 (‖h‖+2^-14)(‖x‖+2^-14)
+//                                  tensor cores cut each addend to 24 bits of the largest, which
+//                                  they tell by exponents: a subnormal or a zero counts as 2^-14
 //         2^-22 ‖q'‖‖x‖            this page's own float arithmetic, the canonical rounding
 //   int8  ‖t‖‖r‖ + ‖w‖‖a·c‖        codes of the row, codes of the query; the integer sum is exact
 //         2^-20 (‖t‖+‖w‖)‖a·c‖ + 2^-22 |t·μ|
@@ -37,9 +39,9 @@ struct QueryState {
   float err_code;  // scan, int8: times ‖a·c‖
   float open_row;  // the same when the query is not rounded (FP32 dot product)
   float open_code;
-  float err_fixed;
-  double norm;  // cosine: √(q·q), in the canonical order
-  int bad;      // the query has a NaN or an infinity
+  float err_fixed;  // fp16, cosine: times 1/‖x‖
+  double norm;      // cosine: √(q·q), in the canonical order
+  int bad;          // the query has a NaN or an infinity
   int pad;
 };
 static_assert(sizeof(QueryState) == 48, "copied as three 16-byte words");

@@ -165,7 +165,9 @@ __global__ void __launch_bounds__(kThreads) topk_prepare_kernel(PrepareArgs a) {
     s.open_row = s.err_row;
     s.open_code = round_up(inexact + (a.dim + 64) * 0x1p-23 * length);
   } else {
-    s.err_row = round_up(rest + (2 * a.dim + 64) * 0x1p-23 * (length + rest) + 0x1p-22 * length);
+    const double cut = (2 * a.dim + 64) * 0x1p-23 * (length + rest + 0x1p-14);
+    fixed += cut * 0x1p-14;
+    s.err_row = round_up(rest + cut + 0x1p-22 * length);
     s.err_code = s.open_code = 0;
     s.open_row = round_up(inexact + (a.dim + 64) * 0x1p-23 * length);
   }

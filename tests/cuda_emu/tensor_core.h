@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Matrix instructions with the fragment layouts of the PTX manual, and sums as rough as the
 // hardware may make them: every addend of a step is cut (not rounded) to the last bit of the
-// largest one, and so is the result.
+// largest one, and so is the result. A product is as large as its operands' exponents say, before
+// anything is normalised: a subnormal or a zero counts as 2^-14.
 #pragma once
 #include "warp.h"
 
@@ -12,18 +13,24 @@ inline uint16_t float_to_half_bits(float f) {
 
 namespace emu {
 
+inline int half_exponent(float h) {
+  return std::max(static_cast<int>(bits<uint32_t>(h) >> 23 & 255) - 127, -14);
+}
+
 inline float truncated_dot(float c, const float* a, const float* b, int n) {
   double products[32], largest = std::fabs(c);
+  int exponent = -28;
   for (int i = 0; i < n; ++i) {
     products[i] = static_cast<double>(a[i]) * b[i];
     largest = std::max(largest, std::fabs(products[i]));
+    exponent = std::max(exponent, half_exponent(a[i]) + half_exponent(b[i]));
   }
-  if (largest == 0 || !std::isfinite(largest)) {
+  if (!std::isfinite(largest)) {
     double sum = c;
     for (int i = 0; i < n; ++i) sum += products[i];
     return static_cast<float>(sum);
   }
-  double ulp = std::ldexp(1.0, std::ilogb(largest) - 23);
+  double ulp = std::ldexp(1.0, std::max(std::ilogb(largest), exponent) - 23);
   double sum = std::trunc(c / ulp);
   for (int i = 0; i < n; ++i) sum += std::trunc(products[i] / ulp);
   float rounded = static_cast<float>(sum * ulp);

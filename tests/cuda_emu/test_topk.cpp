@@ -33,7 +33,7 @@ struct Case {
   Metric metric = kIp;
   Scan scan = kFp16;
   int kernel = -1;              // -1: the plan's choice
-  std::string data = "normal";  // normal | ties | equal | mean | scales | spike | zero | near
+  std::string data = "normal";  // what `value` knows
   bool own_ids = false;
   std::string filter = "none";  // none | remove | allow | deny_bits | nothing
   DType dtype = kF32;
@@ -42,6 +42,16 @@ struct Case {
   int shared = 227 * 1024;
   int multiprocessors = 5;
 };
+
+// Row 0 is the best by its many small addends, each of which a tensor core cuts off where it takes
+// 2^-24 for 2^-14; row 32, in the next bin, keeps its one. The subnormals are the rows' or, once
+// the query has its unit, the query's.
+float subnormals(bool in_rows, int row, int j, bool query) {
+  const float large = j == 0 ? 127.0f : j < 15 ? 63 * 0x1p-15f : j == 15 ? 0x1p-6f : 0.0f;
+  const bool there = row == 0 ? j < 15 : row == 32 && (j == 0 || j >= 15);
+  if (in_rows) return query ? large : there ? 0x1p-24f : 0.0f;
+  return query ? 0x1p-88f : there ? large : 0.0f;
+}
 
 float value(const Case& c, Random& r, int row, int j, bool query) {
   if (c.data == "ties") return static_cast<float>(r.below(3) - 1);
@@ -53,6 +63,8 @@ float value(const Case& c, Random& r, int row, int j, bool query) {
   if (c.data == "spike") return static_cast<float>(j == 0 ? 5e4 : r.normal());
   if (c.data == "zero") return row % 3 == 0 ? 0.0f : static_cast<float>(r.normal());
   if (c.data == "near") return static_cast<float>((j % 3) + (r.below(64) == 0 ? 0x1p-9 : 0.0));
+  if (c.data == "subnormal" || c.data == "faint")
+    return subnormals(c.data == "subnormal", row, j, query);
   if (c.data == "huge")
     return query ? static_cast<float>(r.normal() * 1e36) : static_cast<float>(r.normal());
   return static_cast<float>(r.normal());
@@ -527,6 +539,19 @@ std::vector<Case> cases() {
         c.kernel = kernel;
         c.data = data;
         c.metric = metrics[next(3)];
+        add(c);
+      }
+    // Sums that tensor cores cut most. The cosine's rows need equal norms: more dimensions.
+    for (int kernel : {0, 1, 2})
+      for (const auto& [data, metric, dim] :
+           {std::tuple("subnormal", kIp, 16), std::tuple("subnormal", kCosine, 29),
+            std::tuple("faint", kIp, 16)}) {
+        Case c{"", 64, dim, 1, 1};
+        c.scan = scan;
+        c.kernel = kernel;
+        c.data = data;
+        c.metric = metric;
+        c.dtype = c.data == "subnormal" ? kF16 : kF32;
         add(c);
       }
     // Every metric on the hardest data, small batch.
