@@ -20,6 +20,7 @@ struct RangeHit {
   double score;
   int64_t id;
   int query;  // of the round
+  int pad;    // written too: what comes to the host is all initialised
 };
 struct RangeHits {
   RangeHit* hits;

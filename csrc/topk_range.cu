@@ -51,7 +51,8 @@ __global__ void __launch_bounds__(kThreads) topk_range_kernel(RangeArgs a) {
     if (!hit || threadIdx.x % 32 != 0) continue;
     const unsigned long long at = atomicAdd(a.out.count, 1ull);
     if (at < a.out.capacity)
-      a.out.hits[at] = {score, segment.ids ? segment.ids[row + r] : segment.first_id + row + r, m};
+      a.out.hits[at] = {score, segment.ids ? segment.ids[row + r] : segment.first_id + row + r, m,
+                        0};
   }
 }
 
