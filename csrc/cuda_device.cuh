@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// The instructions the kernels use, one function each. tests/cuda_emu/ gives every one of them a
-// CPU body under the same name, so that the kernels run without a GPU.
+// The instructions the kernels use, one function each, and what their host code needs beside the
+// runtime. tests/cuda_emu/ gives every one of them a CPU body under the same name, so that the
+// kernels run without a GPU.
 #pragma once
 #if defined(KNN_EMU_BUILD)
 #include "cuda_emu.h"
 #else
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <stdint.h>
 
 #define KNN_DYN_SMEM(name) extern __shared__ __align__(1024) unsigned char name[]
@@ -28,6 +30,28 @@ inline cudaError_t allow_shared(Kernel kernel, bool ring = false) {
   if (error != cudaSuccess || !ring) return error;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                               cudaSharedmemCarveoutMaxShared);
+}
+
+// Makes a device current until `leave_device`, by the driver's stack of contexts: cudaSetDevice
+// back to a device that this thread has never used would create a context there. The runtime has
+// loaded the driver; its errors have the runtime's numbers.
+inline void* driver_call(const char* name) {
+  static void* const driver = dlopen("libcuda.so.1", RTLD_NOW);
+  return driver ? dlsym(driver, name) : nullptr;
+}
+inline cudaError_t enter_device(int device) {
+  static const auto retain =
+      reinterpret_cast<int (*)(void**, int)>(driver_call("cuDevicePrimaryCtxRetain"));
+  static const auto push = reinterpret_cast<int (*)(void*)>(driver_call("cuCtxPushCurrent_v2"));
+  if (!retain || !push) return cudaErrorInsufficientDriver;
+  void* context = nullptr;  // kept to the end of the process, as the runtime keeps it
+  const int error = retain(&context, device);
+  return static_cast<cudaError_t>(error ? error : push(context));
+}
+inline void leave_device() {
+  static const auto pop = reinterpret_cast<int (*)(void**)>(driver_call("cuCtxPopCurrent_v2"));
+  void* context;
+  pop(&context);
 }
 
 __device__ __forceinline__ float half_bits_to_float(uint16_t h) {

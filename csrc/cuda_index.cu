@@ -12,11 +12,7 @@ constexpr int64_t kMaxId = INT64_MAX - 1;
 
 int device_count() {
   int count = 0;
-  if (cudaGetDeviceCount(&count) != cudaSuccess) {
-    cudaGetLastError();
-    return 0;
-  }
-  return count;
+  return succeeded(cudaGetDeviceCount(&count)) ? count : 0;
 }
 
 Memory::Memory(int device, size_t bytes) : bytes_(bytes), device_(device) {
@@ -27,20 +23,18 @@ Memory::Memory(int device, size_t bytes) : bytes_(bytes), device_(device) {
 
 Memory::~Memory() {
   if (!data_) return;
-  const AsideOfCaptures aside;
-  int before = 0;
-  cudaGetDevice(&before);
-  cudaSetDevice(device_);
-  // It waits for kernels that still read it. An error that stays would be the next launch's.
-  if (cudaFree(data_) != cudaSuccess) cudaGetLastError();
-  cudaSetDevice(before);
+  try {
+    const Current current(device_);
+    succeeded(cudaFree(data_));  // waits for kernels that still read it
+  } catch (const CudaError&) {   // no device any more: the process ends
+  }
 }
 
 // Memory of zeros: scans read whole tiles, the rows that are not there yet included, and leave them
 // out afterwards.
-static Memory zeros(int device, size_t bytes, void* stream) {
-  Memory memory(device, bytes);
-  check(cudaMemsetAsync(memory.as<void>(), 0, bytes, as_stream(stream)), "cudaMemsetAsync");
+static std::shared_ptr<Memory> zeros(int device, size_t bytes, void* stream) {
+  auto memory = std::make_shared<Memory>(device, bytes);
+  check(cudaMemsetAsync(memory->as<void>(), 0, bytes, as_stream(stream)), "cudaMemsetAsync");
   return memory;
 }
 
@@ -69,14 +63,13 @@ CudaIndex::CudaIndex(int dim, Metric metric, Scan scan, int device, int64_t segm
     throw std::invalid_argument("CUDA device " + std::to_string(device) +
                                 " has compute capability " + std::to_string(major) + "." +
                                 std::to_string(minor) + "; 8.0 is the least");
-  if (segment_rows_ == 0) {
-    segment_rows_ = 4096;
-    while (segment_rows_ * 2 * half_slices(dim) * kSlice <= int64_t{256} << 20) segment_rows_ *= 2;
-  }
-  if (segment_rows_ % kTileRows)
-    throw std::invalid_argument("segment_rows must be a multiple of " + std::to_string(kTileRows));
+  int64_t most = 4096;
+  while (most * 2 * half_slices(dim) * kSlice <= int64_t{256} << 20) most *= 2;
+  if (segment_rows < 1 || segment_rows > most) segment_rows_ = most;
+  segment_rows_ = (segment_rows_ + kTileRows - 1) / kTileRows * kTileRows;
   pool_ = std::make_unique<Pool>(device);
-  publish();
+  stream_ = std::make_unique<Stream>();
+  snapshot_ = snapshot_of(segments_, mean_, 0, false);
 }
 
 CudaIndex::~CudaIndex() = default;
@@ -90,8 +83,8 @@ int64_t CudaIndex::nbytes() const {
   const std::shared_lock lock(mutex_);
   size_t bytes = mean_ ? mean_->bytes() : 0;
   for (const auto& s : segments_)
-    bytes += s->half.bytes() + s->half_terms.bytes() + s->ids.bytes() + s->alive->bytes() +
-             (s->codes ? s->codes->bytes() + s->code_terms->bytes() : 0);
+    for (const auto& part : {s->half, s->half_terms, s->ids, s->codes, s->code_terms, s->alive})
+      bytes += part ? part->bytes() : 0;
   return static_cast<int64_t>(bytes);
 }
 
@@ -100,35 +93,30 @@ std::shared_ptr<const Snapshot> CudaIndex::snapshot() const {
   return snapshot_;
 }
 
-// Makes the present state what searches see. The caller holds `writer_`, not `mutex_`.
-void CudaIndex::publish() {
+std::shared_ptr<const Snapshot> CudaIndex::snapshot_of(const Segments& segments,
+                                                       const std::shared_ptr<Memory>& mean,
+                                                       int64_t rows, bool listed) const {
   auto next = std::make_shared<Snapshot>();
   std::vector<SegmentView> views;
-  for (size_t i = 0; i < segments_.size(); ++i) {
-    const auto& s = segments_[i];
-    views.push_back(s->view(static_cast<int64_t>(i) * segment_rows_, listed_));
-    for (const std::shared_ptr<void>& owned :
-         {std::shared_ptr<void>(s), std::shared_ptr<void>(s->codes),
-          std::shared_ptr<void>(s->code_terms), std::shared_ptr<void>(s->alive)})
-      next->owners.push_back(owned);
+  for (size_t i = 0; i < segments.size(); ++i) {
+    views.push_back(segments[i]->view(static_cast<int64_t>(i) * segment_rows_, listed));
+    next->owners.push_back(segments[i]);
   }
-  if (mean_) next->owners.push_back(mean_);
+  if (mean) next->owners.push_back(mean);
   next->table = Memory(device_, views.size() * sizeof(SegmentView));
-  const Current current(device_);
   if (!views.empty())
-    upload(next->table.as<void>(), views.data(), views.size() * sizeof(SegmentView), nullptr);
-  wait(nullptr);
+    upload(next->table.as<void>(), views.data(), views.size() * sizeof(SegmentView),
+           stream_->handle);
+  wait(stream_->handle);
   next->view = {next->table.as<SegmentView>(),
-                mean_ ? mean_->as<float>() : nullptr,
+                mean ? mean->as<float>() : nullptr,
                 nullptr,
-                rows_,
+                rows,
                 segment_rows_,
                 dim_,
                 metric_,
-                mean_ ? scan_ : kFp16};  // no codes before the first rows
-  const std::unique_lock lock(mutex_);
-  next->version = ++version_;
-  snapshot_ = std::move(next);
+                mean ? scan_ : kFp16};  // no codes before the first rows
+  return next;
 }
 
 int64_t CudaIndex::id_at(int64_t position) const {
@@ -149,7 +137,7 @@ int64_t CudaIndex::find(int64_t id) const {
   return id >= 0 && id < rows_ && alive_at(id) ? id : -1;
 }
 
-// From "position = id" to a list of ids. The caller publishes.
+// From "position = id" to a list of ids: the same rows and ids, also where the caller fails later.
 void CudaIndex::own_ids() {
   if (listed_) return;
   std::vector<int64_t> all(static_cast<size_t>(rows_));
@@ -159,26 +147,32 @@ void CudaIndex::own_ids() {
     if (alive_at(p)) positions.emplace(p, p);
   const size_t bytes = static_cast<size_t>(segment_rows_) * sizeof(int64_t);
   for (size_t s = 0; s < segments_.size(); ++s) {
-    Memory ids(device_, bytes);
+    auto ids = std::make_shared<Memory>(device_, bytes);
     const size_t begin = s * static_cast<size_t>(segment_rows_);
     const size_t n = std::min(all.size() - begin, static_cast<size_t>(segment_rows_));
-    upload(ids.as<void>(), all.data() + begin, n * sizeof(int64_t), nullptr);
+    upload(ids->as<void>(), all.data() + begin, n * sizeof(int64_t), stream_->handle);
     const std::unique_lock lock(mutex_);
     segments_[s]->ids = std::move(ids);
   }
-  wait(nullptr);
+  wait(stream_->handle);
   const std::unique_lock lock(mutex_);
   id_of_ = std::move(all);
   position_ = std::move(positions);
   listed_ = true;
 }
 
-// Codes of rows [begin, end), about the centre that is there.
-void CudaIndex::quantize(int64_t begin, int64_t end, void* stream) {
+// Codes of rows [begin, end), which no snapshot shows, about a centre.
+void CudaIndex::quantize(const Segments& segments, const Memory& mean, int64_t begin, int64_t end,
+                         void* stream) const {
+  const size_t cap = static_cast<size_t>(segment_rows_);
   for (int64_t at = begin; at < end;) {
     const int64_t row = at % segment_rows_, n = std::min(end - at, segment_rows_ - row);
-    const auto& s = segments_[static_cast<size_t>(at / segment_rows_)];
-    check(launch_quantize({s->view(0, false), mean_->as<float>(), s->codes->as<unsigned char>(),
+    const auto& s = segments[static_cast<size_t>(at / segment_rows_)];
+    if (!s->codes) {
+      s->codes = zeros(device_, cap * code_slices(dim_) * kSlice, stream);
+      s->code_terms = zeros(device_, cap * sizeof(CodeTerm), stream);
+    }
+    check(launch_quantize({s->view(0, false), mean.as<float>(), s->codes->as<unsigned char>(),
                            s->code_terms->as<CodeTerm>(), row, n, dim_, metric_},
                           stream),
           "topk_quantize_kernel");
@@ -187,42 +181,33 @@ void CudaIndex::quantize(int64_t begin, int64_t end, void* stream) {
   wait(stream);
 }
 
-// A new centre, and all codes about it, beside the ones that searches still read.
-void CudaIndex::recentre(void* stream) {
+// A new centre, and all codes about it in copies of the segments: searches still read the others.
+std::shared_ptr<Memory> CudaIndex::recentre(Segments& segments, int64_t rows, void* stream) const {
   auto mean = std::make_shared<Memory>(device_, sizeof(float) * 128 * code_slices(dim_));
-  check(launch_mean(segments_[0]->view(0, false), std::min(rows_, segment_rows_), dim_, metric_,
+  check(launch_mean(segments[0]->view(0, false), std::min(rows, segment_rows_), dim_, metric_,
                     mean->as<float>(), stream),
         "topk_mean_kernel");
-  std::vector<std::shared_ptr<Memory>> codes, terms;
-  const size_t cap = static_cast<size_t>(segment_rows_);
-  for (size_t i = 0; i < segments_.size(); ++i) {
-    codes.push_back(
-        std::make_shared<Memory>(zeros(device_, cap * code_slices(dim_) * kSlice, stream)));
-    terms.push_back(std::make_shared<Memory>(zeros(device_, cap * sizeof(CodeTerm), stream)));
+  for (auto& s : segments) {
+    s = std::make_shared<Segment>(*s);
+    s->codes = s->code_terms = nullptr;
   }
-  {
-    const std::unique_lock lock(mutex_);
-    for (size_t i = 0; i < segments_.size(); ++i) {
-      segments_[i]->codes = std::move(codes[i]);
-      segments_[i]->code_terms = std::move(terms[i]);
-    }
-    mean_ = std::move(mean);
-    mean_rows_ = rows_;
-  }
-  quantize(0, rows_, stream);
+  quantize(segments, *mean, 0, rows, stream);
+  return mean;
 }
 
 std::vector<int64_t> CudaIndex::add(const void* rows, DType dtype, int64_t n, int64_t stride,
                                     const int64_t* own, bool on_device, void* stream) {
   const std::lock_guard<std::mutex> writer(writer_);
   const Current current(device_);
+  if (!on_device) stream = stream_->handle;
+  const int64_t before = rows_, after = rows_ + n;
   std::vector<int64_t> used(static_cast<size_t>(n));
+  std::unordered_map<int64_t, int64_t> positions;  // of the new ids, where ids are listed
   if (own) {
-    std::unordered_map<int64_t, int64_t> seen;
     for (int64_t i = 0; i < n; ++i) {
       if (own[i] < 0 || own[i] > kMaxId)
         throw std::invalid_argument("ids must be 0 to 2^63 - 2, got " + std::to_string(own[i]));
-      if (find(own[i]) >= 0 || !seen.emplace(own[i], i).second)
+      if (find(own[i]) >= 0 || !positions.emplace(own[i], before + i).second)
         throw std::invalid_argument("id " + std::to_string(own[i]) + " is taken");
       used[static_cast<size_t>(i)] = own[i];
     }
@@ -232,7 +217,7 @@ std::vector<int64_t> CudaIndex::add(const void* rows, DType dtype, int64_t n, in
   }
   if (n == 0) return used;
 
-  // Everything goes to rows that no snapshot shows; a refusal leaves only junk there.
+  // Everything goes to rows that no snapshot shows; a refusal or a failure leaves only junk there.
   const size_t element = dtype == kF32 ? 4 : 2;
   Memory bad(device_, sizeof(int));
   check(cudaMemsetAsync(bad.as<void>(), 0, sizeof(int), as_stream(stream)), "cudaMemsetAsync");
@@ -242,18 +227,13 @@ std::vector<int64_t> CudaIndex::add(const void* rows, DType dtype, int64_t n, in
   const int64_t piece_rows = std::max<int64_t>(
       1, (int64_t{64} << 20) / static_cast<int64_t>(element * static_cast<size_t>(dim_)));
   for (int64_t at = 0; at < n;) {
-    const int64_t position = rows_ + at, row = position % segment_rows_;
+    const int64_t position = before + at, row = position % segment_rows_;
     const size_t index = static_cast<size_t>(position / segment_rows_);
     if (index == segments.size()) {
       auto s = std::make_shared<Segment>();
       s->half = zeros(device_, cap * half_slices(dim_) * kSlice, stream);
       s->half_terms = zeros(device_, cap * sizeof(HalfTerm), stream);
-      if (mean_) {
-        s->codes =
-            std::make_shared<Memory>(zeros(device_, cap * code_slices(dim_) * kSlice, stream));
-        s->code_terms = std::make_shared<Memory>(zeros(device_, cap * sizeof(CodeTerm), stream));
-      }
-      s->alive = std::make_shared<Memory>(zeros(device_, cap / 8, stream));
+      s->alive = zeros(device_, cap / 8, stream);
       s->alive_bits.assign(cap / 32, 0);
       segments.push_back(std::move(s));
     }
@@ -278,8 +258,8 @@ std::vector<int64_t> CudaIndex::add(const void* rows, DType dtype, int64_t n, in
       from = staged.as<unsigned char>();
       from_stride = dim_;
     }
-    check(launch_pack({from, dtype, from_stride, count, s->half.as<unsigned char>(),
-                       s->half_terms.as<HalfTerm>(), s->alive->as<uint32_t>(), row, dim_, metric_,
+    check(launch_pack({from, dtype, from_stride, count, s->half->as<unsigned char>(),
+                       s->half_terms->as<HalfTerm>(), s->alive->as<uint32_t>(), row, dim_, metric_,
                        bad.as<int>()},
                       stream),
           "topk_pack_kernel");
@@ -291,84 +271,85 @@ std::vector<int64_t> CudaIndex::add(const void* rows, DType dtype, int64_t n, in
   if (refused) throw std::invalid_argument("vectors must be finite and within ±65504 (FP16)");
   if (own || listed_ || next_id_ != rows_) {
     own_ids();
-    for (const auto& segment : segments) {
-      if (segment->ids.bytes()) continue;
-      Memory ids(device_, cap * sizeof(int64_t));
-      const std::unique_lock lock(mutex_);
-      segment->ids = std::move(ids);
-    }
+    if (!own)
+      for (int64_t i = 0; i < n; ++i) positions.emplace(used[static_cast<size_t>(i)], before + i);
     for (int64_t at = 0; at < n;) {
-      const int64_t position = rows_ + at, row = position % segment_rows_;
+      const int64_t position = before + at, row = position % segment_rows_;
       const int64_t count = std::min(n - at, segment_rows_ - row);
-      upload(segments[static_cast<size_t>(position / segment_rows_)]->ids.as<int64_t>() + row,
-             used.data() + at, static_cast<size_t>(count) * sizeof(int64_t), stream);
+      const auto& s = segments[static_cast<size_t>(position / segment_rows_)];
+      if (!s->ids) s->ids = std::make_shared<Memory>(device_, cap * sizeof(int64_t));
+      upload(s->ids->as<int64_t>() + row, used.data() + at,
+             static_cast<size_t>(count) * sizeof(int64_t), stream);
       at += count;
     }
     wait(stream);
   }
-  const int64_t before = rows_;
-  {
-    const std::unique_lock lock(mutex_);
-    segments_ = std::move(segments);
-    for (int64_t p = before; p < before + n; ++p) {
-      const auto& s = segments_[static_cast<size_t>(p / segment_rows_)];
-      const int64_t row = p % segment_rows_;
-      s->alive_bits[static_cast<size_t>(row / 32)] |= 1u << (row % 32);
-    }
-    if (listed_) {
-      id_of_.insert(id_of_.end(), used.begin(), used.end());
-      for (int64_t i = 0; i < n; ++i) position_.emplace(used[static_cast<size_t>(i)], before + i);
-    }
-    rows_ += n;
-    live_ += n;
-    for (const int64_t id : used) next_id_ = std::max(next_id_, id + 1);
-  }
+  auto mean = mean_;
+  int64_t mean_rows = mean_rows_;
   if (scan_ == kInt8) {
     // The first rows may be no fair sample: look again as the index grows, then leave it.
-    if (!mean_ || (mean_rows_ < 65536 && rows_ >= 4 * mean_rows_)) {
-      recentre(stream);
+    if (!mean || (mean_rows < 65536 && after >= 4 * mean_rows)) {
+      mean = recentre(segments, after, stream);
+      mean_rows = after;
     } else {
-      quantize(before, rows_, stream);
+      quantize(segments, *mean, before, after, stream);
     }
   }
-  publish();
+  auto next = snapshot_of(segments, mean, after, listed_);
+  // What these locals take over from the index dies after the lock.
+  const std::unique_lock lock(mutex_);
+  if (listed_) {  // the last that may fail, and nothing counts yet
+    id_of_.resize(static_cast<size_t>(before));
+    id_of_.insert(id_of_.end(), used.begin(), used.end());
+    position_.merge(positions);
+  }
+  for (int64_t p = before; p < after; ++p) {
+    const auto& s = segments[static_cast<size_t>(p / segment_rows_)];
+    const int64_t row = p % segment_rows_;
+    s->alive_bits[static_cast<size_t>(row / 32)] |= 1u << (row % 32);
+  }
+  segments_.swap(segments);
+  mean_.swap(mean);
+  snapshot_.swap(next);
+  mean_rows_ = mean_rows;
+  rows_ = after;
+  live_ += n;
+  for (const int64_t id : used) next_id_ = std::max(next_id_, id + 1);
   return used;
 }
 
 int64_t CudaIndex::remove(const int64_t* ids, int64_t n) {
   const std::lock_guard<std::mutex> writer(writer_);
   const Current current(device_);
-  // New bits on the device first; then they, the host's and the ids change together.
-  std::unordered_map<size_t, std::vector<uint32_t>> bits;
+  // Copies of the segments with new bits, on the device too; then they and the ids change together.
+  auto segments = segments_;
   std::vector<int64_t> gone;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t p = find(ids[i]);
     if (p < 0) continue;
     const auto s = static_cast<size_t>(p / segment_rows_);
     const int64_t row = p % segment_rows_;
-    auto& words = bits.emplace(s, segments_[s]->alive_bits).first->second;
-    uint32_t& word = words[static_cast<size_t>(row / 32)];
+    if (segments[s] == segments_[s]) segments[s] = std::make_shared<Segment>(*segments_[s]);
+    uint32_t& word = segments[s]->alive_bits[static_cast<size_t>(row / 32)];
     if (word >> (row % 32) & 1) gone.push_back(ids[i]);  // else: given twice
     word &= ~(1u << (row % 32));
   }
   if (gone.empty()) return 0;
-  std::unordered_map<size_t, std::shared_ptr<Memory>> fresh;
-  for (const auto& [s, words] : bits) {
-    fresh[s] = std::make_shared<Memory>(device_, words.size() * sizeof(uint32_t));
-    upload(fresh[s]->as<void>(), words.data(), words.size() * sizeof(uint32_t), nullptr);
+  for (size_t i = 0; i < segments.size(); ++i) {
+    const auto& s = segments[i];
+    if (s == segments_[i]) continue;
+    const size_t bytes = s->alive_bits.size() * sizeof(uint32_t);
+    s->alive = std::make_shared<Memory>(device_, bytes);
+    upload(s->alive->as<void>(), s->alive_bits.data(), bytes, stream_->handle);
   }
-  wait(nullptr);
-  {
-    const std::unique_lock lock(mutex_);
-    for (auto& [s, words] : bits) {
-      segments_[s]->alive_bits = std::move(words);
-      segments_[s]->alive = std::move(fresh[s]);
-    }
-    if (listed_)
-      for (const int64_t id : gone) position_.erase(id);
-    live_ -= static_cast<int64_t>(gone.size());
-  }
-  publish();
+  wait(stream_->handle);
+  auto next = snapshot_of(segments, mean_, rows_, listed_);
+  const std::unique_lock lock(mutex_);
+  segments_.swap(segments);
+  snapshot_.swap(next);
+  if (listed_)
+    for (const int64_t id : gone) position_.erase(id);
+  live_ -= static_cast<int64_t>(gone.size());
   return static_cast<int64_t>(gone.size());
 }
 
@@ -407,29 +388,27 @@ void CudaIndex::compact() {
   const std::lock_guard<std::mutex> writer(writer_);
   if (live_ == rows_) return;
   const std::vector<int64_t> keep = live_ids();
-  // A second index beside this one, filled in pieces, then moved in.
+  // A second index beside this one, filled in pieces; then they change places, and it dies.
   CudaIndex other(dim_, metric_, scan_, device_, segment_rows_);
   const Current current(device_);
   const size_t piece = static_cast<size_t>(segment_rows_);
   for (size_t at = 0; at < keep.size(); at += piece) {
     const size_t n = std::min(piece, keep.size() - at);
     const Memory rows(device_, n * static_cast<size_t>(dim_) * sizeof(uint16_t));
-    gather(keep.data() + at, static_cast<int64_t>(n), rows.as<uint16_t>(), true, nullptr);
+    gather(keep.data() + at, static_cast<int64_t>(n), rows.as<uint16_t>(), true, stream_->handle);
     other.add(rows.as<void>(), kF16, static_cast<int64_t>(n), dim_, keep.data() + at, true,
-              nullptr);
+              stream_->handle);
   }
-  {
-    const std::unique_lock lock(mutex_);
-    segments_ = std::move(other.segments_);
-    mean_ = std::move(other.mean_);
-    mean_rows_ = other.mean_rows_;
-    rows_ = other.rows_;
-    live_ = other.live_;
-    id_of_ = std::move(other.id_of_);
-    position_ = std::move(other.position_);
-    listed_ = true;
-  }
-  publish();
+  const std::unique_lock lock(mutex_);
+  segments_.swap(other.segments_);
+  mean_.swap(other.mean_);
+  snapshot_.swap(other.snapshot_);
+  mean_rows_ = other.mean_rows_;
+  rows_ = other.rows_;
+  live_ = other.live_;
+  id_of_.swap(other.id_of_);
+  position_.swap(other.position_);
+  listed_ = true;
 }
 
 }  // namespace cuda

@@ -81,14 +81,17 @@ struct HostIds {  // host memory; neither pointer set: no restriction
 
 class CudaIndex {
  public:
-  // `segment_rows` 0: as many as fit into 256 MiB of FP16.
+  // Rows live in segments of `segment_rows`, rounded up to whole tiles. 0: as many as fit into
+  // 256 MiB of FP16, which is also the most.
   CudaIndex(int dim, Metric metric, Scan scan, int device, int64_t segment_rows = 0);
   ~CudaIndex();
   CudaIndex(const CudaIndex&) = delete;
 
-  // Appends n rows that lie on the device or on the host; returns their ids. `own`: host memory.
+  // Appends n rows that lie on the device or on the host, all or none; returns their ids. `own`:
+  // host memory. `stream`, here and below: what orders memory on the device; unused for the host's.
   std::vector<int64_t> add(const void* rows, DType dtype, int64_t n, int64_t stride,
                            const int64_t* own, bool on_device, void* stream);
+  // Not for a stream that captures a graph: the graph would outlive the rows. Capture a plan's run.
   void search(const Queries& queries, int batch, int k, const HostIds& allow, const HostIds& deny,
               const Results& results, void* stream) const;
   // The same for queries and results on the host; waits. Queries: no NaN or infinity.
@@ -130,7 +133,6 @@ class CudaIndex {
     void prepare();
     std::shared_ptr<const CudaIndex> index_;
     int batch_, k_;
-    uint64_t version_ = ~uint64_t{0};
     std::shared_ptr<const struct Snapshot> snapshot_;
     TopkPlan plan_{};
     Memory workspace_, scores_, ids_;
@@ -140,10 +142,16 @@ class CudaIndex {
  private:
   struct Segment;
   struct Pool;
+  struct Stream;
+  using Segments = std::vector<std::shared_ptr<Segment>>;
   std::shared_ptr<const Snapshot> snapshot() const;
-  void publish();
-  void quantize(int64_t begin, int64_t end, void* stream);
-  void recentre(void* stream);
+  // What a change makes is all there, and the snapshot that shows it, before the change counts.
+  std::shared_ptr<const Snapshot> snapshot_of(const Segments& segments,
+                                              const std::shared_ptr<Memory>& mean, int64_t rows,
+                                              bool listed) const;
+  void quantize(const Segments& segments, const Memory& mean, int64_t begin, int64_t end,
+                void* stream) const;
+  std::shared_ptr<Memory> recentre(Segments& segments, int64_t rows, void* stream) const;
   // `ids` and `vectors` for who holds `writer_`.
   std::vector<int64_t> live_ids() const;
   void gather(const int64_t* ids, int64_t n, uint16_t* out, bool to_device, void* stream) const;
@@ -159,13 +167,13 @@ class CudaIndex {
   int64_t segment_rows_;
   Device limits_{};
   std::unique_ptr<Pool> pool_;
+  std::unique_ptr<Stream> stream_;
 
   mutable std::shared_mutex mutex_;  // guards what follows
   mutable std::mutex writer_;        // one writer at a time
-  std::vector<std::shared_ptr<Segment>> segments_;
+  Segments segments_;
   std::shared_ptr<Memory> mean_;
   std::shared_ptr<const Snapshot> snapshot_;
-  uint64_t version_ = 0;
   int64_t rows_ = 0, live_ = 0, next_id_ = 0, mean_rows_ = 0;
   // Position = id until ids are given or skipped or rows are compacted; then every id is listed.
   bool listed_ = false;

@@ -3,7 +3,6 @@
 // calls with their errors, memory of a stream, segments and snapshots.
 #pragma once
 #include <algorithm>
-#include <limits>
 
 #include "cuda_device.cuh"
 #include "cuda_index.h"
@@ -14,18 +13,24 @@ namespace cuda {
 inline void check(int error, const char* what) {
   if (error == cudaSuccess) return;
   const cudaError_t e = static_cast<cudaError_t>(error);
-  cudaGetLastError();  // a sticky state of this thread must not fail the next call
+  cudaGetLastError();  // an error that stays would be the next launch's
   throw CudaError(std::string(what) + ": " + cudaGetErrorName(e) + " (" + cudaGetErrorString(e) +
                   ")");
+}
+
+// Whether a call succeeded, for those whose failure nobody can help.
+inline bool succeeded(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error == cudaSuccess;
 }
 
 // Lets this thread take and give back memory in a scope while somebody captures a graph, which by
 // default forbids it to all threads. What is captured is none of this.
 class AsideOfCaptures {
  public:
-  AsideOfCaptures() : is_(cudaThreadExchangeStreamCaptureMode(&mode_) == cudaSuccess) {}
+  AsideOfCaptures() : is_(succeeded(cudaThreadExchangeStreamCaptureMode(&mode_))) {}
   ~AsideOfCaptures() {
-    if (is_) cudaThreadExchangeStreamCaptureMode(&mode_);
+    if (is_) succeeded(cudaThreadExchangeStreamCaptureMode(&mode_));
   }
   AsideOfCaptures(const AsideOfCaptures&) = delete;
   AsideOfCaptures& operator=(const AsideOfCaptures&) = delete;
@@ -39,18 +44,21 @@ class AsideOfCaptures {
 class Current {
  public:
   explicit Current(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = before_ != device;
+    int before = 0;
+    check(cudaGetDevice(&before), "cudaGetDevice");
+    if (before == device) return;
+    check(enter_device(device), "making the index's device current");
+    entered_ = true;
   }
   ~Current() {
-    if (changed_) cudaSetDevice(before_);
+    if (entered_) leave_device();
   }
+  Current(const Current&) = delete;
+  Current& operator=(const Current&) = delete;
 
  private:
   const AsideOfCaptures aside_;
-  int before_ = 0;
-  bool changed_ = false;
+  bool entered_ = false;
 };
 
 inline cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
@@ -73,7 +81,7 @@ class StreamMemory {
           ("cudaMallocFromPoolAsync of " + std::to_string(bytes) + " bytes").c_str());
   }
   ~StreamMemory() {
-    if (data_ && cudaFreeAsync(data_, as_stream(stream_)) != cudaSuccess) cudaGetLastError();
+    if (data_) succeeded(cudaFreeAsync(data_, as_stream(stream_)));
   }
   StreamMemory(StreamMemory&& o) noexcept : data_(o.data_), stream_(o.stream_) {
     o.data_ = nullptr;
@@ -88,8 +96,10 @@ class StreamMemory {
   void* stream_;
 };
 
-// What searches take for a while: freed memory stays in the pool, so the next search finds it
-// there.
+constexpr size_t kWorkspace = size_t{2} << 30;  // most a search takes; larger batches make rounds
+
+// What searches take for a while: what one gives back stays in the pool, so the next finds it
+// there. What a large range search took beyond that goes back to the device.
 struct CudaIndex::Pool {
   cudaMemPool_t handle = nullptr;
   explicit Pool(int device) {
@@ -98,30 +108,42 @@ struct CudaIndex::Pool {
     props.location.type = cudaMemLocationTypeDevice;
     props.location.id = device;
     check(cudaMemPoolCreate(&handle, &props), "cudaMemPoolCreate");
-    uint64_t keep = std::numeric_limits<uint64_t>::max();
+    uint64_t keep = kWorkspace;
     check(cudaMemPoolSetAttribute(handle, cudaMemPoolAttrReleaseThreshold, &keep),
           "cudaMemPoolSetAttribute");
   }
   ~Pool() {
     const AsideOfCaptures aside;
-    cudaMemPoolDestroy(handle);
+    succeeded(cudaMemPoolDestroy(handle));
   }
 };
 
+// For what no stream of the caller's orders: what comes from the host or goes there. The legacy
+// stream would wait for others' blocking streams, and break their captures.
+struct CudaIndex::Stream {
+  cudaStream_t handle = nullptr;
+  Stream() {
+    check(cudaStreamCreateWithFlags(&handle, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+  }
+  ~Stream() {
+    const AsideOfCaptures aside;
+    succeeded(cudaStreamDestroy(handle));
+  }
+};
+
+// Written only for rows that no snapshot shows. A new centre (codes) and a removal (alive) change a
+// copy of it; snapshots keep theirs.
 struct CudaIndex::Segment {
-  Memory half, half_terms, ids;
-  // Written only for rows that no snapshot shows; replaced, with older snapshots keeping theirs,
-  // by a new centre (codes) and by a removal (alive).
-  std::shared_ptr<Memory> codes, code_terms, alive;
-  std::vector<uint32_t> alive_bits;  // alive, on the host
+  std::shared_ptr<Memory> half, half_terms, ids, codes, code_terms, alive;
+  std::vector<uint32_t> alive_bits;  // alive, on the host; not for searches
 
   SegmentView view(int64_t first_id, bool listed) const {
-    return {half.as<unsigned char>(),
+    return {half->as<unsigned char>(),
             codes ? codes->as<unsigned char>() : nullptr,
-            half_terms.as<HalfTerm>(),
+            half_terms->as<HalfTerm>(),
             codes ? code_terms->as<CodeTerm>() : nullptr,
             alive->as<uint32_t>(),
-            listed ? ids.as<int64_t>() : nullptr,
+            listed ? ids->as<int64_t>() : nullptr,
             first_id};
   }
 };
@@ -129,9 +151,8 @@ struct CudaIndex::Segment {
 // What a search sees. It owns what it points to.
 struct Snapshot {
   IndexView view{};
-  uint64_t version = 0;
   Memory table;
-  std::vector<std::shared_ptr<void>> owners;
+  std::vector<std::shared_ptr<const void>> owners;
 };
 
 }  // namespace cuda

@@ -32,8 +32,6 @@ IdSet upload_set(cudaMemPool_t pool, const HostIds& set, std::unique_ptr<StreamM
   return out;
 }
 
-constexpr size_t kWorkspace = size_t{2} << 30;  // most a search takes; larger batches make rounds
-
 // A view of the rows that a search may return, with the memory of its filter.
 class Restricted {
  public:
@@ -84,6 +82,11 @@ void CudaIndex::search(const Queries& queries, int batch, int k, const HostIds& 
                        const HostIds& deny, const Results& results, void* stream) const {
   if (batch == 0) return;
   const Current current(device_);
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(as_stream(stream), &capture), "cudaStreamIsCapturing");
+  if (capture != cudaStreamCaptureStatusNone)
+    throw std::invalid_argument(
+        "search: a captured graph would outlive the rows it reads; capture index.plan() instead");
   const auto seen = snapshot();
   const Restricted rows(seen->view, pool_->handle, allow, deny, stream);
   const TopkPlan plan = checked_plan(rows.view, batch, k, limits_);
@@ -100,7 +103,7 @@ void CudaIndex::search_host(const Queries& queries, int batch, int k, const Host
   if (batch == 0) return;
   const Current current(device_);
   const size_t n = static_cast<size_t>(batch) * static_cast<size_t>(k);
-  void* stream = nullptr;
+  void* const stream = stream_->handle;
   const StreamMemory q = upload_queries(pool_->handle, queries, batch, dim_, stream);
   const StreamMemory out_scores(pool_->handle, n * sizeof(float), stream);
   const StreamMemory out_ids(pool_->handle, n * sizeof(int64_t), stream);
@@ -117,6 +120,7 @@ Ranges CudaIndex::range_search(const Queries& queries, bool on_device, int batch
   out.lims.assign(static_cast<size_t>(batch) + 1, 0);
   if (batch == 0) return out;
   const Current current(device_);
+  if (!on_device) stream = stream_->handle;
   const auto seen = snapshot();
   const Restricted rows(seen->view, pool_->handle, allow, deny, stream);
   const TopkPlan plan = checked_plan(rows.view, batch, 1, limits_);
@@ -178,6 +182,7 @@ void CudaIndex::vectors(const int64_t* ids, int64_t n, uint16_t* out, bool to_de
 void CudaIndex::gather(const int64_t* ids, int64_t n, uint16_t* out, bool to_device,
                        void* stream) const {
   const Current current(device_);
+  if (!to_device) stream = stream_->handle;
   std::vector<int64_t> positions(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) {
     const int64_t p = find(ids[i]);
@@ -205,24 +210,21 @@ CudaIndex::Plan::Plan(std::shared_ptr<const CudaIndex> index, int batch, int k)
   scores_ = Memory(index_->device_, n * sizeof(float));
   ids_ = Memory(index_->device_, n * sizeof(int64_t));
   results_ = {scores_.as<float>(), ids_.as<int64_t>(), nullptr};
-  const std::shared_lock lock(index_->mutex_);
   prepare();
 }
 
-// The caller holds the index's lock.
 void CudaIndex::Plan::prepare() {
-  if (version_ == index_->version_) return;
-  const auto snapshot = index_->snapshot_;
-  plan_ = checked_plan(snapshot->view, batch_, k_, index_->limits_);
-  if (workspace_.bytes() < plan_.workspace_bytes)
-    workspace_ = Memory(index_->device_, plan_.workspace_bytes);
-  snapshot_ = snapshot;
-  version_ = index_->version_;
+  auto seen = index_->snapshot();
+  if (seen == snapshot_) return;
+  const TopkPlan plan = checked_plan(seen->view, batch_, k_, index_->limits_);
+  if (workspace_.bytes() < plan.workspace_bytes)
+    workspace_ = Memory(index_->device_, plan.workspace_bytes);
+  plan_ = plan;
+  snapshot_ = std::move(seen);
 }
 
 void CudaIndex::Plan::run(const Queries& queries, void* stream) {
   const Current current(index_->device_);
-  const std::shared_lock lock(index_->mutex_);
   prepare();
   check(launch_topk(plan_,
                     {snapshot_->view, queries.data, queries.dtype, queries.stride, results_.scores,

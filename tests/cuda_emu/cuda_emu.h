@@ -20,8 +20,9 @@
 #include "warp.h"
 
 #define KNN_DYN_SMEM(name) unsigned char* name = ::emu::block().shared.begin
-#define KNN_LAUNCH(kernel, grid, threads, shared, stream, ...) \
-  ((void)(stream), ::emu::launch(kernel, grid, threads, shared, __VA_ARGS__))
+#define KNN_LAUNCH(kernel, grid, threads, shared, stream, ...)                       \
+  (::emu::usable(stream) ? ::emu::launch(kernel, grid, threads, shared, __VA_ARGS__) \
+                         : ::emu::fails(cudaErrorStreamCaptureImplicit))
 // Asks for more shared memory than the default on a device; any size goes here.
 template <class Kernel>
 cudaError_t allow_shared(Kernel, bool = false) {

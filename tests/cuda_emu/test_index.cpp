@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // CudaIndex on the emulator's runtime: what it answers after adds, removals, compaction, with given
 // ids and filters, equals the same kernels' answer for an index built at once, also while somebody
-// captures a graph; refusals change nothing; every device allocation is given back.
+// captures a graph and from another device; refusals and failures change nothing; every device
+// allocation is given back.
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <numeric>
 #include <set>
 
 #include "cuda_emu.h"
@@ -15,6 +17,7 @@ using namespace knnfast::cuda;
 namespace {
 
 int failures = 0;
+void* stream = nullptr;  // of the caller's
 void expect(bool ok, const char* what) {
   if (ok) return;
   std::printf("FAIL %s\n", what);
@@ -41,7 +44,7 @@ Found search(const CudaIndex& index, const std::vector<float>& queries, int batc
   Found f{std::vector<float>(static_cast<size_t>(batch * k)),
           std::vector<int64_t>(static_cast<size_t>(batch * k))};
   index.search({queries.data(), kF32, index.dim()}, batch, k, allow, deny,
-               {f.scores.data(), f.ids.data(), nullptr}, nullptr);
+               {f.scores.data(), f.ids.data(), nullptr}, stream);
   return f;
 }
 
@@ -91,7 +94,7 @@ void life(Metric metric, Scan scan, bool own) {
     for (int i = 0; i < n; ++i)
       given.push_back(static_cast<int64_t>(model.ids.size()) * 3 + i * 3 + 1);
     const auto used =
-        index->add(rows.data(), kF32, n, dim, own ? given.data() : nullptr, n % 2 == 0, nullptr);
+        index->add(rows.data(), kF32, n, dim, own ? given.data() : nullptr, n % 2 == 0, stream);
     expect(!own || used == given, "ids of add");
     model.rows.insert(model.rows.end(), rows.begin(), rows.end());
     model.ids.insert(model.ids.end(), used.begin(), used.end());
@@ -126,7 +129,7 @@ void life(Metric metric, Scan scan, bool own) {
   expect(removed == static_cast<int64_t>(model.ids.size() - kept.ids.size()), "removed count");
   compare(*index, kept, metric, "after remove");
   const auto queries = normal(3 * d);
-  plan.run({queries.data(), kF32, dim}, nullptr);
+  plan.run({queries.data(), kF32, dim}, stream);
   const Found planned{{plan.results().scores, plan.results().scores + 21},
                       {plan.results().ids, plan.results().ids + 21}};
   expect(planned == search(*index, queries, 3, 7), "plan");
@@ -182,6 +185,78 @@ void life(Metric metric, Scan scan, bool own) {
   compare(*index, kept, metric, "after add to a compacted index");
 }
 
+// Wherever memory runs out, nothing has changed, and the same change succeeds later.
+void out_of_memory(Scan scan) {
+  const int dim = 20;
+  const auto d = static_cast<size_t>(dim);
+  CudaIndex index(dim, kIp, scan, 0, 256);
+  Model model;
+  auto change = [&](const std::function<void()>& make) {
+    for (int left = 0;; ++left) {
+      emu::allocations_left() = left;
+      bool made = true;
+      try {
+        make();
+      } catch (const CudaError&) {
+        made = false;
+      }
+      emu::allocations_left() = -1;
+      if (made) return;
+      expect(cudaGetLastError() == cudaSuccess, "an error stays");
+      compare(index, model, kIp, "after memory ran out");
+    }
+  };
+  auto add = [&](int n, int64_t first) {
+    const auto rows = normal(static_cast<size_t>(n) * d);
+    std::vector<int64_t> ids(static_cast<size_t>(n));
+    std::iota(ids.begin(), ids.end(), first);
+    const bool own = !model.ids.empty() && first != model.ids.back() + 1;
+    change(
+        [&] { index.add(rows.data(), kF32, n, dim, own ? ids.data() : nullptr, false, nullptr); });
+    model.rows.insert(model.rows.end(), rows.begin(), rows.end());
+    model.ids.insert(model.ids.end(), ids.begin(), ids.end());
+    compare(index, model, kIp, "after memory came back");
+  };
+  add(60, 0);
+  add(240, 60);  // about a new centre
+  add(20, 1000);
+  change([&] { index.remove(&model.ids[40], 240); });
+  model.ids.erase(model.ids.begin() + 40, model.ids.begin() + 280);
+  model.rows.erase(model.rows.begin() + 40 * dim, model.rows.begin() + 280 * dim);
+  change([&] { index.compact(); });
+  add(10, 1020);
+}
+
+// A graph may capture a plan's run, not a search: it would not keep the rows.
+void capture() {
+  const int dim = 20;
+  auto index = std::make_shared<CudaIndex>(dim, kIp, kInt8, 0, 256);
+  const auto rows = normal(static_cast<size_t>(40 * dim)), q = normal(static_cast<size_t>(dim));
+  index->add(rows.data(), kF32, 40, dim, nullptr, false, nullptr);
+  const Found want = search(*index, q, 1, 3);
+  CudaIndex::Plan plan(index, 1, 3);
+  emu::capturing() = true;
+  stream = emu::captured();
+  expect(refuses([&] { search(*index, q, 1, 3); }, "capture index.plan()"), "a captured search");
+  plan.run({q.data(), kF32, dim}, stream);
+  Found aside{std::vector<float>(3), std::vector<int64_t>(3)};
+  index->search_host({q.data(), kF32, dim}, 1, 3, {}, {}, aside.scores.data(), aside.ids.data());
+  stream = nullptr;
+  emu::capturing() = false;
+  expect(aside == want, "a search aside of a capture");
+  expect(Found{{plan.results().scores, plan.results().scores + 3},
+               {plan.results().ids, plan.results().ids + 3}} == want,
+         "a captured plan");
+}
+
+void segment_sizes() {
+  const auto rows = normal(300);
+  CudaIndex index(1, kIp, kFp16, 0, 300);
+  index.add(rows.data(), kF32, 300, 1, nullptr, false, nullptr);
+  const int64_t row = kSlice + sizeof(HalfTerm), bits = 512 / 8;
+  expect(index.nbytes() == 512 * row + bits, "segments of the rows there are, in whole tiles");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -189,8 +264,18 @@ int main(int argc, char** argv) {
   for (Metric metric : {kIp, kCosine, kL2})
     for (Scan scan : {kFp16, kInt8}) life(metric, scan, metric != kCosine);
   emu::capturing() = true;  // by another thread
+  stream = &failures;
   life(kIp, kInt8, true);
+  stream = nullptr;
   emu::capturing() = false;
+  emu::devices().front() = 1;  // current for this thread, and left alone
+  life(kL2, kInt8, true);
+  expect(emu::devices() == std::vector<int>{1}, "the thread's own device");
+  emu::devices().front() = 0;
+  for (Scan scan : {kFp16, kInt8}) out_of_memory(scan);
+  capture();
+  segment_sizes();
+  expect(cudaGetLastError() == cudaSuccess, "no error stays");
   expect(refuses([] { CudaIndex(kMaxDim + 1, kIp, kFp16, 0); }, "dim must be"), "dim too large");
   expect(emu::allocations().empty(), "every allocation is given back");
   std::printf("%d failures\n", failures);
