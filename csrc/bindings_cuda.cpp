@@ -68,10 +68,17 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_device_count", device_count, "CUDA devices a search can use; 0 without a driver");
   m.attr("cuda_max_k") = kMaxK;
   m.attr("cuda_max_dim") = kMaxDim;
-  py::class_<CudaIndex, std::shared_ptr<CudaIndex>>(m, "CudaIndex")
-      .def(py::init([](int dim, int metric, int scan, int device) {
-        return std::make_shared<CudaIndex>(dim, Metric(metric), Scan(scan), device);
-      }))
+  // Without the GIL too: making an index, and freeing its memory, which waits for kernels. A guard
+  // of the call would be too wide: pybind11 registers what a factory returns.
+  const py::release_gil_before_calling_cpp_dtor release_at_end;
+  py::class_<CudaIndex, std::shared_ptr<CudaIndex>>(m, "CudaIndex", release_at_end)
+      .def(py::init([](int dim, int metric, int scan, int device, int64_t segment_rows) {
+             py::gil_scoped_release unlocked;
+             return std::make_shared<CudaIndex>(dim, Metric(metric), Scan(scan), device,
+                                                segment_rows);
+           }),
+           py::arg("dim"), py::arg("metric"), py::arg("scan"), py::arg("device"),
+           py::arg("segment_rows") = 0)
       .def("add",
            [](CudaIndex& ix, uintptr_t rows, int dtype, int64_t n, int64_t stride,
               const py::object& own, bool on_device, uintptr_t stream) {
@@ -149,8 +156,9 @@ void bind_cuda(py::module_& m) {
   m.def("copy_rows", copy_rows<knnfast::Index, CudaIndex>, release());
   m.def("copy_rows", copy_rows<CudaIndex, knnfast::Index>, release());
   m.def("copy_rows", copy_rows<CudaIndex, CudaIndex>, release());
-  py::class_<CudaIndex::Plan>(m, "CudaPlan")
+  py::class_<CudaIndex::Plan>(m, "CudaPlan", release_at_end)
       .def(py::init([](std::shared_ptr<CudaIndex> ix, int batch, int k) {
+        py::gil_scoped_release unlocked;
         return CudaIndex::Plan(std::move(ix), batch, k);
       }))
       .def(
