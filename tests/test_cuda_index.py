@@ -6,7 +6,9 @@ on it.
 """
 
 import itertools
+import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import torch
 
 import knnfast
 from knnfast import _C, reference
+from knnfast.search import cuda_index
 
 pytestmark = pytest.mark.skipif(
     not getattr(_C, "has_cuda", False) or _C.cuda_device_count() == 0,
@@ -259,6 +262,99 @@ def test_out():
                 index.vectors([3, 1], out=bad)
 
 
+def test_segments_of_a_given_size(seed):
+    """For callers who know how many rows there will be; answers are the same."""
+    g = torch.Generator().manual_seed(seed)
+    x, q = torch.randn(700, 20, generator=g).half(), torch.randn(2, 20, generator=g)
+    index = cuda_index.CudaIndex(20, "ip", "cuda", "fp16", segment_rows=300)
+    index.add(x.numpy())
+    expect(index, x, q, 9, "ip")
+    assert index.nbytes < 1 << 20  # 256 MiB where none is given
+
+
+class OnDevice:
+    """A foreign array: it says where it lies by its address only."""
+
+    def __init__(self, host, number):
+        self.host, self.number = host, number
+        self.__cuda_array_interface__ = {"data": (host.ctypes.data, False)}
+
+
+def fake_cupy():
+    """As much of cupy as an index uses, on devices of host memory, of which 1 is current."""
+    entered = [1]
+
+    class Device:
+        def __init__(self, number):
+            self.id = number
+
+        def __enter__(self):
+            entered.append(self.id)
+
+        def __exit__(self, *_):
+            entered.pop()
+
+    class ndarray:  # noqa: N801
+        __cuda_array_interface__ = property(lambda self: self.host.__array_interface__)
+
+        def __init__(self, host, number=None):
+            self.host, self.device = host, Device(entered[-1] if number is None else number)
+            self.data = types.SimpleNamespace(ptr=host.ctypes.data)
+
+        def __getattr__(self, name):
+            return getattr(self.host, name)
+
+        def copy(self):
+            return ndarray(self.host.copy())
+
+    def asarray(given):
+        here = getattr(given, "number", None) == entered[-1]
+        host = given.host if isinstance(given, OnDevice) else given
+        return ndarray(host if here else host.copy())
+
+    cupy = types.ModuleType("cupy")
+    cupy.ndarray, cupy.asarray = ndarray, asarray
+    cupy.empty = lambda shape, dtype: ndarray(np.empty(shape, dtype))
+    cupy.cuda = types.SimpleNamespace(
+        Device=Device, get_current_stream=lambda: types.SimpleNamespace(ptr=100 + entered[-1])
+    )
+    return cupy
+
+
+def test_cupy_while_another_device_is_current(monkeypatch):
+    """Streams, copies and results are of the device that the queries are on."""
+    cupy = fake_cupy()
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    index = knnfast.Index(4, device="cuda")
+    wide = cupy.ndarray(np.zeros((3, 8), np.float32)[:, ::2], 0)
+    rows = index._rows(wide, "queries")
+    assert rows.stream == 100
+    assert rows.hold.flags.c_contiguous
+    made = (
+        rows.hold,
+        *cuda_index._empty(rows.hold, (3, 2)),
+        *cuda_index._moved((np.zeros(2),), rows.hold),
+    )
+    assert [array.device.id for array in made] == [0] * 4
+
+
+@pytest.mark.parametrize("framework", ["torch", "cupy"])
+def test_a_foreign_array_is_never_a_copy(framework, monkeypatch):
+    """Frameworks copy what lies on another device, silently; an index refuses it."""
+    if framework == "cupy":
+        monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
+        monkeypatch.delitem(sys.modules, "torch")
+    else:
+        monkeypatch.setattr(torch, "as_tensor", lambda given, device: torch.from_numpy(
+            given.host if device in ("cuda", f"cuda:{given.number}") else given.host.copy()
+        ))  # fmt: skip
+    host = np.zeros((3, 2), np.float32)
+    seen = cuda_index._array(OnDevice(host, 0), "out", 0)
+    assert cuda_index._address(seen) == host.ctypes.data
+    with pytest.raises(ValueError, match="out is not on cuda:0"):
+        cuda_index._array(OnDevice(host, 1), "out", 0)
+
+
 # --- on a GPU
 
 
@@ -379,6 +475,18 @@ def test_plan_in_a_graph(batch, scan, seed):
     want = reference.topk(q, x, 20)
     assert torch.equal(ids.cpu(), want[1])
     assert torch.equal(scores.cpu(), want[0])
+
+
+@gpu
+def test_a_graph_captures_no_search():
+    index = knnfast.Index(4, device="cuda")
+    index.add(torch.ones(3, 4))
+    q = torch.ones(1, 4, device="cuda")
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        twice = q * 2  # of an empty graph torch would warn
+        with pytest.raises(ValueError, match=r"capture index\.plan\(\)"):
+            index.search(twice, 2)
+    assert index.search(q, 2)[1].tolist() == [[0, 1]]
 
 
 @gpu

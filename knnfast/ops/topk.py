@@ -7,6 +7,7 @@ from torch import Tensor
 
 from knnfast.ops._checks import LOGIT_TYPES, check_device, check_dtype, check_shape, library
 from knnfast.search import Index
+from knnfast.search.cuda_index import CudaIndex
 from knnfast.search.index import METRICS
 from knnfast.search.interop import as_k
 
@@ -52,7 +53,10 @@ library.define(
 def _topk(
     q: Tensor, x: Tensor, k: int, metric: str = "ip", ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    index = Index(x.shape[1], metric, str(x.device), "fp16")
+    if x.is_cuda:  # memory for these rows alone
+        index: Index = CudaIndex(x.shape[1], metric, str(x.device), "fp16", segment_rows=len(x))
+    else:
+        index = Index(x.shape[1], metric, "cpu", "fp16")
     if len(x):
         index.add(x, ids)
     return index.search(q, k)

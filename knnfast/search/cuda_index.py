@@ -47,11 +47,21 @@ class CudaIndex(Index):
 
     A search with queries on the device only enqueues work on the caller's current stream (a filter
     waits for its upload). There a NaN or infinite query gives id -1 and NaN instead of an error.
-    k is at most 2048 and dim at most 8192. `scan="auto"` is int8.
+    k is at most 2048 and dim at most 8192. `scan="auto"` is int8. `segment_rows`: device memory is
+    taken for so many rows at a time; 0: for 256 MiB of them, the most.
     """
 
+    def __new__(cls, *_: Any, **__: Any) -> CudaIndex:
+        """Of this class: what `Index` chose."""
+        return object.__new__(cls)
+
     def __init__(
-        self, dim: int, metric: str = "ip", device: str = "cuda", scan: str = "auto"
+        self,
+        dim: int,
+        metric: str = "ip",
+        device: str = "cuda",
+        scan: str = "auto",
+        segment_rows: int = 0,
     ) -> None:
         if metric not in METRICS:
             raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
@@ -60,7 +70,9 @@ class CudaIndex(Index):
         dim = interop.as_int(dim, "dim")
         self._number = _number_of(device)
         self._metric, self._scan = metric, scan
-        self._core = _C.CudaIndex(dim, METRICS.index(metric), int(scan != "fp16"), self._number)
+        self._core = _C.CudaIndex(
+            dim, METRICS.index(metric), int(scan != "fp16"), self._number, segment_rows
+        )
 
     @property
     def metric(self) -> str:
@@ -97,7 +109,11 @@ class CudaIndex(Index):
     def search(
         self, queries: Any, k: int, allow: Any = None, deny: Any = None, out: Any = None
     ) -> tuple[Any, Any]:
-        """Find the k best rows of every query; see `Index.search`."""
+        """Find the k best rows of every query; see `Index.search`.
+
+        Raises: ValueError also while a CUDA graph is captured, which would not keep the rows that
+            it reads: capture the call of a `plan` instead.
+        """
         k = interop.as_k(k, _C.cuda_max_k, " on a CUDA device")
         if out is not None:
             interop.check_pair(out, "out")
@@ -151,10 +167,7 @@ class CudaIndex(Index):
         )
         if not q.on_device:
             return q.back(found[0]), q.back(found[1]), q.back(found[2])
-        if _is_torch(q.hold):
-            torch = sys.modules["torch"]
-            return tuple(torch.from_numpy(array).to(q.hold.device) for array in found)
-        return tuple(sys.modules["cupy"].asarray(array) for array in found)
+        return _moved(found, q.hold)
 
     def vectors(self, ids: Any, out: Any = None) -> Any:
         """The stored FP16 rows of these ids: a numpy array, or into `out` on the host or device."""
@@ -198,7 +211,7 @@ class CudaIndex(Index):
             single = array.ndim == 1
             n = 1 if single else len(array)
             return _Rows(array.ctypes.data, dtype, n, self.dim, single, False, 0, array, rows.back)
-        given = _array(given, name)
+        given = _array(given, name, self._number)
         dtype_name = str(given.dtype).removeprefix("torch.")
         if dtype_name not in _DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16 or float32, got {dtype_name}")
@@ -211,7 +224,7 @@ class CudaIndex(Index):
             given.stride() if _is_torch(given) else [s // given.itemsize for s in given.strides]
         )
         if strides[-1] != 1 and self.dim > 1:
-            given = given.contiguous() if _is_torch(given) else given.copy()
+            given = _packed(given)
             strides = [self.dim, 1]
         n = 1 if single else given.shape[0]
         stride = self.dim if single or n == 1 else strides[0]
@@ -224,7 +237,7 @@ class CudaIndex(Index):
         """An `out` argument in the index's device memory, as torch or cupy sees it."""
         if not _on_device(given):
             raise ValueError(f"out must be on {self.device}, as the queries")
-        out = _array(given, "out")
+        out = _array(given, "out", self._number)
         self._check_device(out, "out")
         if tuple(out.shape) != shape or str(out.dtype).removeprefix("torch.") != dtype:
             raise ValueError(f"out must be {dtype} of shape {list(shape)}")
@@ -300,7 +313,10 @@ def _wrap(owner: Any, number: int, address: int, shape: tuple[int, ...], typestr
     if torch is not None and torch.cuda.is_available():
         return torch.as_tensor(buffer, device=f"cuda:{number}")
     cupy = sys.modules.get("cupy")
-    return buffer if cupy is None else cupy.asarray(buffer)
+    if cupy is None:
+        return buffer
+    with cupy.cuda.Device(number):
+        return cupy.asarray(buffer)
 
 
 def _is_torch(given: Any) -> bool:
@@ -317,26 +333,50 @@ def _on_device(given: Any) -> bool:
     return place is not None and not isinstance(given, np.ndarray) and place()[0] == 2
 
 
-def _array(given: Any, name: str) -> Any:
-    """A device array as torch or cupy sees it, without a copy."""
+def _array(given: Any, name: str, number: int) -> Any:
+    """A device array as torch or cupy sees it, never a copy."""
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
     if _is_torch(given) or (cupy is not None and isinstance(given, cupy.ndarray)):
         return given
+    if torch is None and cupy is None:
+        raise TypeError(f"{name} lies on a CUDA device: import torch or cupy first")
+    if hasattr(given, "__dlpack__"):
+        return (torch or cupy).from_dlpack(given)
     if torch is not None:
-        if hasattr(given, "__dlpack__"):
-            return torch.from_dlpack(given)
-        return torch.as_tensor(given, device="cuda")
-    if cupy is not None:
-        return cupy.asarray(given)
-    raise TypeError(f"{name} lies on a CUDA device: import torch or cupy first")
+        seen = torch.as_tensor(given, device=f"cuda:{number}")
+    else:
+        with cupy.cuda.Device(number):
+            seen = cupy.asarray(given)
+    # Both copy what lies on another device.
+    if 0 not in seen.shape and _address(seen) != given.__cuda_array_interface__["data"][0]:
+        raise ValueError(f"{name} is not on cuda:{number}, where the index is")
+    return seen
 
 
 def _stream(given: Any, number: int) -> int:
     """The caller's current stream in the framework of `given`."""
     if _is_torch(given):
         return sys.modules["torch"].cuda.current_stream(number).cuda_stream
-    cupy = sys.modules.get("cupy")
-    return 0 if cupy is None else cupy.cuda.get_current_stream().ptr
+    cupy = sys.modules["cupy"]
+    with cupy.cuda.Device(number):
+        return cupy.cuda.get_current_stream().ptr
+
+
+def _packed(given: Any) -> Any:
+    """A contiguous copy on the same device."""
+    if _is_torch(given):
+        return given.contiguous()
+    with given.device:
+        return given.copy()
+
+
+def _moved(found: tuple[Any, ...], like: Any) -> tuple[Any, ...]:
+    """Host results on the device of `like`."""
+    if _is_torch(like):
+        torch = sys.modules["torch"]
+        return tuple(torch.from_numpy(array).to(like.device) for array in found)
+    with like.device:
+        return tuple(sys.modules["cupy"].asarray(array) for array in found)
 
 
 def _address(given: Any) -> int:
@@ -357,7 +397,8 @@ def _empty(like: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
             torch.empty(shape, dtype=torch.int64, device=like.device),
         )
     cupy = sys.modules["cupy"]
-    return cupy.empty(shape, np.float32), cupy.empty(shape, np.int64)
+    with like.device:
+        return cupy.empty(shape, np.float32), cupy.empty(shape, np.int64)
 
 
 def _as_float(rows: _Rows) -> np.ndarray:
