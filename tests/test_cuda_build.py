@@ -14,12 +14,17 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 SOURCES = sorted(p.name for p in CSRC.glob("*.cu"))
 TARGETS = ["80", "90a", "100"]
 
-# Most registers a thread of a scan kernel may use: (threads of a block) x (blocks meant to share a
-# multiprocessor) of them fit into its 65,536.
+# What the Hopper kernel's three warpgroups share out as 24 + 2 x 240. With fewer, setmaxnreg.inc
+# would wait for ever.
+HOPPER_REGISTERS = (24 + 2 * 240) // 3
+
+# Most registers a thread of a scan kernel may use: a tenth more than today's widest instance uses,
+# 192 and 199. The blocks meant to share a multiprocessor, two of 128 threads and one of 256, would
+# find 256 a thread in its 65,536.
 REGISTERS = {
-    "topk_scan_kernel": 65536 // (128 * 2),
-    "topk_tiled_kernel": 65536 // 256,
-    "sm90_topk_kernel": 65536 // 384 // 8 * 8,
+    "topk_scan_kernel": 211,
+    "topk_tiled_kernel": 218,
+    "sm90_topk_kernel": HOPPER_REGISTERS,
 }
 
 pytestmark = [
@@ -72,6 +77,8 @@ def test_compiles_without_spills(source, target, folder):
             if kernel in name:
                 assert use["spills"] == use["stack"] == 0, (name, use)
                 assert use["registers"] <= limit, (name, use)
+        if target == "90a" and "sm90_topk_kernel" in name:
+            assert use["registers"] == HOPPER_REGISTERS, (name, use)
 
 
 def test_every_scan_kernel_is_there(folder):
