@@ -338,15 +338,16 @@ def _array(given: Any, name: str, number: int) -> Any:
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
     if _is_torch(given) or (cupy is not None and isinstance(given, cupy.ndarray)):
         return given
-    if torch is None and cupy is None:
+    framework = torch or cupy
+    if framework is None:
         raise TypeError(f"{name} lies on a CUDA device: import torch or cupy first")
     if hasattr(given, "__dlpack__"):
-        return (torch or cupy).from_dlpack(given)
+        return framework.from_dlpack(given)
     if torch is not None:
         seen = torch.as_tensor(given, device=f"cuda:{number}")
     else:
-        with cupy.cuda.Device(number):
-            seen = cupy.asarray(given)
+        with framework.cuda.Device(number):
+            seen = framework.asarray(given)
     # Both copy what lies on another device.
     if 0 not in seen.shape and _address(seen) != given.__cuda_array_interface__["data"][0]:
         raise ValueError(f"{name} is not on cuda:{number}, where the index is")
