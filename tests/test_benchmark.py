@@ -3,6 +3,8 @@
 import functools
 import json
 import re
+import shutil
+import subprocess
 import time
 
 import numpy as np
@@ -251,6 +253,28 @@ def test_a_copy_without_history_is_told_its_commit(monkeypatch, tmp_path):
     assert commit() is None
     monkeypatch.setenv("KNNFAST_COMMIT", "1234abc")
     assert commit() == "1234abc"
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_results_leave_a_commit_clean(tmp_path, monkeypatch):
+    """What a measurement writes is no change of the code that is measured."""
+    from knnfast.benchmark import machine as module
+
+    for name in ("CMakeLists.txt", "README.md", "bench/results/a.json", "bench/run.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("before")
+    who = ("-c", "user.name=a", "-c", "user.email=b")
+    for words in (("init", "-q"), ("add", "."), (*who, "commit", "-qm", "one")):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True)
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "knnfast" / "benchmark" / "machine.py"))
+    monkeypatch.delenv("KNNFAST_COMMIT", raising=False)
+    clean = commit()
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    for name in ("README.md", "bench/results/a.json", "bench/results/b.json"):
+        (tmp_path / name).write_text("after")
+    assert commit() == clean
+    (tmp_path / "bench/run.py").write_text("after")
+    assert commit() == clean + "-dirty"
 
 
 def test_faiss_reference_takes_own_rows_and_skips_what_does_not_fit(quickly):

@@ -82,7 +82,7 @@ def stolen_seconds() -> float:
 
 
 def commit() -> str | None:
-    """Commit of the checkout that the package lies in, `-dirty` when changed.
+    """Commit of the checkout that the package lies in, `-dirty` when its code was changed.
 
     In a wheel, or a copy without its history: what the variable KNNFAST_COMMIT holds, or None.
     """
@@ -90,11 +90,20 @@ def commit() -> str | None:
     given = os.environ.get("KNNFAST_COMMIT")
     if not (root / ".git").exists() or not (root / "CMakeLists.txt").is_file():
         return given
-    words = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
+
     try:
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        name = git("rev-parse", "--short", "HEAD")
+        # Results and the pages made of them, which a measurement changes, are no code.
+        code = (".", ":!bench/results", ":!docs", ":!*.md")
+        same = git("diff", "--quiet", "HEAD", "--", *code)
+    except OSError:
         return given
+    if name.returncode:
+        return given
+    return name.stdout.strip() + ("" if same.returncode == 0 else "-dirty")
 
 
 def memory_bytes() -> int:
