@@ -212,7 +212,7 @@ std::vector<int64_t> CudaIndex::add(const void* rows, DType dtype, int64_t n, in
       used[static_cast<size_t>(i)] = own[i];
     }
   } else {
-    if (next_id_ > kMaxId - n) throw std::invalid_argument("automatic ids are used up");
+    if (next_id_ > kMaxId - n + 1) throw std::invalid_argument("automatic ids are used up");
     std::iota(used.begin(), used.end(), next_id_);
   }
   if (n == 0) return used;

@@ -44,8 +44,10 @@ static const Kernels& choose() {
   const char* wanted = std::getenv("KNNFAST_ISA");
   const std::string name = wanted ? wanted : "";
   const Kernels* best = nullptr;
+  std::string there;
   auto offer = [&](const Kernels& k, bool usable) {
     if (!best && usable && (name.empty() || name == k.name)) best = &k;
+    if (usable) there += (there.empty() ? "" : ", ") + std::string(k.name);
   };
 #ifdef KNNFAST_X86
   __builtin_cpu_init();
@@ -63,8 +65,7 @@ static const Kernels& choose() {
   offer(kPortable, true);
   if (!best)
     throw std::invalid_argument("KNNFAST_ISA=" + name +
-                                ": this machine or build has no such kernels (portable, avx2, "
-                                "avx512, avx512vnni, amx)");
+                                ": this machine or build has no such kernels, but " + there);
   return *best;
 }
 

@@ -134,7 +134,8 @@ SegmentView load_segment(const std::string& folder, const Json& j, int64_t versi
   const uint64_t d = static_cast<uint64_t>(dim);
   v.n = static_cast<uint32_t>(n);
   v.sealed = true;
-  v.first_id = j.integer_at("first_id", 0, INT64_MAX - static_cast<int64_t>(n));
+  const bool own_ids = j.fields.count("ids") > 0;
+  if (!own_ids) v.first_id = j.integer_at("first_id", 0, INT64_MAX - static_cast<int64_t>(n));
   v.segment = std::make_shared<Segment>();
   v.segment->capacity = static_cast<int64_t>(n);
   const bool coded = j.fields.count("codes") > 0;
@@ -175,7 +176,7 @@ SegmentView load_segment(const std::string& folder, const Json& j, int64_t versi
       v.codes->rotate_mean();
     }
   }
-  if (j.fields.count("ids")) {
+  if (own_ids) {
     const FileEntry ids = entry_of(j, "ids", n * 8);
     files.push_back(ids);
     v.ids = load(folder, ids, map);

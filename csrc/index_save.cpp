@@ -149,7 +149,7 @@ std::string write_segment(Unfinished& ours, const std::string& stem, const Segme
                           int64_t dim, std::string& rotation) {
   const size_t n = v.n, d = static_cast<size_t>(dim), whole = n / kBlockRows * kBlockRows;
   std::string json =
-      "{\"rows\":" + std::to_string(n) + ",\"first_id\":" + std::to_string(v.first_id);
+      "{\"rows\":" + std::to_string(n) + ",\"first_id\":" + std::to_string(v.ids ? 0 : v.first_id);
   const auto field = [&](const char* key, const std::string& entry) {
     json += std::string(",\"") + key + "\":" + entry;
   };

@@ -104,7 +104,7 @@ void Index::add(const void* vectors, DType dtype, int64_t n, const int64_t* ids,
       if (ids[i] < 0 || ids[i] > kMaxId)
         refuse("ids: " + std::to_string(ids[i]) + " at row " + std::to_string(i) +
                " (ids are 0 to 2^63 - 2)");
-  } else if (m.next_id > kMaxId - n) {
+  } else if (m.next_id > kMaxId - n + 1) {
     refuse("ids: no automatic ids are left above " + std::to_string(m.next_id - 1));
   }
   bool ascending = m.ascending;

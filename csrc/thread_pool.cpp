@@ -78,6 +78,8 @@ class Pool {
     for (std::thread& t : threads_) t.join();
   }
 
+  int workers() const { return int(threads_.size()); }
+
   void run(int64_t tasks, const TaskRef& work) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -200,13 +202,15 @@ class Line {
 struct Owner {
   std::mutex mutex;  // held by the caller that is using the pool
   Pool* pool = nullptr;
-  int workers = -1;
+  int workers = -1;   // that were asked for
+  uint64_t call = 0;  // of set_num_threads, before that
   Line line;
 };
 
 // Never destroyed: a search may still run while the process ends.
 Owner* g_owner = new Owner;
 std::atomic<int> g_threads{0};
+std::atomic<uint64_t> g_calls{0};  // of set_num_threads: each asks anew for what was refused
 
 // The child of a fork has no workers, and perhaps a mutex locked for ever: both are left behind.
 void after_fork() { g_owner = new Owner; }
@@ -232,6 +236,7 @@ void set_num_threads(int64_t n) {
     throw std::invalid_argument("n must be 1 to " + std::to_string(kMostThreads) + ", got " +
                                 std::to_string(n));
   g_threads.store(static_cast<int>(n), std::memory_order_relaxed);
+  ++g_calls;
 }
 
 Turn::Turn(bool wait) : line_(wait ? &owner().line : nullptr) {
@@ -248,12 +253,14 @@ void parallel_for(int64_t tasks, TaskRef work, int threads) {
     Owner& o = owner();
     std::unique_lock<std::mutex> lock(o.mutex, std::try_to_lock);
     if (lock.owns_lock()) {
-      if (o.workers != threads - 1) {
+      const uint64_t call = g_calls.load(std::memory_order_relaxed);
+      if (o.workers != threads - 1 || (o.pool->workers() < o.workers && o.call != call)) {
         delete o.pool;
         o.pool = nullptr;
         o.workers = -1;
         o.pool = new Pool(threads - 1);
         o.workers = threads - 1;
+        o.call = call;
       }
       o.pool->run(tasks, work);
       return;

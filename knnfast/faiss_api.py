@@ -378,6 +378,14 @@ class IndexIDMap(_Flat):
         """Append rows under these unique labels."""
         self._index.add(_rows("x", x), ids)
 
+    def reconstruct_n(self, n0: int = 0, ni: int = -1, x: np.ndarray | None = None) -> np.ndarray:
+        """Stored rows of the labels n0 to n0 + ni as float32; ni = -1: as many as there are rows.
+
+        Raises: ValueError for a label that is not there.
+        """
+        count = self.ntotal - n0 if ni == -1 else ni
+        return self.reconstruct_batch(np.arange(n0, n0 + count), x)
+
 
 IndexIDMap2 = IndexIDMap
 
@@ -404,8 +412,9 @@ def write_index(index: _Flat, path: str | os.PathLike[str]) -> None:
     if not isinstance(index, _Flat):
         raise TypeError(f"index must be one of this module's, got {type(index).__name__}")
     index._index.save(path)
-    kind = {"format": _FORMAT, "labels": "own" if isinstance(index, IndexIDMap) else "sequential"}
-    _files.write_json(Path(path) / _KIND, kind)
+    labels = "own" if isinstance(index, IndexIDMap) else "sequential"
+    saved = _files.sha256_file(Path(path) / "manifest.json")
+    _files.write_json(Path(path) / _KIND, {"format": _FORMAT, "labels": labels, "manifest": saved})
 
 
 def read_index(path: str | os.PathLike[str]) -> _Flat:
@@ -420,7 +429,11 @@ def read_index(path: str | os.PathLike[str]) -> _Flat:
         raise ValueError(f"{path}: FAISS has no cosine metric; open it with knnfast.Index.open")
     flat: Any = IndexFlatIP(opened.dim) if opened.metric == "ip" else IndexFlatL2(opened.dim)
     kind = Path(path) / _KIND
-    own = kind.is_file() and _files.read_json(kind, _FORMAT).get("labels") == "own"
+    said = _files.read_json(kind, _FORMAT) if kind.is_file() else {}
+    saved = _files.sha256_file(
+        Path(path) / "manifest.json"
+    )  # another Index may have been saved since
+    own = said.get("labels") == "own" and said.get("manifest", saved) == saved
     if own or not np.array_equal(opened.ids, np.arange(len(opened))):
         flat = IndexIDMap(flat)
     else:

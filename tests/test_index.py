@@ -436,6 +436,25 @@ def test_memory_that_runs_out_changes_nothing(tmp_path):
     assert min(counts) > 2  # each had some that could fail
 
 
+def test_the_largest_ids(tmp_path):
+    index = Index(4)
+    x = np.eye(4, dtype=np.float32)
+    index.add(x[:3], [2**63 - 2, 5, 6])
+    index.remove([6])
+    index.compact()
+    index.save(tmp_path / "own")
+    opened = Index.open(tmp_path / "own")
+    assert opened.ids.tolist() == [2**63 - 2, 5]
+    np.testing.assert_array_equal(opened.search(x, 1)[1], index.search(x, 1)[1])
+    index = Index(4)
+    index.add(x[:1], [2**63 - 4])
+    assert index.add(x[1:3]).tolist() == [2**63 - 3, 2**63 - 2]
+    with pytest.raises(ValueError, match="no automatic ids are left above 9223372036854775806"):
+        index.add(x[3:])
+    index.save(tmp_path / "automatic")
+    assert Index.open(tmp_path / "automatic").ids.tolist() == index.ids.tolist()
+
+
 FEW_THREADS = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -457,7 +476,7 @@ int pthread_create(pthread_t* t, const pthread_attr_t* a, void* (*f)(void*), voi
 def test_threads_that_the_system_refuses(tmp_path, left):
     """Under a limit of a container, say: those that there are do the work."""
     code = (
-        "import ctypes, numpy as np\n"
+        "import ctypes, os, numpy as np\n"
         "from knnfast.search import Index, set_num_threads\n"
         f"ctypes.CDLL(None).threads_left({left})\n"
         "x = np.random.default_rng(0).standard_normal((40000, 32), dtype=np.float32)\n"
@@ -467,6 +486,14 @@ def test_threads_that_the_system_refuses(tmp_path, left):
         "    ix = Index(32); ix.add(x)\n"
         "    answers.append(ix.search(x[:20], 5)[1].tolist())\n"
         "assert answers == answers[:1] * 4\n"
+        "few = len(os.listdir('/proc/self/task'))\n"
+        "ix.search(x[:20], 5)\n"
+        "ctypes.CDLL(None).threads_left(100)\n"
+        "ix.search(x[:20], 5)\n"
+        "assert len(os.listdir('/proc/self/task')) == few  # asked for when it is said again\n"
+        "set_num_threads(8)\n"
+        "assert ix.search(x[:20], 5)[1].tolist() == answers[0]\n"
+        "assert len(os.listdir('/proc/self/task')) == 8\n"
     )
     few = compile_c(FEW_THREADS, tmp_path / "few.so", "-ldl")
     env = {**os.environ, "LD_PRELOAD": few, "OPENBLAS_NUM_THREADS": "1"}

@@ -147,6 +147,9 @@ def use_flat(module, x):
     results += [mapped.remove_ids(module.IDSelectorRange(15, 45)), mapped.search(x[:2], 7)[1]]
     results += [mapped.index.ntotal, module.index_factory(16, "IDMap,Flat").metric_type]
     mapped.reset()
+    named = module.IndexIDMap2(module.IndexFlatIP(16))
+    named.add_with_ids(x[:9], np.arange(9)[::-1].copy())
+    results += [named.reconstruct_n(2, 3), named.reconstruct_n(0, 9)]
     return [*results, mapped.ntotal, mapped.index.ntotal]
 
 
@@ -229,6 +232,19 @@ def test_faiss_names_go_on_from_an_index_whose_last_rows_are_gone(tmp_path):
     flat = faiss_api.read_index(tmp_path / "ix")
     flat.add(x[10:])
     np.testing.assert_array_equal(flat.reconstruct(9), x[10])
+
+
+def test_faiss_names_forget_the_kind_of_an_index_that_is_there_no_more(tmp_path):
+    mapped = faiss_api.IndexIDMap(faiss_api.IndexFlatIP(4))
+    mapped.add_with_ids(np.eye(4), np.arange(4))
+    faiss_api.write_index(mapped, tmp_path)
+    assert isinstance(faiss_api.read_index(tmp_path), faiss_api.IndexIDMap)
+    with pytest.raises(ValueError, match="4 is not in the index"):
+        mapped.reconstruct_n(2, 9)
+    index = Index(4)
+    index.add(np.eye(4, dtype=np.float32))
+    index.save(tmp_path)
+    assert isinstance(faiss_api.read_index(tmp_path), faiss_api.IndexFlatIP)
 
 
 def test_faiss_names_have_no_cosine(tmp_path):

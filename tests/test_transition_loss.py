@@ -118,6 +118,19 @@ def test_inplace_writes_the_gradient_over_the_logits():
         ops.transition_loss(leaf, *rest, inplace=True)
 
 
+def test_inplace_is_told_to_what_needs_the_logits():
+    """A maker whose backward pass reads the values that are lost fails, as with torch's own ops."""
+    logits, *rest = make("mask_replace", 64)
+    work = logits.clone().requires_grad_().tanh()
+    version = work._version
+    loss, _ = ops.transition_loss(work, *rest, inplace=True)
+    assert work._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():  # whose tensors have no version
+        ops.transition_loss(logits.clone(), *rest, inplace=True)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_scaled_gradient_is_in_place_where_the_logits_were(inplace, dtype):

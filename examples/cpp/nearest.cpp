@@ -1,5 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Embeds knnfast: indexes random unit rows, saves and opens the index, and searches it.
+//
+//   FLAGS="-DKNNFAST_INSTALL=ON -DKNNFAST_CUDA=OFF -DCMAKE_BUILD_TYPE=Release"
+//   cmake -S . -B build/cpp $FLAGS -DCMAKE_INSTALL_PREFIX=$PWD/out/prefix  # of the repository
+//   cmake --build build/cpp --target knnfast -j && cmake --install build/cpp
+//   cmake -S examples/cpp -B build/nearest -DCMAKE_PREFIX_PATH=$PWD/out/prefix
+//   cmake --build build/nearest && build/nearest/nearest out/nearest.index
 #include <knnfast/index.h>
 
 #include <cmath>

@@ -210,9 +210,16 @@ def _loss_cpu(logits, *args):
     return *_run_cpu(logits, grad, *args), grad
 
 
+def _changed(logits):
+    """Tell autograd, so that a backward pass that needs the logits' values fails."""
+    if not logits.is_inference():
+        torch.autograd.graph.increment_version(logits)
+
+
 def _loss_inplace_cpu(logits, *args):
     if rows(logits).data_ptr() != logits.data_ptr() or row_stride(logits) < logits.shape[-1]:
         raise ValueError("inplace: logits must have last stride 1 and evenly spaced rows")
+    _changed(logits)
     return _run_cpu(logits, logits, *args)
 
 
@@ -226,6 +233,7 @@ def _loss_cuda(logits, *args):
 def _loss_inplace_cuda(logits, *args):
     from knnfast.kernels.transition_loss import launch_transition_loss
 
+    _changed(logits)
     with torch.cuda.device_of(logits):
         return launch_transition_loss(logits, logits, *args)[:2]
 
