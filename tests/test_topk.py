@@ -629,9 +629,9 @@ def test_scans_that_do_not_pay(metric, threads, seed):
             assert_topk(index, x, q[:m], k, torch.as_tensor(ids))
             chunks = {n: v - old[n] for n, v in index.stats.items() if n.startswith("chunks")}
             assert chunks["chunks_fp16"] > 0, chunks
-            assert chunks["chunks_canonical"] > 5, chunks
-            if threads == 1:  # the others' chunks, after a while
-                assert chunks["chunks_int8"] > 10, chunks
+            if threads == 1:  # of several, chance says which meets what
+                assert chunks["chunks_canonical"] > 5, chunks
+                assert chunks["chunks_int8"] > 10, chunks  # of the others, after a while
     finally:
         set_num_threads(before)
 
