@@ -173,21 +173,23 @@ def _metric(metric: int) -> str:
     return _METRICS[metric]
 
 
-def _check_out(name: str, out: Any, found: np.ndarray) -> None:
-    if out is None:
-        return
-    if not isinstance(out, np.ndarray) or out.dtype != found.dtype:
-        kind = getattr(out, "dtype", type(out).__name__)
-        raise TypeError(f"{name} must be an array of {found.dtype}, got {kind}")
-    if out.shape != found.shape:
-        raise ValueError(f"{name} must have shape {found.shape}, got {out.shape}")
-
-
-def _into(out: np.ndarray | None, found: np.ndarray) -> np.ndarray:
-    if out is None:
-        return found
-    out[:] = found
-    return out
+def _into(**given: tuple[Any, np.ndarray]) -> list[np.ndarray]:
+    """What was found, copied into the arrays that were given for it: all of them fit, or none is
+    written."""
+    for name, (out, found) in given.items():
+        if out is None:
+            continue
+        if not isinstance(out, np.ndarray) or out.dtype != found.dtype:
+            kind = getattr(out, "dtype", type(out).__name__)
+            raise TypeError(f"{name} must be an array of {found.dtype}, got {kind}")
+        if out.shape != found.shape:
+            raise ValueError(f"{name} must have shape {found.shape}, got {out.shape}")
+    filled = []
+    for out, found in given.values():
+        if out is not None:
+            out[:] = found
+        filled.append(found if out is None else out)
+    return filled
 
 
 class _Flat:
@@ -247,15 +249,12 @@ class _Flat:
         distances, labels = self._index.search(_rows("x", x), k, allow=self._allowed(params))
         worst = np.finfo(np.float32).max * (-1 if self._index.metric == "ip" else 1)
         distances[labels < 0] = worst
-        for name, out, found in (("D", D, distances), ("I", I, labels)):
-            _check_out(name, out, found)
-        return _into(D, distances), _into(I, labels)
+        into_d, into_i = _into(D=(D, distances), I=(I, labels))
+        return into_d, into_i
 
     def assign(self, x: Any, k: int = 1, labels: np.ndarray | None = None) -> np.ndarray:
         """Labels of the k best rows, [n, k]; into `labels` where it is given."""
-        found = self.search(x, k)[1]
-        _check_out("labels", labels, found)
-        return _into(labels, found)
+        return _into(labels=(labels, self.search(x, k)[1]))[0]
 
     def search_and_reconstruct(
         self,
@@ -274,10 +273,8 @@ class _Flat:
         distances, labels = self.search(x, k, params=params)
         rows = np.full((*labels.shape, self.d), np.nan, np.float32)
         rows[labels >= 0] = self.reconstruct_batch(labels[labels >= 0])
-        given = (("D", D, distances), ("I", I, labels), ("R", R, rows))
-        for name, out, found in given:
-            _check_out(name, out, found)
-        return _into(D, distances), _into(I, labels), _into(R, rows)
+        into_d, into_i, into_r = _into(D=(D, distances), I=(I, labels), R=(R, rows))
+        return into_d, into_i, into_r
 
     def range_search(
         self, x: Any, thresh: float, *, params: SearchParameters | None = None
@@ -290,15 +287,11 @@ class _Flat:
 
     def reconstruct(self, key: int, x: np.ndarray | None = None) -> np.ndarray:
         """One stored row as float32; into x where it is given."""
-        row = self.reconstruct_batch([key])[0]
-        _check_out("x", x, row)
-        return _into(x, row)
+        return _into(x=(x, self.reconstruct_batch([key])[0]))[0]
 
     def reconstruct_batch(self, key: Any, x: np.ndarray | None = None) -> np.ndarray:
         """Stored rows as float32; into x where it is given."""
-        rows = self._index.vectors(key).astype(np.float32)
-        _check_out("x", x, rows)
-        return _into(x, rows)
+        return _into(x=(x, self._index.vectors(key).astype(np.float32)))[0]
 
     def reconstruct_n(self, n0: int = 0, ni: int = -1, x: np.ndarray | None = None) -> np.ndarray:
         """Stored rows n0 to n0 + ni, in order, as float32; ni = -1: to the last one."""
