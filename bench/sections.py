@@ -210,7 +210,7 @@ def load_section(result: dict[str, Any], picture: str) -> str:
             "serves the same arrivals, each as long as a search takes back to back just before and "
             "after its stretch of the loop; every stretch begins with an empty queue, of which p99 "
             "at 90 % load is about a quarter less than in one long loop. Between arrivals the rows "
-            "leave the caches that they hardly fit into and cores go to sleep, so a search takes "
+            "leave the caches that they hardly fit into, so a search takes "
             "longer than back to back: the last column has the queue of such searches.",
             f"![p99 against offered load]({picture})",
         ]
