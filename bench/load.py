@@ -15,7 +15,7 @@ others use too is faster and slower by the second: an open loop is cut into `--s
 service in a stretch is as long as the median of c clients back to back just before and just after
 it (`queue`), or as the median of those searches of the stretch itself that found a server free
 (`loaded_queue`). The second is longer: between arrivals the rows leave the caches that they hardly
-fit into, cores go to sleep, and 16 clients that wake take their time from the searches. Every
+fit into, and 16 clients that wake take their time from the searches. Every
 stretch begins with an empty queue, in truth as in the prediction; at 90 % load that makes p99 about
 a quarter less than in one long loop.
 
