@@ -106,11 +106,11 @@ void GroupSearch::fill_queries(Worker& w, uint32_t segment) {
     f.values = s_.values.data() + i * pad_;
     f.offset = 0;
     f.offsets = nullptr;
-    std::fill_n(f.rest, kStops, 0);
-    std::fill_n(f.left, kStops, 0.0f);
+    std::fill_n(f.rest, kStops + 1, 0);
+    std::fill_n(f.left, kStops + 1, 0.0f);
+    std::fill_n(f.err, kStops + 1, round_up((float_sum + 0x1p-20) * norm * row_scale));
+    std::fill_n(f.err_norm, kStops + 1, 0.0f);
     f.mul = static_cast<float>(row_scale);
-    f.err = round_up((float_sum + 0x1p-20) * norm * row_scale);
-    f.err_norm = 0;
     f.sq = l2 ? static_cast<float>(-0.5 * row_scale * row_scale * two_scales) : 0;
     f.base = round_up((l2 ? -0.5 * norm2 * (1 - 0x1p-20) : 0) + kSpeck);
     f.slack = round_up((l2 ? 0x1p-19 * norm2 : 0) + kSpeck);
@@ -134,17 +134,16 @@ void GroupSearch::fill_int8(Worker& w, const Codes& codes, double exact, double 
                 static_cast<double>(codes.mean[static_cast<size_t>(j)]);
     }
     const double row_scale = l2 ? query.scale : 1;
-    const double arithmetic = 0x1p-18 * (c.norm + c.error);
     ScanQuery& q = w.int8[at];
     q.codes = coded.codes.data() + at * pad_;
-    q.tiles = coded.tiles.data() + (tiles_ ? at / kTileQueries * kTileQueries * pad_ : 0);
+    q.tiles = tiles_ ? coded.tiles.data() + at / kTileQueries * kTileQueries * pad_ +
+                           at % kTileQueries * kQueryPad
+                     : nullptr;
     q.values = nullptr;
     q.offset = c.offset;
     q.offsets = windows_ ? coded.offsets.data() + at * windows_ : nullptr;
-    fill_stops(q, coded.v.data() + at * pad_, dim_, c.slack, row_scale);
+    fill_stops(q, c, coded.v.data() + at * pad_, dim_, kernels_.window, row_scale);
     q.mul = static_cast<float>(c.step * row_scale);
-    q.err = round_up((c.norm + c.error + arithmetic) * row_scale);
-    q.err_norm = round_up((c.error + arithmetic) * row_scale);
     q.sq = l2 ? static_cast<float>(-0.5 * row_scale * row_scale * two_scales) : 0;
     const double rounding = exact * c.norm * (c.norm + codes.mean_norm * row_scale) + kSpeck;
     q.base = round_up(base + 0x1p-20 * std::fabs(base) + rounding);

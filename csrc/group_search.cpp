@@ -35,7 +35,8 @@ float floor_of(const Worker& w, int query, size_t row, float upper) {
   const ScanQuery& q = w.queries[query];
   const float n = w.norms[row];
   const float error = w.bounds ? residual_of(w.bounds[row]) : w.errors ? w.errors[row] : 1;
-  const float spread = 2 * (q.err * error + q.err_norm * n + q.slack - 0x1p-18f * q.sq * n * n);
+  const float spread =
+      2 * (q.err[kStops] * error + q.err_norm[kStops] * n + q.slack - 0x1p-18f * q.sq * n * n);
   const float floor = upper - w.trust * spread * (1 + 0x1p-20f);
   return floor - std::fabs(floor) * 0x1p-22f;
 }
@@ -65,7 +66,7 @@ GroupSearch::GroupSearch(const SearchTask& task, int64_t first, int64_t count, i
       pad_(padded(task.dim)),
       s_(scratch()),
       kernels_(kernels()),
-      tiles_(kernels_.tiles && count >= kTileBatch),
+      tiles_(kernels_.tile_batch && count >= kernels_.tile_batch),
       windows_(kernels_.window ? pad_ / (static_cast<size_t>(kernels_.window) * kBlockDims) : 0),
       keys_{&kernels_, task.metric, static_cast<int>(task.dim), pad_} {
   prepare(task.queries + first * dim_);

@@ -55,25 +55,28 @@ struct ScanRows {
 //   fp16:  u = mul·(x·v)·inv + err·n + sq·row_norm² + base, inv = 1 and n = row_norm
 //          (cosine: inv = 1/row_norm, or 0 for a zero row, and n = 1)
 // and u - 2·(err·residual + err_norm·norm + slack - 2^-18·sq·norm²) is a lower one (fp16 likewise).
-// At a stop c·p runs over the groups so far, and left·share·norm is added, the share in 255ths.
+// At a stop c·p runs over the groups so far (kernels with windows: to the end of a window), and
+// left·share·norm is added, the share in 255ths. What depends on that has one value a stop, and one
+// for the end behind them.
 struct ScanQuery {
   const int8_t* codes;  // p, [groups·4] and zeros
-  const int8_t* tiles;  // of this and the next 15 queries, where the kernel takes tiles
+  const int8_t* tiles;  // where p begins in them, or null
   const float* values;  // v, [dim] and zeros
   int32_t offset;       // -128·Σp: codes are stored plus 128
   // With windows: -128·Σp of each window's halves, modulo 2^16, two in a word; `offset` is unused.
   const int32_t* offsets;
-  int32_t rest[kStops];  // 128·Σp from each stop on
-  float left[kStops];    // 1/255 of what is left of the query's norm there, above 0
-  float mul, err, err_norm, sq, base, slack;
+  int32_t rest[kStops + 1];  // 128·Σp from there on
+  float left[kStops + 1];    // 1/255 of what is left of the query's norm
+  float err[kStops + 1], err_norm[kStops + 1];
+  float mul, sq, base, slack;
   float tau;  // rows with u < tau are out
 };
 
 constexpr int kPanel = 32, kSumLength = 64;  // of matmul
 
-// A kernel may take the codes of batches of kTileBatch queries and more as tiles: 16 queries' codes
-// of 64 dimensions, side by side, then the next 64 dimensions.
-constexpr int kTileQueries = 16, kTileBatch = 4;
+// A kernel may take the codes of batches as tiles: 16 queries' codes of 64 dimensions, side by
+// side, then the next 64 dimensions.
+constexpr int kTileQueries = 16;
 static_assert(kQueryPad == 64, "tiles are whole");
 
 // Gets the rows whose bound reached tau; returns the query's new tau.
@@ -83,8 +86,8 @@ struct Sink {
 
 struct Kernels {
   const char* name;
-  int window;  // of scan_int8 (see above); 0: it sums in 32 bits
-  bool tiles;  // scan_int8 takes tiles
+  int window;      // of scan_int8 (see above); 0: it sums in 32 bits
+  int tile_batch;  // scan_int8 takes tiles from so many queries on; 0: never
   // Bounds of the rows of blocks [begin, end) for `nq` queries. The one over codes adds to
   // `stopped` how many pairs it left at each stop.
   void (*scan_int8)(const ScanRows&, uint32_t begin, uint32_t end, ScanQuery*, int nq, bool l2,

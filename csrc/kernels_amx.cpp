@@ -6,7 +6,7 @@
 namespace knnfast {
 namespace {
 
-constexpr int kTile = kTileQueries, kStreams = 4;
+constexpr int kTile = kTileQueries, kTileBatch = 4, kStreams = 4;
 
 // Tiles 0-3: sums [query tile][block]; 4, 5: queries; 6, 7: codes. All are 16 rows of 64 bytes.
 struct alignas(64) TileConfig {
@@ -64,8 +64,8 @@ struct FirstTest {
       const ScanQuery& s = queries[q];
       const float offset = static_cast<float>(s.offset);
       rest[q] = -offset - fabsf(offset) * 0x1p-18f - 1;  // 1: of sums of small terms, too
-      err = fmaxf(err, s.err / s.mul * (1 + 0x1p-18f));
-      err_norm = fmaxf(err_norm, s.err_norm / s.mul * (1 + 0x1p-18f));
+      err = fmaxf(err, s.err[kStops] / s.mul * (1 + 0x1p-18f));
+      err_norm = fmaxf(err_norm, s.err_norm[kStops] / s.mul * (1 + 0x1p-18f));
       sq = fmaxf(sq, s.sq / s.mul * (1 - 0x1p-18f));
       raise(q, s);
     }
@@ -124,7 +124,7 @@ void amx_tile(const ScanRows& rows, uint32_t block, ScanQuery* queries, int inde
     const ScanQuery& s = queries[q];
     const __m512i sum =
         _mm512_add_epi32(_mm512_load_si512(sums[b][q]), _mm512_set1_epi32(s.offset));
-    const __m512 u = bound<L2>(terms[b], sum, s);
+    const __m512 u = bound<L2>(terms[b], sum, s, kStops);
     const uint32_t reached =
         _mm512_mask_cmp_ps_mask(terms[b].live, u, _mm512_set1_ps(s.tau), _CMP_GE_OQ);
     _mm512_store_ps(found.upper[found.count], u);
@@ -197,7 +197,7 @@ void scan_int8_amx(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery
 }  // namespace
 
 extern const Kernels kAmx = {
-    "amx",           0,          true,          scan_int8_amx, scan_fp16,       canonical<false>,
+    "amx",           0,          kTileBatch,    scan_int8_amx, scan_fp16,       canonical<false>,
     canonical<true>, widen,      row_sum<kDot>, row_sum<kL2>,  row_sum<kNorm2>, to_half,
     to_float,        centre_row, quantize_row,  matmul};
 

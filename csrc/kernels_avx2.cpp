@@ -72,8 +72,8 @@ void scan_fp16(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* qu
           const __m256 norm = _mm256_loadu_ps(rows.row_norm + first + 8 * h);
           const __m256 positive = _mm256_cmp_ps(norm, _mm256_setzero_ps(), _CMP_GT_OQ);
           const __m256 inverse = cosine ? _mm256_and_ps(positive, _mm256_div_ps(one, norm)) : one;
-          u[h] =
-              _mm256_fmadd_ps(_mm256_set1_ps(q.err), cosine ? one : norm, _mm256_set1_ps(q.base));
+          u[h] = _mm256_fmadd_ps(_mm256_set1_ps(q.err[kStops]), cosine ? one : norm,
+                                 _mm256_set1_ps(q.base));
           if (l2) u[h] = _mm256_fmadd_ps(_mm256_set1_ps(q.sq), _mm256_mul_ps(norm, norm), u[h]);
           u[h] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_load_ps(sums[i] + 8 * h), inverse),
                                  _mm256_set1_ps(q.mul), u[h]);
@@ -234,7 +234,7 @@ void to_float(const uint16_t* x, float* out, int64_t n) {
 
 extern const Kernels kAvx2 = {"avx2",
                               kWindow,
-                              false,
+                              0,
                               scan_int8,
                               scan_fp16,
                               canonical<false>,

@@ -133,10 +133,18 @@ inline BlockTerms load_terms(const ScanRows& rows, uint32_t block) {
   return t;
 }
 
+// What is left of 8 rows behind a stop, in 255ths.
+inline __m256 rest_of(const BlockTerms& t, int h, int stop) {
+  const __m256i shifted = stop == 0 ? _mm256_srli_epi32(t.bounds[h], 8) : t.bounds[h];
+  const __m256i share = _mm256_and_si256(shifted, _mm256_set1_epi32(255));
+  return _mm256_mul_ps(_mm256_cvtepi32_ps(share), t.norm[h]);
+}
+
+// The bound of sums up to a stop, or kStops, without what is left.
 template <bool L2>
-inline __m256 bound(const BlockTerms& t, int h, __m256i sum, const ScanQuery& q) {
-  __m256 u = _mm256_fmadd_ps(_mm256_set1_ps(q.err), t.residual[h], _mm256_set1_ps(q.base));
-  u = _mm256_fmadd_ps(_mm256_set1_ps(q.err_norm), t.norm[h], u);
+inline __m256 bound(const BlockTerms& t, int h, __m256i sum, const ScanQuery& q, int stop) {
+  __m256 u = _mm256_fmadd_ps(_mm256_set1_ps(q.err[stop]), t.residual[h], _mm256_set1_ps(q.base));
+  u = _mm256_fmadd_ps(_mm256_set1_ps(q.err_norm[stop]), t.norm[h], u);
   if (L2) u = _mm256_fmadd_ps(_mm256_set1_ps(q.sq), _mm256_mul_ps(t.norm[h], t.norm[h]), u);
   return _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sum), t.scale[h]), _mm256_set1_ps(q.mul),
                          u);
@@ -145,10 +153,11 @@ inline __m256 bound(const BlockTerms& t, int h, __m256i sum, const ScanQuery& q)
 template <bool L2>
 inline void test_block(const ScanRows& rows, const BlockTerms& t, const __m256i* sum, ScanQuery& q,
                        int index, uint32_t block, Sink* sink) {
-  report(rows, block, q, index, bound<L2>(t, 0, sum[0], q), bound<L2>(t, 1, sum[1], q), sink);
+  report(rows, block, q, index, bound<L2>(t, 0, sum[0], q, kStops),
+         bound<L2>(t, 1, sum[1], q, kStops), sink);
 }
 
-// NB blocks, `apart` from each other, and NQ queries.
+// NB blocks, `apart` from each other, and NQ queries, without stops.
 template <bool L2, int NB, int NQ>
 void int8_tile(const ScanRows& rows, uint32_t block, uint32_t apart, ScanQuery* queries, int index,
                Sink* sink, Ahead& ahead) {
@@ -162,21 +171,24 @@ void int8_tile(const ScanRows& rows, uint32_t block, uint32_t apart, ScanQuery* 
   }
 }
 
-// What is left of 8 rows behind a stop, in 255ths.
-inline __m256 rest_of(const BlockTerms& t, int h, int stop) {
-  const __m256i shifted = stop == 0 ? _mm256_srli_epi32(t.bounds[h], 8) : t.bounds[h];
-  const __m256i share = _mm256_and_si256(shifted, _mm256_set1_epi32(255));
-  return _mm256_mul_ps(_mm256_cvtepi32_ps(share), t.norm[h]);
-}
+// What the first test takes from rows 0 to 7 and 8 to 15.
+struct StopTerms {
+  __m256 inverse[2], left[2], gap[2];  // 1/scale, share·norm/scale, the last term
+};
 
-// StopTest's inequality, all but the first term.
 template <bool L2>
-inline __m256 stop_terms(const StopTest& test, const BlockTerms& t, int h) {
-  __m256 u = _mm256_mul_ps(rest_of(t, h, test.stop), _mm256_set1_ps(1 + 0x1p-18f));
-  u = _mm256_fmadd_ps(_mm256_set1_ps(test.err), t.residual[h], u);
-  u = _mm256_fmadd_ps(_mm256_set1_ps(test.err_norm), t.norm[h], u);
-  if (L2) u = _mm256_fmadd_ps(_mm256_set1_ps(test.sq), _mm256_mul_ps(t.norm[h], t.norm[h]), u);
-  return u;
+inline StopTerms stop_terms(const StopTest& test, const BlockTerms& t) {
+  StopTerms s;
+  for (int h = 0; h < 2; ++h) {
+    s.inverse[h] = _mm256_div_ps(_mm256_set1_ps(1), t.scale[h]);
+    s.left[h] = _mm256_mul_ps(rest_of(t, h, test.stop), s.inverse[h]);
+    __m256 gap = _mm256_mul_ps(t.norm[h], _mm256_set1_ps(test.err_norm));
+    gap = _mm256_fmadd_ps(t.residual[h], _mm256_set1_ps(test.err), gap);
+    if (L2)
+      gap = _mm256_fmadd_ps(_mm256_mul_ps(t.norm[h], t.norm[h]), _mm256_set1_ps(test.sq), gap);
+    s.gap[h] = _mm256_mul_ps(gap, s.inverse[h]);
+  }
+  return s;
 }
 
 // The queries that go on past a stop with one block, and their sums so far.
@@ -195,23 +207,23 @@ struct Going {
 // NB blocks, `apart` from each other, and NQ queries, up to the first stop that is tested.
 template <bool L2, int NB, int NQ>
 void int8_heads(const ScanRows& rows, uint32_t block, uint32_t apart, const ScanQuery* queries,
-                int index, const StopTest& test, Ahead& ahead, Going* going) {
+                int index, const StopTest& test, const StopTerms* terms, Ahead& ahead,
+                Going* going) {
   __m256i sums[NB][NQ][2];
   first_sums<NB, NQ>(rows, block, apart, queries, index, stop_window(rows.groups, test.stop), ahead,
                      sums);
   for (uint32_t b = 0; b < NB; ++b) {
-    const uint32_t at = block + b * apart;
-    const BlockTerms t = load_terms(rows, at);
-    const __m256 others[2] = {stop_terms<L2>(test, t, 0), stop_terms<L2>(test, t, 1)};
+    const StopTerms& t = terms[b];
     for (int q = 0; q < NQ; ++q) {
       const __m256 need = _mm256_set1_ps(test.need[index + q]);
-      const __m256 ratio = _mm256_set1_ps(test.ratio[index + q]);
+      const __m256 left = _mm256_set1_ps(test.left[index + q]);
       __m256 goes[2];
       for (int h = 0; h < 2; ++h) {
-        const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[b][q][h]), t.scale[h]);
-        goes[h] = _mm256_cmp_ps(_mm256_fmadd_ps(product, ratio, others[h]), need, _CMP_NLT_UQ);
+        __m256 least = _mm256_fmsub_ps(t.inverse[h], need, t.gap[h]);
+        least = _mm256_fnmadd_ps(t.left[h], left, least);
+        goes[h] = _mm256_cmp_ps(_mm256_cvtepi32_ps(sums[b][q][h]), least, _CMP_NLT_UQ);
       }
-      if (live_rows(rows, at, goes[0], goes[1])) going[b].add(index + q, sums[b][q]);
+      if (live_rows(rows, block + b * apart, goes[0], goes[1])) going[b].add(index + q, sums[b][q]);
     }
   }
 }
@@ -228,25 +240,25 @@ void int8_rest(const ScanRows& rows, uint32_t block, const BlockTerms& t, int st
     index[i] = going.query[at];
     for (int h = 0; h < 2; ++h) sums[0][i][h] = going.sums[at][h];
   }
-  const bool last = stop + 1 == kStops;
-  const int end = last ? rows.groups : stop_window(rows.groups, stop + 1);
+  const int next = stop + 1;
+  const int end = next == kStops ? rows.groups : stop_window(rows.groups, next);
   Ahead none;
   int8_sums<1, NQ>(rows, block, 0, queries, index, stop_window(rows.groups, stop), end, none, sums);
   for (int i = 0; i < count; ++i) {
     ScanQuery& q = queries[index[i]];
-    if (last) {
+    if (next == kStops) {
       const float tau = q.tau;
       test_block<L2>(rows, t, sums[0][i], q, index[i], block, sink);
       if (q.tau != tau) test.raise(index[i], q);
-    } else {
-      __m256 goes[2];
-      for (int h = 0; h < 2; ++h) {
-        const __m256 u = _mm256_fmadd_ps(_mm256_set1_ps(q.left[stop + 1]), rest_of(t, h, stop + 1),
-                                         bound<L2>(t, h, sums[0][i][h], q));
-        goes[h] = _mm256_cmp_ps(u, _mm256_set1_ps(q.tau), _CMP_GE_OQ);
-      }
-      if (live_rows(rows, block, goes[0], goes[1])) going.add(index[i], sums[0][i]);
+      continue;
     }
+    __m256 goes[2];
+    for (int h = 0; h < 2; ++h) {
+      const __m256 u = _mm256_fmadd_ps(_mm256_set1_ps(q.left[next]), rest_of(t, h, next),
+                                       bound<L2>(t, h, sums[0][i][h], q, next));
+      goes[h] = _mm256_cmp_ps(u, _mm256_set1_ps(q.tau), _CMP_GE_OQ);
+    }
+    if (live_rows(rows, block, goes[0], goes[1])) going.add(index[i], sums[0][i]);
   }
 }
 
@@ -270,11 +282,11 @@ void int8_rests(const ScanRows& rows, uint32_t block, ScanQuery* queries, Sink* 
 // Tiles of NQ queries from q on.
 template <bool L2, bool Stops, int NB, int NQ>
 inline void int8_tiles(const ScanRows& rows, uint32_t block, uint32_t apart, ScanQuery* queries,
-                       int& q, int nq, Sink* sink, const StopTest& test, Ahead& ahead,
-                       Going* going) {
+                       int& q, int nq, Sink* sink, const StopTest& test, const StopTerms* terms,
+                       Ahead& ahead, Going* going) {
   for (; q + NQ <= nq; q += NQ)
     if (Stops)
-      int8_heads<L2, NB, NQ>(rows, block, apart, queries, q, test, ahead, going);
+      int8_heads<L2, NB, NQ>(rows, block, apart, queries, q, test, terms, ahead, going);
     else
       int8_tile<L2, NB, NQ>(rows, block, apart, queries, q, sink, ahead);
 }
@@ -285,10 +297,14 @@ template <bool L2, bool Stops, int NB>
 void int8_blocks(const ScanRows& rows, uint32_t block, uint32_t apart, ScanQuery* queries, int nq,
                  Sink* sink, StopTest& test, Ahead ahead, int64_t* stopped) {
   Going going[NB];
+  StopTerms terms[NB];
+  for (uint32_t b = 0; Stops && b < NB; ++b)
+    terms[b] = stop_terms<L2>(test, load_terms(rows, block + b * apart));
   int q = 0;
   if constexpr (NB == 1)
-    int8_tiles<L2, Stops, 1, 4>(rows, block, apart, queries, q, nq, sink, test, ahead, going);
-  int8_tiles<L2, Stops, NB, 1>(rows, block, apart, queries, q, nq, sink, test, ahead, going);
+    int8_tiles<L2, Stops, 1, 4>(rows, block, apart, queries, q, nq, sink, test, terms, ahead,
+                                going);
+  int8_tiles<L2, Stops, NB, 1>(rows, block, apart, queries, q, nq, sink, test, terms, ahead, going);
   if (!Stops) return;
   for (uint32_t b = 0; b < NB; ++b) {
     stopped[test.stop] += (nq - going[b].count) * kBlockRows;

@@ -4,7 +4,7 @@
 
 namespace knnfast {
 extern const Kernels kAvx512 = {"avx512",        0,
-                                false,           scan_int8<false>,
+                                kTiledBatch,     scan_int8<false>,
                                 scan_fp16,       canonical<false>,
                                 canonical<true>, widen,
                                 row_sum<kDot>,   row_sum<kL2>,

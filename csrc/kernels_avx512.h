@@ -61,7 +61,7 @@ void scan_fp16(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* qu
       }
       for (int i = 0; i < count; ++i) {
         ScanQuery& q = queries[q0 + i];
-        __m512 u = _mm512_fmadd_ps(_mm512_set1_ps(q.err), error, _mm512_set1_ps(q.base));
+        __m512 u = _mm512_fmadd_ps(_mm512_set1_ps(q.err[kStops]), error, _mm512_set1_ps(q.base));
         if (l2) u = _mm512_fmadd_ps(_mm512_set1_ps(q.sq), _mm512_mul_ps(norm, norm), u);
         u = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_load_ps(sums[i]), inverse), _mm512_set1_ps(q.mul),
                             u);

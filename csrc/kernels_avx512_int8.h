@@ -42,10 +42,18 @@ inline BlockTerms load_terms(const ScanRows& rows, uint32_t block) {
   return t;
 }
 
+// What is left of 16 rows behind a stop, in 255ths.
+inline __m512 rest_of(const BlockTerms& t, int stop) {
+  const __m512i share = _mm512_and_si512(stop == 0 ? _mm512_srli_epi32(t.bounds, 8) : t.bounds,
+                                         _mm512_set1_epi32(255));
+  return _mm512_mul_ps(_mm512_cvtepi32_ps(share), t.norm);
+}
+
+// The bound of sums up to a stop, or kStops, without what is left.
 template <bool L2>
-inline __m512 bound(const BlockTerms& t, __m512i sum, const ScanQuery& q) {
-  __m512 u = _mm512_fmadd_ps(_mm512_set1_ps(q.err), t.residual, _mm512_set1_ps(q.base));
-  u = _mm512_fmadd_ps(_mm512_set1_ps(q.err_norm), t.norm, u);
+inline __m512 bound(const BlockTerms& t, __m512i sum, const ScanQuery& q, int stop) {
+  __m512 u = _mm512_fmadd_ps(_mm512_set1_ps(q.err[stop]), t.residual, _mm512_set1_ps(q.base));
+  u = _mm512_fmadd_ps(_mm512_set1_ps(q.err_norm[stop]), t.norm, u);
   if (L2) u = _mm512_fmadd_ps(_mm512_set1_ps(q.sq), _mm512_mul_ps(t.norm, t.norm), u);
   return _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), t.scale), _mm512_set1_ps(q.mul), u);
 }
@@ -53,7 +61,7 @@ inline __m512 bound(const BlockTerms& t, __m512i sum, const ScanQuery& q) {
 template <bool L2>
 inline void test_block(const BlockTerms& t, __m512i sum, ScanQuery& q, int index, uint32_t block,
                        Sink* sink) {
-  const __m512 u = bound<L2>(t, sum, q);
+  const __m512 u = bound<L2>(t, sum, q, kStops);
   const __mmask16 mask = _mm512_mask_cmp_ps_mask(t.live, u, _mm512_set1_ps(q.tau), _CMP_GE_OQ);
   if (__builtin_expect(mask != 0, 0)) {
     float upper[kBlockRows];
@@ -62,40 +70,64 @@ inline void test_block(const BlockTerms& t, __m512i sum, ScanQuery& q, int index
   }
 }
 
-constexpr int kStep = 4;  // groups of an iteration
+constexpr int kStep = 4;         // groups of an iteration
+constexpr int kTiledBatch = 16;  // so many queries' codes are one line after another
+constexpr int kWholeBatch = 48;  // from so many queries on blocks are fetched whole
 
 // Cache lines to ask for while tiles are summed: `lines` per iteration, in each of N places that
-// lie `stride` bytes apart. With stops these are the blocks that come next, so that the sums up to
-// the first stop have asked for what the next ones begin with.
+// lie `stride` bytes apart: the blocks that come next, so that the sums of these have asked for
+// what the next ones begin with.
 struct Ahead {
   const uint8_t *at = nullptr, *end = nullptr;
   size_t stride = 0;
   int lines = 0;
+  size_t step = 64;
 
   template <int N, _mm_hint Cache = _MM_HINT_T0>
   void ask() {
     if (at >= end) return;
 #pragma GCC unroll 1
-    for (int i = 0; i < lines; ++i, at += 64)
+    for (int i = 0; i < lines; ++i, at += step)
 #pragma GCC unroll 4
       for (int b = 0; b < N; ++b)
         _mm_prefetch(reinterpret_cast<const char*>(at + b * stride), Cache);
   }
 };
 
-// sums[b][q] += codes of block `block + b·apart` · query codes at words[q], groups [first, end).
-// Everything is unrolled, so that the sums stay in registers; queries are zero-filled, so that
-// whole steps of four groups may run past the last one.
-template <bool VNNI, int Streams, int NB, int NQ>
+// The codes of NQ queries, one step of groups after another: wherever they lie, or in a tile.
+template <int NQ>
+struct CodesApart {
+  const int8_t* at[NQ];
+  const int8_t* of(int q) const { return at[q]; }
+  void advance() {
+#pragma GCC unroll 8
+    for (int q = 0; q < NQ; ++q) at[q] += kStep * kBlockDims;
+  }
+};
+struct CodesTiled {
+  const int8_t* at;
+  const int8_t* of(int q) const { return at + q * kQueryPad; }
+  void advance() {
+    constexpr int kBytes = kStep * kBlockDims, kLast = kQueryPad - kBytes;
+    const bool last = (reinterpret_cast<uintptr_t>(at) & (kQueryPad - 1)) == kLast;
+    at += last ? kTileQueries * kQueryPad - kLast : kBytes;
+  }
+};
+
+// sums[b][q] += codes of block `block + b·apart` · query codes, groups [first, end). Everything is
+// unrolled, so that the sums stay in registers; queries are zero-filled, so that whole steps of
+// four groups may run past the last one.
+template <bool VNNI, int NB, int NQ, class Queries>
 inline __attribute__((always_inline)) void int8_sums(const ScanRows& rows, uint32_t block,
-                                                     uint32_t apart, const int8_t* (&words)[NQ],
-                                                     int first, int end, Ahead& ahead_,
+                                                     uint32_t apart, Queries queries, int first,
+                                                     int end, Ahead& ahead_,
                                                      __m512i (&sums)[NB][NQ]) {
+  // One instruction waits four cycles for the one before it in the same sum.
+  constexpr int kParts = NB * NQ >= 4 ? 1 : 4 / (NB * NQ);
+  __m512i parts[kParts][NB][NQ] = {};
   Ahead ahead = ahead_;
   const size_t bytes = static_cast<size_t>(rows.groups) * 64, stride = bytes * apart;
   const uint8_t* codes = rows.codes + block * bytes + static_cast<size_t>(first) * 64;
-#pragma GCC unroll 8
-  for (int q = 0; q < NQ; ++q) words[q] += first * kBlockDims;
   for (int left = end - first; left > 0; left -= kStep) {
 #pragma GCC unroll 4
     for (int i = 0; i < kStep; ++i) {
@@ -105,33 +137,51 @@ inline __attribute__((always_inline)) void int8_sums(const ScanRows& rows, uint3
 #pragma GCC unroll 8
       for (int q = 0; q < NQ; ++q) {
         int32_t word;
-        memcpy(&word, words[q] + i * kBlockDims, 4);
+        memcpy(&word, queries.of(q) + i * kBlockDims, 4);
         const __m512i w = _mm512_set1_epi32(word);
 #pragma GCC unroll 4
-        for (int b = 0; b < NB; ++b) sums[b][q] = dot_group<VNNI>(sums[b][q], c[b], w);
+        for (int b = 0; b < NB; ++b) {
+          __m512i& sum = i % kParts ? parts[i % kParts][b][q] : sums[b][q];
+          sum = dot_group<VNNI>(sum, c[b], w);
+        }
       }
     }
-    ahead.template ask<Streams>();
+    ahead.template ask<NB>();
     codes += kStep * 64;
-#pragma GCC unroll 8
-    for (int q = 0; q < NQ; ++q) words[q] += kStep * kBlockDims;
+    queries.advance();
   }
+#pragma GCC unroll 4
+  for (int i = 1; i < kParts; ++i)
+#pragma GCC unroll 4
+    for (int b = 0; b < NB; ++b)
+#pragma GCC unroll 8
+      for (int q = 0; q < NQ; ++q) sums[b][q] = _mm512_add_epi32(sums[b][q], parts[i][b][q]);
   ahead_.at = ahead.at;
 }
 
-// NB blocks, `apart` from each other, and NQ queries.
+// Sums of NB blocks, `apart` from each other, and NQ queries, from the first group on.
+template <bool VNNI, int NB, int NQ>
+inline void first_sums(const ScanRows& rows, uint32_t block, uint32_t apart,
+                       const ScanQuery* queries, int end, Ahead& ahead, __m512i (&sums)[NB][NQ]) {
+  if (NQ > 1 && queries->tiles)
+    return int8_sums<VNNI, NB, NQ>(rows, block, apart, CodesTiled{queries->tiles}, 0, end, ahead,
+                                   sums);
+  CodesApart<NQ> codes;
+#pragma GCC unroll 8
+  for (int q = 0; q < NQ; ++q) codes.at[q] = queries[q].codes;
+  int8_sums<VNNI, NB, NQ>(rows, block, apart, codes, 0, end, ahead, sums);
+}
+
+// NB blocks, `apart` from each other, and NQ queries, without stops.
 template <bool VNNI, bool L2, int NB, int NQ>
 void int8_tile(const ScanRows& rows, uint32_t block, uint32_t apart, ScanQuery* queries, int index,
                Sink* sink, Ahead& ahead) {
   __m512i sums[NB][NQ];
-  const int8_t* words[NQ];
 #pragma GCC unroll 8
-  for (int q = 0; q < NQ; ++q) {
-    words[q] = queries[index + q].codes;
+  for (int q = 0; q < NQ; ++q)
 #pragma GCC unroll 4
     for (int b = 0; b < NB; ++b) sums[b][q] = _mm512_set1_epi32(queries[index + q].offset);
-  }
-  int8_sums<VNNI, 1, NB, NQ>(rows, block, apart, words, 0, rows.groups, ahead, sums);
+  first_sums<VNNI>(rows, block, apart, queries + index, rows.groups, ahead, sums);
   for (uint32_t b = 0; b < NB; ++b) {
     const uint32_t at = block + b * apart;
     const BlockTerms t = load_terms(rows, at);
@@ -140,24 +190,26 @@ void int8_tile(const ScanRows& rows, uint32_t block, uint32_t apart, ScanQuery* 
   }
 }
 
-// What is left of 16 rows behind a stop, in 255ths.
-inline __m512 rest_of(const BlockTerms& t, int stop) {
-  const __m512i share = _mm512_and_si512(stop == 0 ? _mm512_srli_epi32(t.bounds, 8) : t.bounds,
-                                         _mm512_set1_epi32(255));
-  return _mm512_mul_ps(_mm512_cvtepi32_ps(share), t.norm);
-}
+// What the first test takes from 16 rows.
+struct StopTerms {
+  __m512 inverse, left, gap;  // 1/scale, share·norm/scale, the last term
+  __mmask16 live;
+};
 
-// StopTest's inequality, all but the first term.
 template <bool L2>
-inline __m512 stop_terms(const StopTest& test, const BlockTerms& t) {
-  __m512 u = _mm512_mul_ps(rest_of(t, test.stop), _mm512_set1_ps(1 + 0x1p-18f));
-  u = _mm512_fmadd_ps(_mm512_set1_ps(test.err), t.residual, u);
-  u = _mm512_fmadd_ps(_mm512_set1_ps(test.err_norm), t.norm, u);
-  if (L2) u = _mm512_fmadd_ps(_mm512_set1_ps(test.sq), _mm512_mul_ps(t.norm, t.norm), u);
-  return u;
+inline StopTerms stop_terms(const StopTest& test, const BlockTerms& t) {
+  StopTerms s;
+  s.inverse = _mm512_div_ps(_mm512_set1_ps(1), t.scale);
+  s.left = _mm512_mul_ps(rest_of(t, test.stop), s.inverse);
+  __m512 gap = _mm512_mul_ps(t.norm, _mm512_set1_ps(test.err_norm));
+  gap = _mm512_fmadd_ps(t.residual, _mm512_set1_ps(test.err), gap);
+  if (L2) gap = _mm512_fmadd_ps(_mm512_mul_ps(t.norm, t.norm), _mm512_set1_ps(test.sq), gap);
+  s.gap = _mm512_mul_ps(gap, s.inverse);
+  s.live = t.live;
+  return s;
 }
 
-// The queries that go on past a stop with one block, and their sums so far.
+// The queries that go on with one block, and their sums so far.
 struct Going {
   __m512i* sums;
   int* query;
@@ -170,8 +222,8 @@ struct Going {
   }
 };
 
-// Blocks whose sums up to the first stop come before the rest of any: what the rest needs is on its
-// way from memory meanwhile.
+// Blocks whose first tests come before the rest of any: what the rest needs is on its way from
+// memory meanwhile.
 struct Wave {
   static constexpr int kBlocks = 16, kPairs = 2 * kGroup;
   __m512i sums[kPairs];
@@ -190,37 +242,37 @@ struct Wave {
   }
 };
 
+// Four masks of 16 rows as one.
+inline uint64_t joined(const __mmask16* m) {
+  return _cvtmask64_u64(_mm512_kunpackd(_mm512_kunpackw(m[3], m[2]), _mm512_kunpackw(m[1], m[0])));
+}
+
 // NB blocks, `apart` from each other, and NQ queries, up to the first stop that is tested. Where
 // one goes on, the block's groups before `fetched` are asked for.
-template <bool VNNI, bool L2, int NB, int NQ>
+template <bool VNNI, int NB, int NQ>
 void int8_heads(const ScanRows& rows, uint32_t block, uint32_t apart, const ScanQuery* queries,
-                int index, const StopTest& test, int fetched, Ahead& ahead, Going* going) {
-  __m512i sums[NB][NQ];
-  const int8_t* words[NQ];
-#pragma GCC unroll 8
-  for (int q = 0; q < NQ; ++q) {
-    const ScanQuery& s = queries[index + q];
-    words[q] = s.codes;
-#pragma GCC unroll 4
-    for (int b = 0; b < NB; ++b) sums[b][q] = _mm512_set1_epi32(s.offset + s.rest[test.stop]);
-  }
+                int index, const StopTest& test, const StopTerms* terms, int fetched, Ahead& ahead,
+                Going* going) {
   const int end = stop_group(rows.groups, test.stop);
-  int8_sums<VNNI, NB, NB, NQ>(rows, block, apart, words, 0, end, ahead, sums);
+  __m512i sums[NB][NQ];
+#pragma GCC unroll 8
+  for (int q = 0; q < NQ; ++q)
+#pragma GCC unroll 4
+    for (int b = 0; b < NB; ++b) sums[b][q] = _mm512_set1_epi32(test.start[index + q]);
+  first_sums<VNNI>(rows, block, apart, queries + index, end, ahead, sums);
 #pragma GCC unroll 4
   for (uint32_t b = 0; b < NB; ++b) {
-    const BlockTerms t = load_terms(rows, block + b * apart);
-    const __m512 others = stop_terms<L2>(test, t);
-    alignas(16) uint16_t masks[8] = {};
+    const StopTerms& t = terms[b];
+    __mmask16 masks[8] = {};
 #pragma GCC unroll 8
     for (int q = 0; q < NQ; ++q) {
-      const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[b][q]), t.scale);
-      const __m512 u = _mm512_fmadd_ps(product, _mm512_set1_ps(test.ratio[index + q]), others);
-      const __m512 need = _mm512_set1_ps(test.need[index + q]);
-      masks[q] = _mm512_mask_cmp_ps_mask(t.live, u, need, _CMP_NLT_UQ);
+      __m512 least = _mm512_fmsub_ps(t.inverse, _mm512_set1_ps(test.need[index + q]), t.gap);
+      least = _mm512_fnmadd_ps(t.left, _mm512_set1_ps(test.left[index + q]), least);
+      masks[q] =
+          _mm512_mask_cmp_ps_mask(t.live, _mm512_cvtepi32_ps(sums[b][q]), least, _CMP_NLT_UQ);
     }
-    const __m128i mask = _mm_load_si128(reinterpret_cast<const __m128i*>(masks));
-    unsigned goes = _mm_test_epi16_mask(mask, mask);
-    if (!goes) continue;
+    const uint64_t goes[2] = {joined(masks), joined(masks + 4)};
+    if (!(goes[0] | goes[1])) continue;
     if (going[b].count == 0) {
       const size_t at = static_cast<size_t>(block + b * apart) * rows.groups;
       for (int g = end; g < fetched; ++g)
@@ -229,10 +281,12 @@ void int8_heads(const ScanRows& rows, uint32_t block, uint32_t apart, const Scan
     __m512i kept[NQ];
 #pragma GCC unroll 8
     for (int q = 0; q < NQ; ++q) kept[q] = sums[b][q];
-    for (; goes; goes &= goes - 1) {
-      const int q = __builtin_ctz(goes);
-      going[b].add(index + q, kept[q]);
-    }
+    for (int half = 0; half < (NQ + 3) / 4; ++half)
+      for (uint64_t left = goes[half]; left;) {
+        const int q = __builtin_ctzll(left) / kBlockRows;
+        left &= ~(uint64_t{0xffff} << q * kBlockRows);
+        going[b].add(index + 4 * half + q, kept[4 * half + q]);
+      }
   }
 }
 
@@ -242,35 +296,33 @@ template <bool VNNI, bool L2, int NQ>
 void int8_rest(const ScanRows& rows, const BlockTerms& t, int stop, ScanQuery* queries, int first,
                int count, Sink* sink, StopTest& test, Going& going) {
   __m512i sums[1][NQ];
-  const int8_t* words[NQ];
+  CodesApart<NQ> codes;
   int index[NQ];
+  const int begin = stop_group(rows.groups, stop), next = stop + 1;
 #pragma GCC unroll 8
   for (int i = 0; i < NQ; ++i) {
     const int at = first + (i < count ? i : 0);
     index[i] = going.query[at];
     const ScanQuery& s = queries[index[i]];
-    words[i] = s.codes;
-    const int rest = (stop + 1 < kStops ? s.rest[stop + 1] : 0) - s.rest[stop];
-    sums[0][i] = _mm512_add_epi32(going.sums[at], _mm512_set1_epi32(rest));
+    codes.at[i] = s.codes + begin * kBlockDims;
+    sums[0][i] = _mm512_add_epi32(going.sums[at], _mm512_set1_epi32(s.rest[next] - s.rest[stop]));
   }
-  const bool last = stop + 1 == kStops;
-  const int end = last ? rows.groups : stop_group(rows.groups, stop + 1);
+  const int end = next == kStops ? rows.groups : stop_group(rows.groups, next);
   Ahead none;
-  int8_sums<VNNI, 1, 1, NQ>(rows, going.block, 0, words, stop_group(rows.groups, stop), end, none,
-                            sums);
-  const __m512 rest = last ? _mm512_setzero_ps() : rest_of(t, stop + 1);
+  int8_sums<VNNI, 1, NQ>(rows, going.block, 0, codes, begin, end, none, sums);
+  const __m512 rest = next == kStops ? _mm512_setzero_ps() : rest_of(t, next);
   for (int i = 0; i < count; ++i) {
     ScanQuery& s = queries[index[i]];
-    if (last) {
+    if (next == kStops) {
       const float tau = s.tau;
       test_block<L2>(t, sums[0][i], s, index[i], going.block, sink);
       if (s.tau != tau) test.raise(index[i], s);
-    } else {
-      const __m512 u =
-          _mm512_fmadd_ps(_mm512_set1_ps(s.left[stop + 1]), rest, bound<L2>(t, sums[0][i], s));
-      if (_mm512_mask_cmp_ps_mask(t.live, u, _mm512_set1_ps(s.tau), _CMP_GE_OQ))
-        going.add(index[i], sums[0][i]);
+      continue;
     }
+    const __m512 u =
+        _mm512_fmadd_ps(_mm512_set1_ps(s.left[next]), rest, bound<L2>(t, sums[0][i], s, next));
+    if (_mm512_mask_cmp_ps_mask(t.live, u, _mm512_set1_ps(s.tau), _CMP_GE_OQ))
+      going.add(index[i], sums[0][i]);
   }
 }
 
@@ -285,7 +337,8 @@ void int8_rests(const ScanRows& rows, ScanQuery* queries, Sink* sink, StopTest& 
     for (int i = 0; i < count; i += 8) {
       const int n = count - i < 8 ? count - i : 8;
       auto* rest = n > 4   ? int8_rest<VNNI, L2, 8>
-                   : n > 1 ? int8_rest<VNNI, L2, 4>
+                   : n > 2 ? int8_rest<VNNI, L2, 4>
+                   : n > 1 ? int8_rest<VNNI, L2, 2>
                            : int8_rest<VNNI, L2, 1>;
       rest(rows, t, stop, queries, i, n, sink, test, going);
     }
@@ -308,11 +361,11 @@ void int8_finish(const ScanRows& rows, ScanQuery* queries, Sink* sink, StopTest&
 // Tiles of NQ queries from q on.
 template <bool VNNI, bool L2, bool Stops, int NB, int NQ>
 inline void int8_tiles(const ScanRows& rows, uint32_t block, uint32_t apart, ScanQuery* queries,
-                       int& q, int nq, Sink* sink, const StopTest& test, int fetched, Ahead& ahead,
-                       Going* going) {
+                       int& q, int nq, Sink* sink, const StopTest& test, const StopTerms* terms,
+                       int fetched, Ahead& ahead, Going* going) {
   for (; q + NQ <= nq; q += NQ)
     if (Stops)
-      int8_heads<VNNI, L2, NB, NQ>(rows, block, apart, queries, q, test, fetched, ahead, going);
+      int8_heads<VNNI, NB, NQ>(rows, block, apart, queries, q, test, terms, fetched, ahead, going);
     else
       int8_tile<VNNI, L2, NB, NQ>(rows, block, apart, queries, q, sink, ahead);
 }
@@ -324,26 +377,28 @@ void int8_blocks(const ScanRows& rows, uint32_t block, uint32_t apart, ScanQuery
                  Sink* sink, StopTest& test, Ahead ahead, Wave& wave, int64_t* stopped) {
   if (Stops && !wave.room(NB)) int8_finish<VNNI, L2>(rows, queries, sink, test, wave, stopped);
   Going* going = Stops ? wave.take(NB, block, apart) : nullptr;
-  // Of many queries one will go on past the second stop, too.
-  const int fetched = !Stops || nq >= 8 || test.stop + 1 == kStops
-                          ? rows.groups
-                          : stop_group(rows.groups, test.stop + 1);
+  StopTerms terms[NB];
+  for (uint32_t b = 0; Stops && b < NB; ++b)
+    terms[b] = stop_terms<L2>(test, load_terms(rows, block + b * apart));
+  const int fetched = nq >= kWholeBatch                    ? 0
+                      : nq >= 8 || test.stop + 1 >= kStops ? rows.groups
+                                                           : stop_group(rows.groups, test.stop + 1);
   int q = 0;
   if constexpr (NB < 4) {
-    int8_tiles<VNNI, L2, Stops, NB, 8>(rows, block, apart, queries, q, nq, sink, test, fetched,
-                                       ahead, going);
-    int8_tiles<VNNI, L2, Stops, NB, 4>(rows, block, apart, queries, q, nq, sink, test, fetched,
-                                       ahead, going);
+    int8_tiles<VNNI, L2, Stops, NB, 8>(rows, block, apart, queries, q, nq, sink, test, terms,
+                                       fetched, ahead, going);
+    int8_tiles<VNNI, L2, Stops, NB, 4>(rows, block, apart, queries, q, nq, sink, test, terms,
+                                       fetched, ahead, going);
   }
-  int8_tiles<VNNI, L2, Stops, NB, 1>(rows, block, apart, queries, q, nq, sink, test, fetched, ahead,
-                                     going);
+  int8_tiles<VNNI, L2, Stops, NB, 1>(rows, block, apart, queries, q, nq, sink, test, terms, fetched,
+                                     ahead, going);
 }
 
 template <bool VNNI, bool L2, bool Stops>
 void scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries,
                       int nq, Sink* sink, int64_t* stopped) {
   const size_t bytes = static_cast<size_t>(rows.groups) * 64;
-  const size_t heads = static_cast<size_t>(stop_group(rows.groups, rows.stop)) * 64;
+  const size_t heads = Stops ? static_cast<size_t>(stop_group(rows.groups, rows.stop)) * 64 : bytes;
   StopTest test(queries, Stops ? nq : 0, rows.stop);
   Wave wave(nq);
   uint32_t b = begin;
@@ -359,17 +414,18 @@ void scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQu
     }
     b = begin + 4 * quarter;
   }
-  const int tiles = nq >= 8 ? nq / 8 : 1;
+  // Of many queries one will need all of a block. Lines for each step of groups of all tiles:
+  const size_t wanted = nq >= kWholeBatch ? bytes : heads;
+  const size_t steps = (heads / 64 + kStep - 1) / kStep * (nq < 8 ? 1 : nq / 8);
+  const int lines = static_cast<int>((wanted / 64 + steps - 1) / steps);
   for (int count; b < end; b += count) {
     count = b + 2 <= end ? 2 : 1;
     const uint8_t* next = rows.codes + (b + count) * bytes;
     Ahead ahead;
-    if (Stops && nq >= 8)
-      ahead = {next, next + bytes, bytes, (kStep + tiles - 1) / tiles};
-    else if (Stops && nq >= 4)
-      ahead = {next, next + heads, bytes, kStep};
-    else if (!Stops && nq >= 4)
-      ahead = {next, next + count * bytes, 0, (count * kStep + tiles - 1) / tiles};
+    if (nq >= kTiledBatch || (Stops && nq >= 4))
+      ahead = {next, next + wanted, bytes, lines};
+    else if (nq >= 4)
+      ahead = {next, next + count * bytes, 64, lines, count * size_t{64}};
     auto* blocks = count == 2 ? int8_blocks<VNNI, L2, Stops, 2> : int8_blocks<VNNI, L2, Stops, 1>;
     blocks(rows, b, 1, queries, nq, sink, test, ahead, wave, stopped);
   }

@@ -95,32 +95,33 @@ inline void quantize_row_plain(const float* y, int dim, uint8_t* codes, float* s
   *residual = residual_bound(rr, yy, dim);
 }
 
-// The test at the first stop that is tested, four operations a pair. Divided by left, u >= tau
-// (kernels.h) says
-//   mul/left·scale·c·p + share·norm + (err·residual + err_norm·norm + sq·norm²)/left
-//     >= (tau - base)/left
-// and with the largest err/left, err_norm/left and sq/left of all queries only the first term is
-// not the block's alone. Every term here is on the safe side by 2^-18 of itself, more than the
-// rounding of floats can take away, here and in bound().
+// The first test of a pair, at a stop, four operations: divided by mul·scale, u >= tau (kernels.h)
+// says
+//   c·p >= (tau - base)/mul · 1/scale - left/mul · share·norm/scale
+//          - (err·residual + err_norm·norm + sq·norm²)/mul · 1/scale
+// and with the largest err/mul, err_norm/mul and sq/mul of all queries the last term is the row's
+// alone. Every term here is on the safe side by 2^-18 of itself, more than the rounding of floats
+// can take away, here and in bound(). Rows of scale 0 give a NaN, and pass.
 struct StopTest {
   const int stop;
-  float need[kGroup], ratio[kGroup];  // (tau - base)/left; mul/left
-  float err = 0, err_norm = 0, sq = -INFINITY;
+  int32_t start[kGroup];                        // of sums
+  float need[kGroup], left[kGroup];             // (tau - base)/mul, left/mul
+  float err = 0, err_norm = 0, sq = -INFINITY;  // over mul
 
   StopTest(const ScanQuery* queries, int nq, int first_stop) : stop(first_stop) {
     for (int q = 0; q < nq; ++q) {
       const ScanQuery& s = queries[q];
-      const float left = s.left[stop];
-      err = fmaxf(err, s.err / left * (1 + 0x1p-18f));
-      err_norm = fmaxf(err_norm, s.err_norm / left * (1 + 0x1p-18f));
-      sq = fmaxf(sq, s.sq / left * (1 - 0x1p-18f));
-      ratio[q] = s.mul / left;
+      start[q] = s.offset + s.rest[stop];
+      left[q] = s.left[stop] / s.mul * (1 + 0x1p-18f);
+      err = fmaxf(err, s.err[stop] / s.mul * (1 + 0x1p-18f));
+      err_norm = fmaxf(err_norm, s.err_norm[stop] / s.mul * (1 + 0x1p-18f));
+      sq = fmaxf(sq, s.sq / s.mul * (1 - 0x1p-18f));
       raise(q, s);
     }
   }
   void raise(int q, const ScanQuery& s) {
     const float rounding = (fabsf(s.tau) + fabsf(s.base)) * 0x1p-18f;
-    const float quotient = (s.tau - s.base - rounding) / s.left[stop];
+    const float quotient = (s.tau - s.base - rounding) / s.mul;
     need[q] = quotient - fabsf(quotient) * 0x1p-18f;
   }
 };

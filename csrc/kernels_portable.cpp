@@ -27,13 +27,11 @@ void bound(const ScanRows& rows, uint32_t block, const ScanQuery& q, const int32
   for (int r = 0; r < kBlockRows; ++r) {
     const uint32_t bounds = rows.bounds[first + r];
     const float norm = rows.norm[first + r];
-    int32_t codes = sum[r];
-    upper[r] = q.err * residual_of(bounds) + q.err_norm * norm + q.base;
-    if (stop < kStops) {
-      codes += q.rest[stop];
+    const float codes = static_cast<float>(sum[r] + q.rest[stop]);
+    upper[r] = q.err[stop] * residual_of(bounds) + q.err_norm[stop] * norm + q.base;
+    if (stop < kStops)
       upper[r] += q.left[stop] * (static_cast<float>(bounds >> (8 - 8 * stop) & 255) * norm);
-    }
-    upper[r] += q.mul * (static_cast<float>(codes) * rows.scale[first + r]);
+    upper[r] += q.mul * (codes * rows.scale[first + r]);
     if (l2) upper[r] += q.sq * (norm * norm);
   }
 }
@@ -97,8 +95,8 @@ void scan_fp16(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* qu
         for (int r = 0; r < kBlockRows; ++r) {
           const float n = rows.row_norm[first + r];
           const float inverse = cosine ? (n > 0 ? 1 / n : 0) : 1;
-          upper[r] =
-              query.mul * (sum[q][r] * inverse) + (query.err * (cosine ? 1 : n) + query.base);
+          upper[r] = query.mul * (sum[q][r] * inverse) +
+                     (query.err[kStops] * (cosine ? 1 : n) + query.base);
           if (l2) upper[r] += query.sq * (n * n);
         }
         report(rows, b, query, q0 + q, upper, sink);
@@ -175,7 +173,7 @@ void to_float(const uint16_t* x, float* out, int64_t n) {
 
 extern const Kernels kPortable = {"portable",
                                   0,
-                                  false,
+                                  0,
                                   scan_int8,
                                   scan_fp16,
                                   one_by_one<dot>,

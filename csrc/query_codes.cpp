@@ -148,23 +148,42 @@ void CodedQueries::code_centred(const AlignedVector<double>& straight, const Cod
   }
 }
 
-void fill_stops(ScanQuery& q, const double* v, int64_t dim, double slack, double row_scale) {
-  // Kernels divide by what is left, and only the largest quotients of a batch count (StopTest).
-  double least = 1e-30;
-  for (int64_t j = 0; j < dim; ++j) least += 0x1p-8 * v[j] * v[j];
+void fill_stops(ScanQuery& q, const QueryCodes& c, const double* v, int64_t dim, int window,
+                double row_scale) {
+  const double arithmetic = 0x1p-18 * (c.norm + c.error);
+  q.rest[kStops] = 0;
+  q.left[kStops] = 0;
+  q.err[kStops] = round_up((c.norm + c.error + arithmetic) * row_scale);
+  q.err_norm[kStops] = round_up((c.error + arithmetic) * row_scale);
+  const int groups = code_groups(dim);
   double square = 0;
-  int sum = 0;
+  int32_t sum = 0;
   int64_t end = dim;
   for (int stop = kStops - 1; stop >= 0; --stop) {
-    const int64_t begin = stop_group(code_groups(dim), stop) * kBlockDims;
+    const int64_t begin = stop_group(groups, stop) * kBlockDims;
     for (int64_t j = begin; j < end; ++j) {
       square += v[j] * v[j];
       sum += q.codes[j];
     }
     end = begin;
     q.rest[stop] = 128 * sum;
-    const double norm = std::sqrt(std::max(square, least)) + slack;
-    q.left[stop] = round_up(norm * row_scale * (1 + 0x1p-18) / 255);
+    q.left[stop] =
+        round_up((std::sqrt(square) + c.slack + 1e-30) * row_scale * (1 + 0x1p-18) / 255);
+  }
+  double head = 0, error = 0;  // of v and v - step·p up to a stop
+  int64_t begin = 0;
+  for (int stop = 0; stop < kStops; ++stop) {
+    int at = stop_group(groups, stop);
+    if (window) at = (at + window - 1) / window * window;
+    for (end = std::min<int64_t>(dim, at * kBlockDims); begin < end; ++begin) {
+      const double w = v[begin] - c.step * q.codes[begin];
+      head += v[begin] * v[begin];
+      error += w * w;
+    }
+    // Once more: R's own error multiplies all of q, of which err holds less here.
+    const double off = std::sqrt(error) * (1 + 1e-9) + c.slack;
+    q.err[stop] = round_up((std::sqrt(head) * (1 + 1e-9) + c.slack + off + arithmetic) * row_scale);
+    q.err_norm[stop] = round_up((off + c.slack + arithmetic) * row_scale);
   }
 }
 

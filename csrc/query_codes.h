@@ -37,8 +37,9 @@ struct CodedQueries {
   AlignedVector<float> straight_, turned_;
 };
 
-// What is left of v, coded in q, from each stop on, where a row counts `row_scale` times; v may be
-// off by `slack`.
-void fill_stops(ScanQuery& q, const double* v, int64_t dim, double slack, double row_scale);
+// What depends on the stop of a query coded in q: of v, that is c, where a row counts `row_scale`
+// times.
+void fill_stops(ScanQuery& q, const QueryCodes& c, const double* v, int64_t dim, int window,
+                double row_scale);
 
 }  // namespace knnfast

@@ -126,9 +126,9 @@ static double squares(const float* y, int64_t begin, int64_t end) {
   return sum;
 }
 
-// A row's word of bounds. What rounding took from y is at most ρ.
-static uint32_t bounds_of(double residual, float norm, const float* y, int64_t dim) {
-  const float above = std::nextafter(static_cast<float>(residual), INFINITY);
+// A row's word of bounds; y itself is off by up to `error`.
+static uint32_t bounds_of(double residual, double error, float norm, const float* y, int64_t dim) {
+  const float above = round_up(residual);
   uint32_t word;
   std::memcpy(&word, &above, 4);
   word = residual_up(word);
@@ -138,7 +138,7 @@ static uint32_t bounds_of(double residual, float norm, const float* y, int64_t d
     const int64_t begin = stop_group(code_groups(dim), stop) * kBlockDims;
     square += squares(y, begin, end);
     end = begin;
-    const double rest = (std::sqrt(square) + residual) * (1 + 1e-6);
+    const double rest = (std::sqrt(square) + error) * (1 + 1e-6);
     const double share = norm > 0 ? std::ceil(255 * rest / static_cast<double>(norm)) : 255;
     word |= static_cast<uint32_t>(std::min(share, 255.0)) << (8 * (kStops - 1 - stop));
   }
@@ -173,13 +173,14 @@ void quantize_blocks(const Segment& segment, Codes& codes, int64_t dim, uint32_t
                      codes.codes.as<uint8_t>() + row / kBlockRows * block_bytes +
                          row % kBlockRows * kBlockDims,
                      codes.scale.as<float>() + row, &residual, norm);
-      double bound = static_cast<double>(residual) + slack;
+      double error = slack;
       if (rotation) {
         const double length = std::sqrt(squares(y.data() + r * pad, 0, dim));
         *norm = static_cast<float>(length);
-        bound += turning * length;
+        error += turning * length;
       }
-      codes.bounds.as<uint32_t>()[row] = bounds_of(bound * (1 + 1e-9), *norm, from, dim);
+      codes.bounds.as<uint32_t>()[row] =
+          bounds_of((static_cast<double>(residual) + error) * (1 + 1e-9), error, *norm, from, dim);
     }
   });
 }

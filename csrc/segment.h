@@ -25,8 +25,8 @@
 // Rq = b·p + w, δ = ‖w‖:   q·y = a·b·(c·p) + err,   |err| <= (‖q‖+δ)·ρ + δ·ν + arithmetic,
 // and   ip, cosine: s = q·μ + q·y,    l2: -s/2 = q·y - ν²/2 - ‖q‖²/2.
 // A row whose upper bound lies below a certified threshold is proved out; all others are rescored.
-// At a stop (kernels.h) c·p runs over the groups so far, and the rest is at most
-// ‖Rq_rest‖·‖Ry_rest‖.
+// At a stop (kernels.h) c·p runs over the groups so far: ‖q‖ and δ are those of the dimensions
+// before it, and the rest is at most ‖Rq_rest‖·‖Ry_rest‖.
 #pragma once
 
 #include <cstdint>

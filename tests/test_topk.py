@@ -234,6 +234,37 @@ def test_rotated_l2(mean, seed, tmp_path):
     assert_topk(index, x, q, 10)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("m", [1, 5, 24])
+def test_rows_at_the_bound_of_a_stop(m, metric, seed):
+    """Each row that is looked for scores nearly all that its codes up to a stop allow: what rounding
+    took from it and from the query lies along the other, and so does what is behind the stop."""
+    rng = np.random.default_rng(seed)
+    d, n, step = 512, 4096, 2.0**-7
+    x = 0.25 * rng.standard_normal((n, d))
+    size = np.where(np.arange(d) % 2, 127, 63.4)  # of which a code keeps 63
+    q = rng.choice([-1, 1], (48, d)) * size / np.linalg.norm(size)
+    rows = 600 + 70 * np.arange(48)
+    for i, stop in enumerate((160, 320) * 24):
+        y = np.where(np.arange(d) % 2, 40, 20) + np.where(np.arange(d) < stop, 0.45, 0)
+        y[1] = 127  # the largest, so that a step is one
+        y[3] += 3 * (i // 2)  # shares are rounded up, each by another part of a step
+        x[rows[i]] = step * np.sign(q[i]) * y
+    x = np.concatenate([x, -x]).astype(np.float16)  # of mean 0
+    q = 8 * q.astype(np.float32)  # l2: beyond the rows
+    index = Index(d, metric, scan="int8")
+    index.add(x)
+    for i, row in enumerate(rows):
+        query, found = torch.as_tensor(q[i : i + 1]), torch.as_tensor(x[row : row + 1])
+        score = reference.topk(query, found, 1, metric)[0].item()
+        radius = score * (1 + 1e-5 if metric == "l2" else 1 - 1e-5)
+        offsets, _, ids = index.range_search(np.repeat(q[i : i + 1], m, 0), radius)
+        np.testing.assert_array_equal(np.diff(offsets), 1)
+        assert (ids == row).all()
+    if _C.isa() in STOPPING:
+        assert index.stats["rows_stopped"] > 0.5 * index.stats["rows_scanned"]
+
+
 @pytest.mark.parametrize("m", [1, 16])
 def test_rows_left_out_hold_up_no_stop(m, seed):
     """Every block has a row near the queries, but only the first 40 are in the search."""
