@@ -70,7 +70,8 @@ void GroupSearch::prepare(const float* queries) {
     s_.coded.code(n_, dim_, kernels_.window, tiles_, nullptr, threads_);
   if (!rotation) return;
   s_.rotated.v.assign(s_.coded.v.begin(), s_.coded.v.end());
-  s_.rotated.code(n_, dim_, kernels_.window, tiles_, rotation, threads_);
+  const bool scanned = task_.metric != Metric::l2;  // l2: less a segment's mean first
+  s_.rotated.code(n_, dim_, kernels_.window, tiles_ && scanned, rotation, threads_);
 }
 
 // The queries for a segment's codes.
@@ -145,7 +146,11 @@ void GroupSearch::fill_int8(Worker& w, const Codes& codes, double exact, double 
     fill_stops(q, c, coded.v.data() + at * pad_, dim_, kernels_.window, row_scale);
     q.mul = static_cast<float>(c.step * row_scale);
     q.sq = l2 ? static_cast<float>(-0.5 * row_scale * row_scale * two_scales) : 0;
-    const double rounding = exact * c.norm * (c.norm + codes.mean_norm * row_scale) + kSpeck;
+    // A share is of ν at most, and a cosine row's y may be longer than that by what its own
+    // normalisation in float has lost.
+    const double longer = task_.metric == Metric::cosine ? 0x1p-21 * c.norm : 0;
+    const double rounding =
+        exact * c.norm * (c.norm + codes.mean_norm * row_scale) + longer + kSpeck;
     q.base = round_up(base + 0x1p-20 * std::fabs(base) + rounding);
     q.slack = round_up(0x1p-19 * std::fabs(base) + rounding);
   }

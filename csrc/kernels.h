@@ -28,6 +28,11 @@ constexpr int kStops = 2;
 static inline int stop_group(int groups, int stop) {
   return groups < 32 ? 0 : (groups * 5 * (stop + 1) + 63) / 64 * 4;
 }
+// Where a kernel with windows (below) tests it. What is left, from the stop itself on, is more.
+static inline int stop_end(int groups, int stop, int window) {
+  const int group = stop_group(groups, stop);
+  return window ? (group + window - 1) / window * window : group;
+}
 
 // A row's word of bounds (segment.h): its residual, a bfloat16, and how one is rounded up to it.
 static inline uint32_t residual_up(uint32_t word) { return (word + 0xffff) & 0xffff0000; }
@@ -55,9 +60,8 @@ struct ScanRows {
 //   fp16:  u = mul·(x·v)·inv + err·n + sq·row_norm² + base, inv = 1 and n = row_norm
 //          (cosine: inv = 1/row_norm, or 0 for a zero row, and n = 1)
 // and u - 2·(err·residual + err_norm·norm + slack - 2^-18·sq·norm²) is a lower one (fp16 likewise).
-// At a stop c·p runs over the groups so far (kernels with windows: to the end of a window), and
-// left·share·norm is added, the share in 255ths. What depends on that has one value a stop, and one
-// for the end behind them.
+// At a stop c·p runs over the groups up to stop_end, and left·share·norm is added, the share in
+// 255ths. What depends on that has one value a stop, and one for the end of the row behind them.
 struct ScanQuery {
   const int8_t* codes;  // p, [groups·4] and zeros
   const int8_t* tiles;  // where p begins in them, or null
@@ -65,8 +69,8 @@ struct ScanQuery {
   int32_t offset;       // -128·Σp: codes are stored plus 128
   // With windows: -128·Σp of each window's halves, modulo 2^16, two in a word; `offset` is unused.
   const int32_t* offsets;
-  int32_t rest[kStops + 1];  // 128·Σp from there on
-  float left[kStops + 1];    // 1/255 of what is left of the query's norm
+  int32_t rest[kStops + 1];  // 128·Σp from the stop on
+  float left[kStops + 1];    // 1/255 of the query's norm from there on
   float err[kStops + 1], err_norm[kStops + 1];
   float mul, sq, base, slack;
   float tau;  // rows with u < tau are out

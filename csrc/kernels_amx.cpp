@@ -6,7 +6,7 @@
 namespace knnfast {
 namespace {
 
-constexpr int kTile = kTileQueries, kTileBatch = 4, kStreams = 4;
+constexpr int kTile = kTileQueries, kAmxBatch = 4, kStreams = 4;
 
 // Tiles 0-3: sums [query tile][block]; 4, 5: queries; 6, 7: codes. All are 16 rows of 64 bytes.
 struct alignas(64) TileConfig {
@@ -188,7 +188,7 @@ void scan_int8_amx(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery
                    bool l2, Sink* sink, int64_t* stopped) {
   // Beyond, all codes are multiplied in less time than with stops.
   constexpr int kStopBatch = 16;
-  if (nq < kTileBatch || (rows.stop < kStops && nq <= kStopBatch))
+  if (nq < kAmxBatch || (rows.stop < kStops && nq <= kStopBatch))
     return scan_int8<true>(rows, begin, end, queries, nq, l2, sink, stopped);
   auto* scan = l2 ? scan_metric<true> : scan_metric<false>;
   scan(rows, begin, end, queries, nq, sink);
@@ -197,7 +197,7 @@ void scan_int8_amx(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery
 }  // namespace
 
 extern const Kernels kAmx = {
-    "amx",           0,          kTileBatch,    scan_int8_amx, scan_fp16,       canonical<false>,
+    "amx",           0,          kAmxBatch,     scan_int8_amx, scan_fp16,       canonical<false>,
     canonical<true>, widen,      row_sum<kDot>, row_sum<kL2>,  row_sum<kNorm2>, to_half,
     to_float,        centre_row, quantize_row,  matmul};
 

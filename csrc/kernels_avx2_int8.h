@@ -110,11 +110,6 @@ inline void first_sums(const ScanRows& rows, uint32_t block, uint32_t apart,
   int8_sums<NB, NQ>(rows, block, apart, queries, all, 0, end, ahead, sums);
 }
 
-// Where a stop is tested: at the end of a window. What is left from the stop itself on is more.
-inline int stop_window(int groups, int stop) {
-  return (stop_group(groups, stop) + kWindow - 1) / kWindow * kWindow;
-}
-
 struct BlockTerms {  // what the bound takes from rows 0 to 7 and 8 to 15
   __m256 scale[2], residual[2], norm[2];
   __m256i bounds[2];
@@ -210,8 +205,8 @@ void int8_heads(const ScanRows& rows, uint32_t block, uint32_t apart, const Scan
                 int index, const StopTest& test, const StopTerms* terms, Ahead& ahead,
                 Going* going) {
   __m256i sums[NB][NQ][2];
-  first_sums<NB, NQ>(rows, block, apart, queries, index, stop_window(rows.groups, test.stop), ahead,
-                     sums);
+  first_sums<NB, NQ>(rows, block, apart, queries, index, stop_end(rows.groups, test.stop, kWindow),
+                     ahead, sums);
   for (uint32_t b = 0; b < NB; ++b) {
     const StopTerms& t = terms[b];
     for (int q = 0; q < NQ; ++q) {
@@ -241,9 +236,10 @@ void int8_rest(const ScanRows& rows, uint32_t block, const BlockTerms& t, int st
     for (int h = 0; h < 2; ++h) sums[0][i][h] = going.sums[at][h];
   }
   const int next = stop + 1;
-  const int end = next == kStops ? rows.groups : stop_window(rows.groups, next);
+  const int end = next == kStops ? rows.groups : stop_end(rows.groups, next, kWindow);
   Ahead none;
-  int8_sums<1, NQ>(rows, block, 0, queries, index, stop_window(rows.groups, stop), end, none, sums);
+  int8_sums<1, NQ>(rows, block, 0, queries, index, stop_end(rows.groups, stop, kWindow), end, none,
+                   sums);
   for (int i = 0; i < count; ++i) {
     ScanQuery& q = queries[index[i]];
     if (next == kStops) {

@@ -105,7 +105,7 @@ struct CodesApart {
   }
 };
 struct CodesTiled {
-  const int8_t* at;
+  const int8_t* at;  // tiles begin at cache lines
   const int8_t* of(int q) const { return at + q * kQueryPad; }
   void advance() {
     constexpr int kBytes = kStep * kBlockDims, kLast = kQueryPad - kBytes;

@@ -101,7 +101,7 @@ inline void quantize_row_plain(const float* y, int dim, uint8_t* codes, float* s
 //          - (err·residual + err_norm·norm + sq·norm²)/mul · 1/scale
 // and with the largest err/mul, err_norm/mul and sq/mul of all queries the last term is the row's
 // alone. Every term here is on the safe side by 2^-18 of itself, more than the rounding of floats
-// can take away, here and in bound(). Rows of scale 0 give a NaN, and pass.
+// can take away, here and in bound(). Rows of scale 0 give a NaN or -infinity, and pass.
 struct StopTest {
   const int stop;
   int32_t start[kGroup];                        // of sums

@@ -173,17 +173,16 @@ void fill_stops(ScanQuery& q, const QueryCodes& c, const double* v, int64_t dim,
   double head = 0, error = 0;  // of v and v - step·p up to a stop
   int64_t begin = 0;
   for (int stop = 0; stop < kStops; ++stop) {
-    int at = stop_group(groups, stop);
-    if (window) at = (at + window - 1) / window * window;
-    for (end = std::min<int64_t>(dim, at * kBlockDims); begin < end; ++begin) {
+    end = std::min<int64_t>(dim, stop_end(groups, stop, window) * kBlockDims);
+    for (; begin < end; ++begin) {
       const double w = v[begin] - c.step * q.codes[begin];
       head += v[begin] * v[begin];
       error += w * w;
     }
-    // Once more: R's own error multiplies all of q, of which err holds less here.
-    const double off = std::sqrt(error) * (1 + 1e-9) + c.slack;
-    q.err[stop] = round_up((std::sqrt(head) * (1 + 1e-9) + c.slack + off + arithmetic) * row_scale);
-    q.err_norm[stop] = round_up((off + c.slack + arithmetic) * row_scale);
+    // The slack is of all of q: it also holds what R's own error makes of it.
+    const double off = std::sqrt(error) * (1 + 1e-9) + c.slack + arithmetic;
+    q.err[stop] = round_up((std::sqrt(head) * (1 + 1e-9) + c.slack + off) * row_scale);
+    q.err_norm[stop] = round_up(off * row_scale);
   }
 }
 

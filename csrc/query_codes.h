@@ -37,8 +37,8 @@ struct CodedQueries {
   AlignedVector<float> straight_, turned_;
 };
 
-// What depends on the stop of a query coded in q: of v, that is c, where a row counts `row_scale`
-// times.
+// What has a value for each stop in q, which holds the codes c of v, for a kernel of `window`; a
+// row counts `row_scale` times.
 void fill_stops(ScanQuery& q, const QueryCodes& c, const double* v, int64_t dim, int window,
                 double row_scale);
 

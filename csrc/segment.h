@@ -18,8 +18,8 @@
 //   scale     float a, so that Ry ≈ a·c
 //   bounds    uint32: the upper half is ρ >= ‖Ry - a·c‖ + ‖RᵀR - 1‖·ν as bfloat16, rounded up;
 //             bytes 1 and 0 are the shares of ν behind the first and the second stop, in 255ths,
-//             rounded up
-//   norm      float ν, ‖y‖ to 2^-20 relative (rounding of the float sum included)
+//             rounded up, all of it at most
+//   norm      float ν, ‖y‖ to 2^-20 relative (rounding of the float sum included), cosine: or 2^-21
 //
 // Bound. With a query q (scaled by a power of two; cosine: q/‖q‖; l2: q - μ) and its own int8 form
 // Rq = b·p + w, δ = ‖w‖:   q·y = a·b·(c·p) + err,   |err| <= (‖q‖+δ)·ρ + δ·ν + arithmetic,

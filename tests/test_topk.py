@@ -237,8 +237,9 @@ def test_rotated_l2(mean, seed, tmp_path):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("m", [1, 5, 24])
 def test_rows_at_the_bound_of_a_stop(m, metric, seed):
-    """Each row that is looked for scores nearly all that its codes up to a stop allow: what rounding
-    took from it and from the query lies along the other, and so does what is behind the stop."""
+    """Each row that is looked for scores nearly all that its codes up to a stop allow: what
+    rounding took from it and from the query lies along the other, as does what is behind the
+    stop."""
     rng = np.random.default_rng(seed)
     d, n, step = 512, 4096, 2.0**-7
     x = 0.25 * rng.standard_normal((n, d))
@@ -263,6 +264,26 @@ def test_rows_at_the_bound_of_a_stop(m, metric, seed):
         assert (ids == row).all()
     if _C.isa() in STOPPING:
         assert index.stats["rows_stopped"] > 0.5 * index.stats["rows_scanned"]
+
+
+@pytest.mark.parametrize("m", [1, 24])
+def test_equal_rows_behind_a_stop(m):
+    """Cosine rows that are all the mean: of norm 0, but for their own rounding. The queries lie
+    behind the last stop and across them, so that nothing else is in the bound."""
+    rng = np.random.default_rng(0)
+    d, n = 512, 20_000
+    x = np.repeat(rng.integers(1, 8, (1, d)), n, 0).astype(np.float16)
+    index = Index(d, "cosine", scan="int8")
+    index.add(x)
+    q = np.zeros((8, d), np.float32)
+    first = np.arange(320, d, 2)
+    for i in range(8):  # pairs of elements, each across the rows'
+        size = rng.integers(1, 8, len(first))
+        q[i, first], q[i, first + 1] = size * x[0, first + 1], -size * x[0, first]
+    for query in np.concatenate([q, -q]):
+        lims, scores, _ = index.range_search(np.repeat(query[None], m, 0), -1e-10)
+        np.testing.assert_array_equal(np.diff(lims), n)
+        assert (scores == 0).all()
 
 
 @pytest.mark.parametrize("m", [1, 16])
