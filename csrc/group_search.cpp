@@ -12,9 +12,12 @@
 namespace knnfast {
 namespace {
 
-constexpr size_t kChunkBytes = 256 << 10;  // of codes, handed to a thread at a time
-constexpr int64_t kWarmUp = 32;            // times k rows, before a scan is judged
-constexpr int64_t kOpening = 8;            // times k are opened of as many rows as went before
+// Codes are handed to a thread in chunks: small ones, so that none is left with the last for long
+// while the others wait, of a large index larger ones, as each has a beginning.
+constexpr size_t kLeastChunk = 256 << 10, kMostChunk = 1 << 20;  // bytes
+constexpr size_t kChunks = 64;                                   // a thread's, between these
+constexpr int64_t kWarmUp = 32;  // times k rows, before a scan is judged
+constexpr int64_t kOpening = 8;  // times k are opened of as many rows as went before
 
 Scratch& scratch() {
   thread_local Scratch s;
@@ -120,8 +123,11 @@ void GroupSearch::add_stats(Stats& total) const {
 
 void GroupSearch::plan_chunks() {
   const size_t block_bytes = static_cast<size_t>(code_groups(dim_)) * 64;
+  size_t bytes = 0;
+  for (const SegmentView& view : *task_.snapshot) bytes += view.blocks() * block_bytes;
+  bytes = std::clamp(bytes / (kChunks * static_cast<size_t>(threads_)), kLeastChunk, kMostChunk);
   const uint32_t step = chunk_blocks_ =
-      static_cast<uint32_t>(std::max<size_t>(2, kChunkBytes / block_bytes / 2 * 2));
+      static_cast<uint32_t>(std::max<size_t>(2, bytes / block_bytes / 2 * 2));
   s_.chunks.clear();
   for (uint32_t i = 0; i < task_.snapshot->size(); ++i) {
     const uint32_t blocks = (*task_.snapshot)[i].blocks();

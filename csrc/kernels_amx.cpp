@@ -64,9 +64,9 @@ struct FirstTest {
       const ScanQuery& s = queries[q];
       const float offset = static_cast<float>(s.offset);
       rest[q] = -offset - fabsf(offset) * 0x1p-18f - 1;  // 1: of sums of small terms, too
-      err = fmaxf(err, s.err[kStops] / s.mul * (1 + 0x1p-18f));
-      err_norm = fmaxf(err_norm, s.err_norm[kStops] / s.mul * (1 + 0x1p-18f));
-      sq = fmaxf(sq, s.sq / s.mul * (1 - 0x1p-18f));
+      err = larger(err, s.err[kStops] / s.mul * (1 + 0x1p-18f));
+      err_norm = larger(err_norm, s.err_norm[kStops] / s.mul * (1 + 0x1p-18f));
+      sq = larger(sq, s.sq / s.mul * (1 - 0x1p-18f));
       raise(q, s);
     }
   }

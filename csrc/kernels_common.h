@@ -45,6 +45,8 @@ inline uint16_t float_to_half(float f) {
   return sign | static_cast<uint16_t>((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
 }
 
+inline float larger(float a, float b) { return a > b ? a : b; }  // fmaxf would be called
+
 // The residual of a row from rr = Σ(y - a·c)² and yy = Σy². y - a·c is computed in float (each step
 // correctly rounded), the sums in double; what rounding may have hidden is added: 2^-22·‖y‖ for the
 // two steps and for y itself, and a crumb for squares that underflow.
@@ -67,7 +69,7 @@ inline void quantize_row_plain(const float* y, int dim, uint8_t* codes, float* s
 #pragma omp simd reduction(max : top)
   for (int j = 0; j < dim; ++j) {
     const float size = fabsf(y[j]);
-    top = size > top ? size : top;  // fmaxf would be called, element by element
+    top = larger(size, top);
   }
   const bool tiny = !(top > 1e-30f);
   const float a = tiny ? 0 : top / 127, inverse = tiny ? 0 : 127 / top;
@@ -113,9 +115,9 @@ struct StopTest {
       const ScanQuery& s = queries[q];
       start[q] = s.offset + s.rest[stop];
       left[q] = s.left[stop] / s.mul * (1 + 0x1p-18f);
-      err = fmaxf(err, s.err[stop] / s.mul * (1 + 0x1p-18f));
-      err_norm = fmaxf(err_norm, s.err_norm[stop] / s.mul * (1 + 0x1p-18f));
-      sq = fmaxf(sq, s.sq / s.mul * (1 - 0x1p-18f));
+      err = larger(err, s.err[stop] / s.mul * (1 + 0x1p-18f));
+      err_norm = larger(err_norm, s.err_norm[stop] / s.mul * (1 + 0x1p-18f));
+      sq = larger(sq, s.sq / s.mul * (1 - 0x1p-18f));
       raise(q, s);
     }
   }
