@@ -125,7 +125,10 @@ void GroupSearch::plan_chunks() {
   const size_t block_bytes = static_cast<size_t>(code_groups(dim_)) * 64;
   size_t bytes = 0;
   for (const SegmentView& view : *task_.snapshot) bytes += view.blocks() * block_bytes;
-  bytes = std::clamp(bytes / (kChunks * static_cast<size_t>(threads_)), kLeastChunk, kMostChunk);
+  // Up to three queries take its four quarters side by side: not too far apart
+  // (kernels_avx512_int8.h).
+  const size_t most = n_ < 4 ? kLeastChunk : kMostChunk;
+  bytes = std::clamp(bytes / (kChunks * static_cast<size_t>(threads_)), kLeastChunk, most);
   const uint32_t step = chunk_blocks_ =
       static_cast<uint32_t>(std::max<size_t>(2, bytes / block_bytes / 2 * 2));
   s_.chunks.clear();
