@@ -87,6 +87,11 @@ def one_buffer(x):
         (lambda i, x: i.search(x.astype("e"), "5"), TypeError, "k must be a whole number, got '5'"),
         (lambda i, x: i.search(x, 2, out=5), TypeError, "out must be a pair .*, got int"),
         (lambda i, x: i.search(x, 2, allow="a"), TypeError, "allow must hold integers"),
+        (
+            lambda i, x: i.search(x, 2, deny=np.ones(3, bool)),
+            TypeError,
+            "deny must be ids, or a bitset",
+        ),
         (lambda i, x: i.range_search(x, "1"), TypeError, "radius must be a number, got '1'"),
         (lambda i, x: i.range_search(x, None), TypeError, "radius must be a number, got None"),
         (lambda i, x: i.range_search("x", 1), TypeError, "queries must be an array"),

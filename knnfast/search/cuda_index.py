@@ -23,7 +23,8 @@ def _number_of(device: Any) -> int:
     """
     if not getattr(_C, "has_cuda", False):
         raise ValueError(
-            f"device: must be cpu, this build has no CUDA (KNNFAST_CUDA=ON), got {str(device)!r}"
+            "device: must be cpu, this build has no CUDA (it needs KNNFAST_CUDA=ON), "
+            f"got {str(device)!r}"
         )
     return device_number("device", device, _C.cuda_device_count(), "knnfast")
 

@@ -118,7 +118,13 @@ def as_filter(given: Any, name: str) -> np.ndarray | None:
     """`allow` or `deny`: ids, or a packed little-endian bitset over ids (uint8)."""
     if given is None:
         return None
-    if getattr(given, "dtype", None) is not None and str(given.dtype) in ("uint8", "torch.uint8"):
+    kind = str(getattr(given, "dtype", "")).removeprefix("torch.")
+    if kind == "bool":
+        raise TypeError(
+            f"{name} must be ids, or a bitset as numpy.packbits(mask, bitorder='little') makes it, "
+            "got bool"
+        )
+    if kind == "uint8":
         array = _host_array(given, name)
         if array.ndim != 1:
             raise ValueError(f"{name} as a bitset must be flat, got shape {list(array.shape)}")
