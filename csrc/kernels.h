@@ -64,7 +64,7 @@ struct ScanRows {
 // 255ths. What depends on that has one value a stop, and one for the end of the row behind them.
 struct ScanQuery {
   const int8_t* codes;  // p, [groups·4] and zeros
-  const int8_t* tiles;  // where p begins in them, or null
+  const int8_t* tiles;  // where p begins in its tile (below), or null
   const float* values;  // v, [dim] and zeros
   int32_t offset;       // -128·Σp: codes are stored plus 128
   // With windows: -128·Σp of each window's halves, modulo 2^16, two in a word; `offset` is unused.

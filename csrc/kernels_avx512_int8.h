@@ -74,9 +74,9 @@ constexpr int kStep = 4;         // groups of an iteration
 constexpr int kTiledBatch = 16;  // so many queries' codes are one line after another
 constexpr int kWholeBatch = 48;  // from so many queries on blocks are fetched whole
 
-// Cache lines to ask for while tiles are summed: `lines` per iteration, in each of N places that
-// lie `stride` bytes apart: the blocks that come next, so that the sums of these have asked for
-// what the next ones begin with.
+// Cache lines to ask for while tiles are summed, of the blocks that come next: per iteration
+// `lines` times one in each of N places that lie `stride` bytes apart, `step` bytes after the last
+// one.
 struct Ahead {
   const uint8_t *at = nullptr, *end = nullptr;
   size_t stride = 0;

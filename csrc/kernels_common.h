@@ -106,7 +106,7 @@ inline void quantize_row_plain(const float* y, int dim, uint8_t* codes, float* s
 // can take away, here and in bound(). Rows of scale 0 give a NaN or -infinity, and pass.
 struct StopTest {
   const int stop;
-  int32_t start[kGroup];                        // of sums
+  int32_t start[kGroup];                        // of sums, without windows
   float need[kGroup], left[kGroup];             // (tau - base)/mul, left/mul
   float err = 0, err_norm = 0, sq = -INFINITY;  // over mul
 

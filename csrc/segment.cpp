@@ -126,8 +126,8 @@ static double squares(const float* y, int64_t begin, int64_t end) {
   return sum;
 }
 
-// A row's word of bounds; y itself is off by up to `error`, and a 2^-23 of it that is within what
-// is rounded up here (with a rotation: within its slack).
+// A row's word of bounds. y itself is off by up to `error`, and by the 2^-23 of it that floats
+// lose, which rounding up covers here (with a rotation: its slack does).
 static uint32_t bounds_of(double residual, double error, float norm, const float* y, int64_t dim) {
   const float above = round_up(residual);
   uint32_t word;
