@@ -2,22 +2,23 @@
 
     python bench/load.py --json bench/results/NAME.json
 
-Closed loop: every client asks again as soon as it is answered; its throughput is the server's
-saturation. Open loop: queries arrive by a Poisson process at a given rate whatever the server
-does, the clients serve as its threads, and a query's latency counts from its arrival (nothing is
-left out when the server is late). Servers: `Index.search` (searches take turns and share all
-cores: one server), the same and FAISS with one thread a search (a server per core), and
-`knnfast.Batcher`.
+Closed loop: every client asks again as soon as it is answered; the throughput of all clients is the
+server's saturation. Open loop: queries arrive by a Poisson process at a given rate whatever the
+server does, the clients serve as its threads, and a query's latency counts from its arrival
+(nothing is left out when the server is late). Servers: `Index.search` (searches take turns and
+share all cores; those that wait are answered together), the same and FAISS with one thread a search
+(a server per core), and `knnfast.Batcher`.
 
-Beside each open-loop row stands what an M/D/c queue predicts for the same arrivals: c servers,
-first come first served, every service equally long. How long is measured, since a machine that
-others use too is faster and slower by the second: an open loop is cut into `--stretches`, and a
-service in a stretch is as long as the median of c clients back to back just before and just after
-it (`queue`), or as the median of those searches of the stretch itself that found a server free
-(`loaded_queue`). The second is longer: between arrivals the rows leave the caches that they hardly
-fit into, and 16 clients that wake take their time from the searches. Every
-stretch begins with an empty queue, in truth as in the prediction; at 90 % load that makes p99 about
-a quarter less than in one long loop.
+Beside the open-loop rows stands what an M/D/c queue predicts for the same arrivals: c servers,
+first come first served, one search each, every service equally long. The queue's capacity is the
+throughput of c clients; `of_queue` is the offered load as a share of it. How long a service is, is
+measured, since a machine that others use too is faster and slower by the second: an open loop is
+cut into `--stretches`, and a service in a stretch is as long as the median of c clients back to
+back just before and just after it (`queue`), or as the median of those searches of the stretch
+itself that found a server free (`loaded_queue`). The second is longer: between arrivals the rows
+leave the caches that they hardly fit into, and 16 clients that wake take their time from the
+searches. Every stretch begins with an empty queue, in truth as in the prediction; at 90 % load that
+makes p99 about a quarter less than in one long loop.
 
 `stolen_share` is the part of the cores' time that the host of a virtual machine gave to others
 meanwhile, of which no queue knows: so an open loop is run `--rounds` times, the row is the round
@@ -210,7 +211,10 @@ def measure(
     rates: list[float],
     servers: int | None,
 ) -> Iterator[dict[str, Any]]:
-    """Closed loop with one client, with `servers` of them and with all; then the open loops."""
+    """Closed loop with one client, with `servers` of them and with all; then the open loops.
+
+    Without `rates`: `--loads` of what the queue can serve, then of what the server can.
+    """
     rows = {}
     for clients in sorted({1, servers or 1, args.clients}):
         closed_loop(search, queries, clients, 0.3)
@@ -219,15 +223,19 @@ def measure(
         rows[clients] |= percentiles(latencies)
         yield rows[clients]
     saturation = rows[args.clients]["qps"]
-    if servers is not None and not rates:
-        rates = [share * saturation for share in args.loads]
-    for rate in rates:
+    capacity = rows[servers or args.clients]["qps"]
+    if not rates:
+        rates = [share * most for most in (capacity, saturation) for share in args.loads]
+    for rate in sorted(rates):
         row = {"server": name, "loop": "open", "clients": args.clients, "offered_qps": rate,
                "of_saturation": rate / saturation}  # fmt: skip
+        if servers is not None:
+            row["of_queue"] = rate / capacity
         if rate > 0.95 * saturation:
             yield row | {"skipped": f"saturates at {saturation:.0f} queries/s"}
             continue
-        rounds = [offer(search, queries, args, rate, seed, servers) for seed in range(args.rounds)]
+        queues = servers if rate < capacity else None  # else they have no end
+        rounds = [offer(search, queries, args, rate, seed, queues) for seed in range(args.rounds)]
         told = ("stolen_share", "p99_ms", "p99_over_queue", "p99_over_loaded_queue")
         row |= min(rounds, key=lambda each: each["stolen_share"])
         yield row | {"rounds": [{name: r[name] for name in told if name in r} for r in rounds]}
@@ -246,7 +254,7 @@ def main() -> None:
     parser.add_argument("--stretches", type=int, default=10, help="of an open loop")
     parser.add_argument("--rounds", type=int, default=3, help="of each open loop")
     parser.add_argument("--loads", type=float, nargs="+", default=[0.25, 0.5, 0.75, 0.9],
-                        help="offered loads, as shares of Index.search's saturation")  # fmt: skip
+                        help="shares of what the queue, then Index.search can serve")  # fmt: skip
     parser.add_argument("--deadline-ms", type=float, default=1.0, help="the Batcher's")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -287,22 +295,20 @@ def main() -> None:
         return rows
 
     rows = record("Index.search", ours, queries, args, [], 1)
+    joined = index.stats["searches_joined"] / index.stats["searches"]
     rates = [row["offered_qps"] for row in rows if row["loop"] == "open"]
     with one_thread_a_search():
         record("Index.search, a thread each", ours, queries, args, rates, cores())
         record("faiss-flat", theirs, queries, args, rates, cores())
-    saturation = next(
-        row["qps"] for row in rows if row["loop"] == "closed" and row["clients"] == args.clients
-    )
     with Batcher(index, deadline_ms=args.deadline_ms) as batcher:
 
         def batched(q: np.ndarray) -> Any:
             return batcher.search(q, args.k)
 
-        rates += [factor * saturation for factor in (1.5, 2.0, 3.0)]
         record("Batcher", batched, queries, args, rates, None)
         stats = batcher.stats
     report["batch_mean"] = round(stats["queries"] / stats["searches"], 2)
+    report["joined_share"] = round(joined, 3)
     if args.json:
         _files.write_json(args.json, report)
 

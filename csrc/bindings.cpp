@@ -165,6 +165,7 @@ py::dict stats(const Index& ix) {
   const knnfast::Stats s = ix.stats();
   py::dict d;
   d["searches"] = s.searches;
+  d["searches_joined"] = s.searches_joined;
   d["queries"] = s.queries;
   d["queries_repeated"] = s.queries_repeated;
   d["rows_scanned"] = s.rows_scanned;

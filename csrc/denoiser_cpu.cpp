@@ -7,6 +7,7 @@
 #include "knnfast/index.h"
 #include "ops_cpu.h"
 #include "thread_pool.h"
+#include "turn.h"
 
 namespace knnfast {
 namespace {
@@ -117,7 +118,8 @@ bool PackedDenoiser::features(const int64_t* codes,
   // One sequence a thread at a time: a search that waits for its turn waits for no more than that.
   const int64_t sequences = guided ? 2 * B : B, threads = num_threads();
   for (int64_t first = 0; first < sequences; first += threads) {
-    const Turn turn(threads > 1);
+    Work alone;
+    const Turn turn(alone, threads > 1);
     parallel_for(std::min(threads, sequences - first), [&](int, int64_t task) {
       static thread_local std::vector<float> store;  // kept: fresh pages cost time in every step
       if (store.size() < need) store.resize(need);

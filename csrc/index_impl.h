@@ -54,4 +54,7 @@ struct Index::Impl {
   uint64_t find(const Snapshot& s, int64_t id) const;
 };
 
+// Where a live id is in a snapshot whose ids ascend, as `find` says it.
+uint64_t bisect(const Snapshot& s, int64_t id);
+
 }  // namespace knnfast

@@ -12,13 +12,22 @@ namespace {
 
 constexpr int kDoubt = 256;  // searches without trust after one that had to be repeated
 
+int64_t rows_of(const Snapshot& snapshot) {
+  int64_t rows = 0;
+  for (const SegmentView& s : snapshot) rows += s.n;
+  return rows;
+}
+
+// Among threads: below, a search is over before they have woken.
+bool worth_sharing(const Snapshot& snapshot, int64_t dim) {
+  return rows_of(snapshot) * dim >= int64_t{1} << 20;
+}
+
 // Every group of queries in turn: threads share the rows, or, where the rows are few, the groups.
 template <class Emit>
 void for_groups(const SearchTask& task, size_t k, const double* radius, Stats& stats, Emit emit) {
-  int64_t rows = 0;
-  for (const SegmentView& s : *task.snapshot) rows += s.n;
   const int threads = num_threads();
-  const bool small = rows * task.dim < (int64_t{1} << 20);  // too little to share
+  const bool small = !worth_sharing(*task.snapshot, task.dim);
   const auto doubted = [&] { return task.doubt->load(std::memory_order_relaxed) > 0; };
   if (doubted()) task.doubt->fetch_sub(1, std::memory_order_relaxed);
   auto run = [&](int64_t first, int64_t size, int with, Stats& into) {
@@ -58,7 +67,6 @@ void for_groups(const SearchTask& task, size_t k, const double* radius, Stats& s
     });
     return;
   }
-  const Turn turn(!small && threads > 1);
   for (int64_t first = 0; first < task.m; first += kGroup)
     run(first, kGroup, small ? 1 : threads, stats);
 }
@@ -67,24 +75,27 @@ double score_of(Metric metric, double key) { return metric == Metric::l2 ? -key 
 
 }  // namespace
 
-void search_topk(const SearchTask& task, int64_t k, float* scores, int64_t* ids, double* exact,
-                 Stats& stats) {
+bool takes_turns(const Snapshot& snapshot, int64_t dim) {
+  return num_threads() > 1 && worth_sharing(snapshot, dim);
+}
+
+void search_topk(const SearchTask& task, int64_t k, const Answers* answers, Stats& stats) {
   const float missing = task.metric == Metric::l2 ? -kNoThreshold : kNoThreshold;
-  int64_t rows = 0;
-  for (const SegmentView& s : *task.snapshot) rows += s.n;
-  const size_t wanted = static_cast<size_t>(std::min(k, std::max<int64_t>(rows, 1)));
+  const size_t wanted =
+      static_cast<size_t>(std::min(k, std::max<int64_t>(rows_of(*task.snapshot), 1)));
   for_groups(task, wanted, nullptr, stats, [&](GroupSearch& search, int64_t q, int64_t query) {
+    const Answers* part = answers;
+    for (; query >= part->m; ++part) query -= part->m;
     const std::vector<Found>& found = search.found(q);
     const int64_t at = query * k, n = static_cast<int64_t>(found.size());
     for (int64_t i = 0; i < k; ++i) {
       const Found* f = i < n ? &found[static_cast<size_t>(i)] : nullptr;
       const double score = f ? score_of(task.metric, f->key) : static_cast<double>(missing);
-      scores[at + i] = static_cast<float>(score);
-      ids[at + i] = f ? f->id : -1;
-      if (exact) exact[at + i] = score;
+      part->scores[at + i] = static_cast<float>(score);
+      part->ids[at + i] = f ? f->id : -1;
+      if (part->exact) part->exact[at + i] = score;
     }
   });
-  ++stats.searches;
 }
 
 RangeResult search_range(const SearchTask& task, double radius, Stats& stats) {
@@ -101,7 +112,6 @@ RangeResult search_range(const SearchTask& task, double radius, Stats& stats) {
     }
     r.lims.push_back(static_cast<int64_t>(r.ids.size()));
   }
-  ++stats.searches;
   return r;
 }
 

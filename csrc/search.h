@@ -22,6 +22,7 @@ struct SearchTask {
 
 inline Stats& operator+=(Stats& total, const Stats& s) {
   total.searches += s.searches;
+  total.searches_joined += s.searches_joined;
   total.queries += s.queries;
   total.queries_repeated += s.queries_repeated;
   total.rows_scanned += s.rows_scanned;
@@ -34,9 +35,19 @@ inline Stats& operator+=(Stats& total, const Stats& s) {
   return total;
 }
 
-// Each thread keeps its buffers from one search to the next. `exact`: FP64 scores too, or null.
-void search_topk(const SearchTask& task, int64_t k, float* scores, int64_t* ids, double* exact,
-                 Stats& stats);
+// Where the answers to m queries go: [m, k], best first.
+struct Answers {
+  int64_t m;
+  float* scores;
+  int64_t* ids;
+  double* exact;  // FP64 scores too, or null
+};
+
+// Whether all threads share the rows: such searches are for one after another (turn.h).
+bool takes_turns(const Snapshot& snapshot, int64_t dim);
+
+// Each thread keeps its buffers from one search to the next. `answers`: of all queries, in parts.
+void search_topk(const SearchTask& task, int64_t k, const Answers* answers, Stats& stats);
 RangeResult search_range(const SearchTask& task, double radius, Stats& stats);
 
 }  // namespace knnfast

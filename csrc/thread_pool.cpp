@@ -156,55 +156,11 @@ int hardware_threads() {
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
-// A lock that is handed on in the order of arrival.
-class Line {
- public:
-  void enter() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    if (!busy_) {
-      busy_ = true;
-      return;
-    }
-    Waiter self;
-    (last_ ? last_->next : first_) = &self;
-    last_ = &self;
-    self.wake.wait(lock, [&] { return self.called; });
-    lock.unlock();
-    // The turn is ours. Whoever called has an answer to carry away, often on this very core: that
-    // goes first.
-    std::this_thread::yield();
-  }
-
-  void leave() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    Waiter* next = first_;
-    if (!next) {
-      busy_ = false;
-      return;
-    }
-    first_ = next->next;
-    if (!first_) last_ = nullptr;
-    next->called = true;
-    next->wake.notify_one();  // its frame lives until it has the mutex
-  }
-
- private:
-  struct Waiter {
-    std::condition_variable wake;
-    Waiter* next = nullptr;
-    bool called = false;
-  };
-  std::mutex mutex_;
-  Waiter *first_ = nullptr, *last_ = nullptr;
-  bool busy_ = false;
-};
-
 struct Owner {
   std::mutex mutex;  // held by the caller that is using the pool
   Pool* pool = nullptr;
   int workers = -1;   // that were asked for
   uint64_t call = 0;  // of set_num_threads, before that
-  Line line;
 };
 
 // Never destroyed: a search may still run while the process ends.
@@ -237,14 +193,6 @@ void set_num_threads(int64_t n) {
                                 std::to_string(n));
   g_threads.store(static_cast<int>(n), std::memory_order_relaxed);
   ++g_calls;
-}
-
-Turn::Turn(bool wait) : line_(wait ? &owner().line : nullptr) {
-  if (line_) static_cast<Line*>(line_)->enter();
-}
-
-Turn::~Turn() {
-  if (line_) static_cast<Line*>(line_)->leave();
 }
 
 void parallel_for(int64_t tasks, TaskRef work, int threads) {

@@ -23,20 +23,6 @@ class TaskRef {
   void (*call_)(void*, int, int64_t);
 };
 
-// While it lives, nothing else that waits for its turn runs (searches, steps of sampling): they
-// queue, first come, first served. Long work that shares all cores one after another ends sooner,
-// and in a narrower range of times, than the same work side by side on a core each.
-class Turn {
- public:
-  explicit Turn(bool wait);
-  ~Turn();
-  Turn(const Turn&) = delete;
-  Turn& operator=(const Turn&) = delete;
-
- private:
-  void* line_;  // null: it did not wait
-};
-
 // Calls work(int thread, int64_t task) once for every task in [0, tasks), handed out one at a time
 // to at most `threads` threads (0: num_threads()), the caller among them; thread < threads. Where
 // the system refuses some of them, those that there are do the work. Rethrows the first exception.

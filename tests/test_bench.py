@@ -70,12 +70,31 @@ def test_open_row_is_the_round_with_the_least_stolen_time(monkeypatch):
     stolen = iter([0.0, 0.2, 0.2, 0.5, 1.0, 1.0, 1.0, 1.1, 2.0, 2.4, 2.4, 2.9])
     monkeypatch.setattr(load, "stolen_seconds", lambda: next(stolen))
     args = argparse.Namespace(clients=2, seconds=0.1, least=10, rounds=3, loads=[0.5], stretches=2)
-    rows = list(load.measure("it", lambda q: time.sleep(0.001), np.zeros((1, 1)), args, [], 1))
+    rows = list(load.measure("it", lambda q: time.sleep(0.001), np.zeros((1, 1)), args, [200], 1))
     assert [row["loop"] for row in rows] == ["closed", "closed", "open"]
     row = rows[-1]
+    assert row["of_queue"] == pytest.approx(200 / rows[0]["qps"])
+    assert row["of_saturation"] == pytest.approx(200 / rows[1]["qps"])
     shares = [each["stolen_share"] for each in row["rounds"]]
     assert row["stolen_share"] == shares[1] == min(shares)
     assert row["p99_over_queue"] == row["rounds"][1]["p99_over_queue"] > 0
+
+
+def test_loads_beyond_what_the_queue_can_serve_have_none(monkeypatch):
+    import argparse
+
+    import load
+
+    args = argparse.Namespace(clients=4, seconds=0.1, least=10, rounds=1, loads=[0.5], stretches=2)
+    rows = list(load.measure("it", lambda q: time.sleep(0.001), np.zeros((1, 1)), args, [], 1))
+    alone, _, half, beyond = rows
+    assert half["offered_qps"] == pytest.approx(alone["qps"] / 2)  # then of four callers at once
+    assert half["of_queue"] == pytest.approx(0.5)
+    assert half["p99_over_queue"] > 0
+    assert beyond["of_saturation"] == pytest.approx(0.5)
+    assert beyond["of_queue"] > 1
+    assert beyond["p99_ms"] > 0
+    assert "queue" not in beyond
 
 
 def test_slowed_takes_as_much_longer_as_it_says():

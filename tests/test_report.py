@@ -137,6 +137,14 @@ def test_one_reading_of_the_queue_is_judged(report):
     result = {"kind": "load", "machine": {"isa": "b"}, "rows": [row]}
     said = "1.20 (1.40 with the service under that load)"
     assert lines([result], "p99 of search") == [[said, "yes"]]
+    row |= {"of_queue": 0.5, "of_saturation": 0.1}
+    beyond = {"server": "Index.search", "loop": "open", "of_saturation": 0.5, "of_queue": 2.5,
+              "clients": 16, "p99_ms": 7.25}  # fmt: skip
+    result["rows"] = [row, beyond]
+    said = said[:-1] + (
+        "; at half of 16 clients' saturation, which is 2.5 times that queue's capacity, 7.2 ms)"
+    )
+    assert lines([result], "p99 of search") == [[said, "yes"]]
     row["p99_over_queue"] = 1.31
     assert lines([result], "p99 of search")[0][1] == "no"
     assert lines([], "p99 of search") == [["", "not measured"]]

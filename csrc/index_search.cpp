@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0
+// Searching an index: the rows that are there now, those that a filter leaves, and searches that
+// wait for the same rows together.
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "index_impl.h"
+#include "input.h"
+#include "turn.h"
+
+namespace knnfast {
+namespace {
+
+// The queries as FP32, in memory that the thread's next search takes over.
+const float* query_floats(const void* queries, DType dtype, int64_t m, int64_t dim,
+                          int64_t stride) {
+  if (m < 0) refuse("queries: a negative number of rows");
+  if (m > 0 && !queries) refuse("queries: no data");
+  thread_local std::vector<float> out;
+  out.resize(static_cast<size_t>(m * dim));
+  bool finite = true;
+  for (int64_t i = 0; i < m; ++i) {
+    float* row = out.data() + i * dim;
+    to_floats(queries, dtype, i * (stride ? stride : dim), dim, row);
+    for (int64_t j = 0; j < dim; ++j) finite &= std::isfinite(row[j]);
+    if (!finite) refuse("queries: row " + std::to_string(i) + " holds NaN or infinity");
+  }
+  return out.data();
+}
+
+// The rows that a search may return, of one snapshot.
+class Filter {
+ public:
+  // Under the index's `state`, which only the id map needs: what else there is to do may take long.
+  Filter(const Index::Impl& impl, const SearchOptions& options)
+      : options_(options), mapped_(!impl.ascending) {
+    if (!mapped_) return;
+    for (int i = 0; i < 2; ++i)
+      if (listed(set(i)))
+        for (int64_t j = 0; j < set(i).count; ++j) at_[i].push_back(impl.map.find(set(i).ids[j]));
+  }
+
+  // One mask a segment; null where all of the snapshot may be returned.
+  const std::vector<LiveMask>* masks(const Snapshot& s) {
+    if (!options_.allow.set() && !options_.deny.set()) return nullptr;
+    masks_.resize(s.size());
+    for (size_t i = 0; i < s.size(); ++i) {
+      const size_t words = s[i].n / kBlockRows + 1;
+      if (listed(options_.allow))
+        masks_[i].assign(words, 0);
+      else if (s[i].live)
+        masks_[i].assign(s[i].live->begin(),
+                         s[i].live->begin() + static_cast<std::ptrdiff_t>(words));
+      else
+        masks_[i].assign(words, 0xffff);
+    }
+    for (int i = 0; i < 2; ++i)
+      for (int64_t j = 0; listed(set(i)) && j < set(i).count; ++j)
+        put(mapped_ ? at_[i][static_cast<size_t>(j)] : bisect(s, set(i).ids[j]), i == 0);
+    if (options_.allow.bits || options_.deny.bits)
+      for (size_t i = 0; i < s.size(); ++i)
+        for (uint32_t row = 0; row < s[i].n; ++row) {
+          const int64_t id = s[i].id(row);
+          if ((options_.allow.bits && !has(options_.allow, id)) ||
+              (options_.deny.bits && has(options_.deny, id)))
+            put(static_cast<uint64_t>(i) << 32 | row, false);
+        }
+    return &masks_;
+  }
+
+ private:
+  static bool listed(const IdSet& set) { return set.set() && !set.bits; }
+  static bool has(const IdSet& set, int64_t id) {
+    return id / 8 < set.count && (set.bits[id / 8] >> (id % 8) & 1);
+  }
+  const IdSet& set(int i) const { return i == 0 ? options_.allow : options_.deny; }
+
+  void put(uint64_t at, bool in) {
+    if (at == IdMap::kMissing) return;
+    const uint32_t row = static_cast<uint32_t>(at);
+    uint16_t& word = masks_[at >> 32][row / kBlockRows];
+    const auto bit = static_cast<uint16_t>(1u << row % kBlockRows);
+    word = static_cast<uint16_t>(in ? word | bit : word & ~bit);
+  }
+
+  const SearchOptions& options_;
+  const bool mapped_;
+  std::vector<uint64_t> at_[2];  // of listed ids, from the map
+  std::vector<LiveMask> masks_;
+};
+
+void check_set(const IdSet& set, const char* name) {
+  if (set.count < 0 ? set.ids || set.bits : set.count && !set.ids && !set.bits)
+    refuse(std::string(name) + ": count must be that of its ids, or of its bitset's bytes");
+  if (set.ids && set.bits) refuse(std::string(name) + ": ids or bits, not both");
+}
+
+// Queries that searches which wait together have at most: a scan of them takes at most about three
+// times as long as that of one, so those that came first wait no longer than in a line.
+constexpr int64_t kTogether = 32;
+
+struct Request : Work {
+  const float* queries;
+  int64_t m;
+  Answers answers;
+};
+
+SearchTask task_of(const Index::Impl& impl, const Snapshot& snapshot, const float* queries,
+                   int64_t m) {
+  return {&snapshot, nullptr, queries, m, impl.dim, impl.metric, impl.scan, &impl.doubt};
+}
+
+void count(const Index::Impl& impl, const Stats& stats) {
+  const std::lock_guard<std::mutex> lock(impl.stats_mutex);
+  impl.stats += stats;
+}
+
+// The search of `own`, whose turn it is, and those that it can take along, in one.
+void search_together(const Index::Impl& impl, Turn& turn, const Request& own, int64_t k) {
+  thread_local std::vector<float> queries;
+  thread_local std::vector<Answers> answers;
+  const auto first = static_cast<const Request*>(turn.take(kTogether - own.m));
+  const std::shared_ptr<const Snapshot> snapshot = impl.snapshot();
+  SearchTask task = task_of(impl, *snapshot, own.queries, own.m);
+  answers.assign(1, own.answers);
+  if (first) {
+    queries.assign(own.queries, own.queries + own.m * impl.dim);
+    for (auto r = first; r; r = static_cast<const Request*>(r->next)) {
+      queries.insert(queries.end(), r->queries, r->queries + r->m * impl.dim);
+      answers.push_back(r->answers);
+      task.m += r->m;
+    }
+    task.queries = queries.data();
+  }
+  Stats stats;
+  search_topk(task, k, answers.data(), stats);
+  stats.searches = static_cast<int64_t>(answers.size());
+  stats.searches_joined = stats.searches - 1;
+  count(impl, stats);
+  turn.finish();
+}
+
+// One search of the rows that are there now and pass the filter: run(task, stats).
+template <class Run>
+void search_filtered(const Index::Impl& impl, const float* queries, int64_t m,
+                     const SearchOptions& options, Run run) {
+  std::shared_lock<std::shared_mutex> state(impl.state);
+  const std::shared_ptr<const Snapshot> snapshot = impl.current;
+  Filter filter(impl, options);
+  state.unlock();
+  SearchTask task = task_of(impl, *snapshot, queries, m);
+  task.filter = filter.masks(*snapshot);
+  Stats stats;
+  {
+    Work alone;
+    const Turn turn(alone, takes_turns(*snapshot, impl.dim));
+    run(task, stats);
+  }
+  ++stats.searches;
+  count(impl, stats);
+}
+
+}  // namespace
+
+void Index::search(const void* queries, DType dtype, int64_t m, int64_t k, float* scores,
+                   int64_t* ids, const SearchOptions& options, int64_t stride,
+                   double* exact) const {
+  if (k < 1 || k > INT32_MAX)
+    refuse("k must be 1 to " + std::to_string(INT32_MAX) + ", got " + std::to_string(k));
+  const ExactFloats mode;
+  Request own;
+  own.queries = query_floats(queries, dtype, m, impl_->dim, stride);
+  own.m = m;
+  own.answers = {m, scores, ids, exact};
+  check_set(options.allow, "allow");
+  check_set(options.deny, "deny");
+  if (options.allow.set() || options.deny.set()) {
+    search_filtered(*impl_, own.queries, m, options, [&](const SearchTask& task, Stats& stats) {
+      search_topk(task, k, &own.answers, stats);
+    });
+    return;
+  }
+  if (m <= kTogether) own.object = impl_.get();
+  own.kind = k;
+  own.size = m;
+  Turn turn(own, takes_turns(*impl_->snapshot(), impl_->dim));
+  if (!turn.done()) search_together(*impl_, turn, own, k);
+}
+
+RangeResult Index::range_search(const void* queries, DType dtype, int64_t m, double radius,
+                                const SearchOptions& options, int64_t stride) const {
+  if (std::isnan(radius)) refuse("radius must be a number, got NaN");
+  const ExactFloats mode;
+  const float* floats = query_floats(queries, dtype, m, impl_->dim, stride);
+  check_set(options.allow, "allow");
+  check_set(options.deny, "deny");
+  RangeResult found;
+  search_filtered(*impl_, floats, m, options, [&](const SearchTask& task, Stats& stats) {
+    found = search_range(task, radius, stats);
+  });
+  return found;
+}
+
+}  // namespace knnfast

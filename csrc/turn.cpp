@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "turn.h"
+
+#include <pthread.h>
+
+#include <mutex>
+#include <thread>
+
+namespace knnfast {
+namespace {
+
+class Line {
+ public:
+  // Whether the turn has come; else the work is done.
+  bool enter(Work& work) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (!busy_) {
+      busy_ = true;
+      return true;
+    }
+    (last_ ? last_->next : first_) = &work;
+    last_ = &work;
+    work.wake.wait(lock, [&] { return work.state != Work::kWaits; });
+    if (work.state == Work::kDone) return false;
+    lock.unlock();
+    // Whoever called has an answer to carry away, often on this very core: that goes first.
+    std::this_thread::yield();
+    return true;
+  }
+
+  Work* take(const Work& own, int64_t size) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    Work *taken = nullptr, **end = &taken, *before = nullptr;
+    for (Work *w = first_, *next; w; w = next) {
+      next = w->next;
+      if (w->object != own.object || w->kind != own.kind || w->size > size) {
+        before = w;
+        continue;
+      }
+      (before ? before->next : first_) = next;
+      if (w == last_) last_ = before;
+      size -= w->size;
+      w->next = nullptr;
+      *end = w;
+      end = &w->next;
+    }
+    return taken;
+  }
+
+  void finish(Work* taken) {
+    std::lock_guard<std::mutex> lock(mutex_);  // frames live until their callers have it
+    for (Work* w = taken; w; w = w->next) {
+      w->state = Work::kDone;
+      w->wake.notify_one();
+    }
+  }
+
+  void leave(Work* unfinished) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (unfinished) {
+      Work* w = unfinished;
+      for (;; w = w->next) {
+        w->object = nullptr;
+        if (!w->next) break;
+      }
+      w->next = first_;
+      if (!first_) last_ = w;
+      first_ = unfinished;
+    }
+    Work* next = first_;
+    if (!next) {
+      busy_ = false;
+      return;
+    }
+    first_ = next->next;
+    if (!first_) last_ = nullptr;
+    next->next = nullptr;
+    next->state = Work::kCalled;
+    next->wake.notify_one();
+  }
+
+ private:
+  std::mutex mutex_;
+  Work *first_ = nullptr, *last_ = nullptr;
+  bool busy_ = false;
+};
+
+// Never destroyed: a search may still run while the process ends.
+Line* g_line = new Line;
+
+// The child of a fork may find it busy for ever: it is left behind.
+void after_fork() { g_line = new Line; }
+
+Line* line() {
+  static const int registered = pthread_atfork(nullptr, nullptr, after_fork);
+  (void)registered;
+  return g_line;
+}
+
+}  // namespace
+
+Turn::Turn(Work& work, bool wait) : work_(work), line_(wait ? line() : nullptr) {
+  if (!line_ || static_cast<Line*>(line_)->enter(work)) return;
+  done_ = true;
+  line_ = nullptr;
+}
+
+Turn::~Turn() {
+  if (line_) static_cast<Line*>(line_)->leave(taken_);
+}
+
+Work* Turn::take(int64_t size) {
+  if (line_ && work_.object) taken_ = static_cast<Line*>(line_)->take(work_, size);
+  return taken_;
+}
+
+void Turn::finish() {
+  if (taken_) static_cast<Line*>(line_)->finish(taken_);
+  taken_ = nullptr;
+}
+
+}  // namespace knnfast

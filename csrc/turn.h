@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// The line in which long work waits for all cores: searches, steps of sampling. One after another
+// they end sooner, and in a narrower range of times, than side by side on a core each.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+
+namespace knnfast {
+
+// What a caller waits in line with. Another whose turn comes first may do it along with its own,
+// where both are of one object and kind.
+struct Work {
+  const void* object = nullptr;  // null: only its own caller does it
+  int64_t kind = 0;
+  int64_t size = 0;
+
+  // The line's.
+  enum State { kWaits, kCalled, kDone };
+  State state = kWaits;
+  Work* next = nullptr;
+  std::condition_variable wake;
+};
+
+// While it lives, nothing else has a turn; first come, first served.
+class Turn {
+ public:
+  // Returns when the turn has come, or when `work` has been done. Without `wait` it stands in no
+  // line.
+  Turn(Work& work, bool wait);
+  // Calls the next. What was taken and not done goes back to the front of the line, each for its
+  // own caller.
+  ~Turn();
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+
+  bool done() const { return done_; }  // by another: there is no turn
+
+  // Once a turn: takes work of the same object and kind out of the line, those that came first, up
+  // to `size` in all, and returns it as a list. Its callers wait until `finish` says that it is
+  // done.
+  Work* take(int64_t size);
+  void finish();
+
+ private:
+  Work& work_;
+  void* line_;             // null: it did not wait
+  Work* taken_ = nullptr;  // and not finished
+  bool done_ = false;
+};
+
+}  // namespace knnfast
