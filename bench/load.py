@@ -10,15 +10,16 @@ share all cores; those that wait are answered together), the same and FAISS with
 (a server per core), and `knnfast.Batcher`.
 
 Beside the open-loop rows stands what an M/D/c queue predicts for the same arrivals: c servers,
-first come first served, one search each, every service equally long. The queue's capacity is the
-throughput of c clients; `of_queue` is the offered load as a share of it. How long a service is, is
-measured, since a machine that others use too is faster and slower by the second: an open loop is
-cut into `--stretches`, and a service in a stretch is as long as the median of c clients back to
-back just before and just after it (`queue`), or as the median of those searches of the stretch
-itself that found a server free (`loaded_queue`). The second is longer: between arrivals the rows
-leave the caches that they hardly fit into, and 16 clients that wake take their time from the
-searches. Every stretch begins with an empty queue, in truth as in the prediction; at 90 % load that
-makes p99 about a quarter less than in one long loop.
+first come first served, a search at a time each, every service equally long. `of_queue` is the
+offered load as a share of what c clients get back to back. A queue that is offered more than it can
+serve has no end, and no prediction. How long a service is, is measured, since a machine that others
+use too is faster and slower by the second: an open loop is cut into `--stretches`, and a service in
+a stretch is as long as the median of c clients back to back just before and just after it
+(`queue`), or as the median of those searches of the stretch itself that found a server free
+(`loaded_queue`). The second is longer: between arrivals the rows leave the caches that they hardly
+fit into, and 16 clients that wake take their time from the searches. Every stretch begins with an
+empty queue, in truth as in the prediction; at 90 % load that makes p99 about a quarter less than in
+one long loop.
 
 `stolen_share` is the part of the cores' time that the host of a virtual machine gave to others
 meanwhile, of which no queue knows: so an open loop is run `--rounds` times, the row is the round
@@ -145,10 +146,11 @@ def queue(arrivals: np.ndarray, service: float, servers: int) -> np.ndarray:
 
 
 def service_under_load(spans: np.ndarray, servers: int) -> float:
-    """Median seconds of the searches that found a server free."""
+    """Median seconds of the searches that found a server free; NaN where none did."""
     begins, ends = np.sort(spans, axis=0).T
     others = np.searchsorted(begins, spans[:, 0]) - np.searchsorted(ends, spans[:, 0], "right")
-    return float(np.median((spans[:, 1] - spans[:, 0])[others < servers]))
+    free = (spans[:, 1] - spans[:, 0])[others < servers]
+    return float(np.median(free)) if len(free) else float("nan")
 
 
 @contextmanager
@@ -197,6 +199,8 @@ def offer(
     row = percentiles(np.concatenate(latencies)) | {"stolen_share": stolen / passed / cores()}
     if servers is not None:
         for name, each in expected.items():
+            if not rate * max(services[name]) < servers:  # in some stretch it could not serve all
+                continue
             row[name] = percentiles(np.concatenate(each))
             row[name] |= {"servers": servers, "service_ms": float(np.mean(services[name])) * 1e3}
             row[f"p99_over_{name}"] = row["p99_ms"] / row[name]["p99_ms"]
@@ -226,6 +230,9 @@ def measure(
     capacity = rows[servers or args.clients]["qps"]
     if not rates:
         rates = [share * most for most in (capacity, saturation) for share in args.loads]
+        rates = [
+            rate for i, rate in enumerate(rates) if not np.isclose(rate, rates[:i], 0.05).any()
+        ]
     for rate in sorted(rates):
         row = {"server": name, "loop": "open", "clients": args.clients, "offered_qps": rate,
                "of_saturation": rate / saturation}  # fmt: skip
@@ -234,8 +241,8 @@ def measure(
         if rate > 0.95 * saturation:
             yield row | {"skipped": f"saturates at {saturation:.0f} queries/s"}
             continue
-        queues = servers if rate < capacity else None  # else they have no end
-        rounds = [offer(search, queries, args, rate, seed, queues) for seed in range(args.rounds)]
+        queued = servers if rate < capacity else None
+        rounds = [offer(search, queries, args, rate, seed, queued) for seed in range(args.rounds)]
         told = ("stolen_share", "p99_ms", "p99_over_queue", "p99_over_loaded_queue")
         row |= min(rounds, key=lambda each: each["stolen_share"])
         yield row | {"rounds": [{name: r[name] for name in told if name in r} for r in rounds]}
@@ -295,7 +302,6 @@ def main() -> None:
         return rows
 
     rows = record("Index.search", ours, queries, args, [], 1)
-    joined = index.stats["searches_joined"] / index.stats["searches"]
     rates = [row["offered_qps"] for row in rows if row["loop"] == "open"]
     with one_thread_a_search():
         record("Index.search, a thread each", ours, queries, args, rates, cores())
@@ -308,7 +314,6 @@ def main() -> None:
         record("Batcher", batched, queries, args, rates, None)
         stats = batcher.stats
     report["batch_mean"] = round(stats["queries"] / stats["searches"], 2)
-    report["joined_share"] = round(joined, 3)
     if args.json:
         _files.write_json(args.json, report)
 

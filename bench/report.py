@@ -230,8 +230,10 @@ def draw_load(result: dict[str, Any], path: Path, metadata: dict[str, str]) -> N
         at = [r["offered_qps"] for r in rows]
         panel.plot(at, [r["p99_ms"] for r in rows], f"C{i}o-", label=f"{server}, p99")
         panel.plot(at, [r["p50_ms"] for r in rows], f"C{i}.:", label=f"{server}, p50")
-        if queue := [r["queue"]["p99_ms"] for r in rows if "queue" in r]:
-            panel.plot(at[: len(queue)], queue, f"C{i}--", alpha=0.6, label=f"{server}: M/D/c, p99")
+        if queued := [r for r in rows if "queue" in r]:
+            at = [r["offered_qps"] for r in queued]
+            p99 = [r["queue"]["p99_ms"] for r in queued]
+            panel.plot(at, p99, f"C{i}--", alpha=0.6, label=f"{server}: M/D/c, p99")
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.set_xlabel("offered load, queries/s")

@@ -157,26 +157,27 @@ def claims_section(result: dict[str, Any]) -> str:
     )
 
 
-def of_queue(row: dict[str, Any]) -> float:
-    """The offered load as a share of what the queue can serve.
+def half_of_queue(result: dict[str, Any]) -> dict[str, Any] | None:
+    """Our searches at half of what those can serve that are answered one by one.
 
-    In older results searches were answered one by one: that was the server's saturation.
+    In older results all were: that was the server's saturation.
     """
-    return row.get("of_queue", row["of_saturation"])
+    return next(
+        (row for row in result["rows"] if row["server"] == "Index.search" and row["loop"] == "open"
+         and abs(row.get("of_queue", row["of_saturation"]) - 0.5) < 0.01
+         and "p99_over_queue" in row), None,
+    )  # fmt: skip
 
 
 def at_half(result: dict[str, Any]) -> str:
-    """All rounds of our search at half of what the queue can serve, in words."""
-    row = next(
-        (r for r in result["rows"] if r["server"] == "Index.search" and r["loop"] == "open"
-         and abs(of_queue(r) - 0.5) < 0.01), None,
-    )  # fmt: skip
+    """All rounds of that row, in words."""
+    row = half_of_queue(result)
     if row is None:
         return ""
     each = ", ".join(
         f"{r['p99_over_queue']:.2f} with {r['stolen_share']:.1%} stolen" for r in row["rounds"]
     )
-    return f" (Index.search at half of the queue's capacity, p99 over the queue's in each: {each})"
+    return f" (Index.search at half of the queue's rate, p99 over the queue's in each: {each})"
 
 
 # Queues other than the one that serves as long as searches take back to back, and how their service
@@ -195,35 +196,40 @@ def load_section(result: dict[str, Any], picture: str) -> str:
         if "skipped" in row:
             rows.append([*cells, "", "", "", "", "", row["skipped"], ""])
             continue
+        use = {
+            name: row["offered_qps"] * row[name]["service_ms"] / 1e3 / row[name]["servers"]
+            for name in ("queue", own) if name in row
+        }  # fmt: skip
         queues = [
-            f"{ms(row[name]['p99_ms'])} ({row[f'p99_over_{name}']:.2f}x)" if name in row else ""
-            for name in ("queue", own)
-        ]
-        load = f"{of_queue(row):.0%}" if "queue" in row or "of_queue" in row else ""
+            f"{ms(row[name]['p99_ms'])} ({row[f'p99_over_{name}']:.2f}x)"
+            if use.get(name, 1) < 1 else "" for name in ("queue", own)
+        ]  # fmt: skip
+        load = f"{use['queue']:.0%}" if "queue" in use else ""
+        if "queue" not in use and "of_queue" in row:
+            load = f"{row['of_queue']:.0%}"
         taken = f"{row['stolen_share']:.0%}" if "stolen_share" in row else ""
         times = (ms(row[p]) for p in ("p50_ms", "p99_ms", "p999_ms"))
         rows.append([*cells, *times, taken, load, *queues])
-    joined = ""
-    if "joined_share" in result:
-        joined = f"; of all searches {result['joined_share']:.0%} were answered with another's"
     return "\n\n".join(
         [
             "## A service under load",
             f"`{result['command']}` (results/{result['file']}): {shape['n']:,} x {shape['d']}, "
             f"k {shape['k']}, single queries of {shape['clients']} client threads; Batcher with "
             f"a deadline of {shape['deadline_ms']:g} ms, {result['batch_mean']:g} queries a search "
-            f"in the mean{joined}.  \n{where(result)}.",
+            f"in the mean.  \n{where(result)}.",
             table(["server", "loop (share of own saturation)", "clients", "queries/s", "p50 ms",
-                   "p99", "p99.9", "stolen", "share of the M/D/c queue's capacity",
+                   "p99", "p99.9", "stolen", "use of an M/D/c queue",
                    "it predicts p99 (ours over it)", f"with the service {OTHER_SERVICES[own]}"],
                   rows),
             "`stolen`: the part of the cores' time that this virtual machine's host gave to others "
             "meanwhile; no queue knows of it, so each open loop is that one of "
             f"{shape['rounds']} rounds in which it was least{at_half(result)}. The queue "
-            "serves the same arrivals one by one, each as long as a search takes back to back just "
-            "before and after its stretch of the loop; every stretch begins with an empty queue, of "
-            "which p99 at 90 % load is about a quarter less than in one long loop. Between arrivals "
-            "the rows leave the caches that they hardly fit into, so a search takes "
+            "has a server for all cores, or one a thread, that serve the same arrivals one by one, "
+            "each as long as a search takes back to back just before and after its stretch of the "
+            "loop; one that is offered more than it can serve predicts nothing, while searches "
+            "that wait are answered together. Every stretch begins with an empty queue, of which "
+            "p99 at 90 % load is about a quarter less than in one long loop. Between "
+            "arrivals the rows leave the caches that they hardly fit into, so a search takes "
             "longer than back to back: the last column has the queue of such searches.",
             f"![p99 against offered load]({picture})",
         ]

@@ -3,6 +3,7 @@
 // wait for the same rows together.
 #include <algorithm>
 #include <cmath>
+#include <exception>
 #include <string>
 
 #include "index_impl.h"
@@ -96,9 +97,12 @@ void check_set(const IdSet& set, const char* name) {
   if (set.ids && set.bits) refuse(std::string(name) + ": ids or bits, not both");
 }
 
-// Queries that searches which wait together have at most: a scan of them takes at most about three
-// times as long as that of one, so those that came first wait no longer than in a line.
-constexpr int64_t kTogether = 32;
+// How many queries of searches that wait are answered together, at most: of a large index so many
+// take about three times as long as one. With a large k there is little that they share.
+int64_t together(int64_t k) {
+  constexpr int64_t kQueries = 32, kFound = 32 << 10;
+  return std::min(kQueries, kFound / k);
+}
 
 struct Request : Work {
   const float* queries;
@@ -116,35 +120,35 @@ void count(const Index::Impl& impl, const Stats& stats) {
   impl.stats += stats;
 }
 
-// The search of `own`, whose turn it is, and those that it can take along, in one.
-void search_together(const Index::Impl& impl, Turn& turn, const Request& own, int64_t k) {
-  thread_local std::vector<float> queries;
-  thread_local std::vector<Answers> answers;
-  const auto first = static_cast<const Request*>(turn.take(kTogether - own.m));
-  const std::shared_ptr<const Snapshot> snapshot = impl.snapshot();
-  SearchTask task = task_of(impl, *snapshot, own.queries, own.m);
-  answers.assign(1, own.answers);
-  if (first) {
-    queries.assign(own.queries, own.queries + own.m * impl.dim);
-    for (auto r = first; r; r = static_cast<const Request*>(r->next)) {
-      queries.insert(queries.end(), r->queries, r->queries + r->m * impl.dim);
-      answers.push_back(r->answers);
-      task.m += r->m;
-    }
-    task.queries = queries.data();
-  }
+void search_now(const Index::Impl& impl, const SearchTask& task, int64_t k,
+                const std::vector<Answers>& answers) {
   Stats stats;
   search_topk(task, k, answers.data(), stats);
   stats.searches = static_cast<int64_t>(answers.size());
   stats.searches_joined = stats.searches - 1;
   count(impl, stats);
-  turn.finish();
 }
 
-// One search of the rows that are there now and pass the filter: run(task, stats).
+// `own`, whose turn it is, and the list `others` in one search.
+void search_together(const Index::Impl& impl, const Snapshot& snapshot, const Request& own,
+                     const Work* others) {
+  thread_local std::vector<float> queries;
+  queries.assign(own.queries, own.queries + own.m * impl.dim);
+  std::vector<Answers> answers{own.answers};
+  int64_t m = own.m;
+  for (; others; others = others->next) {
+    const auto& r = static_cast<const Request&>(*others);
+    queries.insert(queries.end(), r.queries, r.queries + r.m * impl.dim);
+    answers.push_back(r.answers);
+    m += r.m;
+  }
+  search_now(impl, task_of(impl, snapshot, queries.data(), m), own.kind, answers);
+}
+
+// A search that joins no other: run(task, stats).
 template <class Run>
-void search_filtered(const Index::Impl& impl, const float* queries, int64_t m,
-                     const SearchOptions& options, Run run) {
+void search_alone(const Index::Impl& impl, const float* queries, int64_t m,
+                  const SearchOptions& options, Run run) {
   std::shared_lock<std::shared_mutex> state(impl.state);
   const std::shared_ptr<const Snapshot> snapshot = impl.current;
   Filter filter(impl, options);
@@ -176,16 +180,28 @@ void Index::search(const void* queries, DType dtype, int64_t m, int64_t k, float
   check_set(options.allow, "allow");
   check_set(options.deny, "deny");
   if (options.allow.set() || options.deny.set()) {
-    search_filtered(*impl_, own.queries, m, options, [&](const SearchTask& task, Stats& stats) {
+    search_alone(*impl_, own.queries, m, options, [&](const SearchTask& task, Stats& stats) {
       search_topk(task, k, &own.answers, stats);
     });
     return;
   }
-  if (m <= kTogether) own.object = impl_.get();
+  if (m <= together(k)) own.object = impl_.get();
   own.kind = k;
   own.size = m;
-  Turn turn(own, takes_turns(*impl_->snapshot(), impl_->dim));
-  if (!turn.done()) search_together(*impl_, turn, own, k);
+  std::shared_ptr<const Snapshot> snapshot = impl_->snapshot();
+  Turn turn(own, takes_turns(*snapshot, impl_->dim));
+  if (turn.done()) return;
+  const Work* others = turn.take(together(k) - m);
+  snapshot = impl_->snapshot();
+  if (others) {
+    try {
+      search_together(*impl_, *snapshot, own, others);
+      return turn.finish();
+    } catch (const std::exception&) {  // memory for all of them may have run out: each alone, then
+      turn.give_back();
+    }
+  }
+  search_now(*impl_, task_of(*impl_, *snapshot, own.queries, m), k, {own.answers});
 }
 
 RangeResult Index::range_search(const void* queries, DType dtype, int64_t m, double radius,
@@ -196,7 +212,7 @@ RangeResult Index::range_search(const void* queries, DType dtype, int64_t m, dou
   check_set(options.allow, "allow");
   check_set(options.deny, "deny");
   RangeResult found;
-  search_filtered(*impl_, floats, m, options, [&](const SearchTask& task, Stats& stats) {
+  search_alone(*impl_, floats, m, options, [&](const SearchTask& task, Stats& stats) {
     found = search_range(task, radius, stats);
   });
   return found;

@@ -14,6 +14,9 @@ class Line {
   // Whether the turn has come; else the work is done.
   bool enter(Work& work) {
     std::unique_lock<std::mutex> lock(mutex_);
+    work.state = Work::kWaits;
+    work.place = entered_++;
+    work.next = nullptr;
     if (!busy_) {
       busy_ = true;
       return true;
@@ -47,41 +50,39 @@ class Line {
     return taken;
   }
 
-  void finish(Work* taken) {
-    std::lock_guard<std::mutex> lock(mutex_);  // frames live until their callers have it
-    for (Work* w = taken; w; w = w->next) {
+  void give_back(Work* taken) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    Work *waiting = first_, **end = &first_;
+    while (taken || waiting) {
+      const bool back = taken && (!waiting || taken->place < waiting->place);
+      Work*& from = back ? taken : waiting;
+      if (back) from->object = nullptr;
+      last_ = *end = from;
+      from = from->next;
+      end = &last_->next;
+    }
+  }
+
+  // Frames of those that are told live until their callers have the mutex.
+  void leave(Work* finished) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    busy_ = first_ != nullptr;
+    if (Work* next = first_) {
+      first_ = next->next;
+      if (!first_) last_ = nullptr;
+      next->state = Work::kCalled;
+      next->wake.notify_one();
+    }
+    for (Work* w = finished; w; w = w->next) {
       w->state = Work::kDone;
       w->wake.notify_one();
     }
   }
 
-  void leave(Work* unfinished) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (unfinished) {
-      Work* w = unfinished;
-      for (;; w = w->next) {
-        w->object = nullptr;
-        if (!w->next) break;
-      }
-      w->next = first_;
-      if (!first_) last_ = w;
-      first_ = unfinished;
-    }
-    Work* next = first_;
-    if (!next) {
-      busy_ = false;
-      return;
-    }
-    first_ = next->next;
-    if (!first_) last_ = nullptr;
-    next->next = nullptr;
-    next->state = Work::kCalled;
-    next->wake.notify_one();
-  }
-
  private:
   std::mutex mutex_;
   Work *first_ = nullptr, *last_ = nullptr;
+  uint64_t entered_ = 0;
   bool busy_ = false;
 };
 
@@ -106,7 +107,8 @@ Turn::Turn(Work& work, bool wait) : work_(work), line_(wait ? line() : nullptr) 
 }
 
 Turn::~Turn() {
-  if (line_) static_cast<Line*>(line_)->leave(taken_);
+  give_back();
+  if (line_) static_cast<Line*>(line_)->leave(finished_);
 }
 
 Work* Turn::take(int64_t size) {
@@ -115,7 +117,12 @@ Work* Turn::take(int64_t size) {
 }
 
 void Turn::finish() {
-  if (taken_) static_cast<Line*>(line_)->finish(taken_);
+  finished_ = taken_;
+  taken_ = nullptr;
+}
+
+void Turn::give_back() {
+  if (taken_) static_cast<Line*>(line_)->give_back(taken_);
   taken_ = nullptr;
 }
 

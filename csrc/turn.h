@@ -18,6 +18,7 @@ struct Work {
   // The line's.
   enum State { kWaits, kCalled, kDone };
   State state = kWaits;
+  uint64_t place = 0;
   Work* next = nullptr;
   std::condition_variable wake;
 };
@@ -28,24 +29,24 @@ class Turn {
   // Returns when the turn has come, or when `work` has been done. Without `wait` it stands in no
   // line.
   Turn(Work& work, bool wait);
-  // Calls the next. What was taken and not done goes back to the front of the line, each for its
-  // own caller.
+  // Calls the next, and tells the callers of what was finished. What was taken and is not goes
+  // back.
   ~Turn();
   Turn(const Turn&) = delete;
   Turn& operator=(const Turn&) = delete;
 
   bool done() const { return done_; }  // by another: there is no turn
 
-  // Once a turn: takes work of the same object and kind out of the line, those that came first, up
-  // to `size` in all, and returns it as a list. Its callers wait until `finish` says that it is
-  // done.
+  // Takes work of the same object and kind out of the line, those that came first, up to `size` in
+  // all, and returns it as a list; its callers wait on. Once a turn.
   Work* take(int64_t size);
-  void finish();
+  void finish();     // all of it is done
+  void give_back();  // it is not: each stands where it stood, now for its own caller
 
  private:
   Work& work_;
-  void* line_;             // null: it did not wait
-  Work* taken_ = nullptr;  // and not finished
+  void* line_;  // null: it did not wait
+  Work *taken_ = nullptr, *finished_ = nullptr;
   bool done_ = false;
 };
 

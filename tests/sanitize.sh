@@ -30,7 +30,7 @@ build tsan thread
 instrumented __tsan_init
 TSAN_OPTIONS=suppressions=$PWD/tests/tsan.supp KNNFAST_STRESS_SECONDS=60 \
   LD_PRELOAD="$(g++ -print-file-name=libtsan.so)" \
-  "$PYTHON" -m pytest -q tests/test_index.py -k snapshots
+  "$PYTHON" -m pytest -q tests/test_index.py tests/test_turns.py -k "snapshots or joined"
 
 echo "== 50 kills while saving"
 "$PYTHON" setup.py -q build_ext --inplace --force

@@ -133,18 +133,30 @@ def test_the_target_of_fp16_search_on_a_gpu_is_about_large_databases(report, ops
 
 def test_one_reading_of_the_queue_is_judged(report):
     row = {"server": "Index.search", "loop": "open", "of_saturation": 0.5, "clients": 16,
-           "p99_over_queue": 1.2, "p99_over_loaded_queue": 1.4, "loaded_queue": {}}  # fmt: skip
-    result = {"kind": "load", "machine": {"isa": "b"}, "rows": [row]}
-    said = "1.20 (1.40 with the service under that load)"
-    assert lines([result], "p99 of search") == [[said, "yes"]]
+           "offered_qps": 400, "p99_ms": 6, "p99_over_queue": 1.2, "p99_over_loaded_queue": 1.4,
+           "loaded_queue": {}}  # fmt: skip
+    result = {"kind": "load", "machine": {"isa": "b"}, "rows": [row], "shape": {"clients": 16}}
+    said = "1.20 (6.0 ms; 1.40 with the service under that load"
+    assert lines([result], "p99 of search") == [[said + ")", "yes"]]
     row |= {"of_queue": 0.5, "of_saturation": 0.1}
     beyond = {"server": "Index.search", "loop": "open", "of_saturation": 0.5, "of_queue": 2.5,
-              "clients": 16, "p99_ms": 7.25}  # fmt: skip
-    result["rows"] = [row, beyond]
-    said = said[:-1] + (
-        "; at half of 16 clients' saturation, which is 2.5 times that queue's capacity, 7.2 ms)"
-    )
-    assert lines([result], "p99 of search") == [[said, "yes"]]
+              "offered_qps": 2000, "clients": 16, "p99_ms": 7.25}  # fmt: skip
+    result["rows"] = [beyond, row]
+    more = "; 7.2 ms at half of what 16 clients get, 2,000/s)"
+    assert lines([result], "p99 of search") == [[said + more, "yes"]]
     row["p99_over_queue"] = 1.31
     assert lines([result], "p99 of search")[0][1] == "no"
     assert lines([], "p99 of search") == [["", "not measured"]]
+
+
+def test_batcher_is_judged_by_searches_one_by_one(report):
+    def closed(server, clients, qps):
+        return {"server": server, "loop": "closed", "clients": clients, "qps": qps}
+
+    rows = [closed("Index.search", 1, 100), closed("Index.search", 16, 350)]
+    result = {"kind": "load", "machine": {"isa": "b"}, "rows": rows, "shape": {"clients": 16}}
+    assert lines([result], "Batcher") == []
+    rows.append(closed("Batcher", 16, 190))
+    assert lines([result], "Batcher") == [["1.90x (16 callers of search: 3.50x)", "no"]]
+    rows[-1]["qps"] = 300
+    assert lines([result], "Batcher") == [["3.00x (16 callers of search: 3.50x)", "yes"]]
