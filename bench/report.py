@@ -140,6 +140,21 @@ def embeddings(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def service(result: dict[str, Any]) -> list[str]:
+    """What many threads that search at once get."""
+    shape, about = result["shape"], result["machine"]
+    rows = [
+        [r["server"], f"{r['qps']:,.0f}", ms(r["p50_ms"]), ms(r["p99_ms"])]
+        for r in result["rows"] if r["loop"] == "closed" and r["clients"] == shape["clients"]
+    ]  # fmt: skip
+    return [
+        f"{shape['clients']} threads that search {shape['n']:,} x {shape['d']} rows, each for one "
+        f"query after another, k {shape['k']} (FAISS with one thread a search); {about['cpu']}, "
+        f"{about['isa']}, {about['date']}. On your machine: `python bench/load.py`.",
+        table(["server", "queries/s", "p50 ms", "p99 ms"], rows),
+    ]
+
+
 def summary(found: list[dict[str, Any]]) -> str:
     """The part of README between the markers: the newest run of each shape by the wall's clock."""
     parts = []
@@ -170,6 +185,8 @@ def summary(found: list[dict[str, Any]]) -> str:
         ]  # fmt: skip
     for result in [r for r in found if "embeddings" in r.get("parts", {})][:1]:
         parts += embeddings(result)
+    for result in [r for r in found if r["kind"] == "load"][:1]:
+        parts += service(result)
     lines, seen = [], set()
     for result in (r for r in found if r["kind"] == "ops"):
         for row in (row for row in result["rows"] if row["op"] != "topk"):  # has its own table

@@ -63,19 +63,19 @@ class Line {
     }
   }
 
-  // Frames of those that are told live until their callers have the mutex.
+  // Those that are done go first, as in `enter`; frames live until their callers have the mutex.
   void leave(Work* finished) {
     std::lock_guard<std::mutex> lock(mutex_);
+    for (Work* w = finished; w; w = w->next) {
+      w->state = Work::kDone;
+      w->wake.notify_one();
+    }
     busy_ = first_ != nullptr;
     if (Work* next = first_) {
       first_ = next->next;
       if (!first_) last_ = nullptr;
       next->state = Work::kCalled;
       next->wake.notify_one();
-    }
-    for (Work* w = finished; w; w = w->next) {
-      w->state = Work::kDone;
-      w->wake.notify_one();
     }
   }
 

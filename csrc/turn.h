@@ -29,7 +29,7 @@ class Turn {
   // Returns when the turn has come, or when `work` has been done. Without `wait` it stands in no
   // line.
   Turn(Work& work, bool wait);
-  // Calls the next, and tells the callers of what was finished. What was taken and is not goes
+  // Tells the callers of what was finished, and calls the next. What was taken and is not goes
   // back.
   ~Turn();
   Turn(const Turn&) = delete;
