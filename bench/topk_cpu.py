@@ -255,9 +255,12 @@ def kib(name):
 
 n, d, folder, how = 1_000_000, 512, sys.argv[1], sys.argv[2]
 rng = np.random.default_rng(0)
+turn = np.linalg.qr(rng.standard_normal((d, d)))[0].astype(np.float32)
+turn *= np.arange(1, d + 1, dtype=np.float32)[:, None] ** -0.8  # embeddings' spectrum, about
 x = np.empty((n, d), np.float16)
 for first in range(0, n, 65536):
-    x[first : first + 65536] = rng.standard_normal((min(65536, n - first), d), dtype=np.float32)
+    part = rng.standard_normal((min(65536, n - first), d), dtype=np.float32)
+    x[first : first + 65536] = part @ turn if how == "few directions" else part
 ids = rng.permutation(4 * n)[:n] if how == "own ids" else None
 scan = "fp16" if how == "fp16" else "auto"
 
@@ -281,9 +284,10 @@ touch_s = timed(lambda: list(ThreadPoolExecutor(2).map(lambda half: half.fill(1)
 index, fresh_s, end, peak = filled()
 del index, halves
 index, add_s, _, _ = filled()
-means = 4 * d * -(-n // 2**18)  # one mean of d floats for each segment of 256 MiB
+once = 4 * d * -(-n // 2**18)  # one mean of d floats for each segment of 256 MiB
+once += 4 * d * d * (how == "few directions")  # the rotation
 out = {"add_s": add_s, "fresh_add_s": fresh_s, "fresh_touch_s": touch_s,
-       "bytes_per_row": (index.nbytes - means) / n, "peak": peak / end,
+       "bytes_per_row": (index.nbytes - once) / n, "peak": peak / end,
        "rss_per_row": end * 1024 / n}
 if how == "automatic ids":
     index.save(folder)
@@ -299,7 +303,8 @@ def memory() -> dict[str, Any]:
     """Bytes a row, the peak while adding, the time to add and to open; one process each."""
     times, claims = {}, []
     with tempfile.TemporaryDirectory() as folder:
-        for how, limit in (("automatic ids", 3 * D + 16), ("own ids", 3 * D + 48), ("fp16", 2 * D + 16)):  # fmt: skip # noqa: E501
+        for how, limit in (("automatic ids", 3 * D + 16), ("own ids", 3 * D + 48),
+                           ("fp16", 2 * D + 16), ("few directions", 3 * D + 16)):  # fmt: skip
             done = subprocess.run(
                 [sys.executable, "-c", MEMORY, os.path.join(folder, "ix"), how],
                 check=True, capture_output=True, text=True,
@@ -307,7 +312,7 @@ def memory() -> dict[str, Any]:
             cell = times[how] = json.loads(done.stdout)
             claims += [
                 claim(
-                    f"{how}: bytes a row, but for the segments' means", cell["bytes_per_row"], limit
+                    f"{how}: bytes a row, but for means and rotation", cell["bytes_per_row"], limit
                 ),
                 claim(f"{how}: peak while adding / end", cell["peak"], 1.15),
                 claim(f"{how}: seconds to add 1M x 512", cell["add_s"], 3),
