@@ -174,8 +174,13 @@ def at_half(result: dict[str, Any]) -> str:
     row = half_of_queue(result)
     if row is None:
         return ""
+    over = [
+        f"{r['p99_over_queue']:.2f}" if "p99_over_queue" in r else "no prediction"
+        for r in row["rounds"]
+    ]
     each = ", ".join(
-        f"{r['p99_over_queue']:.2f} with {r['stolen_share']:.1%} stolen" for r in row["rounds"]
+        f"{value} with {r['stolen_share']:.1%} stolen"
+        for value, r in zip(over, row["rounds"], strict=True)
     )
     return f" (Index.search at half of the queue's rate, p99 over the queue's in each: {each})"
 
