@@ -22,7 +22,7 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Ids (int64) or a bitset (uint8); an empty one restricts too.
+// Ids (int64) or a bitset (uint8), contiguous; an empty one restricts too. `given` keeps them.
 HostIds host_ids(const py::object& given) {
   static const int64_t kNothing = 0;
   HostIds out;
@@ -32,6 +32,8 @@ HostIds host_ids(const py::object& given) {
     out.bits = a.size() ? a.data() : reinterpret_cast<const uint8_t*>(&kNothing);
     out.count = a.size();
   } else {
+    if (!py::isinstance<Int64s>(given))
+      throw py::type_error("a filter must be a contiguous array of int64 or uint8");
     const Int64s a = given.cast<Int64s>();
     out.ids = a.size() ? a.data() : &kNothing;
     out.count = a.size();

@@ -32,6 +32,15 @@ inline cudaError_t allow_shared(Kernel kernel, bool ring = false) {
                               cudaSharedmemCarveoutMaxShared);
 }
 
+// Whether a block starts with so many registers, as the compiler has it: setmaxnreg.inc waits for
+// ever for some that are not there.
+template <class Kernel>
+inline bool has_registers(Kernel kernel, int threads, int wanted) {
+  cudaFuncAttributes attributes{};
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
+         attributes.numRegs * threads >= wanted;
+}
+
 // Makes a device current until `leave_device`, by the driver's stack of contexts: cudaSetDevice
 // back to a device that this thread has never used would create a context there. The runtime has
 // loaded the driver; its errors have the runtime's numbers.

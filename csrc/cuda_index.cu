@@ -200,6 +200,7 @@ std::vector<int64_t> CudaIndex::add(const void* rows, DType dtype, int64_t n, in
   const std::lock_guard<std::mutex> writer(writer_);
   const Current current(device_);
   if (!on_device) stream = stream_->handle;
+  refuse_capture(stream, "add");
   const int64_t before = rows_, after = rows_ + n;
   std::vector<int64_t> used(static_cast<size_t>(n));
   std::unordered_map<int64_t, int64_t> positions;  // of the new ids, where ids are listed

@@ -91,7 +91,8 @@ class CudaIndex {
   // host memory. `stream`, here and below: what orders memory on the device; unused for the host's.
   std::vector<int64_t> add(const void* rows, DType dtype, int64_t n, int64_t stride,
                            const int64_t* own, bool on_device, void* stream);
-  // Not for a stream that captures a graph: the graph would outlive the rows. Capture a plan's run.
+  // A stream that captures a graph is refused, here and by all else that is given one: the graph
+  // would outlive the rows. Capture a plan's run.
   void search(const Queries& queries, int batch, int k, const HostIds& allow, const HostIds& deny,
               const Results& results, void* stream) const;
   // The same for queries and results on the host; waits. Queries: no NaN or infinity.

@@ -98,6 +98,15 @@ class StreamMemory {
 
 constexpr size_t kWorkspace = size_t{2} << 30;  // most a search takes; larger batches make rounds
 
+// A graph would outlive the rows that it reads, and what waits for the device breaks a capture.
+inline void refuse_capture(void* stream, const char* what) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(as_stream(stream), &capture), "cudaStreamIsCapturing");
+  if (capture != cudaStreamCaptureStatusNone)
+    throw std::invalid_argument(std::string(what) +
+                                ": a CUDA graph cannot hold it; capture index.plan() instead");
+}
+
 // What searches take for a while: what one gives back stays in the pool, so the next finds it
 // there. What a large range search took beyond that goes back to the device.
 struct CudaIndex::Pool {

@@ -82,11 +82,7 @@ void CudaIndex::search(const Queries& queries, int batch, int k, const HostIds& 
                        const HostIds& deny, const Results& results, void* stream) const {
   if (batch == 0) return;
   const Current current(device_);
-  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(as_stream(stream), &capture), "cudaStreamIsCapturing");
-  if (capture != cudaStreamCaptureStatusNone)
-    throw std::invalid_argument(
-        "search: a captured graph would outlive the rows it reads; capture index.plan() instead");
+  refuse_capture(stream, "search");
   const auto seen = snapshot();
   const Restricted rows(seen->view, pool_->handle, allow, deny, stream);
   const TopkPlan plan = checked_plan(rows.view, batch, k, limits_);
@@ -121,6 +117,7 @@ Ranges CudaIndex::range_search(const Queries& queries, bool on_device, int batch
   if (batch == 0) return out;
   const Current current(device_);
   if (!on_device) stream = stream_->handle;
+  refuse_capture(stream, "range_search");
   const auto seen = snapshot();
   const Restricted rows(seen->view, pool_->handle, allow, deny, stream);
   const TopkPlan plan = checked_plan(rows.view, batch, 1, limits_);
@@ -183,6 +180,7 @@ void CudaIndex::gather(const int64_t* ids, int64_t n, uint16_t* out, bool to_dev
                        void* stream) const {
   const Current current(device_);
   if (!to_device) stream = stream_->handle;
+  refuse_capture(stream, "vectors");
   std::vector<int64_t> positions(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) {
     const int64_t p = find(ids[i]);

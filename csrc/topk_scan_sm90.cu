@@ -2,15 +2,16 @@
 // Scan for large batches on Hopper (sm_90a): topk_scan_tiled.cu with wgmma and bulk copies.
 //
 //   upper[m, bin], lower[m, bin]: as in topk_scan.cu; bytes, operations and errors as in the tiled
-// kernel. At 790 TFLOP/s 10M x 512 takes 13.3 ms for 1024 queries.
+// kernel. At 790 TFLOP/s 10M x 512 takes 13.3 ms for 1024 queries; where L2 cannot keep up with
+// that (below), longer.
 //
 // Shape: 128 queries x 256 rows a block. One producer thread feeds a ring of stages by bulk copies
 // (a slice of a tile is one contiguous 32 KiB piece, so no tensor maps are needed); two warpgroups
 // own 64 queries each and read the same rows. When the query panel fits beside three stages it
-// stays in shared memory (d <= 384 in FP16, <= 768 in int8), else its slices travel with the rows'
-// and come from L2: 48 KiB for 4.2 MFLOP, 5.9 TB/s of L2 traffic at 500 TFLOP/s. If a GPU shows
-// that this binds, two blocks of a cluster can share the rows by multicast. Epilogue: queries along
-// M, rows along N, so bins are maxima inside a thread and over four lanes.
+// stays in shared memory (d <= 448 in FP16, <= 768 in int8): 32 KiB of rows from L2 for 4.2
+// MFLOP, 6.2 TB/s at 790 TFLOP/s. Else its slices travel with the rows': 48 KiB, 5.9 TB/s at 500
+// TFLOP/s. If a GPU shows that this binds, two blocks of a cluster can share the rows by multicast.
+// Epilogue: queries along M, rows along N, so bins are maxima inside a thread and over four lanes.
 //
 // Never run on a GPU yet: descriptors and phases are checked by the compiler and the emulator only.
 #include "topk_cuda.cuh"
@@ -21,6 +22,7 @@ namespace cuda {
 namespace {
 
 constexpr int kConsumers = 256, kThreads = kConsumers + 128;
+constexpr int kGiven = 24, kTaken = 240;  // registers a thread: the producer's, a consumer's
 constexpr int kQueries = 128;
 constexpr int kQueryBytes = kQueries * kSlice;  // of a slice of the panel
 constexpr int kRowBytes = kTileRows * kSlice;   // of a slice of a tile
@@ -85,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
 
   if (thread >= kConsumers) {  // the producer: one thread; its warpgroup lends its registers
-    give_registers<24>();
+    give_registers<kGiven>();
     if (thread == kConsumers) {
       if (resident) {
         mbarrier_arrive_expect(panel_full, static_cast<unsigned>(a.slices * kQueryBytes));
@@ -122,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     return;
   }
-  take_registers<240>();
+  take_registers<kTaken>();
 
   const int group = thread / 128, warp = thread / 32 % 4;
   const int query_base = group * 64 + warp * 16 + lane / 4;  // and that + 8
@@ -230,6 +232,9 @@ int launch_one(const TopkPlan& plan, const ScanArgs& args, void* stream) {
   auto kernel = sm90_topk_kernel<Scan, kMetric, CoarseLower>;
   const size_t shared =
       sm90_shared_bytes(Scan::kIsInt8, args.slices, plan.stages, plan.resident != 0);
+  constexpr int kShared = kGiven * (kThreads - kConsumers) + kTaken * kConsumers;
+  static const bool enough = has_registers(kernel, kThreads, kShared);
+  if (!enough) return cudaErrorLaunchOutOfResources;
   const cudaError_t allowed = allow_shared(kernel, true);
   if (allowed != cudaSuccess) return allowed;
   const dim3 grid(static_cast<unsigned>(plan.grid));

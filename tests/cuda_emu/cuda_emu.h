@@ -23,6 +23,10 @@
 #define KNN_LAUNCH(kernel, grid, threads, shared, stream, ...)                       \
   (::emu::usable(stream) ? ::emu::launch(kernel, grid, threads, shared, __VA_ARGS__) \
                          : ::emu::fails(cudaErrorStreamCaptureImplicit))
+template <class Kernel>
+bool has_registers(Kernel, int, int) {
+  return true;
+}
 // Asks for more shared memory than the default on a device; any size goes here.
 template <class Kernel>
 cudaError_t allow_shared(Kernel, bool = false) {

@@ -227,7 +227,7 @@ void out_of_memory(Scan scan) {
   add(10, 1020);
 }
 
-// A graph may capture a plan's run, not a search: it would not keep the rows.
+// A graph may capture a plan's run, nothing else: it would not keep the rows, and cannot wait.
 void capture() {
   const int dim = 20;
   auto index = std::make_shared<CudaIndex>(dim, kIp, kInt8, 0, 256);
@@ -238,6 +238,14 @@ void capture() {
   emu::capturing() = true;
   stream = emu::captured();
   expect(refuses([&] { search(*index, q, 1, 3); }, "capture index.plan()"), "a captured search");
+  const auto refused = [&](auto call, const char* what) { expect(refuses(call, what), what); };
+  refused([&] { index->add(rows.data(), kF32, 1, dim, nullptr, true, stream); },
+          "add: a CUDA graph");
+  refused([&] { index->range_search({q.data(), kF32, dim}, true, 1, 0, {}, {}, stream); },
+          "range_search: a CUDA graph");
+  std::vector<uint16_t> copy(static_cast<size_t>(dim));
+  const int64_t id = 0;
+  refused([&] { index->vectors(&id, 1, copy.data(), true, stream); }, "vectors: a CUDA graph");
   plan.run({q.data(), kF32, dim}, stream);
   Found aside{std::vector<float>(3), std::vector<int64_t>(3)};
   index->search_host({q.data(), kF32, dim}, 1, 3, {}, {}, aside.scores.data(), aside.ids.data());
