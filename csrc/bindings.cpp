@@ -14,6 +14,7 @@
 #include "ops_cpu.h"
 #include "philox.h"
 #include "thread_pool.h"
+#include "unlocked.h"
 #if KNNFAST_HAS_CUDA
 #include "bindings_cuda.h"
 #endif
@@ -114,7 +115,7 @@ py::tuple search(const Index& ix, const py::array& queries, int64_t k, bool bf16
   int64_t* i = static_cast<int64_t*>(py::reinterpret_borrow<py::array>(pair[1]).mutable_data());
   double* e = exact.is_none() ? nullptr : exact.cast<py::array_t<double>>().mutable_data();
   {
-    py::gil_scoped_release release;
+    const Unlocked unlocked;
     ix.search(q.data, q.dtype, q.m, k, s, i, options, q.stride, e);
   }
   return pair;
@@ -127,7 +128,7 @@ py::tuple range_search(const Index& ix, const py::array& queries, double radius,
   const knnfast::SearchOptions options{id_set(allow, hold_allow), id_set(deny, hold_deny)};
   knnfast::RangeResult r;
   {
-    py::gil_scoped_release release;
+    const Unlocked unlocked;
     r = ix.range_search(q.data, q.dtype, q.m, radius, options, q.stride);
   }
   return py::make_tuple(
@@ -143,7 +144,7 @@ Int64s add(Index& ix, const py::array& rows, bool bf16, const py::object& ids) {
   const int64_t* own = ids.is_none() ? nullptr : given.data();
   int64_t* out = used.mutable_data();
   {
-    py::gil_scoped_release release;
+    const Unlocked unlocked;
     ix.add(r.data, r.dtype, r.m, own, out, r.stride);
   }
   return used;
@@ -156,7 +157,7 @@ py::array vectors(const Index& ix, const Int64s& ids, const py::object& out) {
   const int64_t n = ids.size();
   const int64_t* from = ids.data();
   uint16_t* to = static_cast<uint16_t*>(rows.mutable_data());
-  py::gil_scoped_release release;
+  const Unlocked unlocked;
   ix.vectors(from, n, to);
   return rows;
 }
@@ -187,7 +188,7 @@ py::str path_text(const std::string& text) {
 std::vector<py::str> verify(const Index& ix) {
   std::vector<std::string> damaged;
   {
-    py::gil_scoped_release release;
+    const Unlocked unlocked;
     damaged = ix.verify();
   }
   std::vector<py::str> out;
@@ -210,7 +211,7 @@ void bind_search(py::module_& m) {
       PyErr_SetObject(PyExc_OSError, args.ptr());
     }
   });
-  using release = py::call_guard<py::gil_scoped_release>;
+  using release = py::call_guard<Unlocked>;
   py::class_<Index>(m, "Index")
       .def(py::init([](int64_t dim, int metric, int scan) {
         return Index(dim, knnfast::Metric(metric), knnfast::Scan(scan));
@@ -224,7 +225,7 @@ void bind_search(py::module_& m) {
            [](const Index& ix) {
              std::vector<int64_t> ids;
              {
-               py::gil_scoped_release unlocked;
+               const Unlocked unlocked;
                ids = ix.ids();
              }
              return Int64s(static_cast<py::ssize_t>(ids.size()), ids.data());
@@ -233,7 +234,7 @@ void bind_search(py::module_& m) {
            [](Index& ix, const Int64s& ids) {
              const int64_t* from = ids.data();
              const int64_t n = ids.size();
-             py::gil_scoped_release unlocked;
+             const Unlocked unlocked;
              return ix.remove(from, n);
            })
       .def("compact", &Index::compact, release())
@@ -257,7 +258,7 @@ void bind_search(py::module_& m) {
     const int64_t length = kStep / streams;
     const int64_t tasks = a.nbytes() / kStep;
     std::atomic<uint64_t> total{0};
-    py::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     knnfast::parallel_for(tasks, [&](int, int64_t task) {
       uint64_t sum[8] = {}, word[8];
       for (int64_t at = 0; at < length; at += kLine)
@@ -281,7 +282,7 @@ T* at(uintptr_t address) {
 
 void bind_ops(py::module_& m) {
   using namespace knnfast;
-  using release = py::call_guard<py::gil_scoped_release>;
+  using release = py::call_guard<Unlocked>;
   m.def("ops_isa", [] { return ops_kernels().name; });
   m.def("unit52", unit52);
   m.def("below", below);

@@ -8,6 +8,7 @@
 
 #include "cuda_index.h"
 #include "knnfast/index.h"
+#include "unlocked.h"
 
 namespace py = pybind11;
 
@@ -65,7 +66,7 @@ void copy_rows(const From& from, To& to) {
 }  // namespace
 
 void bind_cuda(py::module_& m) {
-  using release = py::call_guard<py::gil_scoped_release>;
+  using release = py::call_guard<Unlocked>;
   py::register_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
   m.def("cuda_device_count", device_count, "CUDA devices a search can use; 0 without a driver");
   m.attr("cuda_max_k") = kMaxK;
@@ -75,7 +76,7 @@ void bind_cuda(py::module_& m) {
   const py::release_gil_before_calling_cpp_dtor release_at_end;
   py::class_<CudaIndex, std::shared_ptr<CudaIndex>>(m, "CudaIndex", release_at_end)
       .def(py::init([](int dim, int metric, int scan, int device, int64_t segment_rows) {
-             py::gil_scoped_release unlocked;
+             const Unlocked unlocked;
              return std::make_shared<CudaIndex>(dim, Metric(metric), Scan(scan), device,
                                                 segment_rows);
            }),
@@ -89,7 +90,7 @@ void bind_cuda(py::module_& m) {
              const int64_t* given = own.is_none() ? nullptr : ids.data();
              std::vector<int64_t> used;
              {
-               py::gil_scoped_release unlocked;
+               const Unlocked unlocked;
                used = ix.add(at<void>(rows), DType(dtype), n, stride, given, on_device,
                              at<void>(stream));
              }
@@ -100,7 +101,7 @@ void bind_cuda(py::module_& m) {
               const py::object& allow, const py::object& deny, uintptr_t scores, uintptr_t ids,
               uintptr_t exact, uintptr_t stream, bool on_device) {
              const HostIds allowed = host_ids(allow), denied = host_ids(deny);
-             py::gil_scoped_release unlocked;
+             const Unlocked unlocked;
              if (on_device) {
                ix.search({at<void>(queries), DType(dtype), stride}, batch, k, allowed, denied,
                          {at<float>(scores), at<int64_t>(ids), at<double>(exact)},
@@ -117,7 +118,7 @@ void bind_cuda(py::module_& m) {
              const HostIds allowed = host_ids(allow), denied = host_ids(deny);
              Ranges r;
              {
-               py::gil_scoped_release unlocked;
+               const Unlocked unlocked;
                r = ix.range_search({at<void>(queries), DType(dtype), stride}, on_device, batch,
                                    radius, allowed, denied, at<void>(stream));
              }
@@ -131,14 +132,14 @@ void bind_cuda(py::module_& m) {
               uintptr_t stream) {
              const int64_t* from = ids.data();
              const int64_t n = ids.size();
-             py::gil_scoped_release unlocked;
+             const Unlocked unlocked;
              ix.vectors(from, n, at<uint16_t>(out), to_device, at<void>(stream));
            })
       .def("remove",
            [](CudaIndex& ix, const Int64s& ids) {
              const int64_t* from = ids.data();
              const int64_t n = ids.size();
-             py::gil_scoped_release unlocked;
+             const Unlocked unlocked;
              return ix.remove(from, n);
            })
       .def("compact", &CudaIndex::compact, release())
@@ -146,7 +147,7 @@ void bind_cuda(py::module_& m) {
            [](const CudaIndex& ix) {
              std::vector<int64_t> ids;
              {
-               py::gil_scoped_release unlocked;
+               const Unlocked unlocked;
                ids = ix.ids();
              }
              return to_array(ids);
@@ -160,7 +161,7 @@ void bind_cuda(py::module_& m) {
   m.def("copy_rows", copy_rows<CudaIndex, CudaIndex>, release());
   py::class_<CudaIndex::Plan>(m, "CudaPlan", release_at_end)
       .def(py::init([](std::shared_ptr<CudaIndex> ix, int batch, int k) {
-        py::gil_scoped_release unlocked;
+        const Unlocked unlocked;
         return CudaIndex::Plan(std::move(ix), batch, k);
       }))
       .def(

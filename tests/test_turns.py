@@ -298,3 +298,19 @@ assert same and os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 def test_the_child_of_a_fork_has_a_line_of_its_own():
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("rows", [200, ROWS])  # without turns and with them
+def test_a_process_ends_while_daemon_threads_search(rows):
+    code = (
+        "import threading, time, numpy as np\n"
+        "from knnfast import Index\n"
+        f"x = np.random.default_rng(0).standard_normal(({rows}, {D}), dtype=np.float32)\n"
+        f"index = Index({D}); index.add(x)\n"
+        "def run():\n"
+        "    while True: index.search(x[:1], 5)\n"
+        "for _ in range(8): threading.Thread(target=run, daemon=True).start()\n"
+        "time.sleep(0.2)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
