@@ -206,15 +206,16 @@ def load_section(result: dict[str, Any], picture: str) -> str:
             for name in ("queue", own) if name in row
         }  # fmt: skip
         queues = [
-            f"{ms(row[name]['p99_ms'])} ({row[f'p99_over_{name}']:.2f}x)"
+            f"{ms(row[name]['p99_ms'])} ({row[f'p99_over_{name}']:.2f}x; {use[name]:.0%} busy)"
             if use.get(name, 1) < 1 else "" for name in ("queue", own)
         ]  # fmt: skip
-        load = f"{use['queue']:.0%}" if "queue" in use else ""
-        if "queue" not in use and "of_queue" in row:
-            load = f"{row['of_queue']:.0%}"
+        if row["loop"] == "open" and not any(queues) and row["server"] != "Batcher":
+            queues[0] = "none: more than it can serve"
+        load = f"{row['of_queue']:.0%}" if "of_queue" in row else ""
         taken = f"{row['stolen_share']:.0%}" if "stolen_share" in row else ""
         times = (ms(row[p]) for p in ("p50_ms", "p99_ms", "p999_ms"))
         rows.append([*cells, *times, taken, load, *queues])
+    joins = any("of_queue" in row for row in result["rows"])
     return "\n\n".join(
         [
             "## A service under load",
@@ -223,19 +224,24 @@ def load_section(result: dict[str, Any], picture: str) -> str:
             f"a deadline of {shape['deadline_ms']:g} ms, {result['batch_mean']:g} queries a search "
             f"in the mean.  \n{where(result)}.",
             table(["server", "loop (share of own saturation)", "clients", "queries/s", "p50 ms",
-                   "p99", "p99.9", "stolen", "use of an M/D/c queue",
-                   "it predicts p99 (ours over it)", f"with the service {OTHER_SERVICES[own]}"],
+                   "p99", "p99.9", "stolen", "share of the queue's rate",
+                   "M/D/c predicts p99 (ours over it)", f"with the service {OTHER_SERVICES[own]}"],
                   rows),
-            "`stolen`: the part of the cores' time that this virtual machine's host gave to others "
-            "meanwhile; no queue knows of it, so each open loop is that one of "
-            f"{shape['rounds']} rounds in which it was least{at_half(result)}. The queue "
-            "has a server for all cores, or one a thread, that serve the same arrivals one by one, "
-            "each as long as a search takes back to back just before and after its stretch of the "
-            "loop; one that is offered more than it can serve predicts nothing, while searches "
-            "that wait are answered together. Every stretch begins with an empty queue, of which "
-            "p99 at 90 % load is about a quarter less than in one long loop. Between "
-            "arrivals the rows leave the caches that they hardly fit into, so a search takes "
-            "longer than back to back: the last column has the queue of such searches.",
+            "`a thread each`: with `set_num_threads(1)`, searches side by side. `stolen`: the part "
+            "of the cores' time that this virtual machine's host gave to others meanwhile; no "
+            f"queue knows of it, so each open loop is that one of {shape['rounds']} rounds in "
+            f"which it was least, of equals the first{at_half(result)}; of memory and caches, "
+            "which others use, too, it says nothing. The M/D/c queue has a server for all cores, or "
+            "one a thread. They serve the same arrivals one by one, each as long as a search takes back "
+            "to back just before and after its stretch of the loop. Its rate is what so many "
+            "clients got back to back, once before all loops; how busy it was, follows from the "
+            "services of its stretches. Where one of them offers more than it can serve, it "
+            "predicts nothing"
+            + (", while searches that wait are answered together" if joins else "")
+            + ". Every stretch begins with an empty queue: at 90 % load its p99 is about a quarter "
+            "less than that of an endless one. Between arrivals the rows leave the caches that "
+            "they hardly fit into, so a search takes longer than back to back: the last column has "
+            "the queue of such searches.",
             f"![p99 against offered load]({picture})",
         ]
     )  # fmt: skip

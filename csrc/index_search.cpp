@@ -97,10 +97,10 @@ void check_set(const IdSet& set, const char* name) {
   if (set.ids && set.bits) refuse(std::string(name) + ": ids or bits, not both");
 }
 
-// How many queries of searches that wait are answered together, at most: of a large index so many
-// take about three times as long as one. With a large k there is little that they share.
+// How many queries of searches that wait are answered together, at most. What they share is reading
+// the rows; the more each finds, the less that is, and the more memory each takes.
 int64_t together(int64_t k) {
-  constexpr int64_t kQueries = 32, kFound = 32 << 10;
+  constexpr int64_t kQueries = 32, kFound = 8 << 10;
   return std::min(kQueries, kFound / k);
 }
 
@@ -188,8 +188,9 @@ void Index::search(const void* queries, DType dtype, int64_t m, int64_t k, float
   if (m <= together(k)) own.object = impl_.get();
   own.kind = k;
   own.size = m;
-  std::shared_ptr<const Snapshot> snapshot = impl_->snapshot();
-  Turn turn(own, takes_turns(*snapshot, impl_->dim));
+  const bool turns = takes_turns(*impl_->snapshot(), impl_->dim);
+  std::shared_ptr<const Snapshot> snapshot;  // none while it waits; let go after the turn
+  Turn turn(own, turns);
   if (turn.done()) return;
   const Work* others = turn.take(together(k) - m);
   snapshot = impl_->snapshot();

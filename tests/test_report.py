@@ -136,14 +136,14 @@ def test_one_reading_of_the_queue_is_judged(report):
            "offered_qps": 400, "p99_ms": 6, "p99_over_queue": 1.2, "p99_over_loaded_queue": 1.4,
            "loaded_queue": {}}  # fmt: skip
     result = {"kind": "load", "machine": {"isa": "b"}, "rows": [row], "shape": {"clients": 16}}
-    said = "1.20 (6.0 ms; 1.40 with the service under that load"
+    said = "1.20 (p99 is 6.0 ms; 1.40 with the service under that load"
     before = "; before searches that wait were joined)"
     assert lines([result], "p99 of search") == [[said + before, "yes"]]
     row |= {"of_queue": 0.5, "of_saturation": 0.1}
     beyond = {"server": "Index.search", "loop": "open", "of_saturation": 0.5, "of_queue": 2.5,
               "offered_qps": 2000, "clients": 16, "p99_ms": 7.25}  # fmt: skip
     result["rows"] = [beyond, row]
-    more = "; 7.2 ms at half of what 16 clients get, 2,000/s)"
+    more = "; at half of what 16 clients get, 2,000/s, p99 is 7.2 ms)"
     assert lines([result], "p99 of search") == [[said + more, "yes"]]
     row["p99_over_queue"] = 1.31
     assert lines([result], "p99 of search")[0][1] == "no"
@@ -158,6 +158,8 @@ def test_batcher_is_judged_by_searches_one_by_one(report):
     result = {"kind": "load", "machine": {"isa": "b"}, "rows": rows, "shape": {"clients": 16}}
     assert lines([result], "Batcher") == []
     rows.append(closed("Batcher", 16, 190))
-    assert lines([result], "Batcher") == [["1.90x (16 callers of search: 3.50x)", "no"]]
+    before = "1.90x (16 callers of search itself: 3.50x; before searches that wait were joined)"
+    assert lines([result], "Batcher") == [[before, "no"]]
     rows[-1]["qps"] = 300
-    assert lines([result], "Batcher") == [["3.00x (16 callers of search: 3.50x)", "yes"]]
+    rows.append({"server": "faiss", "loop": "open", "clients": 16, "of_queue": 1.0})
+    assert lines([result], "Batcher") == [["3.00x (16 callers of search itself: 3.50x)", "yes"]]
