@@ -183,14 +183,14 @@ def load_targets(result: dict[str, Any]) -> list[list[str]]:
     joined = any("of_queue" in row for row in result["rows"])
     closed = {(r["server"], r["clients"]): r["qps"] for r in result["rows"] if "qps" in r}
     clients = result["shape"]["clients"]
-    one, all_, batched = (
-        closed.get(key) for key in
-        [("Index.search", 1), ("Index.search", clients), ("Batcher", clients)]
-    )  # fmt: skip
-    if one and all_ and batched:
+    servers = [("Index.search", 1), ("Batcher", clients), ("Index.search", clients),
+               ("Index.search, a thread each", clients)]  # fmt: skip
+    if all(server in closed for server in servers):
+        one, batched, together, apart = (closed[server] for server in servers)
         rows.append([
             f"Batcher at least doubles the throughput of searches one by one, {isa}",
-            f"{batched / one:.2f}x ({clients} callers of search itself: {all_ / one:.2f}x"
+            f"{batched / one:.2f}x ({clients} callers of search itself: {together / one:.2f}x, a "
+            f"thread each: {apart / one:.2f}x"
             + (")" if joined else "; before searches that wait were joined)"),
             "yes" if batched >= 2 * one else "no",
         ])  # fmt: skip
