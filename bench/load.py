@@ -18,8 +18,7 @@ a stretch is as long as the median of c clients back to back just before and jus
 (`queue`), or as the median of those searches of the stretch itself that found a server free
 (`loaded_queue`). The second is longer: between arrivals the rows leave the caches that they hardly
 fit into, and 16 clients that wake take their time from the searches. Every stretch begins with an
-empty queue, in truth as in the prediction; at 90 % load that makes p99 about a quarter less than in
-one long loop.
+empty queue, in truth as in the prediction; at high load that makes p99 less than an endless loop's.
 
 `stolen_share` is the part of the cores' time that the host of a virtual machine gave to others
 meanwhile, of which no queue knows: so an open loop is run `--rounds` times, the row is the round

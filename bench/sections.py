@@ -157,6 +157,11 @@ def claims_section(result: dict[str, Any]) -> str:
     )
 
 
+def joins(result: dict[str, Any]) -> bool:
+    """Whether searches that wait were answered together; in older results each was for itself."""
+    return any("of_queue" in row for row in result["rows"])
+
+
 def half_of_queue(result: dict[str, Any]) -> dict[str, Any] | None:
     """Our searches at half of what those can serve that are answered one by one.
 
@@ -215,7 +220,6 @@ def load_section(result: dict[str, Any], picture: str) -> str:
         taken = f"{row['stolen_share']:.0%}" if "stolen_share" in row else ""
         times = (ms(row[p]) for p in ("p50_ms", "p99_ms", "p999_ms"))
         rows.append([*cells, *times, taken, load, *queues])
-    joins = any("of_queue" in row for row in result["rows"])
     return "\n\n".join(
         [
             "## A service under load",
@@ -237,9 +241,9 @@ def load_section(result: dict[str, Any], picture: str) -> str:
             "clients got back to back, once before all loops; how busy it was, follows from the "
             "services of its stretches. Where one of them offers more than it can serve, it "
             "predicts nothing"
-            + (", while searches that wait are answered together" if joins else "")
-            + ". Every stretch begins with an empty queue: at 90 % load its p99 is about a quarter "
-            "less than that of an endless one. Between arrivals the rows leave the caches that "
+            + (", while searches that wait are answered together" if joins(result) else "")
+            + ". Every stretch begins with an empty queue, which at high load makes its p99 less "
+            "than that of an endless one. Between arrivals the rows leave the caches that "
             "they hardly fit into, so a search takes longer than back to back: the last column has "
             "the queue of such searches.",
             f"![p99 against offered load]({picture})",

@@ -106,8 +106,7 @@ int64_t together(int64_t k) {
 
 struct Request : Work {
   const float* queries;
-  int64_t m;
-  Answers answers;
+  Answers answers;  // to `size` queries
 };
 
 SearchTask task_of(const Index::Impl& impl, const Snapshot& snapshot, const float* queries,
@@ -133,14 +132,14 @@ void search_now(const Index::Impl& impl, const SearchTask& task, int64_t k,
 void search_together(const Index::Impl& impl, const Snapshot& snapshot, const Request& own,
                      const Work* others) {
   thread_local std::vector<float> queries;
-  queries.assign(own.queries, own.queries + own.m * impl.dim);
+  queries.assign(own.queries, own.queries + own.size * impl.dim);
   std::vector<Answers> answers{own.answers};
-  int64_t m = own.m;
+  int64_t m = own.size;
   for (; others; others = others->next) {
     const auto& r = static_cast<const Request&>(*others);
-    queries.insert(queries.end(), r.queries, r.queries + r.m * impl.dim);
+    queries.insert(queries.end(), r.queries, r.queries + r.size * impl.dim);
     answers.push_back(r.answers);
-    m += r.m;
+    m += r.size;
   }
   search_now(impl, task_of(impl, snapshot, queries.data(), m), own.kind, answers);
 }
@@ -175,7 +174,6 @@ void Index::search(const void* queries, DType dtype, int64_t m, int64_t k, float
   const ExactFloats mode;
   Request own;
   own.queries = query_floats(queries, dtype, m, impl_->dim, stride);
-  own.m = m;
   own.answers = {m, scores, ids, exact};
   check_set(options.allow, "allow");
   check_set(options.deny, "deny");
