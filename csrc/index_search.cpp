@@ -110,8 +110,8 @@ struct Request : Work {
 };
 
 SearchTask task_of(const Index::Impl& impl, const Snapshot& snapshot, const float* queries,
-                   int64_t m) {
-  return {&snapshot, nullptr, queries, m, impl.dim, impl.metric, impl.scan, &impl.doubt};
+                   int64_t m, Turn& turn) {
+  return {&snapshot, nullptr, queries, m, impl.dim, impl.metric, impl.scan, &impl.doubt, &turn};
 }
 
 void count(const Index::Impl& impl, const Stats& stats) {
@@ -130,7 +130,7 @@ void search_now(const Index::Impl& impl, const SearchTask& task, int64_t k,
 
 // `own`, whose turn it is, and the list `others` in one search.
 void search_together(const Index::Impl& impl, const Snapshot& snapshot, const Request& own,
-                     const Work* others) {
+                     const Work* others, Turn& turn) {
   thread_local std::vector<float> queries;
   queries.assign(own.queries, own.queries + own.size * impl.dim);
   std::vector<Answers> answers{own.answers};
@@ -141,7 +141,7 @@ void search_together(const Index::Impl& impl, const Snapshot& snapshot, const Re
     answers.push_back(r.answers);
     m += r.size;
   }
-  search_now(impl, task_of(impl, snapshot, queries.data(), m), own.kind, answers);
+  search_now(impl, task_of(impl, snapshot, queries.data(), m, turn), own.kind, answers);
 }
 
 // A search that joins no other: run(task, stats).
@@ -152,12 +152,13 @@ void search_alone(const Index::Impl& impl, const float* queries, int64_t m,
   const std::shared_ptr<const Snapshot> snapshot = impl.current;
   Filter filter(impl, options);
   state.unlock();
-  SearchTask task = task_of(impl, *snapshot, queries, m);
-  task.filter = filter.masks(*snapshot);
+  const std::vector<LiveMask>* masks = filter.masks(*snapshot);
   Stats stats;
   {
     Work alone;
-    const Turn turn(alone, takes_turns(*snapshot, impl.dim));
+    Turn turn(alone, worth_sharing(*snapshot, impl.dim));
+    SearchTask task = task_of(impl, *snapshot, queries, m, turn);
+    task.filter = masks;
     run(task, stats);
   }
   ++stats.searches;
@@ -186,7 +187,7 @@ void Index::search(const void* queries, DType dtype, int64_t m, int64_t k, float
   if (m <= together(k)) own.object = impl_.get();
   own.kind = k;
   own.size = m;
-  const bool turns = takes_turns(*impl_->snapshot(), impl_->dim);
+  const bool turns = worth_sharing(*impl_->snapshot(), impl_->dim);
   std::shared_ptr<const Snapshot> snapshot;  // none while it waits; let go after the turn
   Turn turn(own, turns);
   if (turn.done()) return;
@@ -194,13 +195,13 @@ void Index::search(const void* queries, DType dtype, int64_t m, int64_t k, float
   snapshot = impl_->snapshot();
   if (others) {
     try {
-      search_together(*impl_, *snapshot, own, others);
+      search_together(*impl_, *snapshot, own, others, turn);
       return turn.finish();
     } catch (const std::exception&) {  // memory for all of them may have run out: each alone, then
       turn.give_back();
     }
   }
-  search_now(*impl_, task_of(*impl_, *snapshot, own.queries, m), k, {own.answers});
+  search_now(*impl_, task_of(*impl_, *snapshot, own.queries, m, turn), k, {own.answers});
 }
 
 RangeResult Index::range_search(const void* queries, DType dtype, int64_t m, double radius,

@@ -10,17 +10,13 @@
 namespace knnfast {
 namespace {
 
+constexpr int64_t kGroupWhileOthersWait = 64;  // nearly as fast as kGroup
 constexpr int kDoubt = 256;  // searches without trust after one that had to be repeated
 
 int64_t rows_of(const Snapshot& snapshot) {
   int64_t rows = 0;
   for (const SegmentView& s : snapshot) rows += s.n;
   return rows;
-}
-
-// Among threads: below, a search is over before they have woken.
-bool worth_sharing(const Snapshot& snapshot, int64_t dim) {
-  return rows_of(snapshot) * dim >= int64_t{1} << 20;
 }
 
 // Every group of queries in turn: threads share the rows, or, where the rows are few, the groups.
@@ -67,16 +63,18 @@ void for_groups(const SearchTask& task, size_t k, const double* radius, Stats& s
     });
     return;
   }
-  for (int64_t first = 0; first < task.m; first += kGroup)
-    run(first, kGroup, small ? 1 : threads, stats);
+  for (int64_t first = 0, size = kGroup; first < task.m; first += size) {
+    if (first) size = task.turn->give_way() ? kGroupWhileOthersWait : kGroup;
+    run(first, size, small ? 1 : threads, stats);
+  }
 }
 
 double score_of(Metric metric, double key) { return metric == Metric::l2 ? -key : key; }
 
 }  // namespace
 
-bool takes_turns(const Snapshot& snapshot, int64_t dim) {
-  return num_threads() > 1 && worth_sharing(snapshot, dim);
+bool worth_sharing(const Snapshot& snapshot, int64_t dim) {
+  return rows_of(snapshot) * dim >= int64_t{1} << 20;
 }
 
 void search_topk(const SearchTask& task, int64_t k, const Answers* answers, Stats& stats) {

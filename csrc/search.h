@@ -7,6 +7,7 @@
 
 #include "knnfast/index.h"
 #include "segment.h"
+#include "turn.h"
 
 namespace knnfast {
 
@@ -18,6 +19,7 @@ struct SearchTask {
   Metric metric;
   Scan scan;
   std::atomic<int>* doubt;  // the index's: so many searches from now on take nothing on trust
+  Turn* turn;               // gives way between groups of queries
 };
 
 inline Stats& operator+=(Stats& total, const Stats& s) {
@@ -43,8 +45,9 @@ struct Answers {
   double* exact;  // FP64 scores too, or null
 };
 
-// Whether all threads share the rows: such searches are for one after another (turn.h).
-bool takes_turns(const Snapshot& snapshot, int64_t dim);
+// Whether threads share the rows, and searches wait for their turn: below, a search is over before
+// others have woken.
+bool worth_sharing(const Snapshot& snapshot, int64_t dim);
 
 // Each thread keeps its buffers from one search to the next. `answers`: of all queries, in parts.
 void search_topk(const SearchTask& task, int64_t k, const Answers* answers, Stats& stats);

@@ -147,7 +147,7 @@ class Pool {
   bool stop_ = false;
 };
 
-int hardware_threads() {
+int cores_allowed() {
 #ifdef __linux__
   cpu_set_t set;
   if (pthread_getaffinity_np(pthread_self(), sizeof set, &set) == 0 && CPU_COUNT(&set) > 0)
@@ -179,11 +179,14 @@ Owner& owner() {
 
 }  // namespace
 
+int cores() {
+  static const int allowed = cores_allowed();
+  return allowed;
+}
+
 int num_threads() {
   const int n = g_threads.load(std::memory_order_relaxed);
-  if (n > 0) return n;
-  static const int hardware = hardware_threads();
-  return hardware;
+  return n > 0 ? n : cores();
 }
 
 void set_num_threads(int64_t n) {

@@ -7,6 +7,8 @@
 
 namespace knnfast {
 
+int cores();  // that this process may run on
+
 // A callable that outlives the call it is handed to: no copy, no allocation.
 class TaskRef {
  public:

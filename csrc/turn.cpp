@@ -6,8 +6,13 @@
 #include <mutex>
 #include <thread>
 
+#include "knnfast/index.h"
+#include "thread_pool.h"
+
 namespace knnfast {
 namespace {
+
+int at_once() { return num_threads() > 1 ? 1 : cores(); }
 
 class Line {
  public:
@@ -17,8 +22,8 @@ class Line {
     work.state = Work::kWaits;
     work.place = entered_++;
     work.next = nullptr;
-    if (!busy_) {
-      busy_ = true;
+    if (!first_ && running_ < at_once()) {
+      ++running_;
       return true;
     }
     (last_ ? last_->next : first_) = &work;
@@ -29,6 +34,11 @@ class Line {
     // Whoever called has an answer to carry away, often on this very core: that goes first.
     std::this_thread::yield();
     return true;
+  }
+
+  bool empty() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return !first_;
   }
 
   Work* take(const Work& own, int64_t size) {
@@ -70,8 +80,8 @@ class Line {
       w->state = Work::kDone;
       w->wake.notify_one();
     }
-    busy_ = first_ != nullptr;
-    if (Work* next = first_) {
+    for (--running_; first_ && running_ < at_once(); ++running_) {
+      Work* next = first_;
       first_ = next->next;
       if (!first_) last_ = nullptr;
       next->state = Work::kCalled;
@@ -83,7 +93,7 @@ class Line {
   std::mutex mutex_;
   Work *first_ = nullptr, *last_ = nullptr;
   uint64_t entered_ = 0;
-  bool busy_ = false;
+  int running_ = 0;  // where it is 0 nobody waits
 };
 
 // Never destroyed: a search may still run while the process ends.
@@ -109,6 +119,12 @@ Turn::Turn(Work& work, bool wait) : work_(work), line_(wait ? line() : nullptr) 
 Turn::~Turn() {
   give_back();
   if (line_) static_cast<Line*>(line_)->leave(finished_);
+}
+
+bool Turn::give_way() {
+  if (!line_ || static_cast<Line*>(line_)->empty()) return false;
+  static_cast<Line*>(line_)->leave(nullptr);
+  return static_cast<Line*>(line_)->enter(work_);
 }
 
 Work* Turn::take(int64_t size) {

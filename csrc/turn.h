@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The line in which long work waits for all cores: searches, steps of sampling. One after another
-// they end sooner, and in a narrower range of times, than side by side on a core each.
+// The line in which long work waits for cores: searches, steps of sampling. What all threads share
+// has them all, one after another: it ends sooner, and in a narrower range of times, than side by
+// side on a core each. With one thread (num_threads) as many are at work as there are cores.
 #pragma once
 
 #include <condition_variable>
@@ -23,7 +24,7 @@ struct Work {
   std::condition_variable wake;
 };
 
-// While it lives, nothing else has a turn; first come, first served.
+// While it lives, one that works has a core, or all of them; first come, first served.
 class Turn {
  public:
   // Returns when the turn has come, or when `work` has been done. Without `wait` it stands in no
@@ -36,6 +37,9 @@ class Turn {
   Turn& operator=(const Turn&) = delete;
 
   bool done() const { return done_; }  // by another: there is no turn
+
+  // Between parts of long work that no other may do: whoever waits goes first. Whether one did.
+  bool give_way();
 
   // Takes work of the same object and kind out of the line, those that came first, up to `size` in
   // all, and returns it as a list; its callers wait on. Once a turn.

@@ -33,7 +33,7 @@ instrumented __tsan_init
 OMP_NUM_THREADS=1 TSAN_OPTIONS=suppressions=$PWD/tests/tsan.supp KNNFAST_STRESS_SECONDS=60 \
   LD_PRELOAD="$(g++ -print-file-name=libtsan.so)" \
   "$PYTHON" -m pytest -q tests/test_index.py tests/test_turns.py \
-  -k "snapshots or joined and not cannot"
+  -k "(snapshots or joined or may_change or others_in) and not cannot"
 
 echo "== 50 kills while saving"
 "$PYTHON" setup.py -q build_ext --inplace --force

@@ -1,11 +1,13 @@
 """Searches of many threads: those that wait for the same rows are answered together."""
 
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -46,9 +48,8 @@ def reference_topk(queries, rows, k, metric="ip"):
     return [part.numpy() for part in reference.topk(*tensors, k, metric)]
 
 
-def behind_a_long_search(index, queries, calls):
-    """Runs every call in a thread of its own while a search of many queries has the turn."""
-    long = np.tile(queries, (16, 1))
+def behind_a_long_search(index, queries, calls, holders=1):
+    """Runs every call in a thread of its own while searches of many queries have all turns."""
     results = [None] * len(calls)
 
     def run(i):
@@ -57,13 +58,15 @@ def behind_a_long_search(index, queries, calls):
         except Exception as error:
             results[i] = error
 
-    holder = threading.Thread(target=index.search, args=(long, 10))
+    long = np.tile(queries, (16, 1))
+    holding = [threading.Thread(target=index.search, args=(long, 10)) for _ in range(holders)]
     callers = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
-    holder.start()
+    for thread in holding:
+        thread.start()
     time.sleep(0.02)
     for thread in callers:
         thread.start()
-    for thread in (holder, *callers):
+    for thread in (*holding, *callers):
         thread.join(timeout=60)
         assert not thread.is_alive(), "a caller was never answered"
     return results
@@ -103,6 +106,73 @@ def test_joined_searches_give_the_reference_bits(rows, queries, metric):
     np.testing.assert_array_equal(results[-2][1], alone[1])
     for got, want in zip(results[-1], index.range_search(queries[:1], radius), strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+def test_searches_of_one_thread_each_are_joined(rows, queries):
+    """There are as many turns as cores."""
+    set_num_threads(1)
+    index, cores = filled(rows), len(os.sched_getaffinity(0))
+    calls = [lambda i=i: index.search(queries[i], 10) for i in range(CALLERS)]
+    results, searches, _ = until_joined(
+        index, 4, lambda: behind_a_long_search(index, queries, calls, cores)
+    )
+    assert searches == CALLERS + cores
+    scores, ids = reference_topk(queries[:CALLERS], rows, 10)
+    np.testing.assert_array_equal(np.stack([found[1] for found in results]), ids)
+    np.testing.assert_array_equal(np.stack([found[0] for found in results]), scores)
+
+
+def test_the_number_of_threads_may_change_while_searches_wait(rows, queries):
+    """Turns become more and fewer; nobody is forgotten in the line."""
+    index = filled(rows)
+    want, end = index.search(queries, 5)[1], time.perf_counter() + 1
+
+    def ask(i):
+        wrong, at = 0, i
+        while time.perf_counter() < end:
+            wrong += (index.search(queries[at % 256], 5)[1] != want[at % 256]).any()
+            at += CALLERS
+        return wrong
+
+    with ThreadPoolExecutor(CALLERS) as pool:
+        asked = [pool.submit(ask, i) for i in range(CALLERS)]
+        for turn in itertools.cycle((1, 2, 3)):
+            if time.perf_counter() > end:
+                break
+            set_num_threads(turn)
+            time.sleep(0.005)
+        assert [each.result(timeout=60) for each in asked] == [0] * CALLERS
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", ["search", "filtered", "range"])
+def test_a_bulk_of_queries_lets_others_in(rows, queries, kind, threads):
+    """A single query is answered long before the bulk that has the turn, and both are right."""
+    set_num_threads(threads)
+    index = filled(rows)
+    deny, radius = np.arange(0, ROWS, 3), float(index.search(queries, 3)[0].min())
+    run = {
+        "search": lambda q: index.search(q, 10),
+        "filtered": lambda q: index.search(q, 10, deny=deny),
+        "range": lambda q: index.range_search(q, radius)[1:],
+    }[kind]
+    bulk = np.tile(queries, (48, 1))
+    expected = run(queries)
+    holders = len(os.sched_getaffinity(0)) if threads == 1 else 1
+    alone = index.search(queries[:3], 10)[1]
+    for _ in range(10):  # the machine may hold up the single one
+        with ThreadPoolExecutor(holders) as pool:
+            bulks = [pool.submit(run, bulk) for _ in range(holders)]
+            time.sleep(0.02)
+            single = [index.search(queries[i], 10)[1] for i in range(3)]
+            first = not any(each.done() for each in bulks)
+            for each in bulks:
+                for found, want in zip(each.result(timeout=60), expected, strict=True):
+                    np.testing.assert_array_equal(found, np.concatenate([want] * 48))
+        np.testing.assert_array_equal(np.stack(single), alone)
+        if first:
+            return
+    pytest.fail("the bulk was always done first")
 
 
 def test_two_indexes_in_one_line(rows, queries):

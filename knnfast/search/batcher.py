@@ -42,10 +42,9 @@ class Batcher:
 
     The first caller of a kind (same k, same filter objects) leads: it waits up to the deadline for
     others, then until the search before it has ended, and searches for all who came meanwhile.
-    (`Index.search` itself joins searches that wait for a large CPU index, but none with filters,
-    and none on one core.) There is no thread of its own, and one search at a time. Answers are
-    `Index.search`'s, bit for bit, and so are errors: a bad call raises in its own thread and
-    disturbs nobody.
+    (`Index.search` itself joins searches that wait for a large CPU index, but none with filters.)
+    There is no thread of its own, and one search at a time. Answers are `Index.search`'s, bit for
+    bit, and so are errors: a bad call raises in its own thread and disturbs nobody.
 
     Args:
         index: what is searched; it may grow and shrink meanwhile.
