@@ -140,7 +140,7 @@ WHY_BROKEN = (
     "multiplies int8 another four times as fast. On clustered rows and on embeddings stops spare "
     "two thirds of that, and a larger k costs more of it: k rows near a query must have been seen "
     "before any can be passed over. Rows near a few directions, as embeddings are, are coded in "
-    "rotated coordinates: d multiplications in FP32 for each of d coordinates of every row."
+    "rotated coordinates: d multiplications for each of d coordinates of every row."
 )
 
 

@@ -285,7 +285,7 @@ index, fresh_s, end, peak = filled()
 del index, halves
 index, add_s, _, _ = filled()
 once = 4 * d * -(-n // 2**18)  # one mean of d floats for each segment of 256 MiB
-once += 4 * d * d * (how == "few directions")  # the rotation
+once += (4 + 2) * d * d * (how == "few directions")  # the rotation, in floats and whole numbers
 out = {"add_s": add_s, "fresh_add_s": fresh_s, "fresh_touch_s": touch_s,
        "bytes_per_row": (index.nbytes - once) / n, "peak": peak / end,
        "rss_per_row": end * 1024 / n}

@@ -123,7 +123,7 @@ int64_t Index::nbytes() const {
     if (s.live) total += static_cast<int64_t>(s.live->size()) * 2;
     if (s.codes && s.codes->rotation) rotated = s.codes->rotation.get();
   }
-  if (rotated) total += static_cast<int64_t>(rotated->panels.size()) * 4;
+  if (rotated) total += rotated->bytes();
   return total;
 }
 

@@ -121,6 +121,10 @@ struct Kernels {
   // out [rows, cols] = a [rows, inner] · b, with b in panels [cols/32][inner][32]; cols is a
   // multiple of 32, inner of kSumLength: so many products are summed at a time.
   void (*matmul)(const float* a, int rows, int inner, const float* b, int cols, float* out);
+  // The same of whole numbers, b's rows in pairs, panels [cols/32][inner/2][32][2]. What is summed
+  // at a time has to fit into an int32, and becomes a float then.
+  void (*matmul_int16)(const int16_t* a, int rows, int inner, const int16_t* b, int cols,
+                       float* out);
 };
 
 const Kernels& kernels();  // the best this machine has, or KNNFAST_ISA's

@@ -247,6 +247,7 @@ extern const Kernels kAvx2 = {"avx2",
                               to_float,
                               centre_row_plain<to_float>,
                               quantize_row_plain,
+                              matmul,
                               matmul};
 
 }  // namespace knnfast

@@ -186,6 +186,7 @@ extern const Kernels kPortable = {"portable",
                                   to_float,
                                   centre_row_plain<to_float>,
                                   quantize_row_plain,
+                                  matmul,
                                   matmul};
 
 }  // namespace knnfast

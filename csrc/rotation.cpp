@@ -17,6 +17,9 @@ constexpr double kGain = 0.2;          // of the rows' squares, before the first
 constexpr double kBehind = 0.1;        // at most, behind the second one
 constexpr double kMaxError = 0x1p-19;  // half of every margin of the bounds; FP32 has less
 constexpr int kIterations = 3;
+constexpr double kLargest = 32766;    // of whole numbers, with room for rounding
+constexpr double kLongest = 1 << 16;  // kSumLength of W: then W and Y lose about as much
+constexpr double kTiny = 1e-20;       // a row so small is as good as 0
 
 // b [inner, cols] into the panels that matmul takes.
 AlignedVector<float> to_panels(const float* b, int64_t inner, int64_t cols) {
@@ -42,6 +45,23 @@ float dot(const float* x, const float* y, int64_t n) {
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) sum += x[j] * y[j];
   return sum;
+}
+
+double largest(const float* x, int64_t n) {
+  float top = 0;
+#pragma omp simd reduction(max : top)
+  for (int64_t j = 0; j < n; ++j) top = std::max(top, std::fabs(x[j]));
+  return static_cast<double>(top);
+}
+
+// The largest norm of kSumLength elements that matmul sums at a time, to 1e-6.
+double longest_part(const float* x, int64_t n) {
+  float square = 0;
+  for (int64_t j = 0; j < n; j += kSumLength) {
+    const int64_t length = std::min<int64_t>(kSumLength, n - j);
+    square = std::max(square, dot(x + j, x + j, length));
+  }
+  return std::sqrt(static_cast<double>(square));
 }
 
 void add(float* x, float factor, const float* y, int64_t n) {
@@ -79,20 +99,40 @@ void orthonormalise(float* rows, int64_t dim) {
   }
 }
 
-// RRᵀ - 1 [dim, dim] of rows [dim, padded] with zeros behind dim.
-std::vector<double> off_orthogonal(const float* rows, int64_t dim) {
+// XXᵀ [dim, dim] of rows [dim, padded] with zeros behind dim.
+std::vector<double> gram(const AlignedVector<double>& x, int64_t dim) {
   constexpr int64_t kTask = 8;
-  const int64_t pad = static_cast<int64_t>(padded(dim));
-  const AlignedVector<double> wide(rows, rows + dim * pad);
-  std::vector<double> off(static_cast<size_t>(dim * dim));
+  const size_t pad = padded(dim);
+  std::vector<double> products(static_cast<size_t>(dim * dim));
   parallel_for((dim + kTask - 1) / kTask, [&](int, int64_t task) {
     const int64_t first = task * kTask;
-    kernels().dot(wide.data() + first * pad, static_cast<int>(std::min(kTask, dim - first)),
-                  wide.data(), static_cast<int>(dim), static_cast<size_t>(pad),
-                  static_cast<int>(dim), off.data() + first * dim);
+    kernels().dot(x.data() + static_cast<size_t>(first) * pad,
+                  static_cast<int>(std::min(kTask, dim - first)), x.data(), static_cast<int>(dim),
+                  pad, static_cast<int>(dim), products.data() + first * dim);
   });
+  return products;
+}
+
+// RRᵀ - 1 [dim, dim] of rows [dim, padded] with zeros behind dim.
+std::vector<double> off_orthogonal(const float* rows, int64_t dim) {
+  const int64_t pad = static_cast<int64_t>(padded(dim));
+  std::vector<double> off = gram(AlignedVector<double>(rows, rows + dim * pad), dim);
   for (int64_t i = 0; i < dim; ++i) off[static_cast<size_t>(i * dim + i)] -= 1;
   return off;
+}
+
+// At least the norm of X, rows [dim, padded] with zeros behind dim: the 16th root of the sum of its
+// singular values' 16th powers, (XXᵀ)⁴'s squares.
+double norm_of(AlignedVector<double> x, int64_t dim) {
+  const int64_t pad = static_cast<int64_t>(padded(dim));
+  for (int round = 0; round < 3; ++round) {
+    const std::vector<double> products = gram(x, dim);
+    for (int64_t i = 0; i < dim; ++i)
+      std::copy_n(products.data() + i * dim, dim, x.data() + i * pad);
+  }
+  double sum = 0;
+  for (const double v : x) sum += v * v;
+  return std::pow(sum, 1.0 / 16) * (1 + 1e-9);
 }
 
 // Row k of the orthonormal cosine transform (DCT-II) of n values.
@@ -262,6 +302,85 @@ std::shared_ptr<const Rotation> find_rotation(const float* y, int64_t n, int64_t
 void rotate(const Rotation& rotation, const float* y, int64_t n, float* out) {
   const int pad = static_cast<int>(padded(rotation.dim));
   kernels().matmul(y, static_cast<int>(n), pad, rotation.panels.data(), pad, out);
+}
+
+const Rotation::Whole& Rotation::whole() const {
+  std::call_once(once_, [this] {
+    const size_t d = static_cast<size_t>(dim), pad = padded(dim);
+    std::vector<float> r(d * d);
+    rows(r.data());
+    Whole made;
+    made.panels.assign(pad * pad, 0);
+    made.back.assign(pad, 0);
+    AlignedVector<double> off(d * pad);
+    double longest = 0;  // kSumLength elements of a row of W
+    for (size_t i = 0; i < d; ++i) {
+      const float* row = r.data() + i * d;
+      const double w = std::min(kLargest / largest(row, dim), kLongest / longest_part(row, dim));
+      made.back[i] = static_cast<float>(1 / w);
+      double square = 0;
+      for (size_t j = 0; j < d; ++j) {
+        const double exact = static_cast<double>(row[j]), rounded = std::nearbyint(exact * w);
+        off[i * pad + j] = exact - rounded / w;
+        made.panels[i / kPanel * kPanel * pad + j / 2 * 2 * kPanel + i % kPanel * 2 + j % 2] =
+            static_cast<int16_t>(rounded);
+        square = (j % kSumLength ? square : 0) + rounded * rounded;
+        longest = std::max(longest, std::sqrt(square));
+      }
+    }
+    made.error = norm_of(std::move(off), dim);
+    // Rounding makes kSumLength elements of u·y longer by half a unit each at most.
+    made.most = 0x1.fffffp30 / longest - std::sqrt(kSumLength) / 2;
+    whole_ = std::move(made);
+    whole_bytes_ = static_cast<int64_t>(pad * pad * sizeof(int16_t));
+  });
+  return whole_;
+}
+
+int64_t Rotation::bytes() const {
+  return static_cast<int64_t>(panels.size()) * 4 + whole_bytes_.load();
+}
+
+void rotate_rows(const Rotation& rotation, const float* y, const double* norms, int64_t n,
+                 float* out, double* off) {
+  const Rotation::Whole& whole = rotation.whole();
+  const int64_t dim = rotation.dim, pad = static_cast<int64_t>(padded(dim));
+  AlignedVector<int16_t> rounded(static_cast<size_t>(n * pad));
+  std::vector<float> back(static_cast<size_t>(n));
+  // Of sums that become floats, are added up and multiplied; those of a coordinate are within ‖y‖.
+  const double roundings = static_cast<double>(pad / kSumLength) + 6;
+  const double share = rotation.error + whole.error +
+                       1.01 * roundings * 0x1p-24 * std::sqrt(static_cast<double>(dim));
+  for (int64_t i = 0; i < n; ++i) {
+    const float* from = y + i * pad;
+    const double top = largest(from, dim);
+    if (top < kTiny) {
+      off[i] = 1.01 * norms[i];
+      continue;  // Y and `back` are 0
+    }
+    const float u = static_cast<float>(
+        std::min(kLargest / top, whole.most / longest_part(from, dim)) * (1 - 1e-6));
+    int16_t* to = rounded.data() + i * pad;
+    float lost = 0;
+#pragma omp simd reduction(+ : lost)
+    for (int64_t j = 0; j < dim; ++j) {
+      const float x = from[j] * u;
+      const int nearest = static_cast<int>(x + std::copysign(0.5f, x));
+      const float rest = x - static_cast<float>(nearest);
+      lost += rest * rest;
+      to[j] = static_cast<int16_t>(nearest);
+    }
+    back[static_cast<size_t>(i)] = 1 / u;
+    off[i] =
+        share * norms[i] + 1.01 * std::sqrt(static_cast<double>(lost)) / static_cast<double>(u);
+  }
+  kernels().matmul_int16(rounded.data(), static_cast<int>(n), static_cast<int>(pad),
+                         whole.panels.data(), static_cast<int>(pad), out);
+  for (int64_t i = 0; i < n; ++i) {
+    const float factor = back[static_cast<size_t>(i)];
+    for (int64_t j = 0; j < pad; ++j)
+      out[i * pad + j] *= factor * whole.back[static_cast<size_t>(j)];
+  }
 }
 
 }  // namespace knnfast

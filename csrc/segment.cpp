@@ -152,7 +152,6 @@ void quantize_blocks(const Segment& segment, Codes& codes, int64_t dim, uint32_t
   const Kernels& k = kernels();
   const size_t block_bytes = static_cast<size_t>(code_groups(dim)) * 64, pad = padded(dim);
   const Rotation* rotation = codes.rotation.get();
-  const double turning = rotation ? rotation->slack() : 0;
   // A cosine row's own normalisation in float is within 2^-21 of x/‖x‖.
   const double slack = cosine ? 1e-6 : 0;
   parallel_for((end - begin + kTask - 1) / kTask, [&](int, int64_t task) {
@@ -160,11 +159,15 @@ void quantize_blocks(const Segment& segment, Codes& codes, int64_t dim, uint32_t
     const uint32_t rows = (std::min(end, first + kTask) - first) * kBlockRows;
     const int64_t first_row = static_cast<int64_t>(first) * kBlockRows;
     AlignedVector<float> y(rows * pad), turned(rotation ? rows * pad : 0);
+    double norms[kTask * kBlockRows], off[kTask * kBlockRows];
     for (uint32_t r = 0; r < rows; ++r)
       k.centre_row(segment.rows.as<uint16_t>() + (first_row + r) * dim,
                    row_factor(segment, first_row + r, cosine), codes.mean.data(),
                    static_cast<int>(dim), y.data() + r * pad);
-    if (rotation) rotate(*rotation, y.data(), rows, turned.data());
+    if (rotation) {
+      for (uint32_t r = 0; r < rows; ++r) norms[r] = std::sqrt(squares(y.data() + r * pad, 0, dim));
+      rotate_rows(*rotation, y.data(), norms, rows, turned.data(), off);
+    }
     for (uint32_t r = 0; r < rows; ++r) {
       const float* from = (rotation ? turned : y).data() + r * pad;
       const size_t row = static_cast<size_t>(first_row + r);
@@ -176,9 +179,8 @@ void quantize_blocks(const Segment& segment, Codes& codes, int64_t dim, uint32_t
                      codes.scale.as<float>() + row, &residual, norm);
       double error = slack;
       if (rotation) {
-        const double length = std::sqrt(squares(y.data() + r * pad, 0, dim));
-        *norm = static_cast<float>(length);
-        error += turning * length;
+        *norm = static_cast<float>(norms[r]);
+        error += off[r];
       }
       codes.bounds.as<uint32_t>()[row] =
           bounds_of((static_cast<double>(residual) + error) * (1 + 1e-9), error, *norm, from, dim);

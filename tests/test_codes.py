@@ -1,6 +1,10 @@
 """A segment's int8 codes as `csrc/segment.h` defines them: every exact answer rests on them."""
 
+import ctypes
 import json
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,18 +60,32 @@ def test_rotated_codes_keep_their_bound(tmp_path, seed, d, metric):
     x += rng.standard_normal(d)
     x[::9] *= 10.0 ** rng.uniform(-6, 3, (len(x[::9]), 1))
     x[5] = 0
-    rotation, after = check_codes(tmp_path / "index", x.astype(np.float16), metric)
+    rotation, after = check_codes(tmp_path / "index", x.astype(np.float16), metric, extremes)
     assert np.linalg.norm(rotation.T @ rotation - np.eye(d)) <= 2**-19
     assert after < 0.3  # of the rows' squares; d / 16 * 11 before
 
 
-def check_codes(folder, x, metric):
+def extremes(rotation, mean):
+    """Rows whose products with the rotation's are as large as they can be: y lies along one of
+    them, or along 64 elements of it, which are summed in 32 bits; and rows of one element."""
+    d = len(rotation)
+    parts = np.arange(d) // 64 == np.arange(-(-d // 64))[:, None]
+    along = np.concatenate([rotation, -rotation, *(rotation * part for part in parts), np.eye(d)])
+    return np.concatenate([mean + along, mean + 100 * along, mean + 1e-3 * along])
+
+
+def check_codes(folder, x, metric, more=None):
     """Everything stored keeps what is promised of it; the rotation, and the share of the rows'
-    squares that lies behind the first stop."""
-    d = x.shape[1]
+    squares that lies behind the first stop. `more`: rows to add then, of rotation and mean."""
+    found, d = x.shape
     index = Index(d, metric=metric, scan="int8")
     index.add(x)
     index.save(folder)
+    if more:
+        later = more(stored(folder)[-1], stored(folder)[2].astype(np.float64)).astype(np.float16)
+        index.add(later[: len(later) // 16 * 16])
+        x = np.concatenate([x, later[: len(later) // 16 * 16]])
+        index.save(folder)
     kept, row_norm, mean, scale, bounds, norm, codes, rotation = stored(folder)
     bounds = bounds.view(np.uint32)
     residual = (bounds & 0xFFFF0000).view(np.float32)
@@ -91,7 +109,7 @@ def check_codes(folder, x, metric):
     # No looser than rounding asks for: half a step for each element.
     step = 0.5 * scale.astype(np.float64) * np.sqrt(d)
     rounded = 1 + 2**-7 + 1e-4
-    rounding = 4e-6 + rotated * (2**-19 + (d / 64 + 70) * 2**-24 * np.sqrt(d))
+    rounding = 4e-6 + rotated * (2**-19 + 2.5e-5 * np.sqrt(d))
     assert (residual <= (step + rounding * length + 2e-6 + 2e-18 * d) * rounded).all()
     # What is left of a row behind each stop, in 255ths of its norm.
     groups = -(-d // 4)
@@ -103,4 +121,72 @@ def check_codes(folder, x, metric):
         assert ((share - 1) / 255 * norm <= (rest + rounding * length + 2e-6) * (1 + 1e-5)).all()
     np.testing.assert_allclose(norm, length, rtol=2**-20, atol=1e-6 if metric == "cosine" else 0)
     first = -(-groups * 5 // 64) * 16 if groups >= 32 else 0
+    y = y[:found]
     return rotation, (y[:, first:] ** 2).sum() / (y**2).sum()
+
+
+ROTATE_ROWS = """
+#include <cmath>
+#include "query_codes.h"
+#include "rotation.h"
+using namespace knnfast;
+extern "C" void rotate_rows_of(const float* r, const float* y, const double* norms, int64_t n,
+                               int64_t dim, float* out, double* off) {
+  rotate_rows(*Rotation::from_rows(r, dim), y, norms, n, out, off);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def rotate_rows(tmp_path_factory):
+    """Rows y [n, d] times R [d, d], and how far each is off at most."""
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    root, folder = Path(__file__).parents[1], tmp_path_factory.mktemp("rotate_rows")
+    (folder / "run.cpp").write_text(ROTATE_ROWS)
+    names = ("rotation", "query_codes", "thread_pool", "dispatch", "kernels_portable")
+    subprocess.run(
+        ["c++", "-std=c++17", "-O2", "-fopenmp-simd", "-shared", "-fPIC", "-pthread",
+         f"-I{root / 'include'}", f"-I{root / 'csrc'}", "-o", folder / "run.so",
+         folder / "run.cpp", *(root / "csrc" / f"{name}.cpp" for name in names)],
+        check=True,
+    )  # fmt: skip
+    call = ctypes.CDLL(str(folder / "run.so")).rotate_rows_of
+
+    def run(rotation, y):
+        (n, d), pad = y.shape, -(-y.shape[1] // 64) * 64
+        wide, out = np.zeros((n, pad), np.float32), np.full((n, pad), np.nan, np.float32)
+        wide[:, :d] = y
+        norms, off = np.linalg.norm(wide.astype(np.float64), axis=1), np.full(n, np.nan)
+        arrays = [np.ascontiguousarray(rotation, np.float32), wide, norms]
+        a, b, c, e, f = [ctypes.c_void_p(x.ctypes.data) for x in (*arrays, out, off)]
+        call(a, b, c, ctypes.c_int64(n), ctypes.c_int64(d), e, f)
+        assert not out[:, d:].any()
+        return out[:, :d].astype(np.float64), off
+
+    return run
+
+
+@pytest.mark.parametrize("d", [125, 128, 250, 512])
+def test_rotated_rows_are_as_near_as_they_say(rotate_rows, d, seed, monkeypatch):
+    """Those, too, that the rounded matrix moves most; the bound is less than twice of that."""
+    monkeypatch.delenv("KNNFAST_ISA", raising=False)
+    rng = np.random.default_rng(seed)
+    rotation = np.linalg.qr(rng.standard_normal((d, d)))[0].astype(np.float32)
+    exact = rotation.astype(np.float64)
+    rounded = rotate_rows(rotation, np.eye(d))[0].T  # W's rows over w, to FP32
+    most_moved = np.linalg.svd(exact - rounded)[2][:3]
+    y = np.concatenate([
+        rng.standard_normal((100, d)),
+        rng.standard_normal((50, d)) * 2.0 ** rng.integers(-60, 60, (50, 1)),
+        extremes(exact, 0), np.zeros((1, d)), np.full((1, d), 1e-30), most_moved,
+    ]).astype(np.float32)  # fmt: skip
+    out, off = rotate_rows(rotation, y)
+    wrong = np.linalg.norm(out - y.astype(np.float64) @ exact.T, axis=1)
+    assert (wrong <= off).all()
+    assert (off[-3:] <= 2 * wrong[-3:]).all()
+    # A matrix of whole numbers leaves the rounding of y alone.
+    out, off = rotate_rows(np.eye(d)[::-1], y[:100])
+    wrong = np.linalg.norm(out - y[:100, ::-1], axis=1)
+    assert (wrong <= off).all()
+    assert (off <= 1.1 * wrong + 5e-5 * np.linalg.norm(y[:100], axis=1)).all()
