@@ -231,7 +231,7 @@ def load_section(result: dict[str, Any], picture: str) -> str:
                    "p99", "p99.9", "stolen", "share of the queue's rate",
                    "M/D/c predicts p99 (ours over it)", f"with the service {OTHER_SERVICES[own]}"],
                   rows),
-            "`a thread each`: with `set_num_threads(1)`, searches side by side. `stolen`: the part "
+            "`a thread each`: with `set_num_threads(1)`, a search on each core. `stolen`: the part "
             "of the cores' time that this virtual machine's host gave to others meanwhile; no "
             f"queue knows of it, so each open loop is that one of {shape['rounds']} rounds in "
             f"which it was least, of equals the first{at_half(result)}; of memory and caches, "

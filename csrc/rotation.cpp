@@ -19,7 +19,7 @@ constexpr double kMaxError = 0x1p-19;  // half of every margin of the bounds; FP
 constexpr int kIterations = 3;
 constexpr double kLargest = 32766;    // of whole numbers, with room for rounding
 constexpr double kLongest = 1 << 16;  // kSumLength of W: then W and Y lose about as much
-constexpr double kTiny = 1e-20;       // a row so small is as good as 0
+constexpr double kTiny = 1e-15;       // a row so small is as good as 0
 
 // b [inner, cols] into the panels that matmul takes.
 AlignedVector<float> to_panels(const float* b, int64_t inner, int64_t cols) {
@@ -54,7 +54,7 @@ double largest(const float* x, int64_t n) {
   return static_cast<double>(top);
 }
 
-// The largest norm of kSumLength elements that matmul sums at a time, to 1e-6.
+// The largest norm of kSumLength elements that matmul sums at a time, to 2e-6.
 double longest_part(const float* x, int64_t n) {
   float square = 0;
   for (int64_t j = 0; j < n; j += kSumLength) {
@@ -272,7 +272,15 @@ void Rotation::rows(float* out) const {
           panels[static_cast<size_t>(i / kPanel * kPanel * pad + j * kPanel + i % kPanel)];
 }
 
-bool Rotation::orthogonal() const { return error > 0 && error <= kMaxError; }
+bool Rotation::orthogonal() const {
+  std::vector<float> r(static_cast<size_t>(dim * dim));
+  rows(r.data());
+  for (int64_t i = 0; i < dim; ++i) {
+    const float* row = r.data() + i * dim;
+    if (!(std::fabs(dot(row, row, dim) - 1) < 1e-3f)) return false;
+  }
+  return error > 0 && error <= kMaxError;
+}
 
 // A coordinate is a sum of products, kSumLength in a row and then the sums: it is off by a few more
 // than so many roundings of Σ|r|·|y|, and the coordinates together by √dim·‖y‖ of that at most.
@@ -347,7 +355,8 @@ void rotate_rows(const Rotation& rotation, const float* y, const double* norms, 
   const int64_t dim = rotation.dim, pad = static_cast<int64_t>(padded(dim));
   AlignedVector<int16_t> rounded(static_cast<size_t>(n * pad));
   std::vector<float> back(static_cast<size_t>(n));
-  // Of sums that become floats, are added up and multiplied; those of a coordinate are within ‖y‖.
+  // Sums become floats and are added up; 1/u, 1/w, their product and what is multiplied by it; u·y;
+  // and y itself. Those of a coordinate are within ‖y‖.
   const double roundings = static_cast<double>(pad / kSumLength) + 6;
   const double share = rotation.error + whole.error +
                        1.01 * roundings * 0x1p-24 * std::sqrt(static_cast<double>(dim));
@@ -359,7 +368,7 @@ void rotate_rows(const Rotation& rotation, const float* y, const double* norms, 
       continue;  // Y and `back` are 0
     }
     const float u = static_cast<float>(
-        std::min(kLargest / top, whole.most / longest_part(from, dim)) * (1 - 1e-6));
+        std::min(kLargest / top, whole.most / longest_part(from, dim)) * (1 - 1e-5));
     int16_t* to = rounded.data() + i * pad;
     float lost = 0;
 #pragma omp simd reduction(+ : lost)

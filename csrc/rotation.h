@@ -13,7 +13,7 @@
 // first stop as they are.
 //
 // Cost: dim² multiplications for each row that is added and for each query of a search; about
-// 12·dim³ + 4096·dim² once, to find R. A scan saves up to two thirds of rows·dim for each query.
+// 15·dim³ + 4096·dim² once, to find R. A scan saves up to two thirds of rows·dim for each query.
 //
 // Rows are rotated in whole numbers, which takes half of FP32's time: row i of R times w_i and y
 // times u are rounded to int16, W and Y, and (Ry)_i ≈ (WY)_i/(w_i·u). Products are summed exactly,
@@ -50,7 +50,7 @@ struct Rotation {
   struct Whole {
     AlignedVector<int16_t> panels;  // Wᵀ, as matmul_int16 takes it
     std::vector<float> back;        // 1/w [padded dim]
-    double most = 0;                // of u times the norm of any kSumLength elements of y
+    double most = 0;                // u times the norm of kSumLength elements of y may be so much
     double error = 0;               // at least the norm of R less W's rows over w
   };
   const Whole& whole() const;  // made on the first call

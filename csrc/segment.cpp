@@ -127,7 +127,7 @@ static double squares(const float* y, int64_t begin, int64_t end) {
 }
 
 // A row's word of bounds. y itself is off by up to `error`, and by the 2^-23 of it that floats
-// lose, which rounding up covers here (with a rotation: its slack does).
+// lose, which rounding up covers here (with a rotation, rotate_rows does).
 static uint32_t bounds_of(double residual, double error, float norm, const float* y, int64_t dim) {
   const float above = round_up(residual);
   uint32_t word;
@@ -152,6 +152,7 @@ void quantize_blocks(const Segment& segment, Codes& codes, int64_t dim, uint32_t
   const Kernels& k = kernels();
   const size_t block_bytes = static_cast<size_t>(code_groups(dim)) * 64, pad = padded(dim);
   const Rotation* rotation = codes.rotation.get();
+  if (rotation) rotation->whole();  // made by all threads, before each of them needs it
   // A cosine row's own normalisation in float is within 2^-21 of x/‖x‖.
   const double slack = cosine ? 1e-6 : 0;
   parallel_for((end - begin + kTask - 1) / kTask, [&](int, int64_t task) {

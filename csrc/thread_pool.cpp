@@ -150,7 +150,7 @@ class Pool {
 int cores_allowed() {
 #ifdef __linux__
   cpu_set_t set;
-  if (pthread_getaffinity_np(pthread_self(), sizeof set, &set) == 0 && CPU_COUNT(&set) > 0)
+  if (sched_getaffinity(getpid(), sizeof set, &set) == 0 && CPU_COUNT(&set) > 0)
     return CPU_COUNT(&set);
 #endif
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));

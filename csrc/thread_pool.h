@@ -7,7 +7,7 @@
 
 namespace knnfast {
 
-int cores();  // that this process may run on
+int cores();  // that the process's first thread may run on
 
 // A callable that outlives the call it is handed to: no copy, no allocation.
 class TaskRef {

@@ -3,6 +3,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <mutex>
 #include <thread>
 
@@ -43,6 +44,11 @@ class Line {
 
   Work* take(const Work& own, int64_t size) {
     std::lock_guard<std::mutex> lock(mutex_);
+    if (const int64_t servers = at_once(); servers > 1) {
+      int64_t waiting = own.size;
+      for (const Work* w = first_; w; w = w->next) waiting += w->size;
+      size = std::min(size, (waiting + servers - 1) / servers - own.size);
+    }
     Work *taken = nullptr, **end = &taken, *before = nullptr;
     for (Work *w = first_, *next; w; w = next) {
       next = w->next;
@@ -71,6 +77,7 @@ class Line {
       from = from->next;
       end = &last_->next;
     }
+    call_next();
   }
 
   // Those that are done go first, as in `enter`; frames live until their callers have the mutex.
@@ -80,7 +87,13 @@ class Line {
       w->state = Work::kDone;
       w->wake.notify_one();
     }
-    for (--running_; first_ && running_ < at_once(); ++running_) {
+    --running_;
+    call_next();
+  }
+
+ private:
+  void call_next() {
+    for (; first_ && running_ < at_once(); ++running_) {
       Work* next = first_;
       first_ = next->next;
       if (!first_) last_ = nullptr;
@@ -89,7 +102,6 @@ class Line {
     }
   }
 
- private:
   std::mutex mutex_;
   Work *first_ = nullptr, *last_ = nullptr;
   uint64_t entered_ = 0;
@@ -122,9 +134,10 @@ Turn::~Turn() {
 }
 
 bool Turn::give_way() {
-  if (!line_ || static_cast<Line*>(line_)->empty()) return false;
-  static_cast<Line*>(line_)->leave(nullptr);
-  return static_cast<Line*>(line_)->enter(work_);
+  Line* line = static_cast<Line*>(line_);
+  if (!line || line->empty()) return false;
+  line->leave(nullptr);
+  return line->enter(work_);
 }
 
 Work* Turn::take(int64_t size) {

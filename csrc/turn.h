@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The line in which long work waits for cores: searches, steps of sampling. What all threads share
 // has them all, one after another: it ends sooner, and in a narrower range of times, than side by
-// side on a core each. With one thread (num_threads) as many are at work as there are cores.
+// side on a core each. With one thread (num_threads) as many searches are at work as there are
+// cores, and sampling stands in no line.
 #pragma once
 
 #include <condition_variable>
@@ -24,7 +25,7 @@ struct Work {
   std::condition_variable wake;
 };
 
-// While it lives, one that works has a core, or all of them; first come, first served.
+// While it lives, and does not give way, its owner works; first come, first served.
 class Turn {
  public:
   // Returns when the turn has come, or when `work` has been done. Without `wait` it stands in no
@@ -42,7 +43,8 @@ class Turn {
   bool give_way();
 
   // Takes work of the same object and kind out of the line, those that came first, up to `size` in
-  // all, and returns it as a list; its callers wait on. Once a turn.
+  // all, but where several are at work at once no more than its share of what waits; returns it as
+  // a list. Its callers wait on. Once a turn.
   Work* take(int64_t size);
   void finish();     // all of it is done
   void give_back();  // it is not: each stands where it stood, now for its own caller

@@ -70,8 +70,9 @@ def extremes(rotation, mean):
     them, or along 64 elements of it, which are summed in 32 bits; and rows of one element."""
     d = len(rotation)
     parts = np.arange(d) // 64 == np.arange(-(-d // 64))[:, None]
-    along = np.concatenate([rotation, -rotation, *(rotation * part for part in parts), np.eye(d)])
-    return np.concatenate([mean + along, mean + 100 * along, mean + 1e-3 * along])
+    some = rotation[:: max(1, d // 128)]
+    along = np.concatenate([some, -some, *(some * part for part in parts), np.eye(d)])
+    return np.concatenate([mean + along, mean + 100 * along])
 
 
 def check_codes(folder, x, metric, more=None):

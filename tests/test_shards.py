@@ -124,6 +124,12 @@ def test_a_rotation_is_checked(tmp_path):
         write(np.append(rotation[:-1], error), sealed=True)
         with pytest.raises(DamagedFile, match=r"rotation\.f32.*no rotation"):
             Index.open(tmp_path)
+    for wrong in (0, 1.1, np.inf, np.nan):
+        matrix = rotation.copy()
+        matrix[256:512] *= wrong
+        write(matrix, sealed=True)
+        with pytest.raises(DamagedFile, match=r"rotation\.f32.*no rotation"):
+            Index.open(tmp_path)
     reseal(tmp_path, manifest | {"version": 3})
     with pytest.raises(DamagedFile, match="a rotation out of place"):
         Index.open(tmp_path)

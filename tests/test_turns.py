@@ -27,14 +27,16 @@ def threads():
     set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def rows():
+def make_rows():
     return np.random.default_rng(0).standard_normal((ROWS, D)).astype(np.float16)
 
 
-@pytest.fixture(scope="module")
-def queries():
+def make_queries():
     return np.random.default_rng(1).standard_normal((256, D), dtype=np.float32)
+
+
+rows = pytest.fixture(scope="module")(make_rows)
+queries = pytest.fixture(scope="module")(make_queries)
 
 
 def filled(rows, metric="ip"):
@@ -49,7 +51,7 @@ def reference_topk(queries, rows, k, metric="ip"):
 
 
 def behind_a_long_search(index, queries, calls, holders=1):
-    """Runs every call in a thread of its own while searches of many queries have all turns."""
+    """Runs every call in a thread of its own when as many searches have begun to work."""
     results = [None] * len(calls)
 
     def run(i):
@@ -108,10 +110,25 @@ def test_joined_searches_give_the_reference_bits(rows, queries, metric):
         np.testing.assert_array_equal(got, want)
 
 
-def test_searches_of_one_thread_each_are_joined(rows, queries):
-    """There are as many turns as cores."""
-    set_num_threads(1)
-    index, cores = filled(rows), len(os.sched_getaffinity(0))
+# With one thread there are as many turns as cores: two at most here.
+ONE_THREAD = """
+import os, sys
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+sys.path.insert(0, sys.argv[1])
+import test_turns
+test_turns.set_num_threads(1)
+test_turns.{check}(len(os.sched_getaffinity(0)))
+"""
+
+
+def with_one_thread(check):
+    code = ONE_THREAD.format(check=check)
+    subprocess.run([sys.executable, "-c", code, os.path.dirname(__file__)], check=True, timeout=300)
+
+
+def check_joined(cores):
+    rows, queries = make_rows(), make_queries()
+    index = filled(rows)
     calls = [lambda i=i: index.search(queries[i], 10) for i in range(CALLERS)]
     results, searches, _ = until_joined(
         index, 4, lambda: behind_a_long_search(index, queries, calls, cores)
@@ -120,6 +137,10 @@ def test_searches_of_one_thread_each_are_joined(rows, queries):
     scores, ids = reference_topk(queries[:CALLERS], rows, 10)
     np.testing.assert_array_equal(np.stack([found[1] for found in results]), ids)
     np.testing.assert_array_equal(np.stack([found[0] for found in results]), scores)
+
+
+def test_searches_of_one_thread_each_are_joined():
+    with_one_thread("check_joined")
 
 
 def test_the_number_of_threads_may_change_while_searches_wait(rows, queries):
@@ -144,22 +165,18 @@ def test_the_number_of_threads_may_change_while_searches_wait(rows, queries):
         assert [each.result(timeout=60) for each in asked] == [0] * CALLERS
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("kind", ["search", "filtered", "range"])
-def test_a_bulk_of_queries_lets_others_in(rows, queries, kind, threads):
-    """A single query is answered long before the bulk that has the turn, and both are right."""
-    set_num_threads(threads)
+def check_bulk(holders, kind="search"):
+    """A single query is answered long before the bulks that have the turns, and all are right."""
+    rows, queries = make_rows(), make_queries()
     index = filled(rows)
-    deny, radius = np.arange(0, ROWS, 3), float(index.search(queries, 3)[0].min())
+    deny, radius = np.arange(0, ROWS, 3), float(index.search(queries, 3)[0].max())
     run = {
         "search": lambda q: index.search(q, 10),
         "filtered": lambda q: index.search(q, 10, deny=deny),
         "range": lambda q: index.range_search(q, radius)[1:],
     }[kind]
     bulk = np.tile(queries, (48, 1))
-    expected = run(queries)
-    holders = len(os.sched_getaffinity(0)) if threads == 1 else 1
-    alone = index.search(queries[:3], 10)[1]
+    expected, alone = run(queries), index.search(queries[:3], 10)[1]
     for _ in range(10):  # the machine may hold up the single one
         with ThreadPoolExecutor(holders) as pool:
             bulks = [pool.submit(run, bulk) for _ in range(holders)]
@@ -172,7 +189,16 @@ def test_a_bulk_of_queries_lets_others_in(rows, queries, kind, threads):
         np.testing.assert_array_equal(np.stack(single), alone)
         if first:
             return
-    pytest.fail("the bulk was always done first")
+    pytest.fail("a bulk was always done first")
+
+
+@pytest.mark.parametrize("kind", ["search", "filtered", "range"])
+def test_a_bulk_of_queries_lets_others_in(kind):
+    check_bulk(1, kind)
+
+
+def test_bulks_of_one_thread_each_let_others_in():
+    with_one_thread("check_bulk")
 
 
 def test_two_indexes_in_one_line(rows, queries):
@@ -352,7 +378,7 @@ busy, other = Index(32), Index(32)
 busy.add(x)
 other.add(x)
 want = other.search(x[:3], 5)[1]
-threads = [threading.Thread(target=busy.search, args=(x[:n], 10)) for n in (4096, 1, 1)]
+threads = [threading.Thread(target=busy.search, args=(x[:n], 10)) for n in (4096, 4096, 4096)]
 for thread in threads:
     thread.start()
 time.sleep(0.05)
