@@ -15,6 +15,8 @@ namespace {
 
 int at_once() { return num_threads() > 1 ? 1 : cores(); }
 
+bool alike(const Work& a, const Work& b) { return a.object == b.object && a.kind == b.kind; }
+
 class Line {
  public:
   // Whether the turn has come; else the work is done.
@@ -46,13 +48,14 @@ class Line {
     std::lock_guard<std::mutex> lock(mutex_);
     if (const int64_t servers = at_once(); servers > 1) {
       int64_t waiting = own.size;
-      for (const Work* w = first_; w; w = w->next) waiting += w->size;
+      for (const Work* w = first_; w; w = w->next)
+        if (alike(*w, own)) waiting += w->size;
       size = std::min(size, (waiting + servers - 1) / servers - own.size);
     }
     Work *taken = nullptr, **end = &taken, *before = nullptr;
     for (Work *w = first_, *next; w; w = next) {
       next = w->next;
-      if (w->object != own.object || w->kind != own.kind || w->size > size) {
+      if (!alike(*w, own) || w->size > size) {
         before = w;
         continue;
       }
