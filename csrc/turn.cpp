@@ -17,7 +17,9 @@ int at_once() { return num_threads() > 1 ? 1 : cores(); }
 
 bool alike(const Work& a, const Work& b) { return a.object == b.object && a.kind == b.kind; }
 
-class Line {
+}  // namespace
+
+class Turn::Line {
  public:
   // Whether the turn has come; else the work is done.
   bool enter(Work& work) {
@@ -112,39 +114,33 @@ class Line {
 };
 
 // Never destroyed: a search may still run while the process ends.
-Line* g_line = new Line;
-
-// The child of a fork may find it busy for ever: it is left behind.
-void after_fork() { g_line = new Line; }
-
-Line* line() {
-  static const int registered = pthread_atfork(nullptr, nullptr, after_fork);
+Turn::Line* Turn::line() {
+  static Line* line = new Line;
+  // The child of a fork may find it busy for ever: it is left behind.
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { line = new Line; });
   (void)registered;
-  return g_line;
+  return line;
 }
 
-}  // namespace
-
 Turn::Turn(Work& work, bool wait) : work_(work), line_(wait ? line() : nullptr) {
-  if (!line_ || static_cast<Line*>(line_)->enter(work)) return;
+  if (!line_ || line_->enter(work)) return;
   done_ = true;
   line_ = nullptr;
 }
 
 Turn::~Turn() {
   give_back();
-  if (line_) static_cast<Line*>(line_)->leave(finished_);
+  if (line_) line_->leave(finished_);
 }
 
 bool Turn::give_way() {
-  Line* line = static_cast<Line*>(line_);
-  if (!line || line->empty()) return false;
-  line->leave(nullptr);
-  return line->enter(work_);
+  if (!line_ || line_->empty()) return false;
+  line_->leave(nullptr);
+  return line_->enter(work_);
 }
 
 Work* Turn::take(int64_t size) {
-  if (line_ && work_.object) taken_ = static_cast<Line*>(line_)->take(work_, size);
+  if (line_ && work_.object) taken_ = line_->take(work_, size);
   return taken_;
 }
 
@@ -154,7 +150,7 @@ void Turn::finish() {
 }
 
 void Turn::give_back() {
-  if (taken_) static_cast<Line*>(line_)->give_back(taken_);
+  if (taken_) line_->give_back(taken_);
   taken_ = nullptr;
 }
 

@@ -50,8 +50,11 @@ class Turn {
   void give_back();  // it is not: each stands where it stood, now for its own caller
 
  private:
+  class Line;
+  static Line* line();
+
   Work& work_;
-  void* line_;  // null: it did not wait
+  Line* line_;  // null: it did not wait
   Work *taken_ = nullptr, *finished_ = nullptr;
   bool done_ = false;
 };

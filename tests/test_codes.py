@@ -127,8 +127,6 @@ def check_codes(folder, x, metric, more=None):
 
 
 ROTATE_ROWS = """
-#include <cmath>
-#include "query_codes.h"
 #include "rotation.h"
 using namespace knnfast;
 extern "C" void rotate_rows_of(const float* r, const float* y, const double* norms, int64_t n,
