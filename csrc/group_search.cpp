@@ -16,8 +16,9 @@ namespace {
 // while the others wait, of a large index larger ones, as each has a beginning.
 constexpr size_t kLeastChunk = 256 << 10, kMostChunk = 1 << 20;  // bytes
 constexpr size_t kChunks = 64;                                   // a thread's, between these
-constexpr int64_t kWarmUp = 32;  // times k rows, before a scan is judged
-constexpr int64_t kOpening = 8;  // times k are opened of as many rows as went before
+constexpr int64_t kWarmUp = 32;   // times k rows, before a scan is judged
+constexpr int64_t kOpening = 8;   // times k are opened of as many rows as went before
+constexpr uint32_t kDeadRun = 2;  // blocks without a live row that a scan steps over
 
 Scratch& scratch() {
   thread_local Scratch s;
@@ -42,6 +43,16 @@ float floor_of(const Worker& w, int query, size_t row, float upper) {
       2 * (q.err[kStops] * error + q.err_norm[kStops] * n + q.slack - 0x1p-18f * q.sq * n * n);
   const float floor = upper - w.trust * spread * (1 + 0x1p-20f);
   return floor - std::fabs(floor) * 0x1p-22f;
+}
+
+// Moves `begin` to the next block with a live row, and returns where the scan from there may end:
+// before the next long run without one.
+uint32_t live_run(const uint16_t* mask, uint32_t& begin, uint32_t end) {
+  while (begin < end && !mask[begin]) ++begin;
+  uint32_t last = begin;
+  for (uint32_t block = begin; block < end && block < last + kDeadRun; ++block)
+    if (mask[block]) last = block + 1;
+  return last;
 }
 
 float on_hit(Sink* sink, int query, uint32_t block, const float* upper, uint32_t mask) {
@@ -172,6 +183,7 @@ const uint16_t* GroupSearch::live(uint32_t segment) const {
 // A scan that has failed before is tried on a few blocks first.
 void GroupSearch::scan_chunk(Worker& w, const Chunk& chunk) {
   constexpr uint32_t kTrial = 4;
+  const uint16_t* mask = live(chunk.segment);
   if (w.segment != chunk.segment) fill_queries(w, chunk.segment);
   w.chunk_segment = chunk.segment;
   if (w.hold > 0 && --w.hold == 0) {
@@ -180,7 +192,8 @@ void GroupSearch::scan_chunk(Worker& w, const Chunk& chunk) {
   }
   for (uint32_t begin = chunk.begin, end; begin < chunk.end; begin = end) {
     end = w.trusted ? chunk.end : std::min(chunk.end, begin + kTrial);
-    scan_blocks(w, begin, end);
+    if (mask) end = live_run(mask, begin, end);
+    if (begin < end) scan_blocks(w, begin, end);
   }
 }
 

@@ -13,12 +13,13 @@
 namespace knnfast {
 namespace {
 
-// The queries as FP32, in memory that the thread's next search takes over.
-const float* query_floats(const void* queries, DType dtype, int64_t m, int64_t dim,
-                          int64_t stride) {
+// The queries as FP32: a few in memory that the thread's next search takes over, a bulk in `bulk`.
+const float* query_floats(const void* queries, DType dtype, int64_t m, int64_t dim, int64_t stride,
+                          std::vector<float>& bulk) {
   if (m < 0) refuse("queries: a negative number of rows");
   if (m > 0 && !queries) refuse("queries: no data");
-  thread_local std::vector<float> out;
+  thread_local std::vector<float> few;
+  std::vector<float>& out = m <= kGroup ? few : bulk;
   out.resize(static_cast<size_t>(m * dim));
   bool finite = true;
   for (int64_t i = 0; i < m; ++i) {
@@ -56,24 +57,33 @@ class Filter {
       else
         masks_[i].assign(words, 0xffff);
     }
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < 2; ++i) {
+      const uint16_t flip = i == 0 ? 0 : 0xffff;  // of a deny bitset
       for (int64_t j = 0; listed(set(i)) && j < set(i).count; ++j)
         put(mapped_ ? at_[i][static_cast<size_t>(j)] : bisect(s, set(i).ids[j]), i == 0);
-    if (options_.allow.bits || options_.deny.bits)
-      for (size_t i = 0; i < s.size(); ++i)
-        for (uint32_t row = 0; row < s[i].n; ++row) {
-          const int64_t id = s[i].id(row);
-          if ((options_.allow.bits && !has(options_.allow, id)) ||
-              (options_.deny.bits && has(options_.deny, id)))
-            put(static_cast<uint64_t>(i) << 32 | row, false);
-        }
+      for (size_t segment = 0; set(i).bits && segment < s.size(); ++segment)
+        for (uint32_t block = 0; block < masks_[segment].size(); ++block)
+          masks_[segment][block] &= bits_of(set(i), s[segment], block) ^ flip;
+    }
     return &masks_;
   }
 
  private:
   static bool listed(const IdSet& set) { return set.set() && !set.bits; }
-  static bool has(const IdSet& set, int64_t id) {
-    return id / 8 < set.count && (set.bits[id / 8] >> (id % 8) & 1);
+
+  // Of a block's rows; ids behind the bitset's end are not in it.
+  static uint16_t bits_of(const IdSet& set, const SegmentView& view, uint32_t block) {
+    const uint32_t first = block * kBlockRows;
+    const auto byte = [&](int64_t at) { return at < set.count ? uint32_t{set.bits[at]} : 0; };
+    uint32_t bits = 0;
+    if (!view.ids) {
+      const int64_t id = view.first_id + first, at = id / 8;
+      bits = (byte(at) | byte(at + 1) << 8 | byte(at + 2) << 16) >> (id % 8);
+    } else {
+      for (uint32_t row = first; row < std::min(view.n, first + kBlockRows); ++row)
+        bits |= (byte(view.id(row) / 8) >> (view.id(row) % 8) & 1) << (row - first);
+    }
+    return static_cast<uint16_t>(bits);
   }
   const IdSet& set(int i) const { return i == 0 ? options_.allow : options_.deny; }
 
@@ -174,7 +184,8 @@ void Index::search(const void* queries, DType dtype, int64_t m, int64_t k, float
     refuse("k must be 1 to " + std::to_string(INT32_MAX) + ", got " + std::to_string(k));
   const ExactFloats mode;
   Request own;
-  own.queries = query_floats(queries, dtype, m, impl_->dim, stride);
+  std::vector<float> bulk;
+  own.queries = query_floats(queries, dtype, m, impl_->dim, stride, bulk);
   own.answers = {m, scores, ids, exact};
   check_set(options.allow, "allow");
   check_set(options.deny, "deny");
@@ -208,7 +219,8 @@ RangeResult Index::range_search(const void* queries, DType dtype, int64_t m, dou
                                 const SearchOptions& options, int64_t stride) const {
   if (std::isnan(radius)) refuse("radius must be a number, got NaN");
   const ExactFloats mode;
-  const float* floats = query_floats(queries, dtype, m, impl_->dim, stride);
+  std::vector<float> bulk;
+  const float* floats = query_floats(queries, dtype, m, impl_->dim, stride, bulk);
   check_set(options.allow, "allow");
   check_set(options.deny, "deny");
   RangeResult found;

@@ -63,6 +63,11 @@ class IDSelector:
         """Whether this one does."""
         return bool(self.members(np.array([id]))[0])
 
+    def filters(self, index: Index) -> dict[str, np.ndarray]:
+        """`allow` or `deny` of this index's searches."""
+        ids = index.ids
+        return {"allow": ids[self.members(ids)]}
+
 
 class IDSelectorAll(IDSelector):
     """All of them."""
@@ -81,6 +86,10 @@ class IDSelectorBatch(IDSelector):
     def members(self, ids: np.ndarray) -> np.ndarray:
         """A bool for each id."""
         return np.isin(ids, self._ids)
+
+    def filters(self, index: Index) -> dict[str, np.ndarray]:
+        """`allow`: the list itself."""
+        return {"allow": self._ids}
 
 
 IDSelectorArray = IDSelectorBatch
@@ -101,16 +110,20 @@ class IDSelectorBitmap(IDSelector):
     """Those whose bit is set: bit i % 8 of byte i // 8."""
 
     def __init__(self, bitmap: Any) -> None:
-        if np.asarray(bitmap).dtype != np.uint8:
-            raise TypeError(f"bitmap must be bytes (uint8), got {np.asarray(bitmap).dtype}")
-        self._bits = np.unpackbits(np.asarray(bitmap), bitorder="little").astype(bool)
+        self._bitmap = np.asarray(bitmap)
+        if self._bitmap.dtype != np.uint8:
+            raise TypeError(f"bitmap must be bytes (uint8), got {self._bitmap.dtype}")
 
     def members(self, ids: np.ndarray) -> np.ndarray:
         """A bool for each id."""
-        inside = (ids >= 0) & (ids < len(self._bits))
+        inside = (ids >= 0) & (ids < 8 * len(self._bitmap))
         found = np.zeros(len(ids), bool)
-        found[inside] = self._bits[ids[inside]]
+        found[inside] = self._bitmap[ids[inside] // 8] >> ids[inside] % 8 & 1
         return found
+
+    def filters(self, index: Index) -> dict[str, np.ndarray]:
+        """`allow`: the bitmap itself."""
+        return {"allow": self._bitmap}
 
 
 class IDSelectorNot(IDSelector):
@@ -122,6 +135,11 @@ class IDSelectorNot(IDSelector):
     def members(self, ids: np.ndarray) -> np.ndarray:
         """A bool for each id."""
         return ~self._sel.members(ids)
+
+    def filters(self, index: Index) -> dict[str, np.ndarray]:
+        """The other one of `allow` and `deny`."""
+        other = {"allow": "deny", "deny": "allow"}
+        return {other[name]: ids for name, ids in self._sel.filters(index).items()}
 
 
 class IDSelectorAnd(IDSelector):
@@ -222,16 +240,13 @@ class _Flat:
         """Remove all rows."""
         self._index = Index(self.d, metric=self._index.metric)
 
-    def _allowed(self, params: SearchParameters | None) -> np.ndarray | None:
+    def _filters(self, params: SearchParameters | None) -> dict[str, np.ndarray]:
         if params is None:
-            return None
+            return {}
         if not isinstance(params, SearchParameters):
             kind = type(params).__name__
             raise TypeError(f"params must be SearchParameters(sel=...), got {kind}")
-        if params.sel is None:
-            return None
-        ids = self._index.ids
-        return ids[params.sel.members(ids)]
+        return {} if params.sel is None else params.sel.filters(self._index)
 
     def search(
         self,
@@ -246,7 +261,7 @@ class _Flat:
 
         Where there are fewer rows, label -1 and the float32 that is worst.
         """
-        distances, labels = self._index.search(_rows("x", x), k, allow=self._allowed(params))
+        distances, labels = self._index.search(_rows("x", x), k, **self._filters(params))
         worst = np.finfo(np.float32).max * (-1 if self._index.metric == "ip" else 1)
         distances[labels < 0] = worst
         into_d, into_i = _into(D=(D, distances), I=(I, labels))
@@ -281,7 +296,7 @@ class _Flat:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Lims (uint64), distances and labels of all rows above (L2: below) the threshold."""
         lims, distances, labels = self._index.range_search(
-            _rows("x", x), thresh, allow=self._allowed(params)
+            _rows("x", x), thresh, **self._filters(params)
         )
         return lims.astype(np.uint64), distances, labels
 

@@ -128,6 +128,7 @@ def test_errors_reach_their_own_caller(index, rows):
         6: (rows[0], True, None),
         7: (rows[0], 3.0, None),
         8: ("text", 2.5, None),
+        9: (np.zeros((3, 0), np.float32), 3, None),
     }
 
     def work(i):

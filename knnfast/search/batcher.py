@@ -95,20 +95,17 @@ class Batcher:
         """
         k = interop.as_int(k, "k")
         rows = interop.as_rows(queries, "queries")
-        q = _as_float(rows).reshape(-1, rows.array.shape[-1]) if rows.array.ndim else rows.array
-        joins = (
-            rows.array.ndim in (1, 2)
-            and len(q) > 0
-            and q.shape[-1] == self.index.dim
-            and k >= 1
-            and bool(np.isfinite(q).all())
-        )
+        shape = rows.array.shape
+        joins = len(shape) in (1, 2) and rows.array.size and shape[-1] == self.index.dim and k >= 1
+        q = _as_float(rows).reshape(-1, self.index.dim) if joins else None
         with self._lock:
             if self._closed:
                 raise RuntimeError("the batcher is closed")
             self._inside += 1
         try:
-            found = self._join(q, k, allow, deny) if joins else None
+            found = None
+            if q is not None and np.isfinite(q).all():
+                found = self._join(q, k, allow, deny)
             if found is None:  # alone, so that an error is raised where it belongs
                 with self._turn:
                     return self._search(queries, k, allow, deny)
@@ -117,8 +114,7 @@ class Batcher:
                 self._inside -= 1
                 if not self._inside:
                     self._idle.notify_all()
-        shape = (*rows.array.shape[:-1], k)
-        scores, ids = (part.reshape(shape) for part in found)
+        scores, ids = (part.reshape(*shape[:-1], k) for part in found)
         return rows.back(scores), rows.back(ids)
 
     def _join(

@@ -190,7 +190,12 @@ def as_out(given: Any, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     except (TypeError, RuntimeError):  # torch: on a device, or of a type that numpy lacks
         array = None
     if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
-        raise ValueError(f"out must be {np.dtype(dtype)} of shape {list(shape)}, in host memory")
+        got = type(given).__name__
+        if hasattr(given, "dtype") and hasattr(given, "shape"):
+            got = f"{given.dtype} of shape {list(given.shape)}"
+        raise ValueError(
+            f"out must be {np.dtype(dtype)} of shape {list(shape)}, in host memory, got {got}"
+        )
     if not array.flags.c_contiguous or not array.flags.writeable:
         raise ValueError("out must be contiguous and writeable")
     return array

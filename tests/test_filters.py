@@ -1,0 +1,118 @@
+"""Filters of few rows: what lies between them is stepped over, and nothing is missing."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from knnfast import Index, reference
+
+D, N = 40, 5_003
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return np.random.default_rng(0).standard_normal((N, D)).astype(np.float16)
+
+
+@pytest.fixture(scope="module")
+def queries():
+    return np.random.default_rng(1).standard_normal((70, D), dtype=np.float32)
+
+
+def bitset(ids, bits):
+    inside = np.zeros(bits, bool)
+    inside[ids[ids < bits]] = True
+    return np.packbits(inside, bitorder="little")
+
+
+def segmented(rows, tmp_path, scan="auto", ids=None):
+    """Segments that begin at rows 0, 1001 and 3015, whose automatic ids are no multiples of 8."""
+    index = Index(D, scan=scan)
+    for i, (begin, end) in enumerate(itertools.pairwise((0, 1001, 3015, len(rows)))):
+        index.add(rows[begin:end], None if ids is None else ids[begin:end])
+        index.save(tmp_path / str(i))
+        index = Index.open(tmp_path / str(i))
+    return index
+
+
+KEPT = {
+    "none": np.array([], int),
+    "one": np.array([3014]),
+    "the ends": np.array([0, 15, 16, 1000, 1001, 3015, N - 1]),
+    "every 100th": np.arange(7, N, 100),
+    "long runs": np.r_[200:210, 1010:1500, 3000:3040],
+    "single blocks": np.flatnonzero(np.arange(N) // 16 % 2),
+    "all but a run": np.r_[0:2000, 2900:N],
+    "all": np.arange(N),
+}
+
+
+def search_reference(queries, rows, ids, kept, k):
+    """Scores and ids of the rows at `kept`."""
+    tensors = torch.from_numpy(queries), torch.from_numpy(np.ascontiguousarray(rows[kept]))
+    scores, found = (part.numpy() for part in reference.topk(*tensors, k))
+    return scores, np.where(found < 0, -1, np.append(ids[kept], -1)[found])
+
+
+@pytest.mark.parametrize("scan", ["auto", "fp16"])
+@pytest.mark.parametrize("own", [False, True])
+def test_filters_of_few_rows(rows, queries, tmp_path, scan, own):
+    """Lists and bitsets, also of fewer bits than ids, allowed and denied, for 1, 3 and 70 queries;
+    after removals, too."""
+    ids = np.arange(N)
+    if own:
+        ids = np.random.default_rng(2).permutation(2 * N)[:N]
+        ids = np.sort(ids) if scan == "fp16" else ids  # ascending: found by bisection
+    index = segmented(rows, tmp_path, scan, ids if own else None)
+    gone = np.zeros(N, bool)
+    for removed in ([], np.r_[210:260, 1020:1024, N - 3]):
+        gone[removed] = True
+        assert index.remove(ids[removed]) == len(removed)
+        for kept in KEPT.values():
+            left = kept[~gone[kept]]
+            others = np.setdiff1d(np.arange(N), kept)
+            short = int(ids[left].max(initial=0)) // 8 * 8  # the last bits are not there
+            in_short = left[ids[left] < short]
+            whole = search_reference(queries, rows, ids, left, 5)
+            cut = search_reference(queries, rows, ids, in_short, 5)
+            for m, (options, (scores, found)) in itertools.product(
+                (1, 3, 70),
+                (
+                    ({"allow": ids[kept]}, whole),
+                    ({"allow": bitset(ids[kept], 2 * N)}, whole),
+                    ({"allow": bitset(ids[kept], short)}, cut),
+                    ({"deny": ids[others]}, whole),
+                    ({"deny": bitset(ids[others], 2 * N)}, whole),
+                ),
+            ):
+                got = index.search(queries[:m], 5, **options)
+                np.testing.assert_array_equal(got[1], found[:m])
+                np.testing.assert_array_equal(got[0], scores[:m])
+
+
+def test_a_filter_of_few_rows_scans_few(rows, queries):
+    index = Index(D)
+    index.add(rows)
+    index.search(queries[:2], 3, allow=KEPT["one"])
+    assert index.stats["rows_scanned"] <= 2 * 16
+    index.search(queries[:1], 3, allow=bitset(KEPT["every 100th"], N))
+    assert index.stats["rows_scanned"] <= 2 * 16 + 16 * len(KEPT["every 100th"])
+    index.remove(np.arange(1600, N))
+    before = index.stats["rows_scanned"]
+    index.search(queries[:1], 3)
+    assert index.stats["rows_scanned"] - before == 1600
+
+
+def test_a_range_of_few_rows(rows, queries):
+    index = Index(D)
+    index.add(rows)
+    for kept in KEPT.values():
+        lims, scores, ids = index.range_search(queries[:2], -1e9, allow=kept)
+        np.testing.assert_array_equal(lims, np.arange(3) * len(kept))
+        for q in range(2):
+            part = slice(lims[q], lims[q + 1])
+            want = search_reference(queries[q : q + 1], rows, np.arange(N), kept, max(1, len(kept)))
+            np.testing.assert_array_equal(ids[part], want[1][0, : len(kept)])
+            np.testing.assert_array_equal(scores[part], want[0][0, : len(kept)])
