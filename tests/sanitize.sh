@@ -21,8 +21,8 @@ build asan address,undefined
 instrumented __asan_init
 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 KNNFAST_MUTATIONS=10000 \
   LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
-  "$PYTHON" -m pytest -q tests/test_shards.py tests/test_topk.py tests/test_index.py \
-  tests/test_turns.py -k "not fork and not torch and not memory and not kill and not million \
+  "$PYTHON" -m pytest -q tests/test_index_files.py tests/test_row_files.py \
+  tests/test_topk.py tests/test_index.py tests/test_turns.py -k "not fork and not torch and not memory and not kill and not million \
   and not instruction and not allocates and not nvtx and not refuses and not cannot_be_joined \
   and not (pairwise and not 0) and not (segments and not ip)"
 
@@ -37,4 +37,4 @@ OMP_NUM_THREADS=1 TSAN_OPTIONS=suppressions=$PWD/tests/tsan.supp KNNFAST_STRESS_
 
 echo "== 50 kills while saving"
 "$PYTHON" setup.py -q build_ext --inplace --force
-KNNFAST_KILLS=50 "$PYTHON" -m pytest -q tests/test_shards.py -k kill
+KNNFAST_KILLS=50 "$PYTHON" -m pytest -q tests/test_index_files.py -k kill

@@ -1,4 +1,4 @@
-"""The harness: it finds what is slowed down, keeps its limits, and knows its queues."""
+"""The scripts of bench/: they find what is slowed down, keep their limits, and know their queues."""
 
 import json
 import os
