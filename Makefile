@@ -38,10 +38,10 @@ regressions: $(READY)  ## no op slower than at BASE, both measured in one run
 	PYTHONPATH=. $(BIN)pytest -q bench --base $(BASE_REF) --threshold $(THRESHOLD)
 
 measure: $(READY)  ## every figure of README's and docs/performance.md's tables, on this machine
-	$(BIN)python3 bench/measure.py $(ONLY:%=--only %)
+	PYTHONPATH=. $(BIN)python3 bench/measure.py $(ONLY:%=--only %)
 
 report: $(READY)  ## README's and docs/performance.md's tables and plots, from bench/results
-	$(BIN)python3 bench/report.py
+	PYTHONPATH=. $(BIN)python3 bench/report.py
 
 profile: $(READY)  ## ready command lines for Nsight; a torch profiler trace where it is absent
 	$(BIN)python3 bench/nsight.py

@@ -15,11 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from goals import WHY_BROKEN, WHY_LOST, broken, goals, lost  # noqa: E402
-from sections import (  # noqa: E402
+from goals import WHY_BROKEN, WHY_LOST, broken, goals, lost
+from sections import (
     claims_section,
     faiss_section,
     gate_section,
@@ -30,12 +27,13 @@ from sections import (  # noqa: E402
     table,
     times,
 )
-from shapes import SHAPES  # noqa: E402
+from shapes import SHAPES
 
-from knnfast import _files  # noqa: E402
-from knnfast.benchmark.faiss_reference import FaissReport  # noqa: E402
-from knnfast.benchmark.plot import require_matplotlib, save_plot  # noqa: E402
+from knnfast import _files
+from knnfast.benchmark.faiss_reference import FaissReport
+from knnfast.benchmark.plot import require_matplotlib, save_plot
 
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 DOCS = ROOT / "docs"
 # Shapes of sweeps and of CI: docs/performance.md has them, README does not.

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import compile_c, compile_cpp
 
 from knnfast import _C, reference
 from knnfast.search import Index, set_num_threads
@@ -282,14 +283,6 @@ def test_stats_show_what_the_scan_proved():
     assert ties.stats["chunks_canonical"] > ties.stats["chunks_int8"]
 
 
-def compile_c(code, path, *libraries):
-    path.with_suffix(".c").write_text(code)
-    subprocess.run(
-        ["cc", "-shared", "-fPIC", "-o", path, path.with_suffix(".c"), *libraries], check=True
-    )
-    return str(path)
-
-
 COUNTER = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -418,14 +411,6 @@ for ids in (None, np.arange(100)[::-1].copy()):
 
     check(half, lambda ix: ix.compact(), compacted)
 """
-
-
-def compile_cpp(code, path):
-    path.with_suffix(".cpp").write_text(code)
-    subprocess.run(
-        ["c++", "-shared", "-fPIC", "-std=c++17", "-o", path, path.with_suffix(".cpp")], check=True
-    )
-    return str(path)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")

@@ -1,4 +1,4 @@
-"""Files of an index: what is saved comes back; what is damaged is refused or named; a kill does no harm."""
+"""An index in files: what is saved comes back; what is damaged is refused; a kill does no harm."""
 
 import json
 import os

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import assert_topk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,14 +22,6 @@ METRICS = ("ip", "cosine", "l2")
 SCANS = ("fp16", "int8", "auto")
 ISAS = ("portable", "avx2", "avx512", "avx512vnni", "amx")
 STOPPING = ("portable", "avx2", "avx512", "avx512vnni")  # amx: at small batches
-
-
-def assert_topk(index, x, q, k, ids=None):
-    """Scores and ids equal the reference's, bit for bit."""
-    want_s, want_i = reference.topk(torch.as_tensor(q), torch.as_tensor(x), k, index.metric, ids)
-    scores, found = index.search(q, k)
-    np.testing.assert_array_equal(found, want_i.numpy())
-    np.testing.assert_array_equal(scores, want_s.numpy())
 
 
 def hard_rows(kind, n, d, rng):
@@ -554,7 +547,7 @@ def test_op_rejects(change, error, match):
 OPENED = """
 import numpy as np
 from knnfast.search import Index
-from test_codes import make_rows
+from helpers import rows_of_all_sizes
 
 rng = np.random.default_rng(3)
 for d in (64, 100, 512):
@@ -563,7 +556,8 @@ for d in (64, 100, 512):
     q[::5, 3] += 2**9
     q = q.astype(np.float32)
     normal, equal = rng.standard_normal((2000, d)), np.ones((2000, d))
-    for rows in (make_rows(rng, 2000, d), normal.astype(np.float16), equal.astype(np.float16)):
+    every = rows_of_all_sizes(rng, 2000, d), normal.astype(np.float16), equal.astype(np.float16)
+    for rows in every:
         for metric in ("ip", "cosine", "l2"):
             index = Index(d, metric=metric, scan="int8")
             index.add(rows)

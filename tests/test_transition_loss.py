@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from transition_helpers import SCHEDULES, closed_form_loss, levels, random_logits, within_twice
+from cases.transition_loss import closed_form_loss
+from transition_helpers import SCHEDULES, levels, random_logits, within_twice
 
 from knnfast import ops, reference
 from knnfast.diffusion.schedule import Schedule
