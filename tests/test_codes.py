@@ -34,12 +34,14 @@ def stored(folder):
     return x, *parts, codes.astype(np.float64) - 128, rotation.astype(np.float64)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
 @pytest.mark.parametrize("d", DIMS)
 def test_codes_keep_their_bound(tmp_path, seed, d, metric):
     check_codes(tmp_path / "index", rows_of_all_sizes(np.random.default_rng(seed), 64, d), metric)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
 @pytest.mark.parametrize("d", [128, 250, 768])
 def test_rotated_codes_keep_their_bound(tmp_path, seed, d, metric):

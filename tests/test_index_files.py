@@ -298,6 +298,7 @@ def test_paths_that_are_no_utf_8(tmp_path):
     assert folder in str(caught.value)
 
 
+@pytest.mark.no_asan
 def test_kill_during_save(tmp_path):
     """The folder holds the old index or the new one, whenever the process dies."""
     folder = tmp_path / "ix"
