@@ -270,16 +270,16 @@ def test_peers_on_a_gpu_are_built_once_a_shape(monkeypatch):
 
 
 def test_parts_of_topk_cpu_add_up_in_one_file(monkeypatch, tmp_path, capsys):
-    for part, holds in (("small", True), ("memory", False)):
-        claim = {"claim": f"{part} is fast", "value": 1, "limit": "<= 2", "holds": holds}
-        monkeypatch.setitem(topk_cpu.PARTS, part, lambda c=claim: {"times": {}, "claims": [c]})
+    for part, met in (("small", True), ("memory", False)):
+        target = {"target": f"{part} is fast", "value": 1, "limit": "<= 2", "met": met}
+        monkeypatch.setitem(topk_cpu.PARTS, part, lambda t=target: {"times": {}, "targets": [t]})
         words = ["topk_cpu.py", "--part", part, "--json", str(tmp_path / "topk.json")]
         monkeypatch.setattr("sys.argv", words)
         topk_cpu.main()
     saved = json.loads((tmp_path / "topk.json").read_text())
     assert list(saved) == ["small", "memory"]
     assert saved["memory"]["command"] == "python bench/topk_cpu.py --part memory"
-    assert "1 claims fail\n  memory is fast" in capsys.readouterr().out
+    assert "1 targets are missed\n  memory is fast" in capsys.readouterr().out
 
 
 def test_topk_cpu_times_right_answers_alone(monkeypatch):
@@ -291,7 +291,7 @@ def test_topk_cpu_times_right_answers_alone(monkeypatch):
     monkeypatch.setattr(topk_cpu, "against", against)
     monkeypatch.setattr(topk_cpu, "N", 3_000)
     monkeypatch.setattr(topk_cpu, "D", 32)
-    assert len(topk_cpu.shapes_of_data()["claims"]) == 9
+    assert len(topk_cpu.shapes_of_data()["targets"]) == 9
 
     class Reversed:
         def __init__(self, index):

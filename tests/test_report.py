@@ -1,15 +1,24 @@
 """README and docs/performance.md show what bench/results holds, and nothing else."""
 
+import re
+
 import pytest
 import report
 import sections
-from goals import goals
 from PIL import Image
+from targets import all_targets
 
 
 def test_pages_are_what_the_results_say():
     for path, text in report.pages().items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name} differs: make report"
+
+
+def test_the_contents_name_every_heading_once():
+    page = report.performance(report.results())
+    headings = re.findall(r"^##+ (.*)$", page, re.M)
+    assert len(set(headings)) == len(headings)
+    assert re.findall(r"^ *- \[(.*)\]\(#", page, re.M) == headings
 
 
 def test_plots_are_of_the_results():
@@ -62,7 +71,7 @@ def ops_result():
 
 def lines(found, text):
     """What the table of targets says of those whose text holds this."""
-    rows = [line.strip("| ").split(" | ") for line in goals(found).splitlines()]
+    rows = [line.strip("| ").split(" | ") for line in all_targets(found).splitlines()]
     return [row[1:] for row in rows if text in row[0]]
 
 
