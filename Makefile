@@ -19,8 +19,10 @@ else
   READY := $(VENV)/ready
 endif
 SOURCES := $(wildcard csrc/* include/knnfast/*)
+FORMATTED := $(wildcard $(foreach end,cpp h cu cuh,$(addsuffix /*.$(end), \
+  csrc include/knnfast tests/cuda_emu examples/cpp)))
 
-.PHONY: demo test gpu regressions measure report profile sanitize lint format stickers clean
+.PHONY: demo test gpu regressions measure report profile sanitize lint format stickers clean help
 
 demo: $(BASE)  ## eight prompts with the embedded sticker model -> out/demo.png
 	$(BIN)knnfast generate "a red heart" "pizza" "ice cream" "sunflower" "sailboat" "birthday party" \
@@ -38,10 +40,10 @@ regressions: $(READY)  ## no op slower than at BASE, both measured in one run
 	PYTHONPATH=. $(BIN)pytest -q bench --base $(BASE_REF) --threshold $(THRESHOLD)
 
 measure: $(READY)  ## every figure of README's and docs/performance.md's tables, on this machine
-	$(BIN)python3 bench/measure.py $(ONLY:%=--only %)
+	PYTHONPATH=. $(BIN)python3 bench/measure.py $(ONLY:%=--only %)
 
 report: $(READY)  ## README's and docs/performance.md's tables and plots, from bench/results
-	$(BIN)python3 bench/report.py
+	PYTHONPATH=. $(BIN)python3 bench/report.py
 
 profile: $(READY)  ## ready command lines for Nsight; a torch profiler trace where it is absent
 	$(BIN)python3 bench/nsight.py
@@ -63,19 +65,22 @@ stickers: $(READY)  ## the whole bundle from the font; needs what examples/stick
 	cp out/continuous.json knnfast/bundles/stickers/evaluation-continuous.json
 	$(BIN)python examples/stickers/seal.py
 
-lint: $(READY)
+lint: $(READY)  ## ruff, mypy and clang-format, nothing written
 	$(BIN)ruff check .
 	$(BIN)ruff format --check .
 	$(BIN)mypy
-	$(BIN)clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh include/knnfast/*.h)
+	$(BIN)clang-format --dry-run --Werror $(FORMATTED)
 
-format: $(READY)
+format: $(READY)  ## what ruff and clang-format can mend
 	$(BIN)ruff check --fix .
 	$(BIN)ruff format .
-	$(BIN)clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh include/knnfast/*.h)
+	$(BIN)clang-format -i $(FORMATTED)
 
-clean:
+clean:  ## removes what was built, measured and installed here
 	rm -rf build dist out .venv *.egg-info knnfast/_C*.so
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The package alone: what a user installs.
 $(VENV)/base: pyproject.toml setup.py CMakeLists.txt requirements/cpu.txt $(SOURCES)

@@ -23,7 +23,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake", "-S", str(Path(__file__).resolve().parent), "-B", str(build), "-G", "Ninja",
-            "-DCMAKE_BUILD_TYPE=" + os.environ.get("KNNFAST_BUILD_TYPE", "Release"),
+            "-DCMAKE_BUILD_TYPE=Release",
             "-DKNNFAST_CUDA=" + os.environ.get("KNNFAST_CUDA", "AUTO"),
             "-DKNNFAST_SANITIZE=" + os.environ.get("KNNFAST_SANITIZE", ""),
             f"-DKNNFAST_MODULE_DIR={target}",

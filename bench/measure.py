@@ -22,11 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from knnfast import _files
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from knnfast import _files  # noqa: E402
-
 RESULTS = ROOT / "bench" / "results"
 DOCS = ROOT / "docs"
 MADE = Path("out") / "measure"  # in ROOT

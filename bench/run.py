@@ -14,6 +14,9 @@ as CUDA graphs, ours and the peers that can be captured (`timed` says which). Ro
 `--base REF` builds that commit beside this one and measures it in the same turns. A backend of
 ours whose answer is wrong or that raises is not measured, nor is the rest of a shape that cannot go
 on: they are listed under `failed`, everything else is measured, and the exit code is 1.
+
+`--op topk` serves GPUs and the regression gate; on the CPU `knnfast bench` measures a shape of the
+reader's own, and topk_cpu.py the search engine's targets.
 """
 
 from __future__ import annotations

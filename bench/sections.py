@@ -36,6 +36,24 @@ def kernels(result: dict[str, Any]) -> str:
     return result["machine"].get("gpu", result["machine"]["isa"])
 
 
+TITLES = {
+    "faiss_reference": "Top-k beside FAISS",
+    "search_targets": "Targets of the search engine",
+    "load": "A service under load",
+    "gate": "The regression gate",
+}
+
+
+def measurement(result: dict[str, Any]) -> str:
+    """What was measured: its file's name without machine and date."""
+    return result["file"].removesuffix(".json").partition(f"-{result['machine']['isa']}-")[0]
+
+
+def title(result: dict[str, Any]) -> str:
+    """A section's heading, which no other section has."""
+    return f"{TITLES.get(result['kind'], measurement(result))} ({kernels(result)})"
+
+
 def where(result: dict[str, Any]) -> str:
     about = result["machine"]
     place = about.get("gpu", about["cpu"])
@@ -49,7 +67,6 @@ def where(result: dict[str, Any]) -> str:
         f"{place}, {about['cores']} cores, {memory}kernels {about['isa']}, "
         f"{about['threads']} threads; {about['date']}, commit {about['commit']}; "
         + ", ".join(names)
-        + (f".  \n{result['note'].rstrip('.')}" if "note" in result else "")
     )
 
 
@@ -87,7 +104,6 @@ def faiss_section(result: dict[str, Any], picture: str) -> str:
     batches = ",".join(map(str, shape["batch"]))
     return "\n\n".join(
         [
-            "## Top-k beside FAISS: `knnfast bench`",
             f"`knnfast bench --n {shape['n']} --d {shape['d']} --batch {batches} --k {shape['k']}` "
             f"(results/{result['file']}).  \n{where(result)}.  \n{ceilings(result)}",
             table(["", "rows", "batch", "p50 ms", "p90", "p99", "threads", "answers",
@@ -125,12 +141,10 @@ def ops_section(result: dict[str, Any]) -> str:
         f"- {' '.join(row[part] for part in ('op', 'shape', 'case', 'backend') if part in row)}: "
         f"{row['failed']}" for row in result.get("failed", [])
     ]  # fmt: skip
-    ops = sorted({row["op"] for row in [*result["rows"], *result.get("failed", [])]})
     # knnfast.benchmark.timing.peak_mib sees no more on a GPU
     memory = "peak MiB" if result["machine"]["device"] == "cpu" else "peak MiB of torch's allocator"
     return "\n\n".join(
         [
-            f"## {', '.join(ops)}",
             f"`{result['command']}` (results/{result['file']}).  \n{where(result)}.  \n"
             + ceilings(result),
             table(["case", "backend", "p50 ms", "p90", "p99", "of ceiling", memory, "checked",
@@ -140,19 +154,18 @@ def ops_section(result: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
-def claims_section(result: dict[str, Any]) -> str:
+def search_targets_section(result: dict[str, Any]) -> str:
     rows = [
-        [part, body["machine"]["commit"], claim["claim"], f"{claim['value']:.4g}", claim["limit"],
-         "yes" if claim["holds"] else "**no**"]
-        for part, body in result["parts"].items() for claim in body["claims"]
+        [part, body["machine"]["commit"], target["target"], f"{target['value']:.4g}",
+         target["limit"], "yes" if target["met"] else "**no**"]
+        for part, body in result["parts"].items() for target in body["targets"]
     ]  # fmt: skip
     commands = dict.fromkeys(body["command"] for body in result["parts"].values())
     return "\n\n".join(
         [
-            "## Promises of the search engine",
             ", ".join(f"`{c}`" for c in commands)
             + f" (results/{result['file']}).  \n{where(result)}.",
-            table(["part", "commit", "promise", "measured", "limit", "holds"], rows),
+            table(["part", "commit", "target", "measured", "limit", "met"], rows),
         ]
     )
 
@@ -222,7 +235,6 @@ def load_section(result: dict[str, Any], picture: str) -> str:
         rows.append([*cells, *times, taken, load, *queues])
     return "\n\n".join(
         [
-            "## A service under load",
             f"`{result['command']}` (results/{result['file']}): {shape['n']:,} x {shape['d']}, "
             f"k {shape['k']}, single queries of {shape['clients']} client threads; Batcher with "
             f"a deadline of {shape['deadline_ms']:g} ms, {result['batch_mean']:g} queries a search "
@@ -269,7 +281,6 @@ def gate_section(result: dict[str, Any]) -> str:
         rate = f"an alarm; that bounds the rate at about {bound:.0%} with 95 % confidence."
     return "\n\n".join(
         [
-            "## The regression gate",
             f"`{result['command']}` (results/{result['file']}). An op raises the alarm when most "
             f"of up to {result['measurements']} measurements of ours over the base, each with new "
             f"processes, exceed {threshold:g}. Below, the medians of the runs of the unchanged "

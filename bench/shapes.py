@@ -27,9 +27,9 @@ TOPK: dict[str, dict[str, Any]] = {
 NEIGHBOUR_ATTENTION: dict[str, dict[str, Any]] = {
     # One layer of a 32x32-token sampler in 2x2 patches, the query and ten neighbours.
     "sampling-256": {"B": 4, "L": 256, "D": 512, "H": 8, "N": 11},
-    # Where folding stops paying: H N as a share of D.
     # The published model's tokens at its width, on a GPU.
     **{f"gpu-{B}": {"B": B, "L": 1024, "D": 1024, "H": 16, "N": 11} for B in (1, 16, 64)},
+    # Where folding stops paying: H N as a share of D.
     **{f"fold-{N}": {"B": 4, "L": 256, "D": 512, "H": 8, "N": N} for N in (11, 24, 33, 48, 64, 96)},
     "ci": {"B": 2, "L": 128, "D": 256, "H": 4, "N": 11},
 }

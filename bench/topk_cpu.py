@@ -1,9 +1,9 @@
-"""Every CPU promise of the search engine, measured: `python bench/topk_cpu.py [--part NAME ...]`.
+"""Every CPU target of the search engine, measured: `python bench/topk_cpu.py [--part NAME ...]`.
 
 Each part times knnfast and its peers on the same rows, taking turns (knnfast.benchmark.timing),
-checks the answers, and turns the times into claims: a value, its limit, and whether it holds. Peers
-run in whichever way is fastest here: one thread or all, FAISS also with BLAS or without. Parts add
-up in one file of bench/results/, so that they can be run one at a time.
+checks the answers, and compares the times with targets: a value, its limit, and whether it is met.
+Peers run in whichever way is fastest here: one thread or all, FAISS also with BLAS or without.
+Parts add up in one file of bench/results/, so that they can be run one at a time.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ LIMITS = {
 }
 
 
-def claim(name: str, value: float, limit: float, at_least: bool = False) -> dict[str, Any]:
-    """One promise; `at_least`: the value must reach the limit instead of staying below it."""
-    holds = value >= limit if at_least else value <= limit
+def target(name: str, value: float, limit: float, at_least: bool = False) -> dict[str, Any]:
+    """One target; `at_least`: the value must reach the limit instead of staying below it."""
+    met = value >= limit if at_least else value <= limit
     sign = ">=" if at_least else "<="
-    print(f"  {'holds' if holds else 'FAILS'}  {name}: {value:.3g} ({sign} {limit})", flush=True)
-    return {"claim": name, "value": value, "limit": f"{sign} {limit}", "holds": bool(holds)}
+    print(f"  {'met' if met else 'MISSED'}  {name}: {value:.3g} ({sign} {limit})", flush=True)
+    return {"target": name, "value": value, "limit": f"{sign} {limit}", "met": bool(met)}
 
 
 def against(
@@ -140,7 +140,7 @@ def versus(
     index = filled(rows)
     truth = Truth(rows, queries, 100)
     times: dict[str, Any] = {}
-    claims = []
+    targets = []
     for batch in batches:
         q = queries[:batch]
         calls: dict[str, Callable[[], Any]] = {
@@ -159,18 +159,18 @@ def versus(
                 times[f"knnfast/{batch}/{k}"][name] = (after[name] - before[name]) / batch
         if batch == 1:
             value = over("knnfast/1/10", "read_fp16")
-            claims.append(claim(f"{kind} batch 1 / reading the FP16 bytes", value, 0.7))
+            targets.append(target(f"{kind} batch 1 / reading the FP16 bytes", value, 0.7))
         if k_ratio:
             value = over(f"knnfast/{batch}/100", f"knnfast/{batch}/10")
-            claims.append(claim(f"{kind} batch {batch}: k=100 / k=10", value, 1.4))
+            targets.append(target(f"{kind} batch {batch}: k=100 / k=10", value, 1.4))
     for name in sorted({name for batch in batches for name in LIMITS[batch]}):
         peer: Peer | None = CPU_PEERS[name](rows, "ip")
         for batch in (batch for batch in batches if name in LIMITS[batch]):
             cell = times[f"{name}/{batch}/10"] = beside(name, peer, index, truth, queries[:batch])
             what = f"{kind} batch {batch}: {name} / knnfast"
-            claims.append(claim(what, cell["over_ours"], LIMITS[batch][name], at_least=True))
+            targets.append(target(what, cell["over_ours"], LIMITS[batch][name], at_least=True))
         peer = None  # one of them in memory at a time
-    return {"times": times, "claims": claims}
+    return {"times": times, "targets": targets}
 
 
 def beside(name: str, peer: Peer, index: Index, truth: Truth, q: np.ndarray) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def beside(name: str, peer: Peer, index: Index, truth: Truth, q: np.ndarray) -> 
 def shapes_of_data() -> dict[str, Any]:
     """A shared mean against the same rows centred; ties everywhere against the FP16 scan."""
     times: dict[str, Any] = {}
-    claims = []
+    targets = []
     batches = (1, 8, 64)
     plain, queries = make_rows(N, D, "isotropic")
     indexes = {"isotropic": filled(plain), "fp16": filled(plain, scan="fp16")}
@@ -209,9 +209,9 @@ def shapes_of_data() -> dict[str, Any]:
             )  # fmt: skip
             for name, timing in timings.items():
                 times[f"{name}/{batch}/10 beside {kind}"] = timing.row()
-            claims.append(claim(f"batch {batch}: {kind} / {base}", over(kind, base), limit))
+            targets.append(target(f"batch {batch}: {kind} / {base}", over(kind, base), limit))
         del indexes[kind]
-    return {"times": times, "claims": claims}
+    return {"times": times, "targets": targets}
 
 
 def small() -> dict[str, Any]:
@@ -235,12 +235,12 @@ def small() -> dict[str, Any]:
     times = {name: timing.row() for name, timing in {**timings, **pair}.items()}
     times["100k, 10,000 runs"] = calls
     times["faiss-flat"] |= fastest
-    claims = [
-        claim("100k batch 1 / reading its int8 bytes", over_read("100k", "read_codes"), 1.8),
-        claim("100k batch 1: p99 / median of 10,000", calls["p99_ms"] / calls["p50_ms"], 2),
-        claim("1,000 x 64 batch 1 / FAISS flat", over("1k", "faiss-flat"), 1),
+    targets = [
+        target("100k batch 1 / reading its int8 bytes", over_read("100k", "read_codes"), 1.8),
+        target("100k batch 1: p99 / median of 10,000", calls["p99_ms"] / calls["p50_ms"], 2),
+        target("1,000 x 64 batch 1 / FAISS flat", over("1k", "faiss-flat"), 1),
     ]
-    return {"times": times, "claims": claims}
+    return {"times": times, "targets": targets}
 
 
 MEMORY = """
@@ -301,7 +301,7 @@ print(json.dumps(out))
 
 def memory() -> dict[str, Any]:
     """Bytes a row, the peak while adding, the time to add and to open; one process each."""
-    times, claims = {}, []
+    times, targets = {}, []
     with tempfile.TemporaryDirectory() as folder:
         for how, limit in (("automatic ids", 3 * D + 16), ("own ids", 3 * D + 48),
                            ("fp16", 2 * D + 16), ("few directions", 3 * D + 16)):  # fmt: skip
@@ -310,15 +310,15 @@ def memory() -> dict[str, Any]:
                 check=True, capture_output=True, text=True,
             )  # fmt: skip
             cell = times[how] = json.loads(done.stdout)
-            claims += [
-                claim(
+            targets += [
+                target(
                     f"{how}: bytes a row, but for means and rotation", cell["bytes_per_row"], limit
                 ),
-                claim(f"{how}: peak while adding / end", cell["peak"], 1.15),
-                claim(f"{how}: seconds to add 1M x 512", cell["add_s"], 3),
+                target(f"{how}: peak while adding / end", cell["peak"], 1.15),
+                target(f"{how}: seconds to add 1M x 512", cell["add_s"], 3),
             ]
-        claims.append(claim("open with mmap, ms", times["automatic ids"]["open_ms"], 50))
-    return {"times": times, "claims": claims}
+        targets.append(target("open with mmap, ms", times["automatic ids"]["open_ms"], 50))
+    return {"times": times, "targets": targets}
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -348,8 +348,8 @@ def main() -> None:
         command = f"python bench/topk_cpu.py --part {name}"
         saved[name] = {"machine": about, "command": command} | PARTS[name]()
         _files.write_json(path, saved)
-    failed = [c["claim"] for part in saved.values() for c in part["claims"] if not c["holds"]]
-    print(f"{path}: {len(failed)} claims fail", *failed, sep="\n  ")
+    missed = [t["target"] for part in saved.values() for t in part["targets"] if not t["met"]]
+    print(f"{path}: {len(missed)} targets are missed", *missed, sep="\n  ")
 
 
 if __name__ == "__main__":

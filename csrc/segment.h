@@ -133,7 +133,7 @@ using Snapshot = std::vector<SegmentView>;
 inline int code_groups(int64_t dim) {
   return static_cast<int>((dim + kBlockDims - 1) / kBlockDims);
 }
-int64_t segment_capacity(int64_t dim);  // rows: a power of two, about 256 MiB of FP16
+int64_t segment_capacity(int64_t dim);  // 2^14 to 2^20 rows: as many as 256 MiB of FP16 hold
 
 std::shared_ptr<Segment> make_segment(int64_t dim, int64_t capacity);
 

@@ -8,22 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import rows_of_all_sizes
 
 from knnfast import _C
 from knnfast.search import Index
 
 DIMS = (1, 3, 4, 15, 16, 17, 31, 64, 100, 257, 512, 1000)
-
-
-def make_rows(rng, n, d):
-    """Rows of all sizes that FP16 has, with zeros, one large element, a shared mean."""
-    x = rng.standard_normal((n, d))
-    x *= 2.0 ** rng.integers(-24, 13, (n, 1))
-    x[3] = 0
-    x[5] = 6e4 * rng.choice([-1, 1], d)
-    x[7, 0] = 6.5e4
-    x[n // 2 :] += 4
-    return x.astype(np.float16)
 
 
 def stored(folder):
@@ -44,12 +34,14 @@ def stored(folder):
     return x, *parts, codes.astype(np.float64) - 128, rotation.astype(np.float64)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
 @pytest.mark.parametrize("d", DIMS)
 def test_codes_keep_their_bound(tmp_path, seed, d, metric):
-    check_codes(tmp_path / "index", make_rows(np.random.default_rng(seed), 64, d), metric)
+    check_codes(tmp_path / "index", rows_of_all_sizes(np.random.default_rng(seed), 64, d), metric)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
 @pytest.mark.parametrize("d", [128, 250, 768])
 def test_rotated_codes_keep_their_bound(tmp_path, seed, d, metric):

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import compile_c, compile_cpp
 
 from knnfast import _C, reference
 from knnfast.search import Index, set_num_threads
@@ -239,6 +240,7 @@ def test_range_search(metric, scan, seed):
         set_num_threads(threads)
 
 
+@pytest.mark.no_asan
 def test_memory():
     n, d = 100_000, 256
     x = np.random.default_rng(0).standard_normal((n, d), dtype=np.float32)
@@ -253,6 +255,7 @@ def test_memory():
     assert own.nbytes <= n * (3 * d + 48) + 4 * d
 
 
+@pytest.mark.no_asan
 @pytest.mark.parametrize("pieces", [1, 60])
 def test_memory_of_own_ids(pieces):
     """At whatever number of rows their table has just grown."""
@@ -282,14 +285,6 @@ def test_stats_show_what_the_scan_proved():
     assert ties.stats["chunks_canonical"] > ties.stats["chunks_int8"]
 
 
-def compile_c(code, path, *libraries):
-    path.with_suffix(".c").write_text(code)
-    subprocess.run(
-        ["cc", "-shared", "-fPIC", "-o", path, path.with_suffix(".c"), *libraries], check=True
-    )
-    return str(path)
-
-
 COUNTER = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -305,6 +300,7 @@ void* malloc(size_t n) {
 """
 
 
+@pytest.mark.no_asan
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 def test_plan_allocates_nothing(tmp_path):
     """No buffer of 512 bytes or more, once a plan has run: in the best of three rounds, as Python
@@ -420,14 +416,7 @@ for ids in (None, np.arange(100)[::-1].copy()):
 """
 
 
-def compile_cpp(code, path):
-    path.with_suffix(".cpp").write_text(code)
-    subprocess.run(
-        ["c++", "-shared", "-fPIC", "-std=c++17", "-o", path, path.with_suffix(".cpp")], check=True
-    )
-    return str(path)
-
-
+@pytest.mark.no_asan
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_memory_that_runs_out_changes_nothing(tmp_path):
     """Whichever allocation of an add, a removal or a compaction fails."""
@@ -476,6 +465,7 @@ int pthread_create(pthread_t* t, const pthread_attr_t* a, void* (*f)(void*), voi
 """
 
 
+@pytest.mark.no_asan
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 @pytest.mark.parametrize("left", [0, 2])
 def test_threads_that_the_system_refuses(tmp_path, left):
@@ -525,6 +515,7 @@ int InitializeInjectionNvtx2(const void* (*get)(unsigned)) {
 """
 
 
+@pytest.mark.no_asan
 @pytest.mark.skipif(not _C.has_nvtx, reason="built without NVTX's headers")
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 def test_phases_have_nvtx_ranges(tmp_path):
@@ -541,6 +532,7 @@ def test_phases_have_nvtx_ranges(tmp_path):
     assert heard == {f"knnfast.{phase}" for phase in ("scan", "select", "rescore", "merge")}
 
 
+@pytest.mark.tsan
 @pytest.mark.parametrize("others", [0, 40_000])  # below 2^20 elements a search has one thread
 def test_snapshots(others, seed):
     """Readers while one thread adds and removes: every answer is that of some snapshot."""
@@ -642,6 +634,7 @@ for _ in range(5):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+@pytest.mark.no_asan
 def test_fork():
     """A child makes its own threads."""
     code = (
@@ -658,6 +651,7 @@ def test_fork():
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
 
 
+@pytest.mark.no_asan
 def test_imports_without_torch():
     code = "import sys, knnfast.search, knnfast.faiss_api; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -72,12 +72,14 @@ def interpreted(x, folded, ada):
     )
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_reference(shape, dtype):
     errors(lambda x, folded, ada: ops.neighbour_attention(x, folded, **ada), shape, dtype)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mean", [10.0, 1000.0])
 def test_large_mean(mean, dtype):
@@ -138,6 +140,7 @@ def plain_attention(x, folded, scale=None, shift=None, norm=True, eps=1e-5, resi
     return x + out if residual else out
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_strided_views_shared_scale_and_no_norm(dtype):
     _, n, layer, fold, _ = make(2, 8, 64, 4, 5, dtype=dtype)
@@ -220,6 +223,7 @@ def test_gradients_within_twice(shape, dtype, mean):
         within_twice(mine, theirs, truth, dtype)
 
 
+@pytest.mark.isa
 def test_gradients_of_strided_weights():
     """A and C that lie in another order than the kernels read have the same gradients."""
     x, n, layer, fold, _ = make(2, 6, 64, 4, 5)

@@ -69,6 +69,7 @@ def through_the_network(denoiser, cond, mask, codes, source, level=7, dtype=torc
     return torch.stack([on, off])
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("embeddings", [1, 4, 33, 100])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_error_is_that_of_torch(name, embeddings):
@@ -82,6 +83,7 @@ def test_error_is_that_of_torch(name, embeddings):
     assert error.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt() + floor
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("name", ["odd", "wide", "editor"])
 def test_bits_do_not_depend_on_batch_or_threads(name):
     denoiser = made(CONFIGS[name])

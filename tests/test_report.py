@@ -1,37 +1,33 @@
 """README and docs/performance.md show what bench/results holds, and nothing else."""
 
-import sys
-from pathlib import Path
+import re
 
 import pytest
+import report
+import sections
 from PIL import Image
-
-BENCH = Path(__file__).resolve().parents[1] / "bench"
-
-
-@pytest.fixture(scope="module")
-def report():
-    sys.path.insert(0, str(BENCH))
-    try:
-        import report as module
-
-        yield module
-    finally:
-        sys.path.remove(str(BENCH))
+from targets import all_targets
 
 
-def test_pages_are_what_the_results_say(report):
+def test_pages_are_what_the_results_say():
     for path, text in report.pages().items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name} differs: make report"
 
 
-def test_plots_are_of_the_results(report):
+def test_the_contents_name_every_heading_once():
+    page = report.performance(report.results())
+    headings = re.findall(r"^##+ (.*)$", page, re.M)
+    assert len(set(headings)) == len(headings)
+    assert re.findall(r"^ *- \[(.*)\]\(#", page, re.M) == headings
+
+
+def test_plots_are_of_the_results():
     for path, result in report.plots().items():
         with Image.open(path) as image:
             assert image.text["Source"] == report.source(result["file"]), f"{path}: make report"
 
 
-def test_no_result_names_a_host_or_a_path_of_its_machine(report):
+def test_no_result_names_a_host_or_a_path_of_its_machine():
     for path in report.RESULTS.glob("*.json"):
         text = path.read_text(encoding="utf-8")
         assert "/home/" not in text, path
@@ -39,9 +35,7 @@ def test_no_result_names_a_host_or_a_path_of_its_machine(report):
         assert "/work/" not in text, path
 
 
-def test_rows_we_lose_stay_and_stand_out(report):
-    import sections
-
+def test_rows_we_lose_stay_and_stand_out():
     row = {"op": "topk", "shape": "small", "case": "batch 1", "backend": "auto", "p50_ms": 1.0,
            "p90_ms": 1.0, "p99_ms": 2.0, "exact": True,
            "peers": {"other": {"p50_ms": 0.5, "ratio": 0.5}}}  # fmt: skip
@@ -77,13 +71,11 @@ def ops_result():
 
 def lines(found, text):
     """What the table of targets says of those whose text holds this."""
-    from goals import goals
-
-    rows = [line.strip("| ").split(" | ") for line in goals(found).splitlines()]
+    rows = [line.strip("| ").split(" | ") for line in all_targets(found).splitlines()]
     return [row[1:] for row in rows if text in row[0]]
 
 
-def test_a_cpu_target_is_met_missed_or_not_measured(report, ops_result):
+def test_a_cpu_target_is_met_missed_or_not_measured(ops_result):
     def loss(peers):
         return ops_result("transition_loss", "training-1024", "fused", peers, peak_mib=2.0)
 
@@ -101,7 +93,7 @@ def test_a_cpu_target_is_met_missed_or_not_measured(report, ops_result):
     assert lines(both, text) == [["5.0", "no"]]
 
 
-def test_the_memory_target_compares_peaks(report, ops_result):
+def test_the_memory_target_compares_peaks(ops_result):
     def loss(ours, theirs):
         peers = {"torch-log-space": {"ratio": 1.0, "peak_mib": theirs}}
         return [ops_result("transition_loss", "training-1024", "fused", peers, peak_mib=ours)]
@@ -112,7 +104,7 @@ def test_the_memory_target_compares_peaks(report, ops_result):
     assert lines(loss(None, 80.0), text) == lines(loss(10.0, None), text) == [["", "not measured"]]
 
 
-def test_the_target_of_fp16_search_on_a_gpu_is_about_large_databases(report, ops_result):
+def test_the_target_of_fp16_search_on_a_gpu_is_about_large_databases(ops_result):
     def search(shape, case, share):
         return ops_result("topk", shape, "graph fp16", case=case, device="cuda",
                           ceiling_share=share)  # fmt: skip
@@ -131,7 +123,7 @@ def test_the_target_of_fp16_search_on_a_gpu_is_about_large_databases(report, ops
     assert lines([*small, *large], text) == [["80%", "no"]]
 
 
-def test_one_reading_of_the_queue_is_judged(report):
+def test_one_reading_of_the_queue_is_judged():
     row = {"server": "Index.search", "loop": "open", "of_saturation": 0.5, "clients": 16,
            "offered_qps": 400, "p99_ms": 6, "p99_over_queue": 1.2, "p99_over_loaded_queue": 1.4,
            "loaded_queue": {}}  # fmt: skip
@@ -150,7 +142,7 @@ def test_one_reading_of_the_queue_is_judged(report):
     assert lines([], "p99 of search") == [["", "not measured"]]
 
 
-def test_batcher_is_judged_by_as_many_callers_of_search(report):
+def test_batcher_is_judged_by_as_many_callers_of_search():
     def closed(server, clients, qps):
         return {"server": server, "loop": "closed", "clients": clients, "qps": qps}
 

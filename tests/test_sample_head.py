@@ -23,6 +23,7 @@ def make(K, B=2, L=40, D=24, dtype=torch.float32):
     return features, null, weight, bias, x_t
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("rule", [{}, {"guidance": 2.5}, {"top_r": 0.8, "top_k": 9}])
 @pytest.mark.parametrize("K", [2, 100, 512])
@@ -42,6 +43,7 @@ def test_matches_reference_and_dense(name, rule, K, device):
         assert (got != ops.transition_step(logits, x_t, weights, seed=9, **dense)).sum() <= 1
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_equals_dense_on_identical_logits(name, device):
     """A head that hands its rows on makes both forms see the same bits: every token equal."""
@@ -132,6 +134,7 @@ def test_large_means_and_strided_inputs(device):
     assert torch.equal(got, dense)
 
 
+@pytest.mark.isa
 def test_rows_do_not_depend_on_each_other():
     """A token is the same to the bit whatever else is drawn: drawn alone, and among many."""
     features, null, weight, bias, x_t = make(300, B=4, L=50, D=130)
@@ -147,6 +150,7 @@ def test_rows_do_not_depend_on_each_other():
         assert torch.equal(alone[0], whole[b])
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("K", "D"), [(2, 1), (47, 33), (49, 16), (512, 257), (2887, 15)])
 def test_logits_within_twice(K, D, dtype):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import assert_topk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,14 +22,6 @@ METRICS = ("ip", "cosine", "l2")
 SCANS = ("fp16", "int8", "auto")
 ISAS = ("portable", "avx2", "avx512", "avx512vnni", "amx")
 STOPPING = ("portable", "avx2", "avx512", "avx512vnni")  # amx: at small batches
-
-
-def assert_topk(index, x, q, k, ids=None):
-    """Scores and ids equal the reference's, bit for bit."""
-    want_s, want_i = reference.topk(torch.as_tensor(q), torch.as_tensor(x), k, index.metric, ids)
-    scores, found = index.search(q, k)
-    np.testing.assert_array_equal(found, want_i.numpy())
-    np.testing.assert_array_equal(scores, want_s.numpy())
 
 
 def hard_rows(kind, n, d, rng):
@@ -63,6 +56,7 @@ KINDS = ("normal", "duplicates", "equal", "zeros", "subnormal", "huge", "mixed",
          "near", "integers")  # fmt: skip
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_matches_reference(kind, metric, seed):
@@ -111,6 +105,7 @@ def stopping_rows(kind, n, d, rng):
     return x.astype(np.float16), q.astype(np.float32)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("kind", STOPPING_KINDS)
 def test_stops(kind, metric, seed):
@@ -176,8 +171,8 @@ def is_rotated(folder):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(
     "kind",
-    ["spectrum", "mean", "plane", "line", "dominant", "sizes", "subnormal", "huge", "duplicates",
-     "across"],
+    [*(pytest.param(kind, marks=pytest.mark.isa) for kind in ("spectrum", "dominant", "sizes")),
+     "mean", "plane", "line", "subnormal", "huge", "duplicates", "across"],
 )  # fmt: skip
 def test_rotated(kind, metric, seed, tmp_path):
     """Rows near a few directions: codes in other coordinates, the same answers."""
@@ -310,6 +305,7 @@ def test_rows_left_out_hold_up_no_stop(m, seed):
         assert index.stats["rows_stopped"] > 0.7 * index.stats["rows_scanned"]
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("d", [64, 256])
 @pytest.mark.parametrize("m", [1, 20])
 def test_trust_is_checked(d, m, seed):
@@ -339,6 +335,7 @@ def test_trust_is_checked(d, m, seed):
     assert index.stats["queries_repeated"] == repeated  # the index has learnt
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("d", [1, 2, 15, 16, 17, 64, 500, 1024])
 def test_extreme_products(d, metric, seed):
@@ -397,10 +394,16 @@ def pairwise(factors, tries=20):
 
 
 CASES = list(pairwise(FACTORS))
-PARTS = 4  # of which each instruction set below runs one
+PARTS = 4  # of which each instruction set runs one, and ASan the first
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+def marked(part):
+    marks = [pytest.mark.no_asan] if part > 0 else []
+    marks += [pytest.mark.isa] if part == ISAS.index(_C.isa()) % PARTS else []
+    return pytest.param(part, marks=marks)
+
+
+@pytest.mark.parametrize("part", [marked(part) for part in range(PARTS)])
 def test_pairwise(part):
     """Shapes, data, types, filters, removals and thread counts: every pair of values occurs."""
     before = _C.num_threads()
@@ -495,6 +498,7 @@ def test_any_shape(d, n, m, k, metric, scan, kind, scale, seed):
         np.testing.assert_array_equal(scores, want[0].numpy())
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_query_types(dtype):
     x = torch.randn(300, 40)
@@ -554,7 +558,7 @@ def test_op_rejects(change, error, match):
 OPENED = """
 import numpy as np
 from knnfast.search import Index
-from test_codes import make_rows
+from helpers import rows_of_all_sizes
 
 rng = np.random.default_rng(3)
 for d in (64, 100, 512):
@@ -563,7 +567,8 @@ for d in (64, 100, 512):
     q[::5, 3] += 2**9
     q = q.astype(np.float32)
     normal, equal = rng.standard_normal((2000, d)), np.ones((2000, d))
-    for rows in (make_rows(rng, 2000, d), normal.astype(np.float16), equal.astype(np.float16)):
+    every = rows_of_all_sizes(rng, 2000, d), normal.astype(np.float16), equal.astype(np.float16)
+    for rows in every:
         for metric in ("ip", "cosine", "l2"):
             index = Index(d, metric=metric, scan="int8")
             index.add(rows)
@@ -577,6 +582,7 @@ for d in (64, 100, 512):
 """
 
 
+@pytest.mark.no_asan
 def test_instruction_sets_open_the_same_rows():
     """Those with 16 lanes have one bound: what they test before it loses no row that reaches it."""
     names = [isa for isa in ISAS[2:] if ISAS.index(isa) <= ISAS.index(_C.isa())]
@@ -593,32 +599,23 @@ def test_instruction_sets_open_the_same_rows():
     assert opened == opened[:1] * len(names)
 
 
+@pytest.mark.no_asan
 @pytest.mark.parametrize("isa", ISAS)
 def test_instruction_sets(isa):
-    """The suite's core under each set of kernels that this machine has."""
+    """The tests marked `isa` under each set of kernels that this machine has."""
     names = ISAS[: ISAS.index(_C.isa()) + 1]
     if isa not in names:
         pytest.skip(f"this machine has {_C.isa()} at best")
     if os.environ.get("KNNFAST_ISA"):
         pytest.skip("already under a chosen instruction set")
-    tests = [
-        "test_matches_reference",
-        "test_extreme_products",
-        "test_stops",
-        "(test_rotated and (spectrum or dominant or sizes))",
-        "test_trust_is_checked",
-        "test_query_types",
-        f"test_pairwise[{names.index(isa) % PARTS}]",
-        "codes_keep_their_bound",
-    ]
     files = [__file__, str(Path(__file__).with_name("test_codes.py"))]
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k",
-         " or ".join(tests)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "isa", *files],
         env={**os.environ, "KNNFAST_ISA": isa}, check=True,
     )  # fmt: skip
 
 
+@pytest.mark.no_asan
 def test_unknown_instruction_set():
     """A clear error from the search and from the ops, which follow its choice."""
     code = (
@@ -707,6 +704,7 @@ def shortlisted(q, x, k, metric, ids):
     return torch.cat([s for s, _ in found]).numpy(), torch.cat([i for _, i in found]).numpy()
 
 
+@pytest.mark.no_asan
 @pytest.mark.slow
 @pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("metric", METRICS)
@@ -723,7 +721,9 @@ def test_million_rows(metric, scan, seed):
     np.testing.assert_array_equal(scores, want_scores)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    "metric", ["ip", *(pytest.param(metric, marks=pytest.mark.no_asan) for metric in METRICS[1:])]
+)
 def test_segments(metric, tmp_path, seed):
     """Rows beyond a segment's capacity: ids run on, and so does all that is done to them."""
     rng = np.random.default_rng(seed)

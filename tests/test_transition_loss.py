@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from transition_helpers import SCHEDULES, closed_form_loss, levels, random_logits, within_twice
+from cases.transition_loss import closed_form_loss
+from transition_helpers import SCHEDULES, levels, random_logits, within_twice
 
 from knnfast import ops, reference
 from knnfast.diffusion.schedule import Schedule
@@ -56,6 +57,7 @@ def compare(logits, *args, weight=None, run=None):
     within_twice(leaf.grad, plain_leaf.grad, grad, logits.dtype)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("K", [2, 3, 31, 64, 65, 1000])
 @pytest.mark.parametrize("scale", [0.1, 3.0, 30.0])
@@ -63,17 +65,20 @@ def test_matches_reference(name, K, scale):
     compare(*make(name, K, scale=scale), weight=torch.tensor([1.0, 0.5, 2.0, 3.0]))
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_lower_types(name, dtype):
     compare(*make(name, 130, dtype=dtype))
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize(("K", "L"), [(8192, 1), (7, 1024), (4097, 3)])
 def test_ends_of_the_shapes(K, L):
     compare(*make("mask_replace", K, B=2, L=L))
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_strided_views(dtype):
     _, x_0, x_t, t, schedule = make("mask_replace", 33)
@@ -93,6 +98,7 @@ def test_strided_views(dtype):
         compare(logits, x_0, x_t, t, schedule, run=on_the_view)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_gradcheck(name):
     logits, x_0, x_t, t, schedule = make(name, 5, L=4, dtype=torch.float64)
@@ -343,6 +349,7 @@ def test_cuda_matches_reference(name, dtype, inplace):
     )
 
 
+@pytest.mark.isa
 def test_extreme_logits():
     K = 7
     schedule = levels("mask_replace", K)

@@ -125,6 +125,7 @@ def test_agree_wants_the_choice_near_its_weight():
         agree(got, logits, x_t, weights, seed=3)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("K", [2, 3, 63, 64, 257, 8192])
@@ -137,6 +138,7 @@ def test_matches_reference(name, K, rule):
         agree(got, logits, x_t, weights, seed=7, **kw)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_lower_types(dtype):
     logits, x_t, kw = make(130, 2, 64, RULES["guided"], dtype)
@@ -203,6 +205,7 @@ def test_cuda_bad_rows_are_minus_one():
     assert 0 <= int(got[3]) < 16
 
 
+@pytest.mark.isa
 def test_strided_views_and_per_image_steps():
     K = 64
     wide = random_logits((2, 18, 2 * K))
@@ -286,6 +289,7 @@ def triton_gumbel(words):
     return out.cpu()
 
 
+@pytest.mark.isa
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
 @pytest.mark.parametrize(
     "backend",
@@ -331,6 +335,7 @@ BOTH = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.isa
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
 @pytest.mark.parametrize(
     ("run", "dtype"),
@@ -366,6 +371,7 @@ def test_tails_never_give_a_masked_class(run, dtype):
     assert set(got.unique().tolist()) == {0, 2}
 
 
+@pytest.mark.isa
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's of NaN
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -410,6 +416,7 @@ def test_rows_at_any_distance(run):
             agree(got, logits, x_t, weights, seed=5, **rule)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("steps", [[100, 0], [100, 50, 0], list(range(100, -1, -5))])
 def test_strided_sampling_with_an_ideal_denoiser(name, steps, seed):
@@ -537,6 +544,7 @@ def test_rejects(change, error, match):
         ops.transition_step(logits, x_t, weights, **call)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("share", [-4.0, 1e300, 7.0])
 def test_purity_keeps_none_or_all_where_the_share_is_none(share):
     """A share of positions to keep that is no share: as 0 below it, as 1 above."""

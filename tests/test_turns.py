@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from test_index import compile_cpp
+from helpers import compile_cpp
 
 from knnfast import _C, Index, reference, set_num_threads
 

@@ -1,4 +1,4 @@
-"""For the tests of the fused ops: schedules, an independent posterior, plain torch, error rules."""
+"""For the tests of the fused ops: schedules, an independent posterior, error rules."""
 
 from dataclasses import dataclass
 
@@ -81,47 +81,6 @@ def weights_of(name, K, t, s):
 
 def random_logits(shape, scale=3.0, dtype=torch.float32):
     return (torch.randn(shape) * scale).to(dtype)
-
-
-def closed_form_loss(logits, x_0, x_t, t, table, auxiliary, weight=None, replaces=True):
-    """The loss and each image's KL from p alone, in plain FP32 torch: the op's eager peer.
-
-    table: knnfast.ops.transition_loss's, [T + 1, 7]; the derivation is in csrc/loss_rows.h.
-    replaces: whether the schedule has B > 0.
-    """
-    K, T = logits.shape[-1], len(table) - 1
-    A_t, B_t, A_s, B_s, mask_u, real_u, real_v = table[t].float().unbind(1)
-    A_t, B_t, A_s, B_s = (v[:, None] for v in (A_t, B_t, A_s, B_s))
-    mask_u, real_u, real_v = (v[:, None] for v in (mask_u, real_u, real_v))
-    logp = torch.log_softmax(logits.float(), -1)
-    p = logp.exp()
-    real = x_t < K
-    same = real & (x_t == x_0)
-    lp_0 = logp.gather(-1, x_0[..., None])[..., 0]
-    i = x_t.clamp(max=K - 1)
-    p_i = p.gather(-1, i[..., None])[..., 0]
-    if not replaces:  # masked tokens alone count
-        kl = torch.where(real, 0.0, -mask_u * lp_0)
-    else:
-        ratio, G = torch.where(t[:, None] == 1, 1.0, B_s / A_s), (A_t + B_t) / B_t
-        e0 = ratio * torch.where(same, 1 / G, 1.0)
-        e = ratio * torch.where(real, (1 - p_i) + p_i / G, 1.0)
-        u = torch.where(real, real_u, mask_u)
-        logs = (p + e[..., None]).log()
-        l_0 = logs.gather(-1, x_0[..., None])[..., 0]
-        l_i = logs.gather(-1, i[..., None])[..., 0]
-        moved = real & ~same
-        others = logs.sum(-1) - l_0 - torch.where(moved, l_i, 0.0)
-        kl = u * e0 * ((K - 1 - moved.float()) * e0.log() - others)
-        kl = kl + torch.where(same, 0.0, u * (1 + e0) * (e0.log1p() - l_0))
-        f0, log_qi = e0 * G, (p_i + e * G).log()
-        at_i = torch.where(same, (1 + f0) * (f0.log1p() - log_qi), f0 * (f0.log() - log_qi))
-        kl = kl + torch.where(real, real_v * at_i, 0.0)
-        kl = torch.where(t[:, None] == 1, -lp_0, kl)  # B_s = 0 there: the data themselves
-    per_token = kl - (auxiliary * (2 - (t - 1) / T))[:, None] * lp_0
-    if weight is not None:
-        per_token = per_token * weight[:, None]
-    return per_token.mean(), kl.mean(1)
 
 
 def within_twice(got, plain, exact, dtype, floor=None):

@@ -90,10 +90,11 @@ class KNNFAST_API Index {
   RangeResult range_search(const void* queries, DType dtype, int64_t m, double radius,
                            const SearchOptions& options = {}, int64_t stride = 0) const;
 
-  void vectors(const int64_t* ids, int64_t n, uint16_t* out) const;  // stored FP16 rows, [n, dim]
-  std::vector<int64_t> ids() const;                                  // live ids, in row order
-  int64_t remove(const int64_t* ids, int64_t n);                     // how many were found
-  void compact();                                                    // forget the removed rows
+  // The stored FP16 rows of these ids, [n, dim]. std::invalid_argument names one that is missing.
+  void vectors(const int64_t* ids, int64_t n, uint16_t* out) const;
+  std::vector<int64_t> ids() const;               // live ids, in row order
+  int64_t remove(const int64_t* ids, int64_t n);  // how many were found; others are passed over
+  void compact();                                 // forget the removed rows
 
   // For a copy: hands the live rows (ids [n], FP16 rows [n, dim]) of one snapshot to `take`, in row
   // order and in pieces; returns the id that the next row would get, for the copy's `skip_ids`.

@@ -165,6 +165,60 @@ def faiss_reference(
         return _measure(n, d, batch, k, metric, device, chosen, rows, queries, seconds, say)
 
 
+@dataclass(frozen=True)
+class _Ours:
+    """What a peer is measured beside: rows and queries, our calls by size and batch, the truth."""
+
+    rows: np.ndarray
+    queries: np.ndarray
+    k: int
+    metric: str
+    device: str
+    calls: dict[tuple[int, int], Callable[[], Any]]
+    truths: dict[int, Truth]
+
+
+def _measure_peer(
+    name: str, ours: _Ours, end: float, seconds: float, peers: int, say: Callable[[str], None]
+) -> tuple[dict[tuple[int, int], tuple[Timing, Timing, dict[str, Any]]], str]:
+    """Our time, the peer's and its verdict, by size and batch; and why the rest was not measured.
+
+    Args:
+        end: when the `seconds` of the whole run are over.
+        peers: so many share what is left of them.
+    """
+    measured: dict[tuple[int, int], tuple[Timing, Timing, dict[str, Any]]] = {}
+    built, peer, call = 0, None, None
+    row_s = 0.0  # seconds for a query and a row in the cell before; larger ones take no more
+    for size, b in ours.calls:
+        where = f"from {size:,} rows, batch {b} on"
+        if time.perf_counter() + 8 * row_s * size * b > end:  # 8: calls of a cell
+            return measured, f"{where}: {seconds:.0f} s are too few"
+        if size != built:
+            say(f"{name}: {size:,} rows")
+            peer = call = None  # only one is in memory
+            (_, peer), *_ = build_peers([name], ours.rows[:size], ours.metric, ours.device)
+            built = size
+        if not isinstance(peer, Peer):
+            return measured, str(peer)
+        left = (end - time.perf_counter()) / peers / 2
+        try:
+            q = _on(ours.queries[:b], ours.device)
+            call = _bound(peer, q, ours.k)
+            fastest = best_choice(peer.choices(_C.num_threads(), b), call)
+            verdict = ours.truths[size].judge(peer.search(q, ours.k))
+            on_gpu = ours.device != "cpu"
+            pair = interleave(
+                {OURS: Local(ours.calls[size, b], on_gpu), name: Local(call, on_gpu)},
+                budget=max(left, 0.0),
+            )
+        except Exception as error:  # a library may raise anything; the others are measured
+            return measured, f"{where}: {type(error).__name__}: {error}"
+        measured[size, b] = pair[OURS], pair[name], fastest | verdict
+        row_s = pair[name].percentile(50) / 1e3 / b / size
+    return measured, ""
+
+
 def _measure(
     n: int,
     d: int,
@@ -206,47 +260,17 @@ def _measure(
     timings: dict[tuple[int, int], list[Timing]] = {cell: [] for cell in cells}
     found: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
-    end = start + seconds
+    beside = _Ours(half, queries, k, metric, device, ours, truths)
     for done, name in enumerate(chosen):
-        call: Callable[[], Any] | None = None
-        row_s = 0.0  # seconds for a query and a row in the cell before; larger ones take no more
-        for size in sizes:
-            say(f"{name}: {size:,} rows")
-            peer: Peer | str = ""
-            for b in [b for at, b in cells if at == size]:
-                if time.perf_counter() + 8 * row_s * size * b > end:  # 8: calls of a cell
-                    skipped[name] = f"from {size:,} rows, batch {b} on: {seconds:.0f} s are too few"
-                    break
-                if not isinstance(peer, Peer):
-                    (_, peer), *_ = build_peers([name], half[:size], metric, device)
-                if not isinstance(peer, Peer):
-                    skipped[name] = peer
-                    break
-                left = (end - time.perf_counter()) / max(1, len(chosen) - done) / 2
-                try:
-                    q = _on(queries[:b], device)
-                    call = _bound(peer, q, k)
-                    fastest = best_choice(peer.choices(_C.num_threads(), b), call)
-                    verdict = truths[size].judge(peer.search(q, k))
-                    pair = interleave(
-                        {OURS: Local(ours[size, b], device != "cpu"),
-                         name: Local(call, device != "cpu")},
-                        budget=max(left, 0.0),
-                    )  # fmt: skip
-                except Exception as error:  # a library may raise anything; the others are measured
-                    why = f"{type(error).__name__}: {error}"
-                    skipped[name] = f"from {size:,} rows, batch {b} on: {why}"
-                    break
-                timings[size, b].append(pair[OURS])
-                found.append(
-                    _row(name, size, b, pair[name], limits, d)
-                    | fastest | verdict | {"ratio": ratio(pair[name], pair[OURS])}
-                )  # fmt: skip
-                row_s = pair[name].percentile(50) / 1e3 / b / size
-            del peer
-            call = None  # it holds the peer: only one is in memory
-            if name in skipped:
-                break
+        measured, why = _measure_peer(
+            name, beside, start + seconds, seconds, max(1, len(chosen) - done), say
+        )
+        for cell, (us, them, verdict) in measured.items():
+            timings[cell].append(us)
+            verdict["ratio"] = ratio(them, us)
+            found.append(_row(name, *cell, them, limits, d) | verdict)
+        if why:
+            skipped[name] = why
     report = []
     for cell in cells:
         if not timings[cell]:

@@ -18,7 +18,12 @@ DamagedFile = _C.DamagedFile
 
 
 def set_num_threads(n: int) -> None:
-    """Use at most n threads (1 to 1024) for a search, an add, an op on the CPU; all by default."""
+    """Use at most n threads for a search, an add, an op on the CPU; by default one for each core.
+
+    Args:
+        n: 1 to 1024.
+    Raises: ValueError another number; TypeError no whole number.
+    """
     _C.set_num_threads(interop.as_int(n, "n"))
 
 
@@ -145,7 +150,9 @@ class Index:
             out: (scores float32, ids int64) of the result's shape to fill and return.
         Returns: scores [M, k] float32 and ids [M, k] int64, best first ([k] for one query), in the
             framework and on the device of the queries.
-        Raises: ValueError shape, k, NaN or infinity; TypeError dtype, or k no whole number.
+        Raises: ValueError shape, k, NaN or infinity, an `out` of another shape, dtype or device or
+            whose arrays overlap; TypeError dtype, k no whole number, filters that are neither ids
+            nor a bitset, an `out` that is no pair.
         """
         if type(k) is not int or not 0 < k < 2**31:
             k = interop.as_k(k)
@@ -183,9 +190,14 @@ class Index:
     ) -> tuple[Any, Any, Any]:
         """Find all rows scoring above `radius` (l2: nearer than it), strictly.
 
-        Returns: lims [M + 1], scores and ids: query i owns entries lims[i] to lims[i + 1], best
-            first.
-        Raises: ValueError shape, NaN or infinity in queries, a radius that is NaN; TypeError dtype.
+        Args:
+            queries: [M, dim] or [dim], fp16 | bf16 | fp32.
+            radius: a score; of l2 a squared distance.
+            allow, deny: as in `search`.
+        Returns: lims [M + 1], scores float32 and ids int64: query i owns entries lims[i] to
+            lims[i + 1], best first; in the framework and on the device of the queries.
+        Raises: ValueError shape, NaN or infinity in queries, a radius that is NaN; TypeError dtype,
+            radius no number, filters that are neither ids nor a bitset.
         """
         array, bf16, back = interop.as_rows(queries, "queries")
         filters = interop.as_filter(allow, "allow"), interop.as_filter(deny, "deny")
@@ -196,7 +208,11 @@ class Index:
     def vectors(self, ids: Any, out: Any = None) -> np.ndarray:
         """The stored FP16 rows of these ids, [n, dim].
 
-        Raises: ValueError for an id that is not in the index.
+        Args:
+            ids: [n] integers.
+            out: float16 [n, dim] in host memory to fill and return.
+        Raises: ValueError an id that is not in the index, another `out`; TypeError ids that are no
+            integers.
         """
         wanted = interop.as_ids(ids, "ids")
         if out is not None:
@@ -204,7 +220,10 @@ class Index:
         return self._core.vectors(wanted, out)
 
     def remove(self, ids: Any) -> int:
-        """Remove rows by id; returns how many were found. `compact` gives their memory back."""
+        """Remove rows by id; returns how many were found. `compact` gives their memory back.
+
+        Raises: TypeError ids that are no integers; ValueError ids that are not flat.
+        """
         return self._core.remove(interop.as_ids(ids, "ids"))
 
     def compact(self) -> None:
@@ -212,7 +231,10 @@ class Index:
         self._core.compact()
 
     def plan(self, batch: int, k: int) -> Plan:
-        """A search of fixed shape into its own buffers; see `Plan`."""
+        """A search of fixed shape into its own buffers; see `Plan`.
+
+        Raises: ValueError batch or k below 1; TypeError no whole number.
+        """
         return Plan(self, batch, k)
 
     def to(self, device: str) -> Index:
@@ -290,7 +312,10 @@ class Plan:
         self.ids = np.empty((batch, k), np.int64)
 
     def __call__(self, queries: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Search for queries [batch, dim]."""
+        """The plan's scores [batch, k] and ids [batch, k] for queries [batch, dim].
+
+        Raises: ValueError shape, NaN or infinity; TypeError dtype.
+        """
         array, bf16, _ = interop.as_rows(queries, "queries")
         batch, k = self.scores.shape
         if array.shape != (batch, self._index.dim):

@@ -1,4 +1,4 @@
-"""Targets beside what was measured: what is met, what is lost, what does not hold."""
+"""Targets beside what was measured: what is met, what is missed, what is lost to peers."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ WHY_LOST = (
     "itself makes keys and values first and multiplies them into the weights: it always takes "
     "longer than they do alone, once in a run, and is repaid at every step."
 )
-WHY_BROKEN = (
+WHY_MISSED = (
     "Ratios depend on the machine as much as on us. One query reads the codes once, a quarter of "
     "FP32's bytes and half of FP16's: where a peer gets all of the memory's rate, and rows have no "
     "structure by which a scan could stop early, the ratio ends near 4 and 2. A batch of 64 "
@@ -144,14 +144,14 @@ WHY_BROKEN = (
 )
 
 
-def broken(found: list[dict[str, Any]]) -> str:
-    """Every promise of the search engine that does not hold."""
+def missed(found: list[dict[str, Any]]) -> str:
+    """Every target of the search engine that is missed."""
     return "\n".join(
-        f"- {claim['claim']} ({result['machine']['isa']}): {claim['value']:.4g}, promised "
-        f"{claim['limit']}"
-        for result in found if result["kind"] == "claims"
+        f"- {target['target']} ({result['machine']['isa']}): {target['value']:.4g}, to be "
+        f"{target['limit']}"
+        for result in found if result["kind"] == "search_targets"
         for body in result["parts"].values()
-        for claim in body["claims"] if not claim["holds"]
+        for target in body["targets"] if not target["met"]
     ) or "None."  # fmt: skip
 
 
@@ -194,8 +194,8 @@ def load_targets(result: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def goals(found: list[dict[str, Any]]) -> str:
-    """Targets beside what was measured."""
+def all_targets(found: list[dict[str, Any]]) -> str:
+    """Targets beside what was measured, as a table."""
     rows = []
 
     def add(target: str, value: str, met: bool | None) -> None:
@@ -207,12 +207,12 @@ def goals(found: list[dict[str, Any]]) -> str:
     if not loads:
         add("p99 of search at half of an M/D/c queue's rate at most 1.3 times the queue's", "",
             None)  # fmt: skip
-    for result in (r for r in found if r["kind"] == "claims"):
-        claims = [claim for part in result["parts"].values() for claim in part["claims"]]
-        held = sum(claim["holds"] for claim in claims)
-        add(f"every promise of the search engine, {result['machine']['isa']}",
-            f"{held} of {len(claims)}" + (", but see the note there" if "note" in result else ""),
-            held == len(claims))  # fmt: skip
+    for result in (r for r in found if r["kind"] == "search_targets"):
+        verdicts = [
+            target["met"] for part in result["parts"].values() for target in part["targets"]
+        ]
+        add(f"every target of the search engine, {result['machine']['isa']}",
+            f"{sum(verdicts)} of {len(verdicts)}", all(verdicts))  # fmt: skip
     for gate in (r for r in found if r["kind"] == "gate"):
         false = false_alarms(gate)
         add(

@@ -1,5 +1,7 @@
-"""The harness: it finds what is slowed down, keeps its limits, and knows its queues."""
+"""The scripts of bench/: they find what is slowed down, keep their limits, know their queues."""
 
+import argparse
+import contextlib
 import json
 import os
 import re
@@ -11,8 +13,22 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import gpu
+import load
+import measure
 import numpy as np
 import pytest
+import regression
+import run
+import topk_cpu
+import torch
+from case import Case, Rival, pick
+from cases import cases, topk
+from gpu import PYTHON, Stage
+from graph import Graph, eager
+from load import open_loop, poisson, queue, service_under_load
+from nsight import commands
+from regression import CLOCK, slowed
 
 import knnfast
 from knnfast.benchmark.topk import Peer, threads_for_all
@@ -20,17 +36,8 @@ from knnfast.benchmark.topk import Peer, threads_for_all
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def bench_on_the_path():
-    sys.path.insert(0, str(ROOT / "bench"))
-    yield
-    sys.path.remove(str(ROOT / "bench"))
-
-
 def test_queue_is_what_theory_says():
     """M/D/1: the mean wait is rho S / 2 (1 - rho) (Pollaczek and Khinchine)."""
-    from load import poisson, queue
-
     service, rho = 1e-3, 0.5
     latencies = queue(poisson(rho / service, 400, seed=0), service, 1)
     wait = latencies.mean() - service
@@ -42,7 +49,6 @@ def test_queue_is_what_theory_says():
 
 def test_open_loop_counts_from_the_arrival():
     """A server that is late makes everybody who waits late, whatever it was busy with."""
-    from load import open_loop
 
     def search(q):
         time.sleep(0.05)
@@ -54,18 +60,12 @@ def test_open_loop_counts_from_the_arrival():
 
 
 def test_service_under_load_is_that_of_searches_that_did_not_wait():
-    from load import service_under_load
-
     spans = np.array([[5.0, 6.0], [0.0, 1.0], [0.5, 2.0], [2.0, 3.2], [2.1, 9.0]])
     assert service_under_load(spans, 1) == pytest.approx(1.1)  # the second and the fourth
     assert service_under_load(spans, 2) == pytest.approx(1.2)  # all
 
 
 def test_open_row_is_the_round_with_the_least_stolen_time(monkeypatch):
-    import argparse
-
-    import load
-
     # before and after each of two stretches of three rounds
     stolen = iter([0.0, 0.2, 0.2, 0.5, 1.0, 1.0, 1.0, 1.1, 2.0, 2.4, 2.4, 2.9])
     monkeypatch.setattr(load, "stolen_seconds", lambda: next(stolen))
@@ -81,10 +81,6 @@ def test_open_row_is_the_round_with_the_least_stolen_time(monkeypatch):
 
 
 def test_loads_beyond_what_the_queue_can_serve_have_none(monkeypatch):
-    import argparse
-
-    import load
-
     args = argparse.Namespace(clients=4, seconds=0.1, least=10, rounds=1, loads=[0.5], stretches=2)
     rows = list(load.measure("it", lambda q: time.sleep(0.001), np.zeros((1, 1)), args, [], 1))
     alone, _, half, beyond = rows
@@ -98,8 +94,6 @@ def test_loads_beyond_what_the_queue_can_serve_have_none(monkeypatch):
 
 
 def test_slowed_takes_as_much_longer_as_it_says():
-    from regression import CLOCK, slowed
-
     def call():
         end = CLOCK() + 0.02
         while CLOCK() < end:
@@ -113,10 +107,6 @@ def test_slowed_takes_as_much_longer_as_it_says():
 
 
 def test_gate_gives_the_alarm_when_most_measurements_are_above(monkeypatch):
-    import contextlib
-
-    import regression
-
     def run(*values):
         todo = iter(values)
         monkeypatch.setattr(regression, "measure", lambda *_: (next(todo), None))
@@ -139,8 +129,6 @@ def test_gate_gives_the_alarm_when_most_measurements_are_above(monkeypatch):
                                 "transition_step", "sample_head", "transition_loss", "sample",
                                 "end_to_end"])  # fmt: skip
 def test_first_case_is_right_and_has_its_peers(op):
-    from cases import cases
-
     case = next(iter(cases(op, "ci")))
     for name, call in case.ours.items():
         assert case.judge(call())["ok"], name
@@ -159,11 +147,6 @@ def test_first_case_is_right_and_has_its_peers(op):
 
 
 def test_a_peer_that_fails_is_a_row_of_the_table():
-    import argparse
-
-    import run
-    from case import Case, Rival
-
     lost = []
 
     def fails():
@@ -206,8 +189,6 @@ def test_a_peer_that_fails_is_a_row_of_the_table():
     ],
 )
 def test_run_names_a_wrong_option(words, message, monkeypatch, capsys):
-    import run
-
     limits = {"read_gb_s": 1.0, "copy_gb_s": 1.0, "matmul_tflop_s": 1.0}
     monkeypatch.setattr(run, "ceilings", lambda device: limits)
     monkeypatch.setattr("sys.argv", ["run.py", "--op", "topk", "--shape", "ci", *words])
@@ -219,8 +200,6 @@ def test_run_names_a_wrong_option(words, message, monkeypatch, capsys):
 
 def test_run_measures_what_its_options_name(monkeypatch, tmp_path):
     """One backend and one peer, one thread, by CPU time; then beside an earlier commit."""
-    import run
-
     limits = {"read_gb_s": 1.0, "copy_gb_s": 1.0, "matmul_tflop_s": 1.0}
     monkeypatch.setattr(run, "ceilings", lambda device: limits)
 
@@ -250,8 +229,6 @@ def test_run_measures_what_its_options_name(monkeypatch, tmp_path):
 
 
 def test_a_shape_without_room_is_refused(monkeypatch):
-    from cases import topk
-
     monkeypatch.setattr(topk, "memory_bytes", lambda: 11 << 30)
     topk.check_memory("it", 1 << 30, "cpu")
     with pytest.raises(ValueError, match="it needs 22 GiB of memory"):
@@ -260,9 +237,6 @@ def test_a_shape_without_room_is_refused(monkeypatch):
 
 def test_peers_on_a_gpu_are_built_once_a_shape(monkeypatch):
     """On torch's `cpu:0`, which is not called `cpu` and so passes for a GPU."""
-    import torch
-    from cases import cases, topk
-
     built = []
 
     def right(rows, metric):
@@ -296,23 +270,19 @@ def test_peers_on_a_gpu_are_built_once_a_shape(monkeypatch):
 
 
 def test_parts_of_topk_cpu_add_up_in_one_file(monkeypatch, tmp_path, capsys):
-    import topk_cpu
-
-    for part, holds in (("small", True), ("memory", False)):
-        claim = {"claim": f"{part} is fast", "value": 1, "limit": "<= 2", "holds": holds}
-        monkeypatch.setitem(topk_cpu.PARTS, part, lambda c=claim: {"times": {}, "claims": [c]})
+    for part, met in (("small", True), ("memory", False)):
+        target = {"target": f"{part} is fast", "value": 1, "limit": "<= 2", "met": met}
+        monkeypatch.setitem(topk_cpu.PARTS, part, lambda t=target: {"times": {}, "targets": [t]})
         words = ["topk_cpu.py", "--part", part, "--json", str(tmp_path / "topk.json")]
         monkeypatch.setattr("sys.argv", words)
         topk_cpu.main()
     saved = json.loads((tmp_path / "topk.json").read_text())
     assert list(saved) == ["small", "memory"]
     assert saved["memory"]["command"] == "python bench/topk_cpu.py --part memory"
-    assert "1 claims fail\n  memory is fast" in capsys.readouterr().out
+    assert "1 targets are missed\n  memory is fast" in capsys.readouterr().out
 
 
 def test_topk_cpu_times_right_answers_alone(monkeypatch):
-    import topk_cpu
-
     def against(calls):
         contenders = {name: topk_cpu.Local(call) for name, call in calls.items()}
         timings = topk_cpu.interleave(contenders, seconds=0, turns=1)
@@ -321,7 +291,7 @@ def test_topk_cpu_times_right_answers_alone(monkeypatch):
     monkeypatch.setattr(topk_cpu, "against", against)
     monkeypatch.setattr(topk_cpu, "N", 3_000)
     monkeypatch.setattr(topk_cpu, "D", 32)
-    assert len(topk_cpu.shapes_of_data()["claims"]) == 9
+    assert len(topk_cpu.shapes_of_data()["targets"]) == 9
 
     class Reversed:
         def __init__(self, index):
@@ -338,9 +308,6 @@ def test_topk_cpu_times_right_answers_alone(monkeypatch):
 
 
 def test_what_fails_of_ours_is_told_and_the_rest_is_measured(monkeypatch, tmp_path):
-    import run
-    from case import Case, Rival, pick
-
     def fails():
         raise RuntimeError("no kernel image")
 
@@ -371,9 +338,6 @@ def test_what_fails_of_ours_is_told_and_the_rest_is_measured(monkeypatch, tmp_pa
 
 
 def test_a_peer_that_cannot_be_captured_is_timed_as_it_is(monkeypatch):
-    import run
-    from case import Case, Rival
-
     def fails(call):
         raise RuntimeError("called a synchronizing CUDA operation\nmore")
 
@@ -393,9 +357,6 @@ def test_a_peer_that_cannot_be_captured_is_timed_as_it_is(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_a_graph_gives_what_the_call_gives():
-    import torch
-    from graph import Graph, eager
-
     x = torch.arange(8.0, device="cuda")
 
     def call():
@@ -411,8 +372,6 @@ def test_a_graph_gives_what_the_call_gives():
 
 
 def test_stages_are_skipped_with_a_reason_and_stopped_at_their_limit(tmp_path):
-    from gpu import Stage
-
     skipped = Stage("a", ["true"], 5, (lambda: "there is none",)).run(tmp_path)
     assert skipped == {"stage": "a", "result": "skipped", "reason": "there is none"}
     assert Stage("b", ["sh", "-c", "echo out > {out}/made"], 5).run(tmp_path)["result"] == "passed"
@@ -427,8 +386,6 @@ def test_stages_are_skipped_with_a_reason_and_stopped_at_their_limit(tmp_path):
 
 
 def test_a_stage_gets_no_more_than_what_is_left(tmp_path, monkeypatch):
-    import gpu
-
     monkeypatch.setattr(gpu, "GRACE", 1)
     monkeypatch.setattr(gpu, "LEAST", 0.5)
     stopped = gpu.Stage("a", ["sleep", "60"], 60).run(tmp_path, left=1.6)
@@ -442,8 +399,6 @@ def test_a_stage_gets_no_more_than_what_is_left(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_stopped_pytest_reports_its_failures(tmp_path):
     """On several workers, one of which hangs."""
-    from gpu import PYTHON, Stage
-
     (tmp_path / "test_it.py").write_text(
         "import time\ndef test_a(): assert 0, 'planted'\ndef test_b(): time.sleep(60)\n"
     )
@@ -454,8 +409,6 @@ def test_a_stopped_pytest_reports_its_failures(tmp_path):
 
 
 def test_a_stage_finds_the_callers_path_and_the_repository(tmp_path, monkeypatch):
-    from gpu import PYTHON, Stage
-
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "of the caller"))
     Stage("a", [PYTHON, "-c", "import os; print(os.environ['PYTHONPATH'])"], 30).run(tmp_path)
     assert (tmp_path / "a.log").read_text() == f"{ROOT}:{tmp_path / 'of the caller'}\n"
@@ -463,9 +416,6 @@ def test_a_stage_finds_the_callers_path_and_the_repository(tmp_path, monkeypatch
 
 @pytest.mark.parametrize(("capability", "archs"), [((9, 0), "90a-real"), ((8, 6), "86-real")])
 def test_the_build_is_for_the_gpu_that_is_there(capability, archs, monkeypatch):
-    import gpu
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.delenv("CUDAARCHS", raising=False)
@@ -477,8 +427,6 @@ def test_the_build_is_for_the_gpu_that_is_there(capability, archs, monkeypatch):
 
 
 def test_shapes_of_a_gpus_size_come_first():
-    import gpu
-
     for op, first in (("topk", "coco-69m-shard"), ("transition_step", "gpu-1"),
                       ("transition_loss", "gpu-16"), ("sample", "stickers-1")):  # fmt: skip
         names = gpu.shapes(op)
@@ -532,8 +480,6 @@ gpu.main()
 
 
 def test_ncu_sees_every_search_kernel():
-    from nsight import commands
-
     words = commands(Path("out"), "cuda")["ncu, top-k kernels"]
     pattern = words[words.index("--kernel-name") + 1].removeprefix("regex:")
     found = {
@@ -574,8 +520,6 @@ def test_sanitizer_goes_on_after_a_tool_that_fails(tmp_path):
 
 
 def test_measure_puts_a_result_in_the_place_of_the_older(monkeypatch, tmp_path, capfd):
-    import measure
-
     result = {"kind": "load", "machine": {"isa": "avx2", "date": "2026-01-02"}}
     (tmp_path / "write.py").write_text(
         f"import json, sys; open(sys.argv[1], 'w').write(json.dumps({result!r}))"
@@ -625,8 +569,6 @@ def test_gpu_script_leaves_other_folders_alone(tmp_path):
 
 
 def test_gpu_script_ends_on_a_machine_without_a_gpu(tmp_path):
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU: `make gpu`")
     words = [sys.executable, "bench/gpu.py", "--out", str(tmp_path / "gpu"), "--train"]
