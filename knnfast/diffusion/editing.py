@@ -147,7 +147,7 @@ def nearest_others(rows: np.ndarray, count: int) -> np.ndarray:
     rest, wide = np.arange(len(rows)), count + SPARE
     while len(rest):
         scores, ids = index.search(rows[rest], min(wide, len(rows)))
-        other = scores < ConditionConfig.near
+        other = scores < ConditionConfig.near  # the picture itself is not, either
         enough = other.sum(1) >= count
         first = np.argsort(~other, axis=1, kind="stable")[enough, :count]
         near[rest[enough]] = np.take_along_axis(ids[enough], first, 1)
