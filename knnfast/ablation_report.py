@@ -36,39 +36,43 @@ def require_plots() -> Any:
     return Figure
 
 
-def write_report(out: Path, names: Sequence[str]) -> Path:
+def write_report(out: Path, sources: Mapping[str, str]) -> Path:
     """Make `README.md` and one PNG for each ablation from the JSON files in a folder.
 
     Args:
         out: the folder, with NAME.json of some ablations.
-        names: of the ablations, in the report's order.
+        sources: what is said of each ablation, by name, in the report's order.
 
     Raises:
         ImportError: matplotlib is missing. ValueError: a file there is not an ablation's.
     """
-    found = [out / f"{name}.json" for name in names]
+    found = [out / f"{name}.json" for name in sources]
     results = [_files.read_json(path, FORMAT) for path in found if path.is_file()]
     for result in results:
         if any(entry["available"] for entry in result["settings"]):
             _plot(result, out / f"{result['name']}.png")
     page = out / "README.md"
     missing = [path.stem for path in found if not path.is_file()]
-    _files.write_atomic(page, _page(results, missing).encode())
+    _files.write_atomic(page, _page(results, missing, sources).encode())
     return page
 
 
-def _page(results: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> str:
+def _page(
+    results: Sequence[Mapping[str, Any]], missing: Sequence[str], sources: Mapping[str, str]
+) -> str:
     lines = [
         "# Ablations",
         "",
         "Made by `knnfast evaluate MODEL --ablation NAME|all`. Every setting generates the same "
-        "names with the same seeds. Score: cosine of the image with its own name. R@n: its own "
-        "name is among the n nearest of all names. CMMD: distance to the held-out real stickers, "
-        "smaller is better. Nearest: distance to the nearest picture of the database, 0 for a copy "
-        "(judge: 1 - cosine; pixels: root mean square). A claim is compared by the judge's score, "
-        "image by image: agrees or disagrees when the 95 % bootstrap interval of the difference "
-        "leaves out 0, undecided when not. The judge has not met the generator.",
+        "names with the same seeds; the names of a batch share their noise. Score: cosine of the "
+        "image with its own name. R@n: its own name is among the n nearest of all names. CMMD: "
+        "distance to the held-out real stickers, smaller is better. Nearest: distance to the "
+        "nearest picture of the database, 0 for a copy (judge: 1 - cosine; pixels: root mean "
+        "square). A claim is compared by the judge's score, image by image: agrees or disagrees "
+        "when the 95 % bootstrap interval of the difference leaves out 0, undecided when not. The "
+        "judge has not met the generator.",
         "",
+        *_caveat(results),
         "| ablation | what is claimed | here | difference of the judge's score | names |",
         "| --- | --- | --- | --- | --- |",
     ]
@@ -83,7 +87,13 @@ def _page(results: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> str:
     if missing:
         lines += ["", f"Not measured yet: {', '.join(missing)}."]
     for result in results:
-        lines += ["", f"## {result['name']}", "", f"{result['title']}. {result['source']}", ""]
+        lines += [
+            "",
+            f"## {result['name']}",
+            "",
+            f"{result['title']}. {sources[result['name']]}",
+            "",
+        ]
         lines.append("| setting | " + " | ".join(COLUMNS.values()) + " |")
         lines.append("| --- |" + " --- |" * len(COLUMNS))
         for entry in result["settings"]:
@@ -98,10 +108,32 @@ def _page(results: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> str:
             lines += ["", f"![{result['title']}]({result['name']}.png)"]
         lines += [
             "",
-            f"{result['prompts']} names ({result['held_out']} held out), seed {result['seed']}, "
-            f"among {result['names']:,} names; denoiser `{result['denoiser_sha256'][:12]}`.",
+            f"{result['prompts']} names ({result['held_out']} held out of the training, not of the "
+            f"database), seed {result['seed']}, "
+            + (f"batches of {result['batch']}, " if "batch" in result else "")
+            + f"among {result['names']:,} names; denoiser `{result['denoiser_sha256'][:12]}`.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _caveat(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """That the database holds what the names belong to, with the shares where they are measured."""
+    lines = [
+        "**The database holds the picture that a name belongs to**, of names held out of the "
+        "training, too. What is measured is mostly whether that picture is found and drawn again, "
+        'not what becomes of a prompt that has none. "Neighbours help" and "a larger index is '
+        'better" are to be read so; the ablation `own` leaves that picture out.',
+        "",
+    ]
+    result = next((r for r in results if "own_picture" in r), None)
+    if result is not None:
+        own = result["own_picture"]
+        also = f" ({own['among_held_out']:.0%} of the held-out)" if "among_held_out" in own else ""
+        lines[0] += (
+            f" Of the {result['prompts']} names, {own['first']:.0%} find their own picture first, "
+            f"{own['among']:.0%}{also} among the ten nearest."
+        )
+    return lines
 
 
 def _plot(result: Mapping[str, Any], path: Path) -> None:

@@ -31,8 +31,10 @@ from torch import Tensor
 from knnfast._calls import Clock, check_number, check_range, choose_neighbours
 from knnfast.database import Database, Item, Neighbour
 from knnfast.diffusion.denoiser import Denoiser
+from knnfast.diffusion.pairs import ConditionConfig
+from knnfast.diffusion.schedule import Schedule
 from knnfast.encoders import Embeddings, pixels
-from knnfast.images import check_size, flatten, read_image
+from knnfast.images import pictures_of, read_image, upright
 from knnfast.mixture import Mixture
 from knnfast.query import Picture, Query, embed, mix
 
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from knnfast.pipeline import Databases, KNNDiffusion
 
 SPARE = 8  # neighbours searched beyond k, for those that are the picture itself
-NEAR = 0.95  # cosine from which a neighbour counts as that
+NEAR = ConditionConfig.near  # cosine from which a neighbour counts as that
 
 
 @dataclass
@@ -136,11 +138,13 @@ def edit(
         EditOutput: candidates, best first, and the original beside them.
 
     Raises:
-        ValueError, TypeError: the model is no editor, or an argument out of its range.
+        ValueError, TypeError: the model is no editor, or one whose schedule replaces codes; an
+            argument out of its range.
         FileNotFoundError: no such picture, or a folder that holds no database.
     """
     if not (isinstance(self.denoiser, Denoiser) and self.denoiser.config.source):
         raise ValueError('model: is no editor; load one, for example "stickers-edit"')
+    check_keeps(self.denoiser.schedule)
     if not isinstance(prompt, str | Query):
         raise TypeError(f"prompt: expected text, got {type(prompt).__name__}")
     if isinstance(prompt, str) and not prompt.strip():
@@ -165,10 +169,9 @@ def edit(
     self.denoiser.check(steps, guidance, truncation=truncation)
     db = self.find_database(database)
     k, allow = choose_neighbours(db, k, groups, where)
-    picture = read_image(image) if isinstance(image, str | Path) else image
-    if not isinstance(picture, Image.Image):
+    if not isinstance(image, Image.Image | str | Path):
         raise TypeError(f"image: expected a picture or a file, got {type(image).__name__}")
-    check_size(picture)
+    picture = upright(image) if isinstance(image, Image.Image) else read_image(image)
     cells = cells_of(mask, picture, self.tokenizer.grid)
 
     timings: dict[str, float] = {}
@@ -177,7 +180,7 @@ def edit(
     with clock("encode"):
         array = torch.from_numpy(pixels([picture], size)).to(self.device)
         source = self.tokenizer.encode(array.permute(0, 3, 1, 2).float() / 255)
-        original = _image(self.tokenizer.decode(source))
+        (original,) = pictures_of(self.tokenizer.decode(source))
         text = mix((prompt, 1.0), label=None if isinstance(prompt, Query) else prompt)
         both = mix((text, 1 - image_weight), (original, image_weight))
         rows = embed([text, mix((original, 1.0)), both], self.encoder).vectors
@@ -206,7 +209,8 @@ def edit(
             start=(torch.where(masked, unknown, source).repeat(num_images, 1), level),
         )
     with clock("decode"):
-        images = [_image(self.tokenizer.decode(row[None])) for row in codes]
+        alone = [self.tokenizer.decode(row[None]) for row in codes]
+        images = pictures_of(torch.cat(alone))
     with clock("rank"):
         seen = self.encoder.encode_images([original, *images]).vectors
         scores, identity = seen @ rows[0], seen @ seen[0]
@@ -221,6 +225,15 @@ def edit(
     )
 
 
+def check_keeps(schedule: Schedule) -> None:
+    """Refuse a schedule that replaces codes: an edit could not keep those it does not redraw."""
+    if schedule.B[1:].any():
+        raise ValueError(
+            f"schedule: an editor needs 'mask', which keeps a code once it is drawn, "
+            f"got {schedule.name!r}"
+        )
+
+
 def cells_of(
     mask: np.ndarray | Image.Image | None, picture: Image.Image, grid: tuple[int, int]
 ) -> Tensor:
@@ -232,7 +245,7 @@ def cells_of(
     if mask is None:
         return torch.ones(grid, dtype=torch.bool)
     if isinstance(mask, Image.Image):
-        mask = np.asarray(flatten(mask, "black").convert("L")) >= 128
+        mask = np.asarray(upright(mask, "black").convert("L")) >= 128
     given = np.asarray(mask)
     if given.shape != (picture.height, picture.width):
         raise ValueError(
@@ -291,9 +304,3 @@ def choose(difference: Tensor, cells: Tensor, count: int) -> Tensor:
     region = torch.zeros(mean.shape, dtype=torch.bool)
     region[mean.topk(count).indices] = True
     return region.view(cells.shape)
-
-
-def _image(pixels: Tensor) -> Image.Image:
-    """[1, 3, S, S] in [0, 1] as a picture."""
-    array = (pixels[0] * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(array)

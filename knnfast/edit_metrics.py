@@ -29,6 +29,11 @@ def changed_region(
     return np.logical_or.reduce(shifts)
 
 
+def pixels_of(cells: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Spread cells [rows, columns] over the pixels they stand for: [H, W], H and W multiples."""
+    return cells.repeat(shape[0] // cells.shape[0], 0).repeat(shape[1] // cells.shape[1], 1)
+
+
 def psnr_outside(before: np.ndarray, after: np.ndarray, region: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of the pixels outside a region; inf where they are equal.
 

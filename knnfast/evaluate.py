@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from knnfast import _files
 from knnfast.metrics import (
     bootstrap_interval,
     cmmd,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import nn
 
-    from knnfast.database import Database
+    from knnfast.database import Database, Neighbour
     from knnfast.encoders import Encoder
     from knnfast.pipeline import KNNDiffusion
 
@@ -121,11 +122,14 @@ class Panel:
 
     Args:
         pipe: a model.
-        judge: an encoder that did not condition it, or a folder of one; by default the judge of
-            the embedded bundle.
+        judge: an encoder that did not condition it, or a folder of one; None: the embedded one,
+            for models of the embedded encoder.
         training: name of the database whose images the generator was trained on.
         other: name of the database it has never seen; None: there is none, and no picture of the
             other was held out of the training.
+
+    Raises:
+        ValueError: no judge is given and the model has another encoder; or the judge is its own.
     """
 
     def __init__(
@@ -138,12 +142,20 @@ class Panel:
         from knnfast.encoders import load_encoder
 
         if judge is None:
-            judge = Path(__file__).parent / "bundles" / "stickers" / "judge"
+            bundle = Path(__file__).parent / "bundles" / "stickers"
+            known = _files.read_json(bundle / "encoder" / "encoder.json")["card"]["sha256"]
+            if pipe.encoder.card.sha256 != known:
+                raise ValueError(
+                    "judge: the embedded one knows stickers alone, and this model's encoder is "
+                    f"{pipe.encoder.card.name!r}; give a second encoder (--judge)"
+                )
+            judge = bundle / "judge"
         if isinstance(judge, str | Path):
             judge = load_encoder(judge)
         if judge.card.sha256 == pipe.encoder.card.sha256:
             raise ValueError("the judge is the encoder that conditions the generator")
         self.judge = judge
+        self.database = pipe.databases[training]
         self.real = _Real(pipe.databases, training, other)
         self.views = {"encoder": _View(pipe.encoder, self.real), "judge": _View(judge, self.real)}
         self.held_out = np.flatnonzero(self.real.held_out)
@@ -156,6 +168,27 @@ class Panel:
         unseen = rng.permutation(self.held_out)[: prompts // 2]
         free = np.flatnonzero(self.real.training & ~self.real.held_out)
         return rng.permutation(free)[: prompts - len(unseen)], unseen
+
+    def search(self, rows: np.ndarray, k: int) -> tuple[list[list[Neighbour]], dict[str, float]]:
+        """What the names in `rows` find, and how often the very picture that a name belongs to.
+
+        Returns:
+            The neighbours, and the shares of the names whose own picture is the `first` of them,
+            `among` them, and `among_held_out` of names of held-out pictures, where there are any.
+        """
+        from knnfast.encoders import Embeddings
+
+        view = self.views["encoder"]
+        found = self.database.search(Embeddings(view.texts[rows], view.encoder.card), k)
+        names = [self.real.names[row] for row in rows]
+        own = [[n.item.name == name for n in near] for near, name in zip(found, names, strict=True)]
+        among = np.array([any(hits) for hits in own])
+        shares = {
+            "first": float(np.mean([hits[0] for hits in own])), "among": float(among.mean()),
+        }  # fmt: skip
+        if (unseen := self.real.held_out[rows]).any():
+            shares["among_held_out"] = float(among[unseen].mean())
+        return found, shares
 
     def values(self, images: list[Image.Image], rows: np.ndarray) -> dict[str, dict[str, Any]]:
         """Measure images of the names in `rows`, one each.
@@ -206,9 +239,10 @@ def evaluate(
     """Evaluate a model on the names of the database it was trained on, and of one it has not seen.
 
     Prompts are names: half of pictures that the generator was trained on, half of held-out ones
-    (fewer where there are not enough). Each mode of MODES generates one image a prompt. Then
-    `other_prompts` names of the other database are generated with each of the two databases. For a
-    model with one database there are neither held-out pictures nor this last part.
+    (fewer where there are not enough); all these pictures are in the database. Each mode of MODES
+    generates one image a prompt. Then `other_prompts` names of the other database are generated
+    with each of the two databases. For a model with one database there are neither held-out
+    pictures nor this last part.
 
     Args:
         pipe: the model.
@@ -223,9 +257,9 @@ def evaluate(
         other: name of the database it has never seen; None: its second, where it has one.
         other_prompts: how many names of the other database.
         other_samples: images for each of these, and for each database.
-        batch: prompts generated at once.
-        inception: file of Inception's weights for the FID; see `fid.fid`. Where something for it
-            is missing, the result says what.
+        batch: prompts generated at once; they share their noise, so figures depend on it a little.
+        inception: file of Inception's weights for the FID; see `fid.fid`. None: where something
+            for it is missing, the result says what.
         progress: called with (images done, images in all).
 
     Returns:
@@ -233,7 +267,9 @@ def evaluate(
 
     Raises:
         ValueError: a setting out of its range, or names that cannot be prompts: one is empty,
-            there twice, or unreadable to an encoder. TypeError: a setting that is no number.
+            there twice, or unreadable to an encoder; no judge for this model. TypeError: a setting
+            that is no number.
+        FileNotFoundError, ImportError: `inception` is given and cannot be used.
     """
     from knnfast._calls import DEFAULT_K, check_range
 
@@ -243,6 +279,10 @@ def evaluate(
     check_range("steps", steps, 1)
     check_range("seed", seed, 0, 2**64 - 1)
     check_range("batch", batch, 1)
+    if inception is not None:
+        from knnfast.fid import weights_at
+
+        weights_at(inception)
     training, other = databases_of(pipe, training, other)
     size = min(len(pipe.databases[name]) for name in (training, other) if name is not None)
     k = min(DEFAULT_K, size) if k is None else k
@@ -271,7 +311,7 @@ def evaluate(
                 guidance=guidance,
                 truncation=truncation,
                 num_images=samples,
-                seed=seed + number,
+                seed=(seed + number) % 2**64,
                 database=database,
                 use_query=use_query,
                 use_neighbours=use_neighbours,
@@ -306,9 +346,8 @@ def evaluate(
     images = {mode: generate(chosen, 1, training, mode) for mode in MODES}
     generated = {mode: measure(pictures) for mode, pictures in images.items()}
 
-    names = [real.names[row] for row in chosen]
-    found = pipe.databases[training].search(pipe.encoder.encode_text(names), 1)
-    nearest = [pipe.databases[training].thumbnail(hit[0].item.id) for hit in found]
+    found, own_picture = panel.search(chosen, k)
+    nearest = [panel.database.thumbnail(near[0].item.id) for near in found]
     own = [real.images[row] for row in chosen]
     shuffled = np.roll(chosen, len(chosen) // 2 + 1)
     bounds: dict[str, Any] = {
@@ -358,11 +397,13 @@ def evaluate(
             "guidance": guidance,
             "truncation": truncation,
             "seed": seed,
+            "batch": batch,
             "encoder": pipe.encoder.card.to_dict(),
             "judge": judge.card.to_dict(),
             "denoiser_sha256": weights_hash(pipe.denoiser),
         },
         "chance": {"r_precision@1": 1 / len(real.names), "r_precision@10": 10 / len(real.names)},
+        "own_picture": own_picture,
         "generated": generated,
         "bounds": bounds,
         **unseen_kind,
@@ -381,24 +422,24 @@ def _fids(
     try:
         return {mode: fid(_pixels(x, panel.size), real, inception) for mode, x in images.items()}
     except (ImportError, FileNotFoundError) as e:
+        if inception is not None:
+            raise
         return {"not_available": str(e)}
 
 
 def _reconstruct(pipe: KNNDiffusion, images: Sequence[Image.Image]) -> list[Image.Image]:
     """Send pictures through the tokenizer and back."""
     import torch
-    from PIL import Image
 
     from knnfast.encoders import pixels
+    from knnfast.images import pictures_of
 
     out: list[Image.Image] = []
     for start in range(0, len(images), 50):
         part = torch.from_numpy(pixels(images[start : start + 50], pipe.tokenizer.image_size))
         with torch.inference_mode():
             batch = part.to(pipe.device).permute(0, 3, 1, 2).float() / 255
-            back = pipe.tokenizer.decode(pipe.tokenizer.encode(batch)).clamp(0, 1)
-        array = (back * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        out += [Image.fromarray(picture) for picture in array]
+            out += pictures_of(pipe.tokenizer.decode(pipe.tokenizer.encode(batch)))
     return out
 
 
@@ -408,7 +449,7 @@ def report(result: Mapping[str, Any]) -> str:
         "R@1",
         "R@10",
         "R@10 training",
-        "R@10 held out",
+        "R@10 untrained",
         "score",
         "CMMD",
         "nearest",
@@ -433,6 +474,15 @@ def report(result: Mapping[str, Any]) -> str:
         wrong = result["bounds"]["real"][label]["score_shuffled"]
         lines.append(f"  {'real, shuffled names':22}{'':60}{wrong:15.3f}")
     lines.append(f"chance: R@10 {result['chance']['r_precision@10']:.4f}")
+    if result["settings"]["prompts_held_out"]:
+        lines.append("untrained: the generator was not trained on these, the database holds them")
+    if "own_picture" in result:  # not in results of before it was measured
+        own = result["own_picture"]
+        lines.append(
+            f"a name's own picture: the first found for {own['first']:.1%} of the names, among "
+            f"the {result['settings']['k']} found for {own['among']:.1%}"
+            + (f", {own['among_held_out']:.1%} untrained" if "among_held_out" in own else "")
+        )
     if "out_of_distribution" in result:
         shares = result["out_of_distribution"]
         for name, value in [

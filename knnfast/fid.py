@@ -5,12 +5,33 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 WEIGHTS = "weights-inception-2015-12-05-6d726d74.pth"  # as torch-fidelity publishes them
+
+
+def weights_at(inception: str | Path | None = None) -> Path:
+    """The file of Inception's weights; all else that `fid` needs is there, too.
+
+    Raises:
+        ImportError, FileNotFoundError: something is missing.
+    """
+    path = Path(inception or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS)
+    if not path.is_file():
+        place = path if inception else f"{WEIGHTS} in torch's hub folder"  # reports are published
+        raise FileNotFoundError(f"FID: no Inception weights at {place} (see --inception)")
+    _require("torchmetrics")
+    _require("torch_fidelity")
+    return path
+
+
+def _require(package: str) -> None:
+    if find_spec(package) is None:
+        raise ImportError(f"FID: {package} is missing (extra: knnfast[evaluate])")
 
 
 def fid(
@@ -37,21 +58,14 @@ def fid(
         ImportError: torchmetrics, or for Inception torch-fidelity, is missing.
         FileNotFoundError: no weights.
     """
-    path = Path(inception or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS)
-    if features is None and not path.is_file():
-        place = path if inception else f"{WEIGHTS} in torch's hub folder"  # reports are published
-        raise FileNotFoundError(f"FID: no Inception weights at {place} (see --inception)")
-    for package in (
-        ("torchmetrics",) if features is not None else ("torchmetrics", "torch_fidelity")
-    ):
-        if find_spec(package) is None:
-            raise ImportError(f"FID: {package} is missing (extra: knnfast[evaluate])")
+    if features is not None:
+        _require("torchmetrics")
+        options: dict[str, Any] = {"feature": features}
+    else:
+        options = {"feature_extractor_weights_path": str(weights_at(inception))}
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    if features is not None:
-        metric = FrechetInceptionDistance(feature=features)
-    else:
-        metric = FrechetInceptionDistance(feature_extractor_weights_path=str(path))
+    metric = FrechetInceptionDistance(**options)
     metric.set_dtype(torch.float64)
     for pictures, known in ((images, False), (real, True)):
         for start in range(0, len(pictures), batch):

@@ -8,11 +8,15 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from knnfast import _files
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # A saved database's own pictures (database.py).
 THUMBNAILS = re.compile(r"thumbnails-[0-9a-f]{8}-\d{4,}\.webp")
@@ -56,7 +60,7 @@ def read_image(path: str | Path, background: str = "white") -> Image.Image:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with Image.open(path) as image:
-            return flatten(ImageOps.exif_transpose(image), background)
+            return upright(image, background)
     except READ_ERRORS as e:
         raise ValueError(f"{path}: not a readable image ({e})") from None
 
@@ -65,6 +69,11 @@ def check_size(image: Image.Image) -> None:
     """Refuse a picture without pixels."""
     if 0 in image.size:
         raise ValueError(f"image: has no pixels, its size is {image.size}")
+
+
+def upright(image: Image.Image, background: str = "white") -> Image.Image:
+    """A picture as it is to be looked at: turned as its EXIF says, then `flatten`."""
+    return flatten(ImageOps.exif_transpose(image), background)
 
 
 def flatten(image: Image.Image, background: str = "white") -> Image.Image:
@@ -82,6 +91,12 @@ def flatten(image: Image.Image, background: str = "white") -> Image.Image:
     return image.convert("RGB")
 
 
+def pictures_of(pixels: Tensor) -> list[Image.Image]:
+    """Pictures of a tensor [N, 3, H, W] in [0, 1]."""
+    levels = (pixels * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(x) for x in levels]
+
+
 class Thumbnails:
     """Small pictures by id: PIL images once touched, cells of WebP atlases on disk before."""
 
@@ -94,7 +109,7 @@ class Thumbnails:
     def shrink(self, image: Image.Image) -> Image.Image:
         """A picture as large as a cell, padded white."""
         return ImageOps.pad(
-            flatten(image), (self.size, self.size), Image.Resampling.LANCZOS, color="white"
+            upright(image), (self.size, self.size), Image.Resampling.LANCZOS, color="white"
         )
 
     def put(self, id: int, thumbnail: Image.Image) -> None:

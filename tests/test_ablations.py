@@ -57,6 +57,28 @@ def test_neighbours(tmp_path):
     assert json.loads((tmp_path / "neighbours.json").read_text()) == result
 
 
+def test_own(tmp_path):
+    """A generator that draws what it finds: without its own picture a name gets another."""
+    result, pipe = ablate("own", lambda o: o["use_neighbours"] and o["where"] is None, tmp_path)
+    assert found(result) == {
+        "neighbours help without the own picture": "undecided",
+        "the own picture helps": "agrees",
+    }
+    left_out = [(names, o) for names, o in pipe.calls if o["where"]]
+    together = [(names, o) for names, o in pipe.calls if not o["where"]]
+    assert [names for names, _ in left_out] == [(n,) for names, _ in together[:4] for n in names]
+    for (name,), options in left_out:
+        hidden = [item.name for item in pipe.databases["stickers"] if not options["where"](item)]
+        assert hidden == [name]
+        (seed,) = {o["seed"] for names, o in together if name in names}
+        assert options["seed"] == seed  # the noise is that of the other settings
+    assert result["own_picture"] == {"first": 1, "among": 1, "among_held_out": 1}
+    assert result["batch"] == 6
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "100% find their own picture first, 100% (100% of the held-out) among the ten" in page
+    assert "held out of the training, not of the database" in page
+
+
 @pytest.mark.parametrize(
     ("rule", "ten_one", "ten_twenty"),
     [
@@ -108,10 +130,10 @@ def test_shared_settings_are_generated_once_and_the_report_names_everything(tmp_
         assert (tmp_path / f"{result['name']}.png").read_bytes().startswith(b"\x89PNG")
         for claim in result["claims"]:
             assert claim["claim"] in page
-    assert "Not measured yet: index, steps, guidance, truncation, backbone." in page
+    assert "Not measured yet: own, index, steps, guidance, truncation, backbone." in page
     assert page.count("undecided |") + page.count("**undecided**") >= 5
     before = page
-    write_report(tmp_path, list(ABLATIONS))
+    write_report(tmp_path, {a.name: a.source for a in ABLATIONS.values()})
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == before
 
 

@@ -152,7 +152,7 @@ def test_rejects(tmp_path: Path) -> None:
     made().save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for bad, message in [
-        ({**config, "colour": 1}, "unknown denoiser settings"),
+        ({**config, "colour": 1}, "DenoiserConfig: unknown settings"),
         ({**config, "num_codes": 12}, "another architecture"),
         (3, "expected a JSON object"),
         *(

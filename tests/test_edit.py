@@ -13,7 +13,7 @@ from PIL import Image
 from knnfast.cli import main
 from knnfast.database import Database
 from knnfast.edit import cells_of, choose
-from knnfast.edit_metrics import changed_region, psnr_outside
+from knnfast.edit_metrics import changed_region, pixels_of, psnr_outside
 from knnfast.images import read_image
 from knnfast.pipeline import BUNDLES, KNNDiffusion
 
@@ -41,11 +41,12 @@ def test_an_edit_changes_a_part_and_ranks(pipe, face):
     ranks = [e.score + 0.2 * e.identity for e in out.edits]
     assert ranks == sorted(ranks, reverse=True)
     before = np.asarray(out.original)
+    redrawn = pixels_of(out.region, before.shape)
+    assert redrawn.mean() == out.region.mean()
     for each in out.edits:
         assert 0 < each.changed <= 0.25
-        region = changed_region(before, np.asarray(each.image))
-        assert 0 < region.mean() < 0.6
-        assert psnr_outside(before, np.asarray(each.image), region) > 30
+        assert 0 < changed_region(before, np.asarray(each.image)).mean() < 0.6
+        assert psnr_outside(before, np.asarray(each.image), redrawn) > 25
     names = [n.item.name for n in out.neighbours]
     assert len(names) == 10
     assert "grinning face" not in names  # the picture itself says nothing new
@@ -110,6 +111,23 @@ def test_metrics():
     assert psnr_outside(before, after, region) == pytest.approx(want)
     assert psnr_outside(before, before, region) == math.inf
     assert math.isnan(psnr_outside(before, after, np.ones((8, 8), bool)))
+    cells = np.zeros((2, 4), bool)
+    cells[1, 3] = True
+    assert np.argwhere(pixels_of(cells, (4, 8))).tolist() == [[2, 6], [2, 7], [3, 6], [3, 7]]
+
+
+def test_an_open_picture_is_edited_as_its_file(pipe, tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter to the right
+    picture = Image.new("RGB", (64, 40), "white")
+    picture.paste("red", (0, 0, 20, 40))
+    picture.save(tmp_path / "turned.png", exif=turned)
+    quick = {**QUICK, "num_images": 1, "steps": 1}
+    with Image.open(tmp_path / "turned.png") as opened:
+        given = pipe.edit(opened, "blue", mask=np.ones((64, 40), bool), **quick)
+    file = pipe.edit(tmp_path / "turned.png", "blue", **quick)
+    np.testing.assert_array_equal(np.asarray(given.original), np.asarray(file.original))
+    assert not given.region[:, :2].any()  # a mask is of the picture's size when upright
 
 
 def test_an_editor_generates_too(pipe):
@@ -128,6 +146,14 @@ def test_the_editor_stands_on_its_base(pipe, tmp_path, monkeypatch):
     assert again.denoiser.config.source
     monkeypatch.chdir(BUNDLES / "stickers-edit")
     assert KNNDiffusion.from_pretrained(".").encoder.card == plain.encoder.card
+
+
+@pytest.mark.parametrize("name", ["vq_diffusion", "mask_replace"])
+def test_an_editor_that_replaces_codes_is_refused(pipe, face, name, monkeypatch):
+    """Its last step draws kept codes anew, too."""
+    monkeypatch.setattr(pipe.denoiser, "config", replace(pipe.denoiser.config, schedule=name))
+    with pytest.raises(ValueError, match=f"schedule: an editor needs 'mask', .* got '{name}'"):
+        pipe.edit(face, "sunglasses", **QUICK)
 
 
 @pytest.mark.parametrize(

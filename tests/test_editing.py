@@ -19,6 +19,7 @@ from knnfast.diffusion.editing import (
     align,
     editor_from,
     make_edit_pairs,
+    nearest_others,
     regions,
     train_editor,
 )
@@ -35,13 +36,13 @@ PLAIN = DenoiserConfig(
 
 
 class MeanColour:
-    """An encoder: four quadrants' mean colours."""
+    """An encoder: four quadrants' mean colours, as far as they are not white."""
 
     card = EncoderCard("mean", E, "ab" * 32, SIZE)
 
     def encode_images(self, images: list[Image.Image], batch_size: int = 64) -> SimpleNamespace:
         x = torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in images])
-        rows = F.adaptive_avg_pool2d(x.float() - 128, 2).flatten(1)
+        rows = F.adaptive_avg_pool2d(x.float() - 255, 2).flatten(1)
         return SimpleNamespace(vectors=F.normalize(rows + 1e-3, dim=1).numpy())
 
 
@@ -219,6 +220,25 @@ def test_training_learns_resumes_and_saves(made, tmp_path: Path) -> None:
         assert picture.size == (8 * SIZE, 4 * SIZE)
     with pytest.raises(TypeError, match="EditConfig"):
         train_editor(pairs, tmp_path / "x", start, MeanColour(), tok, TrainConfig())
+    replacing = Denoiser(replace(start.config, schedule="mask_replace"))
+    with pytest.raises(ValueError, match="an editor needs 'mask'"):
+        train_editor(pairs, tmp_path / "x", replacing, MeanColour(), tok, config)
+    with pytest.raises(ValueError, match="an editor needs 'mask'"):
+        editor_from(Denoiser(replace(PLAIN, schedule="vq_diffusion")))
+
+
+def test_near_duplicates_are_no_neighbours() -> None:
+    """However many there are: what is taken from them changes nothing."""
+    g = np.random.default_rng(0)
+    rows = g.normal(size=(60, E)).astype(np.float32)
+    rows[:50] = rows[0] + 0.05 * rows[:50]
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    near = nearest_others(rows, 3)
+    scores = rows @ rows.T
+    scores[scores >= 0.95] = -2
+    np.testing.assert_array_equal(near, np.argsort(-scores, axis=1, kind="stable")[:, :3])
+    with pytest.raises(ValueError, match="picture 0 has fewer than 11 that are no near-dup"):
+        nearest_others(rows, 11)
 
 
 def test_make_edit_pairs_rejects() -> None:

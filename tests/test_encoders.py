@@ -21,6 +21,8 @@ from knnfast.encoders import (
     small,
     words_of,
 )
+from knnfast.images import read_image
+from knnfast.query import embed, mix
 
 WORDS = ["cat", "dog", "fire", "truck", "elephant", "giraffe", "heart", "red"]
 TOWER = {
@@ -199,6 +201,32 @@ def test_transparent_is_white():
     assert (pixels([Image.new("RGBA", (32, 32), (0, 0, 0, 0))], 32) == 255).all()
 
 
+def odd_files(folder):
+    """Files whose pixels are not what is to be seen: turned, of 16 bits, with hidden colours."""
+    rng = np.random.default_rng(2)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter to the right
+    colours = Image.fromarray(rng.integers(0, 256, (20, 32, 3), dtype=np.uint8))
+    colours.save(folder / "turned.png", exif=turned)
+    grey = rng.integers(0, 2**16, (32, 32), dtype=np.uint16)
+    Image.fromarray(grey).save(folder / "deep.png")
+    hidden = rng.integers(0, 256, (32, 32, 4), dtype=np.uint8)
+    hidden[:16, :, 3] = 0
+    Image.fromarray(hidden).save(folder / "hidden.png")
+    return sorted(folder.glob("*.png"))
+
+
+def test_an_open_picture_is_seen_as_its_file(folder, tmp_path):
+    encoder = load_encoder(folder)
+    files = odd_files(tmp_path)
+    assert len(files) == 3
+    for file in files:
+        with Image.open(file) as opened:
+            np.testing.assert_array_equal(pixels([opened], 32), pixels([read_image(file)], 32))
+            rows = embed([mix((opened, 1.0)), mix((file, 1.0))], encoder).vectors
+            np.testing.assert_array_equal(rows[0], rows[1])
+
+
 def test_images_are_unit_rows_at_any_batch_size(folder):
     encoder = load_encoder(folder)
     images = pictures(7)
@@ -365,7 +393,7 @@ def test_nothing_heavy_is_imported(folder):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_open_clip_local_folder(open_clip_folder):
+def test_open_clip_local_folder(open_clip_folder, tmp_path, monkeypatch):
     folder, network = open_clip_folder
     encoder = load_encoder(f"open_clip:local-dir:{folder}")
     assert (encoder.dim, encoder.card.image_size) == (32, 32)
@@ -381,6 +409,13 @@ def test_open_clip_local_folder(open_clip_folder):
     assert encoder.save(folder / "unused") == f"open_clip:local-dir:{folder}"
     with pytest.raises(ValueError, match="text 0 is empty"):
         encoder.encode_text([" "])
+    for file in odd_files(tmp_path):
+        with Image.open(file) as opened:
+            rows = encoder.encode_images([opened, read_image(file)]).vectors
+        np.testing.assert_array_equal(rows[0], rows[1])
+    monkeypatch.chdir(folder.parent)
+    relative = load_encoder(f"open_clip:local-dir:{folder.name}")
+    assert relative.save(tmp_path) == f"open_clip:local-dir:{folder.resolve()}"
 
 
 @pytest.mark.filterwarnings("ignore")

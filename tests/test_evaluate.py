@@ -157,10 +157,15 @@ def test_fid_of_known_features():
     np.testing.assert_allclose(fid(x, y, features=Colours()), expected, rtol=1e-4)
 
 
-def test_fid_without_weights_says_so(tmp_path):
+def test_fid_without_weights_says_so(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"FID: no Inception weights at .*nowhere\.pth"):
         fid(np.zeros((2, 4, 4, 3), np.uint8), np.zeros((2, 4, 4, 3), np.uint8), "nowhere.pth")
-    result, _ = run(lambda number, database, neighbours: number, inception="nowhere.pth")
+    pipe = Pipe(lambda number, database, neighbours: number)
+    with pytest.raises(FileNotFoundError, match=r"no Inception weights at .*nowhere\.pth"):
+        evaluate(pipe, Knowing(230, 2), prompts=12, inception="nowhere.pth")
+    assert pipe.calls == []  # what is asked for by name is looked for first
+    monkeypatch.setattr("torch.hub.get_dir", lambda: tmp_path)
+    result, _ = run(lambda number, database, neighbours: number)
     assert "no Inception weights" in result["fid"]["not_available"]
     assert "not available: FID: no Inception weights" in report(result)
 
@@ -375,6 +380,36 @@ def test_names_that_cannot_be_prompts(names, message, monkeypatch):
     assert pipe.calls == []
 
 
+def test_names_that_find_their_own_picture_are_counted():
+    """Text i is picture i in `Knowing`; a third of the names is made to find another's."""
+
+    class Blurred(Knowing):
+        def encode_text(self, texts):
+            numbers = [int(text.split()[1]) for text in texts]
+            rows = [(n + 1) % 200 if n % 3 == 0 else n for n in numbers]
+            return Embeddings(self.rows[rows], self.card)
+
+    pipe = Pipe(lambda number, database, neighbours: number)
+    pipe.encoder = Blurred(230, 1)
+    result = evaluate(pipe, Knowing(230, 2), prompts=60, other_prompts=2, batch=7, k=1)
+    asked = {name for prompts, o in pipe.calls if not o["use_query"] for name in prompts}
+    other = {name for name in asked if int(name.split()[1]) % 3 == 0}
+    unseen = {name for name in asked if held_out(name)}
+    assert result["settings"]["batch"] == 7
+    share = 1 - len(other) / 60
+    assert 0.5 < share < 0.9
+    assert result["own_picture"] == pytest.approx(
+        {
+            "first": share,
+            "among": share,
+            "among_held_out": 1 - len(other & unseen) / len(unseen),
+        }
+    )
+    assert f"own picture: the first found for {share:.1%} of the names, among the 1" in report(
+        result
+    )
+
+
 def test_result_is_json_and_prints():
     seen = []
     result, _ = run(
@@ -406,6 +441,9 @@ def test_evaluate_rejects():
         evaluate(pipe, Knowing(230, 2), prompts=2)
     with pytest.raises(ValueError, match=r"seed: must be 0 \.\.\. \d+, got -1"):
         evaluate(pipe, Knowing(230, 2), seed=-1)
+    with pytest.raises(ValueError, match=r"judge: the embedded one .* encoder is 'knowing 1'"):
+        evaluate(pipe)
+    assert pipe.calls == []
     pipe.databases["animals"] = pipe.databases["stickers"]
     with pytest.raises(ValueError, match="'animals': two images called 'thing 0'"):
         evaluate(pipe, Knowing(230, 2))

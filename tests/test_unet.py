@@ -266,6 +266,12 @@ def test_sample_rejects(options, message):
             made().check(**{"steps": 25, "guidance": 3.0, **options})
 
 
+def test_steps_are_any_whole_number():
+    net, seen = made(), condition(1)
+    drawn = [net.sample(*seen, steps=n, guidance=1.0) for n in (3, np.int64(3))]
+    assert torch.equal(*drawn)
+
+
 def test_embeddings_need_their_mask():
     x, t = torch.zeros(1, TINY.code_dim, *TINY.grid), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match="cond_mask: embeddings need one, got None"):
@@ -307,7 +313,7 @@ def test_files_of_another_architecture(tmp_path):
         ({"widths": [16, 16]}, "another architecture .*, and .* more"),
         ({"ranks": 3}, r"cond_mark is \[3, 8\], expected \[4, 8\]\)"),
         ({"blocks": 2}, "is missing, and"),
-        ({"colour": 3}, "unknown U-Net settings"),
+        ({"colour": 3}, "UNetConfig: unknown settings"),
         ({"widths": [16]}, "at least two resolutions"),
         ({"widths": [10, 16]}, "multiples"),
         ({"widths": []}, r"config\.json: widths must not be empty"),

@@ -14,7 +14,7 @@ from knnfast.cli._shared import Bar, check_folder, device_option
 
 @click.command()
 @click.argument("model")
-@click.option("--judge", help="Folder of a second encoder; the embedded judge by default.")
+@click.option("--judge", help="Second encoder, a folder; else the embedded judge of stickers.")
 @click.option("--inception", type=click.Path(), help="Inception's weights, for the FID.")
 @click.option("--ablation", help="One of the paper's ablations by name, or all; see --out.")
 @click.option("--quick", is_flag=True, help="Fewer names in an ablation: minutes, wide intervals.")

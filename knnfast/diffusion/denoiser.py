@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from knnfast.diffusion.backbone import Backbone, check_sizes
+from knnfast.diffusion.backbone import Backbone, BackboneConfig, check_sizes
 from knnfast.diffusion.sampler import check_rule, sample
 from knnfast.diffusion.schedule import Schedule
 from knnfast.ops import Folded, Unfolded, fold_neighbours, neighbour_attention
 
 
 @dataclass(frozen=True)
-class DenoiserConfig:
+class DenoiserConfig(BackboneConfig):
     """Sizes of a denoiser.
 
     Attributes:
@@ -85,19 +85,6 @@ class DenoiserConfig:
     def length(self) -> int:
         """Number of codes L."""
         return self.grid[0] * self.grid[1]
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> DenoiserConfig:
-        """Read what `to_dict` wrote; an unknown name is an error."""
-        unknown = sorted(set(raw) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown denoiser settings {unknown}")
-        listed = {k: tuple(v) for k, v in raw.items() if isinstance(v, list)}
-        return cls(**{**raw, **listed})
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 class Condition(NamedTuple):

@@ -20,15 +20,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from knnfast.diffusion.augment import augment
-from knnfast.diffusion.data import ImageEncoder, make_pairs
+from knnfast.diffusion.data import ImageEncoder, make_pairs, worlds_of
 from knnfast.diffusion.denoiser import Denoiser
 from knnfast.diffusion.distributed import processes
-from knnfast.diffusion.pairs import ConditionConfig, ConditionSampler, Pairs
+from knnfast.diffusion.pairs import SPARE, ConditionConfig, ConditionSampler, Pairs
 from knnfast.diffusion.tokenizer import VQTokenizer
 from knnfast.diffusion.trainer import TrainConfig, Trainer, fit
 from knnfast.diffusion.training import CodesObjective, corrupt
+from knnfast.edit import check_keeps
 from knnfast.evaluate import weights_hash
+from knnfast.images import pictures_of
+from knnfast.search import Index
 
 BLUR = 5  # pixels, of the Gaussian that ECC sees the pictures through
 
@@ -101,41 +103,62 @@ def make_edit_pairs(
         tokenizer: gives codes.
         worlds: versions of the collection: the first as it is, the others augmented, each image
             and the neighbours aligned to it in the same way.
-        neighbours: of each image.
+        neighbours: of each image: the nearest that are no near-duplicates of it.
         seed: of the augmentations.
 
     Returns:
         The pairs, and the share of the alignments that converged.
+
+    Raises:
+        ValueError: an image has not so many neighbours.
     """
     if not 1 <= neighbours < len(images):
         raise ValueError(f"neighbours: must be 1 ... {len(images) - 1}, got {neighbours}")
-    pictures = [Image.fromarray(x.numpy()) for x in images.permute(0, 2, 3, 1)]
-    rows = torch.from_numpy(np.asarray(encoder.encode_images(pictures).vectors))
-    scores = (rows @ rows.T).fill_diagonal_(-2.0)
-    near = scores.topk(neighbours).indices  # [N, n]
     channels_last = images.permute(0, 2, 3, 1).numpy()
+    pictures = [Image.fromarray(x) for x in channels_last]
+    near = nearest_others(np.asarray(encoder.encode_images(pictures).vectors), neighbours)
     aligned = torch.empty(neighbours, *images.shape, dtype=torch.uint8)
     converged = 0
-    for i, ids in enumerate(near.tolist()):
+    for i, ids in enumerate(near):
         for n, j in enumerate(ids):
             picture, found = align(channels_last[j], channels_last[i])
             aligned[n, i] = torch.from_numpy(picture).permute(2, 0, 1)
             converged += found
-    versions, lent = [images], [aligned]
-    for world in range(1, worlds):
-        versions.append(_augmented(images, seed * 1_000_003 + world))
-        same = [_augmented(x, seed * 1_000_003 + world) for x in aligned]
-        lent.append(torch.stack(same))
+    # The i-th picture of a world is always changed in one way.
+    versions, *lent = (torch.stack([*worlds_of(x, worlds, seed)]) for x in (images, *aligned))
     plain = make_pairs(versions, encoder, tokenizer)
-    pairs = EditPairs(**vars(plain), images=torch.stack(versions), aligned=torch.stack(lent))
-    return pairs, converged / near.numel()
+    pairs = EditPairs(**vars(plain), images=versions, aligned=torch.stack(lent, 1))
+    return pairs, converged / near.size
 
 
-def _augmented(images: Tensor, seed: int, batch: int = 256) -> Tensor:
-    """Images [N, 3, S, S] uint8 augmented; the i-th of a seed is always changed in one way."""
-    g = torch.Generator().manual_seed(seed)
-    parts = [augment(x.float() / 255, g) for x in images.split(batch)]
-    return (torch.cat(parts) * 255).round().byte()
+def nearest_others(rows: np.ndarray, count: int) -> np.ndarray:
+    """The nearest other pictures of each picture that are no near-duplicates of it, [N, count].
+
+    Args:
+        rows: embeddings, [N, E] float32, unit rows.
+        count: of neighbours.
+
+    Raises:
+        ValueError: a picture has not so many.
+    """
+    index = Index(rows.shape[1], metric="ip")
+    index.add(rows)
+    near = np.empty((len(rows), count), np.int64)
+    rest, wide = np.arange(len(rows)), count + SPARE
+    while len(rest):
+        scores, ids = index.search(rows[rest], min(wide, len(rows)))
+        other = scores < ConditionConfig.near  # the picture itself is not, either
+        enough = other.sum(1) >= count
+        first = np.argsort(~other, axis=1, kind="stable")[enough, :count]
+        near[rest[enough]] = np.take_along_axis(ids[enough], first, 1)
+        rest = rest[~enough]
+        if len(rest) and wide >= len(rows):
+            raise ValueError(
+                f"neighbours: picture {rest[0]} has fewer than {count} that are no near-duplicates "
+                f"of it (cosine below {ConditionConfig.near})"
+            )
+        wide *= 4
+    return near
 
 
 @dataclass(frozen=True)
@@ -239,8 +262,7 @@ class EditSampler(ConditionSampler):
         about = own.clone()
         rest = (~about_image).nonzero()[:, 0]
         if len(rest):
-            arrays = (part[rest] * 255).round().byte().permute(0, 2, 3, 1).numpy()
-            rows = self.encoder.encode_images([Image.fromarray(a) for a in arrays]).vectors
+            rows = self.encoder.encode_images(pictures_of(part[rest])).vectors
             about[rest] = torch.from_numpy(np.asarray(rows))
         cond, mask = self._condition(about, own, world, drawn, g)
 
@@ -280,7 +302,11 @@ def editor_from(denoiser: Denoiser, gate: float = 6.0) -> Denoiser:
     Args:
         denoiser: no editor yet.
         gate: how much the source's codes are favoured before anything is learned, in logits.
+
+    Raises:
+        ValueError: its schedule replaces codes.
     """
+    check_keeps(denoiser.schedule)
     editor = Denoiser(replace(denoiser.config, source=True))
     editor.load_state_dict({**editor.state_dict(), **denoiser.state_dict()})
     torch.nn.init.constant_(editor.source_gate.bias, gate)
@@ -308,11 +334,13 @@ def train_editor(
         The record that is also written to `training.json`.
 
     Raises:
-        ValueError: sizes that do not fit, or `out` holds another run.
+        ValueError: sizes that do not fit, a schedule that replaces codes, or `out` holds another
+            run.
     """
     condition = config.condition
     if not isinstance(condition, EditConfig):
         raise TypeError("config.condition: must be an EditConfig")
+    check_keeps(start.schedule)
     if pairs.codes.shape[-1] != start.config.length:
         raise ValueError("the pairs' codes do not have the editor's sizes")
     folder = Path(out)
@@ -348,8 +376,4 @@ def draw_edits(net: Denoiser, sampler: EditSampler, seed: int, columns: int = 8)
     cond, mask, source = (x.to(device) for x in (cond, mask, source))
     rows = [targets, source]
     rows += [net.sample(cond, mask, steps, seed=s, source=source) for s in (0, 1)]
-    to = next(sampler.tokenizer.parameters()).device
-    pixels = torch.stack([sampler.tokenizer.decode(codes.to(to)) for codes in rows])
-    r, b, c, h, w = pixels.shape
-    sheet = pixels.permute(0, 3, 1, 4, 2).reshape(r * h, b * w, c)
-    return Image.fromarray((sheet * 255).round().byte().cpu().numpy())
+    return sampler.tokenizer.sheet(rows)

@@ -7,17 +7,19 @@ diffusers itself is not imported, because that alone takes seconds beside torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from knnfast import _files
 from knnfast.diffusion.backbone import check_sizes, load_weights
+from knnfast.images import pictures_of
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -374,6 +376,12 @@ class VQTokenizer(nn.Module):
             raise ValueError(f"codes must be in [0, {self.codebook_size})")
         z = self.quantize.embedding(codes).reshape(len(codes), h, w, -1).permute(0, 3, 1, 2)
         return self.pixels(z).clamp(0.0, 1.0)
+
+    def sheet(self, rows: Sequence[Tensor]) -> Image.Image:
+        """Rows of codes, each [B, h*w], as one picture: a row below the other."""
+        device = next(self.parameters()).device
+        pixels = torch.cat([self.decode(codes.to(device)) for codes in rows], -2)
+        return pictures_of(torch.cat([*pixels], -1)[None])[0]
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write `config.json` and the weights as diffusers would; `dtype` is the stored type."""

@@ -154,11 +154,7 @@ def draw_grid(
     with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
         for seed in (0, 1):
             rows.append(net.sample(cond, mask, steps, guidance=3.0, seed=seed))
-    to = next(tokenizer.parameters()).device
-    pixels = torch.stack([tokenizer.decode(codes.to(to)) for codes in rows])  # [R, B, 3, S, S]
-    r, b, c, h, w = pixels.shape
-    sheet = pixels.permute(0, 3, 1, 4, 2).reshape(r * h, b * w, c)
-    return Image.fromarray((sheet * 255).round().byte().cpu().numpy())
+    return tokenizer.sheet(rows)
 
 
 def look_up_neighbours(pairs: Pairs, folder: Path, count: int, processes: Processes) -> Tensor:

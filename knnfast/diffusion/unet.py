@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from knnfast.diffusion.backbone import Backbone, check_sizes
+from knnfast.diffusion.backbone import Backbone, BackboneConfig, check_sizes
 from knnfast.diffusion.sampler import signed
 from knnfast.ops.philox import NOISE, counter, normal, philox
 
@@ -19,7 +20,7 @@ SOLVERS = ("dpm", "ddim")
 
 
 @dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(BackboneConfig):
     """Sizes of a U-Net denoiser.
 
     Attributes:
@@ -70,19 +71,6 @@ class UNetConfig:
     def length(self) -> int:
         """Number of codes L."""
         return self.grid[0] * self.grid[1]
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> UNetConfig:
-        """Read what `to_dict` wrote; an unknown name is an error."""
-        unknown = sorted(set(raw) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown U-Net settings {unknown}")
-        listed = {k: tuple(v) for k, v in raw.items() if isinstance(v, list)}
-        return cls(**{**raw, **listed})
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 class UNetCondition(NamedTuple):
@@ -275,11 +263,22 @@ class UNetDenoiser(Backbone):
 
     def check(self, steps: int | Sequence[int], guidance: float, *, solver: str = "dpm") -> None:
         """Refuse steps or a solver out of range."""
-        if isinstance(steps, bool) or not isinstance(steps, int):
-            raise ValueError(f"steps: the continuous backbone takes a number, got {steps!r}")
-        if not 1 <= steps <= self.config.num_steps:
-            raise ValueError(f"steps must be in [1, {self.config.num_steps}], got {steps}")
+        self._count(steps)
         self.solver(solver)
+
+    def _count(self, steps: Any) -> int:
+        """A number of steps, refused out of its range."""
+        try:
+            if isinstance(steps, bool):
+                raise TypeError
+            count = operator.index(steps)
+        except TypeError:
+            raise ValueError(
+                f"steps: the continuous backbone takes a number, got {steps!r}"
+            ) from None
+        if not 1 <= count <= self.config.num_steps:
+            raise ValueError(f"steps must be in [1, {self.config.num_steps}], got {count}")
+        return count
 
     @torch.inference_mode(False)  # whose tensors no fold is kept of
     @torch.no_grad()
@@ -305,7 +304,7 @@ class UNetDenoiser(Backbone):
             ValueError: steps, seed or solver out of range.
         """
         self.check(steps, guidance, solver=solver)
-        assert isinstance(steps, int)  # for the type checker
+        steps = self._count(steps)
         cfg = self.config
         batch, device = len(cond), cond.device
         if image_indices is None:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from knnfast.images import upright
+
 
 @dataclass(frozen=True)
 class EncoderCard:
@@ -75,7 +77,11 @@ class Encoder:
         return self.card.dim
 
     def encode_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> Embeddings:
-        """Encode PIL images of any size and mode: vectors [N, dim] float32, unit rows."""
+        """Encode PIL images of any size and mode, as `images.upright` shows them.
+
+        Returns:
+            Vectors [N, dim] float32, unit rows.
+        """
         _check_batch(batch_size)
         rows = np.zeros((len(images), self.dim), np.float32)
         for start in range(0, len(images), batch_size):
@@ -111,10 +117,7 @@ def pixels(images: Iterable[Image.Image], size: int) -> np.ndarray:
     for image in images:
         if not isinstance(image, Image.Image):
             raise TypeError(f"images must be PIL images, got {type(image).__name__}")
-        if image.mode != "RGB":
-            rgba = image.convert("RGBA")
-            white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-            image = Image.alpha_composite(white, rgba).convert("RGB")
+        image = upright(image)
         if image.size != (size, size):
             scale = size / max(image.size)
             inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from knnfast.encoders.base import Encoder, EncoderCard, fingerprint
+from knnfast.images import upright
 
 
 class OpenClipEncoder(Encoder):
     """A model of open_clip (extra `clip`), by name and pretrained tag, or from a local folder."""
 
     def __init__(self, spec: str, device: str | torch.device = "cpu"):
-        self.spec = spec
         body = spec.removeprefix("open_clip:")
         local = body.startswith("local-dir:")
         model, slash, pretrained = body.partition("/")
@@ -29,8 +29,12 @@ class OpenClipEncoder(Encoder):
             raise ValueError(
                 f"{spec!r} should read open_clip:MODEL/PRETRAINED or open_clip:local-dir:PATH"
             )
-        if local and not Path(body.removeprefix("local-dir:")).is_dir():
-            raise FileNotFoundError(f"no open_clip folder at {body.removeprefix('local-dir:')}")
+        if local:
+            folder = Path(body.removeprefix("local-dir:"))
+            if not folder.is_dir():
+                raise FileNotFoundError(f"no open_clip folder at {folder}")
+            spec = f"open_clip:local-dir:{folder.resolve()}"  # opened from anywhere
+        self.spec = spec
         open_clip = import_open_clip()
         name, tag = (body, None) if local else (model, pretrained)
         if not local and (model, pretrained) not in open_clip.list_pretrained():
@@ -64,11 +68,11 @@ class OpenClipEncoder(Encoder):
             return F.normalize(self._network.encode_text(tokens).float(), dim=-1)
 
     def save(self, folder: str | Path) -> str:
-        """Return the name to load it by; the weights stay where open_clip keeps them."""
+        """Return the name to load it by; the weights are not written, they stay where they are."""
         return self.spec
 
     def _image_rows(self, images: Sequence[Image.Image]) -> np.ndarray:
-        batch = torch.stack([self._preprocess(image.convert("RGB")) for image in images])
+        batch = torch.stack([self._preprocess(upright(image)) for image in images])
         with torch.inference_mode():
             rows = self._network.encode_image(batch.to(self.device)).float()
         return F.normalize(rows, dim=-1).cpu().numpy()
