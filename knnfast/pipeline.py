@@ -109,7 +109,8 @@ class KNNDiffusion:
     ) -> KNNDiffusion:
         """Load a bundle of the package by name ("stickers"), or a folder by path.
 
-        Every file is compared with the SHA-256 recorded when it was saved.
+        Every file is compared with the SHA-256 recorded when it was saved, but for those of the
+        databases, which may be saved anew where they lie: `Database.open` tells what it checks.
 
         Args:
             name_or_path: which model.
@@ -122,33 +123,19 @@ class KNNDiffusion:
                 there.
         """
         check_torch_device("device", device)
-        root = find_model(name_or_path)
-        manifest_path = root / "model.json"
-        manifest = _read_manifest(root)
-        base, shared = root, manifest
-        try:
-            if "base" in manifest:
-                base = root.resolve().parent / Path(manifest["base"]["folder"]).name
-                shared = _read_manifest(base)
-                for name, sha256 in manifest["base"]["sha256"].items():
-                    _files.check_sha256(base / name, sha256)
-            encoder_spec = str(shared["encoder"])
-            database_names = [str(name) for name in shared["databases"]]
-            backbones = [str(name) for name in manifest.get("backbones", ["discrete"])]
-            kind = BACKBONES.get(backbone or backbones[0])
-        except (KeyError, TypeError, AttributeError, IndexError) as e:
-            raise ValueError(f"{manifest_path}: incomplete or malformed ({e!r})") from None
-        if kind is None or kind.backbone not in backbones:
+        model = _read_model(name_or_path)
+        for file, sha256 in model.sha256:
+            _files.check_sha256(file, sha256)
+        kind = BACKBONES.get(backbone or next(iter(model.backbones), ""))
+        if kind is None or kind.backbone not in model.backbones:
             raise ValueError(
-                f"backbone: {name_or_path} holds {', '.join(backbones)}, not {backbone!r}"
+                f"backbone: {name_or_path} holds {', '.join(model.backbones)}, not {backbone!r}"
             )
-        local = base / encoder_spec
-        encoder = load_encoder(local if local.is_dir() else encoder_spec, device=device)
         return cls(
-            encoder,
-            VQTokenizer.from_folder(base / "tokenizer", device=device),
-            kind.from_folder(root / kind.folder, device=device),
-            {name: Database.open(base / "databases" / name) for name in database_names},
+            load_encoder(model.encoder, device=device),
+            VQTokenizer.from_folder(model.base / "tokenizer", device=device),
+            kind.from_folder(model.root / kind.folder, device=device),
+            {name: Database.open(folder) for name, folder in model.databases.items()},
         )
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -406,26 +393,57 @@ def find_model(name_or_path: str | Path) -> Path:
 
 def backbones_of(name_or_path: str | Path) -> list[str]:
     """Names of the backbones that a model holds, its default first."""
-    manifest = _files.read_json(find_model(name_or_path) / "model.json", FORMAT)
-    return [str(name) for name in manifest.get("backbones", ["discrete"])]
+    return _read_model(name_or_path).backbones
 
 
-def _read_manifest(root: Path) -> dict[str, Any]:
-    """Read `model.json` and compare every file with its recorded SHA-256."""
-    path = root / "model.json"
-    manifest = _files.read_json(path, FORMAT)
+def databases_of(name_or_path: str | Path) -> list[Path]:
+    """Folders of a model's databases, its default first."""
+    return list(_read_model(name_or_path).databases.values())
+
+
+def encoder_of(name_or_path: str | Path, device: str | torch.device = "cpu") -> Encoder:
+    """A model's encoder alone."""
+    return load_encoder(_read_model(name_or_path).encoder, device=device)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What a model's manifest says; `base` is the folder of all but the denoiser."""
+
+    root: Path
+    base: Path
+    encoder: str
+    databases: dict[str, Path]
+    backbones: list[str]
+    sha256: list[tuple[Path, str]]
+
+
+def _read_model(name_or_path: str | Path) -> _Model:
+    root = base = find_model(name_or_path)
+    manifest = shared = _files.read_json(root / "model.json", FORMAT)
     try:
-        for name, sha256 in manifest["sha256"].items():
-            _files.check_sha256(root / name, sha256)
+        recorded = [(root, manifest)]
+        if "base" in manifest:
+            base = root.resolve().parent / Path(manifest["base"]["folder"]).name
+            shared = _files.read_json(base / "model.json", FORMAT)
+            recorded += [(base, shared), (base, manifest["base"])]
+        encoder = str(shared["encoder"])
+        return _Model(
+            root,
+            base,
+            str(base / encoder) if (base / encoder).is_dir() else encoder,
+            {str(name): base / "databases" / str(name) for name in shared["databases"]},
+            [str(name) for name in manifest.get("backbones", ["discrete"])],
+            [(at / name, str(value)) for at, x in recorded for name, value in x["sha256"].items()],
+        )
     except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path}: incomplete or malformed ({e!r})") from None
-    return manifest
+        raise ValueError(f"{root / 'model.json'}: incomplete or malformed ({e!r})") from None
 
 
 def write_manifest(
     root: Path, encoder: str, databases: Sequence[str], backbones: Sequence[str] = ("discrete",)
 ) -> None:
-    """Write `model.json`: what the folder holds, with the SHA-256 of every file."""
+    """Write `model.json`: what the folder holds, with the SHA-256 of all but its databases."""
     _write_manifest(
         root, {"encoder": encoder, "databases": list(databases), "backbones": list(backbones)}
     )
@@ -444,8 +462,9 @@ def write_part_manifest(root: Path, base: Path) -> None:
 
 
 def _write_manifest(root: Path, about: dict[str, Any]) -> None:
-    files = sorted(p for p in root.rglob("*") if p.is_file() and p != root / "model.json")
-    sha256 = {p.relative_to(root).as_posix(): _files.sha256_file(p) for p in files}
+    files = sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file())
+    kept = [p for p in files if p.parts[0] not in ("model.json", "databases")]
+    sha256 = {p.as_posix(): _files.sha256_file(root / p) for p in kept}
     _files.write_json(
         root / "model.json", {"format": FORMAT, "version": 1, **about, "sha256": sha256}
     )

@@ -26,10 +26,16 @@ def _check_out(out: Path, replace: bool) -> None:
 
 def _databases(path: Path) -> list[Path]:
     """A database's folder, or those of a model: a folder, or a bundle by its name."""
-    from knnfast.pipeline import BUNDLES
+    from knnfast.database import Database
+    from knnfast.pipeline import databases_of, find_model
 
-    inside = (path if path.exists() else BUNDLES / path) / "databases"
-    return sorted(inside.iterdir()) if inside.is_dir() else [path]
+    if Database.is_at(path):
+        return [path]
+    try:
+        root = find_model(str(path))
+    except FileNotFoundError:
+        return [path]  # which opening it tells
+    return databases_of(root)
 
 
 @click.group()
@@ -42,7 +48,7 @@ def database() -> None:
 @click.option(
     "--encoder",
     required=True,
-    help="A model bundle (stickers), an encoder's folder, or open_clip:MODEL/PRETRAINED.",
+    help="A model or an encoder's folder, a bundle (stickers), or open_clip:MODEL/PRETRAINED.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @_replace
