@@ -271,6 +271,27 @@ def test_train_on_a_folder_then_generate(folder, tmp_path):
         assert message in evaluated.stderr
 
 
+def test_train_reads_a_databases_pictures_where_they_lie_now(folder, tmp_path, monkeypatch):
+    db, moved, seen = tmp_path / "db", tmp_path / "moved", []
+
+    def train(source, *args, **options):
+        seen.append(source.pictures)
+        raise SeenError
+
+    assert invoke("database", "build", folder, "--encoder", "stickers", "--out", db).exit_code == 0
+    assert str(folder.resolve()) in invoke("database", "info", db).output
+    folder.rename(moved)
+    monkeypatch.setattr("knnfast.diffusion.training.train", train)
+    invoke("train", db, "--pictures", moved, "--out", tmp_path / "run")
+    assert seen == [moved]
+    for data, pictures in ((db, folder), (moved, moved)):
+        refused = invoke("train", data, "--pictures", pictures, "--out", tmp_path / "run")
+        assert refused.exit_code == 2
+        assert (
+            f"--pictures: must be a folder, and DATA a database, got {pictures}" in refused.stderr
+        )
+
+
 def test_a_warning_is_a_line(folder, tmp_path, monkeypatch):
     def train(*args, **options):
         warnings.warn("skipped one", stacklevel=1)

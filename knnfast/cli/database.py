@@ -106,12 +106,15 @@ def database_info(path: Path, as_json: bool) -> None:
             "encoder": db.encoder.to_dict(),
             "metric": db.index.metric,
             "bytes": db.index.nbytes,
+            "pictures": None if db.pictures is None else str(db.pictures),
             "groups": db.groups,
         })  # fmt: skip
         if as_json:
             continue
         click.echo(f"{folder}: {len(db):,} images, {db.index.nbytes / 2**20:.1f} MiB of embeddings")
         click.echo(f"encoder {db.encoder.name}, {db.encoder.dim} numbers, {db.encoder.sha256[:12]}")
+        if db.pictures is not None:
+            click.echo(f"pictures {db.pictures}")
         for group, count in db.groups.items():
             click.echo(f"{count:8,}  {group or '(no group)'}")
     if as_json:
