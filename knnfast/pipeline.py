@@ -31,6 +31,10 @@ from knnfast.query import Picture, Query, as_queries, embed
 
 FORMAT = "knnfast-model"
 BACKBONES: dict[str, type[Backbone]] = {b.backbone: b for b in (Denoiser, UNetDenoiser)}
+DTYPES = {
+    "discrete": (torch.float32, torch.float16, torch.bfloat16),
+    "continuous": (torch.float32,),
+}
 BUNDLES = Path(__file__).parent / "bundles"
 Databases: TypeAlias = Database | Mixture | str | Path | Mapping[str | Path | Database, float]
 
@@ -76,6 +80,9 @@ class KNNDiffusion:
         denoiser: either backbone: predicts the clean codes, or their vectors, from noised ones and
             the condition.
         databases: by name; the first is the default.
+
+    Raises:
+        ValueError: parts that do not fit together, or no database.
     """
 
     def __init__(
@@ -87,6 +94,14 @@ class KNNDiffusion:
     ) -> None:
         if not databases:
             raise ValueError("databases: at least one is needed, got none")
+        sizes = denoiser.config
+        for name, own, part, wanted in (
+            ("num_codes", sizes.num_codes, "the tokenizer's", tokenizer.codebook_size),
+            ("grid", tuple(sizes.grid), "the tokenizer's", tokenizer.grid),
+            ("embed_dim", sizes.embed_dim, "the encoder's", encoder.dim),
+        ):
+            if own != wanted:
+                raise ValueError(f"denoiser: its {name} is {own}, {part} {wanted}")
         self.encoder = encoder
         self.tokenizer = tokenizer
         self.denoiser = denoiser
@@ -95,7 +110,6 @@ class KNNDiffusion:
             database.check_encoder(encoder.card)
             self.databases[name] = database
         self._database: Database | Mixture = next(iter(self.databases.values()))
-        self.device = next(denoiser.parameters()).device
         self._graphs = SamplingGraphs()
 
     # ---- loading and saving -----------------------------------------------------------------
@@ -106,6 +120,7 @@ class KNNDiffusion:
         name_or_path: str | Path,
         device: str | torch.device = "cpu",
         backbone: str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> KNNDiffusion:
         """Load a bundle of the package by name ("stickers"), or a folder by path.
 
@@ -116,11 +131,13 @@ class KNNDiffusion:
             name_or_path: which model.
             device: where its networks run: cpu, cuda or cuda:N.
             backbone: "discrete" or "continuous", of those it holds; None: its first.
+            dtype: of the discrete denoiser: float32, float16 or bfloat16 (which pay on a GPU). All
+                else, the continuous one too, is float32.
 
         Raises:
             FileNotFoundError: no such bundle, or a file of it is missing.
             ValueError: a damaged or foreign file, which the message names; a device that is not
-                there.
+                there; another dtype.
         """
         check_torch_device("device", device)
         model = _read_model(name_or_path)
@@ -131,31 +148,67 @@ class KNNDiffusion:
             raise ValueError(
                 f"backbone: {name_or_path} holds {', '.join(model.backbones)}, not {backbone!r}"
             )
+        if dtype not in DTYPES[kind.backbone]:
+            allowed = ", ".join(map(str, DTYPES[kind.backbone]))
+            raise ValueError(
+                f"dtype: must be one of {allowed} for the {kind.backbone} backbone, got {dtype!r}"
+            )
         return cls(
             load_encoder(model.encoder, device=device),
             VQTokenizer.from_folder(model.base / "tokenizer", device=device),
-            kind.from_folder(model.root / kind.folder, device=device),
+            kind.from_folder(model.root / kind.folder, device=device).to(dtype),
             {name: Database.open(folder) for name, folder in model.databases.items()},
         )
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write the whole pipeline into a new or empty folder that `from_pretrained` reads.
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write the pipeline into a new or empty folder that `from_pretrained` reads.
+
+        The current database comes first, as the default, and those that the model has by name. Not
+        written are a bundle's other backbone, its judge and its model card, and the weights of an
+        open_clip encoder, which is stored by name.
+
+        Args:
+            path: the folder.
+            dtype: in which the denoiser's weights are stored. Those of `train` and of the bundles
+                are FP16 numbers and stay what they are; torch.float32 keeps others.
 
         Raises:
-            ValueError: there is something already. OSError: it could not be written (a full disk,
-                say); then nothing of it is left.
+            ValueError: there is something already, or the current database is a mix. OSError: it
+                could not be written (a full disk, say); then nothing of it is left.
         """
+        databases = self._named_databases()
         root = Path(path)
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise ValueError(f"{root}: exists already; give a new or an empty folder")
         with _files.new_folder(root) as part:
             encoder = self.encoder.save(part / "encoder")
             self.tokenizer.save(part / "tokenizer")
-            self.denoiser.save(part / self.denoiser.folder)
-            for name, database in self.databases.items():
+            self.denoiser.save(part / self.denoiser.folder, dtype)
+            for name, database in databases.items():
                 database.save(part / "databases" / name)
             backbones = [self.denoiser.backbone]
-            write_manifest(part, encoder or "encoder", list(self.databases), backbones)
+            write_manifest(part, encoder or "encoder", list(databases), backbones)
+
+    # ---- devices ----------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks run."""
+        return next(self.denoiser.parameters()).device
+
+    def to(self, device: str | torch.device) -> KNNDiffusion:
+        """Move the networks to a device (cpu, cuda or cuda:N); returns itself.
+
+        Databases are searched where they were: `Database.to` moves one.
+
+        Raises:
+            ValueError: a device that is not there.
+        """
+        check_torch_device("device", device)
+        for network in (self.encoder, self.tokenizer, self.denoiser):
+            network.to(device)
+        self._graphs = SamplingGraphs()
+        return self
 
     # ---- databases --------------------------------------------------------------------------
 
@@ -171,6 +224,19 @@ class KNNDiffusion:
                 "database: expected a Database, a name, a folder or a mapping, got None"
             )
         self._database = self.find_database(value)
+
+    def _named_databases(self) -> dict[str, Database]:
+        """All databases by name, the current one first."""
+        current = self._database
+        if isinstance(current, Mixture):
+            raise ValueError(
+                "database: a mix is not saved; assign one of its databases, or their "
+                "`Database.merge`, first"
+            )
+        own = (name for name, database in self.databases.items() if database is current)
+        new = ("database", *(f"database-{n}" for n in range(2, len(self.databases) + 3)))
+        name = next(own, None) or next(x for x in new if x not in self.databases)
+        return {name: current, **self.databases}
 
     def find_database(self, value: Databases | None) -> Database | Mixture:
         """The database that a name, a folder or {database: weight} stands for; None: the default.
@@ -359,7 +425,8 @@ class KNNDiffusion:
             ids = [n.item.id for n in found]
             cond[row, 1 : len(ids) + 1] = torch.from_numpy(db.vectors(ids))
             mask[row, 1 : len(ids) + 1] = use_neighbours
-        return cond.to(self.device), mask.to(self.device)
+        like = next(self.denoiser.parameters())
+        return cond.to(like), mask.to(like.device)
 
 
 @contextmanager
