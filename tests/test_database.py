@@ -436,6 +436,23 @@ def test_atlases_of_thumbnails_do_not_pile_up_in_memory(small_atlases, tmp_path)
     assert db._thumbnails._sheet.cache_info().currsize == 8
 
 
+def test_thumbnails_are_read_while_they_are_saved_in_their_place(tmp_path, monkeypatch):
+    from knnfast import _files
+
+    of_noise(3, 0).save(tmp_path / "db")
+    before = looks(Database.open(tmp_path / "db"), range(3))
+    db = Database.open(tmp_path / "db")
+    real, saves = _files.check_sha256, iter([True])
+
+    def check_sha256(path, sha256):
+        if next(saves, False):
+            db.save(tmp_path / "db")  # removes the atlas that is about to be read
+        real(path, sha256)
+
+    monkeypatch.setattr(_files, "check_sha256", check_sha256)
+    assert (looks(db, range(3)) == before).all()
+
+
 def test_remove(built, tmp_path):
     red = next(item.id for item in built if item.name == "red")
     assert built.remove([red, 99]) == 1
