@@ -7,7 +7,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,12 +108,17 @@ class Database(Collection):
     Args:
         encoder: card of the encoder whose embeddings the rows are.
         thumbnail_size: pixels on a side of the stored thumbnails.
+
+    Attributes:
+        pictures: folder that the items' sources are relative to, as `build` was given it; None: the
+            working directory. Assign another one where the pictures were moved.
     """
 
     def __init__(self, encoder: EncoderCard, thumbnail_size: int = 64) -> None:
         if thumbnail_size < 1:
             raise ValueError(f"thumbnail_size: must be at least 1, got {thumbnail_size}")
         self.encoder = encoder
+        self.pictures: Path | None = None
         self.index = Index(encoder.dim, metric="cosine")
         self._items: dict[int, Item] = {}
         self._thumbnails = Thumbnails(thumbnail_size)
@@ -147,6 +152,7 @@ class Database(Collection):
         root = Path(folder)
         paths = list_images(root)
         db = cls(encoder.card, thumbnail_size)
+        db.pictures = root.resolve()
         images: list[Image.Image] = []
         kept: list[Path] = []
 
@@ -220,9 +226,25 @@ class Database(Collection):
                 raise
         return ids
 
+    def remove(self, ids: Sequence[int] | np.ndarray) -> int:
+        """Remove images by id; returns how many were found.
+
+        Their rows are gone from files with the next `save`.
+        """
+        gone = {int(i) for i in np.asarray(ids, np.int64).ravel()}
+        with self._writing, self._adding:
+            kept = {i: item for i, item in self._items.items() if i not in gone}
+            found = self.index.remove(ids)
+            self._items = kept
+            for i in gone:
+                self._thumbnails.drop(i)
+        return found
+
     @classmethod
     def merge(cls, databases: Sequence[Database]) -> Database:
         """One database holding the rows of several made by one encoder; ids count anew.
+
+        Thumbnails that lie in files stay there until it is saved.
 
         Raises:
             ValueError: none given, or their encoders differ.
@@ -233,13 +255,16 @@ class Database(Collection):
         merged = cls(first.encoder, first._thumbnails.size)
         for db in databases:
             merged.check_encoder(db.encoder)
+        places = {db.pictures for db in databases}
+        merged.pictures = first.pictures if len(places) == 1 else None
         for db in databases:
             old = db.ids
             ids = np.asarray(merged.index.add(db.index.vectors(old)))
             for i, j in zip(ids.tolist(), old.tolist(), strict=True):
                 item = db[j]
-                merged._items[i] = Item(i, item.name, item.group, item.source)
-                merged._thumbnails.put(i, merged._thumbnails.shrink(db.thumbnail(j)))
+                file = None if len(places) == 1 else db.file(item)
+                merged._items[i] = replace(item, id=i, source=str(file or item.source))
+                merged._thumbnails.share(i, db._thumbnails, j)
         return merged
 
     # ---- using it ---------------------------------------------------------------------------
@@ -268,6 +293,21 @@ class Database(Collection):
         """The image of a row as stored: RGB, `thumbnail_size` on a side, padded white."""
         self[id]
         return self._thumbnails.get(id)
+
+    def file(self, item: Item) -> Path | None:
+        """The picture's own file; None where the source is none, or is not found."""
+        path = (self.pictures or Path()) / item.source
+        return path if item.source and path.is_file() else None
+
+    def to(self, device: str) -> Database:
+        """Move the index to a device (cpu, cuda or cuda:N), where it is searched; returns itself.
+
+        Raises:
+            ValueError: a device that is not there.
+        """
+        with self._writing, self._adding:
+            self.index = self.index.to(device)
+        return self
 
     def check_encoder(self, card: EncoderCard) -> None:
         """Refuse embeddings that another encoder made: their scores would mean nothing."""
@@ -338,7 +378,7 @@ class Database(Collection):
         with self._writing, _files.locked(root):
             try:
                 self.check_place(root)
-                self._write(root, generation)
+                atlases = self._write(root, generation)
             except BaseException:
                 if _names(root, generation):  # Ctrl-C behind the last step: it is saved
                     raise
@@ -347,13 +387,20 @@ class Database(Collection):
                 if new:
                     root.rmdir()
                 raise
+            if self._thumbnails.lies_in(root):  # in files that go now
+                self._thumbnails.lend(self.ids.tolist(), atlases)
             for old in root.iterdir():
                 if _PARTS.fullmatch(old.name) and generation not in old.name:
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
 
-    def _write(self, root: Path, generation: str) -> None:
-        """Write the files of one generation, the manifest last."""
+    def _write(self, root: Path, generation: str) -> list[tuple[Path, str]]:
+        """Write the files of one generation, the manifest last; the thumbnails with SHA-256."""
         ids = self.ids
+        if not np.array_equal(np.sort(self.index.ids), np.sort(ids)):
+            raise ValueError(
+                f"database: its index holds {len(self.index)} rows for {len(ids)} images; add and "
+                "remove both by the methods of `Database`"
+            )
         items = [self._items[i] for i in ids.tolist()]
         files: dict[str, str] = {}
 
@@ -368,7 +415,10 @@ class Database(Collection):
             "groups": [x.group for x in items],
             "sources": [x.source for x in items],
         }
-        atlases = self._thumbnails.atlases(ids)
+        thumbnails = [
+            put(f"thumbnails-{generation}-{n:04}.webp", data)
+            for n, data in enumerate(self._thumbnails.atlases(ids))
+        ]
         manifest = {
             "format": FORMAT,
             "version": 1,
@@ -376,21 +426,25 @@ class Database(Collection):
             "count": len(self),
             "index": f"index-{generation}",
             "items": put(f"items-{generation}.json", _files.dump_json(columns)),
+            "pictures": None if self.pictures is None else str(self.pictures),
             "thumbnail_size": self._thumbnails.size,
-            "thumbnails": [
-                put(f"thumbnails-{generation}-{n:04}.webp", data) for n, data in enumerate(atlases)
-            ],
+            "thumbnails": thumbnails,
             "sha256": files,
         }
         self.index.save(root / f"index-{generation}")
         _files.write_json(root / "database.json", manifest)
+        return [(root / name, files[name]) for name in thumbnails]
 
     @classmethod
-    def open(cls, path: str | Path) -> Database:
-        """Open a saved database; thumbnails are read when first asked for.
+    def open(cls, path: str | Path, device: str = "cpu") -> Database:
+        """Open a saved database; thumbnails are read when they are asked for.
 
         Who opens it while it is saved anew gets the old one or the new one. Of the old one the
-        thumbnails that have not been read yet go with its files.
+        thumbnails go with its files.
+
+        Args:
+            path: its folder.
+            device: where its rows are searched: cpu, cuda or cuda:N.
 
         Raises:
             FileNotFoundError: no database at `path`, or a file of it is missing.
@@ -401,13 +455,13 @@ class Database(Collection):
         while True:
             before = _files.stamp(root / "database.json")
             try:
-                return cls._open(root)
+                return cls._open(root, device)
             except FileNotFoundError:
                 if before is None or _files.stamp(root / "database.json") == before:
                     raise
 
     @classmethod
-    def _open(cls, root: Path) -> Database:
+    def _open(cls, root: Path, device: str) -> Database:
         from knnfast.encoders import EncoderCard
 
         if not (root / "database.json").is_file():
@@ -421,6 +475,7 @@ class Database(Collection):
             sha256 = {str(k): str(v) for k, v in manifest["sha256"].items()}
             db = cls.__new__(cls)
             db.encoder = card
+            db.pictures = Path(manifest["pictures"]) if manifest.get("pictures") else None
             db._writing, db._adding = threading.Lock(), threading.Lock()
             _files.check_sha256(items_path, sha256[items_path.name])
             columns = _files.read_json(items_path)
@@ -434,7 +489,7 @@ class Database(Collection):
             index_path = root / _plain_name(manifest["index"])
         except (KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{manifest_path}: incomplete or malformed ({e!r})") from None
-        db.index = Index.open(index_path)
+        db.index = Index.open(index_path, device)
         if db.index.dim != card.dim or len(db.index) != len(db._items):
             raise ValueError(
                 f"{manifest_path}: the index holds {len(db.index)} rows of {db.index.dim} numbers, "

@@ -7,6 +7,8 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,14 +99,24 @@ def pictures_of(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(x) for x in levels]
 
 
+@dataclass(frozen=True)
+class Atlas:
+    """A WebP file with thumbnails in its cells, row by row."""
+
+    path: Path
+    sha256: str
+    count: int
+
+
 class Thumbnails:
-    """Small pictures by id: PIL images once touched, cells of WebP atlases on disk before."""
+    """Small pictures by id: in memory those that were added, in atlases those that were saved."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._images: dict[int, Image.Image] = {}
-        self._lent: dict[int, tuple[int, int]] = {}  # id -> (atlas, cell)
-        self._files: list[tuple[Path, str]] = []
+        self._lent: dict[int, tuple[Atlas, int]] = {}  # and the cell
+        self._folders: set[Path] = set()
+        self._sheet = lru_cache(maxsize=8)(_read_atlas)
 
     def shrink(self, image: Image.Image) -> Image.Image:
         """A picture as large as a cell, padded white."""
@@ -116,42 +128,80 @@ class Thumbnails:
         """Keep what `shrink` made."""
         self._images[id] = thumbnail
 
+    def drop(self, id: int) -> None:
+        """Forget a picture."""
+        self._images.pop(id, None)
+        self._lent.pop(id, None)
+
+    def share(self, id: int, other: Thumbnails, its: int) -> None:
+        """Take the picture `its` of another database, from its atlas if it lies in one."""
+        if other.size == self.size and its in other._lent:
+            self._lent[id] = other._lent[its]
+            self._folders |= other._folders
+        else:
+            self.put(id, self.shrink(other.get(its)))
+
     def lend(self, ids: list[int], files: list[tuple[Path, str]]) -> None:
-        """Take the pictures of `ids`, in this order, from atlases with their SHA-256."""
+        """Take the pictures of `ids`, all there are, in this order from atlases with SHA-256."""
         per = ATLAS_SIDE**2
         if len(files) != math.ceil(len(ids) / per):
             raise ValueError(f"{len(files)} thumbnail atlases for {len(ids)} images")
-        for path, _ in files:
+        lent: dict[int, tuple[Atlas, int]] = {}
+        for n, (path, sha256) in enumerate(files):
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: no such file")
-        self._files = files
-        self._lent = {i: divmod(n, per) for n, i in enumerate(ids)}
+            part = ids[n * per : (n + 1) * per]
+            atlas = Atlas(path, sha256, len(part))
+            lent.update((i, (atlas, cell)) for cell, i in enumerate(part))
+        self._folders = {path.parent for path, _ in files}
+        self._lent, self._images = lent, {}
+
+    def lies_in(self, folder: Path) -> bool:
+        """Whether pictures lie in atlases of this folder."""
+        return folder.resolve() in {place.resolve() for place in self._folders}
 
     def get(self, id: int) -> Image.Image:
         """The picture of a row."""
-        if id not in self._images:
-            self._read_atlas(self._lent[id][0])
-        return self._images[id]
-
-    def _read_atlas(self, atlas: int) -> None:
-        path, sha256 = self._files[atlas]
-        _files.check_sha256(path, sha256)
-        sheet = read_image(path)
-        for i, (a, cell) in self._lent.items():
-            if a == atlas and i not in self._images:
-                x, y = cell % ATLAS_SIDE * self.size, cell // ATLAS_SIDE * self.size
-                self._images[i] = sheet.crop((x, y, x + self.size, y + self.size))
+        while (image := self._images.get(id)) is None:
+            atlas, cell = self._lent[id]
+            try:
+                sheet = self._sheet(atlas)
+            except FileNotFoundError:
+                if self._lent[id][0] is atlas:
+                    raise
+                continue  # it was saved anew meanwhile
+            x, y = cell % ATLAS_SIDE * self.size, cell // ATLAS_SIDE * self.size
+            return sheet.crop((x, y, x + self.size, y + self.size))
+        return image
 
     def atlases(self, ids: np.ndarray) -> Iterator[bytes]:
-        """WebP sheets (quality 90) of ATLAS_SIDE^2 cells in the order of `ids`; the last is cut."""
+        """WebP sheets of ATLAS_SIDE^2 cells in the order of `ids`; the last is cut.
+
+        A sheet that an atlas holds already is that file. Others are of quality 90, but without loss
+        where a picture went through that before.
+        """
         per = ATLAS_SIDE**2
         for start in range(0, len(ids), per):
             chunk = ids[start : start + per].tolist()
+            lent = [self._lent.get(i) for i in chunk]
+            if lent[0] and lent == [(lent[0][0], cell) for cell in range(lent[0][0].count)]:
+                file = lent[0][0]
+                _files.check_sha256(file.path, file.sha256)
+                yield file.path.read_bytes()
+                continue
             height = math.ceil(len(chunk) / ATLAS_SIDE) * self.size
             sheet = Image.new("RGB", (ATLAS_SIDE * self.size, height), "white")
             for cell, i in enumerate(chunk):
                 at = (cell % ATLAS_SIDE * self.size, cell // ATLAS_SIDE * self.size)
                 sheet.paste(self.get(i), at)
             buffer = io.BytesIO()
-            sheet.save(buffer, "WEBP", quality=90, method=6)
+            if any(lent):
+                sheet.save(buffer, "WEBP", lossless=True, method=0)
+            else:
+                sheet.save(buffer, "WEBP", quality=90, method=6)
             yield buffer.getvalue()
+
+
+def _read_atlas(atlas: Atlas) -> Image.Image:
+    _files.check_sha256(atlas.path, atlas.sha256)
+    return read_image(atlas.path)

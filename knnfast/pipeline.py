@@ -31,6 +31,10 @@ from knnfast.query import Picture, Query, as_queries, embed
 
 FORMAT = "knnfast-model"
 BACKBONES: dict[str, type[Backbone]] = {b.backbone: b for b in (Denoiser, UNetDenoiser)}
+DTYPES = {
+    "discrete": (torch.float32, torch.float16, torch.bfloat16),
+    "continuous": (torch.float32,),
+}
 BUNDLES = Path(__file__).parent / "bundles"
 Databases: TypeAlias = Database | Mixture | str | Path | Mapping[str | Path | Database, float]
 
@@ -76,6 +80,9 @@ class KNNDiffusion:
         denoiser: either backbone: predicts the clean codes, or their vectors, from noised ones and
             the condition.
         databases: by name; the first is the default.
+
+    Raises:
+        ValueError: parts that do not fit together, or no database.
     """
 
     def __init__(
@@ -87,6 +94,14 @@ class KNNDiffusion:
     ) -> None:
         if not databases:
             raise ValueError("databases: at least one is needed, got none")
+        sizes = denoiser.config
+        for name, own, part, wanted in (
+            ("num_codes", sizes.num_codes, "the tokenizer's", tokenizer.codebook_size),
+            ("grid", tuple(sizes.grid), "the tokenizer's", tokenizer.grid),
+            ("embed_dim", sizes.embed_dim, "the encoder's", encoder.dim),
+        ):
+            if own != wanted:
+                raise ValueError(f"denoiser: its {name} is {own}, {part} {wanted}")
         self.encoder = encoder
         self.tokenizer = tokenizer
         self.denoiser = denoiser
@@ -95,7 +110,6 @@ class KNNDiffusion:
             database.check_encoder(encoder.card)
             self.databases[name] = database
         self._database: Database | Mixture = next(iter(self.databases.values()))
-        self.device = next(denoiser.parameters()).device
         self._graphs = SamplingGraphs()
 
     # ---- loading and saving -----------------------------------------------------------------
@@ -106,69 +120,95 @@ class KNNDiffusion:
         name_or_path: str | Path,
         device: str | torch.device = "cpu",
         backbone: str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> KNNDiffusion:
         """Load a bundle of the package by name ("stickers"), or a folder by path.
 
-        Every file is compared with the SHA-256 recorded when it was saved.
+        Every file is compared with the SHA-256 recorded when it was saved, but for those of the
+        databases, which may be saved anew where they lie: `Database.open` tells what it checks.
 
         Args:
             name_or_path: which model.
             device: where its networks run: cpu, cuda or cuda:N.
             backbone: "discrete" or "continuous", of those it holds; None: its first.
+            dtype: of the discrete denoiser: float32, float16 or bfloat16 (which pay on a GPU). All
+                else, the continuous one too, is float32.
 
         Raises:
             FileNotFoundError: no such bundle, or a file of it is missing.
             ValueError: a damaged or foreign file, which the message names; a device that is not
-                there.
+                there; another dtype.
         """
         check_torch_device("device", device)
-        root = find_model(name_or_path)
-        manifest_path = root / "model.json"
-        manifest = _read_manifest(root)
-        base, shared = root, manifest
-        try:
-            if "base" in manifest:
-                base = root.resolve().parent / Path(manifest["base"]["folder"]).name
-                shared = _read_manifest(base)
-                for name, sha256 in manifest["base"]["sha256"].items():
-                    _files.check_sha256(base / name, sha256)
-            encoder_spec = str(shared["encoder"])
-            database_names = [str(name) for name in shared["databases"]]
-            backbones = [str(name) for name in manifest.get("backbones", ["discrete"])]
-            kind = BACKBONES.get(backbone or backbones[0])
-        except (KeyError, TypeError, AttributeError, IndexError) as e:
-            raise ValueError(f"{manifest_path}: incomplete or malformed ({e!r})") from None
-        if kind is None or kind.backbone not in backbones:
+        model = _read_model(name_or_path)
+        for file, sha256 in model.sha256:
+            _files.check_sha256(file, sha256)
+        kind = BACKBONES.get(backbone or next(iter(model.backbones), ""))
+        if kind is None or kind.backbone not in model.backbones:
             raise ValueError(
-                f"backbone: {name_or_path} holds {', '.join(backbones)}, not {backbone!r}"
+                f"backbone: {name_or_path} holds {', '.join(model.backbones)}, not {backbone!r}"
             )
-        local = base / encoder_spec
-        encoder = load_encoder(local if local.is_dir() else encoder_spec, device=device)
+        if dtype not in DTYPES[kind.backbone]:
+            allowed = ", ".join(map(str, DTYPES[kind.backbone]))
+            raise ValueError(
+                f"dtype: must be one of {allowed} for the {kind.backbone} backbone, got {dtype!r}"
+            )
         return cls(
-            encoder,
-            VQTokenizer.from_folder(base / "tokenizer", device=device),
-            kind.from_folder(root / kind.folder, device=device),
-            {name: Database.open(base / "databases" / name) for name in database_names},
+            load_encoder(model.encoder, device=device),
+            VQTokenizer.from_folder(model.base / "tokenizer", device=device),
+            kind.from_folder(model.root / kind.folder, device=device).to(dtype),
+            {name: Database.open(folder) for name, folder in model.databases.items()},
         )
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write the whole pipeline into a new or empty folder that `from_pretrained` reads.
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write the pipeline into a new or empty folder that `from_pretrained` reads.
+
+        The current database comes first, as the default, and those that the model has by name. Not
+        written are a bundle's other backbone, its judge and its model card, and the weights of an
+        open_clip encoder, which is stored by name.
+
+        Args:
+            path: the folder.
+            dtype: in which the denoiser's weights are stored. Those of `train` and of the bundles
+                are FP16 numbers and stay what they are; torch.float32 keeps others.
 
         Raises:
-            ValueError: there is something already. OSError: it could not be written (a full disk,
-                say); then nothing of it is left.
+            ValueError: there is something already, or the current database is a mix. OSError: it
+                could not be written (a full disk, say); then nothing of it is left.
         """
+        databases = self._named_databases()
         root = Path(path)
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise ValueError(f"{root}: exists already; give a new or an empty folder")
         with _files.new_folder(root) as part:
             encoder = self.encoder.save(part / "encoder")
             self.tokenizer.save(part / "tokenizer")
-            self.denoiser.save(part / self.denoiser.folder)
-            for name, database in self.databases.items():
+            self.denoiser.save(part / self.denoiser.folder, dtype)
+            for name, database in databases.items():
                 database.save(part / "databases" / name)
             backbones = [self.denoiser.backbone]
-            write_manifest(part, encoder or "encoder", list(self.databases), backbones)
+            write_manifest(part, encoder or "encoder", list(databases), backbones)
+
+    # ---- devices ----------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks run."""
+        return next(self.denoiser.parameters()).device
+
+    def to(self, device: str | torch.device) -> KNNDiffusion:
+        """Move the networks to a device (cpu, cuda or cuda:N); returns itself.
+
+        Databases are searched where they were: `Database.to` moves one.
+
+        Raises:
+            ValueError: a device that is not there.
+        """
+        check_torch_device("device", device)
+        for network in (self.encoder, self.tokenizer, self.denoiser):
+            network.to(device)
+        self._graphs = SamplingGraphs()
+        return self
 
     # ---- databases --------------------------------------------------------------------------
 
@@ -184,6 +224,19 @@ class KNNDiffusion:
                 "database: expected a Database, a name, a folder or a mapping, got None"
             )
         self._database = self.find_database(value)
+
+    def _named_databases(self) -> dict[str, Database]:
+        """All databases by name, the current one first."""
+        current = self._database
+        if isinstance(current, Mixture):
+            raise ValueError(
+                "database: a mix is not saved; assign one of its databases, or their "
+                "`Database.merge`, first"
+            )
+        own = (name for name, database in self.databases.items() if database is current)
+        new = ("database", *(f"database-{n}" for n in range(2, len(self.databases) + 3)))
+        name = next(own, None) or next(x for x in new if x not in self.databases)
+        return {name: current, **self.databases}
 
     def find_database(self, value: Databases | None) -> Database | Mixture:
         """The database that a name, a folder or {database: weight} stands for; None: the default.
@@ -372,7 +425,8 @@ class KNNDiffusion:
             ids = [n.item.id for n in found]
             cond[row, 1 : len(ids) + 1] = torch.from_numpy(db.vectors(ids))
             mask[row, 1 : len(ids) + 1] = use_neighbours
-        return cond.to(self.device), mask.to(self.device)
+        like = next(self.denoiser.parameters())
+        return cond.to(like), mask.to(like.device)
 
 
 @contextmanager
@@ -406,26 +460,57 @@ def find_model(name_or_path: str | Path) -> Path:
 
 def backbones_of(name_or_path: str | Path) -> list[str]:
     """Names of the backbones that a model holds, its default first."""
-    manifest = _files.read_json(find_model(name_or_path) / "model.json", FORMAT)
-    return [str(name) for name in manifest.get("backbones", ["discrete"])]
+    return _read_model(name_or_path).backbones
 
 
-def _read_manifest(root: Path) -> dict[str, Any]:
-    """Read `model.json` and compare every file with its recorded SHA-256."""
-    path = root / "model.json"
-    manifest = _files.read_json(path, FORMAT)
+def databases_of(name_or_path: str | Path) -> list[Path]:
+    """Folders of a model's databases, its default first."""
+    return list(_read_model(name_or_path).databases.values())
+
+
+def encoder_of(name_or_path: str | Path, device: str | torch.device = "cpu") -> Encoder:
+    """A model's encoder alone."""
+    return load_encoder(_read_model(name_or_path).encoder, device=device)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What a model's manifest says; `base` is the folder of all but the denoiser."""
+
+    root: Path
+    base: Path
+    encoder: str
+    databases: dict[str, Path]
+    backbones: list[str]
+    sha256: list[tuple[Path, str]]
+
+
+def _read_model(name_or_path: str | Path) -> _Model:
+    root = base = find_model(name_or_path)
+    manifest = shared = _files.read_json(root / "model.json", FORMAT)
     try:
-        for name, sha256 in manifest["sha256"].items():
-            _files.check_sha256(root / name, sha256)
+        recorded = [(root, manifest)]
+        if "base" in manifest:
+            base = root.resolve().parent / Path(manifest["base"]["folder"]).name
+            shared = _files.read_json(base / "model.json", FORMAT)
+            recorded += [(base, shared), (base, manifest["base"])]
+        encoder = str(shared["encoder"])
+        return _Model(
+            root,
+            base,
+            str(base / encoder) if (base / encoder).is_dir() else encoder,
+            {str(name): base / "databases" / str(name) for name in shared["databases"]},
+            [str(name) for name in manifest.get("backbones", ["discrete"])],
+            [(at / name, str(value)) for at, x in recorded for name, value in x["sha256"].items()],
+        )
     except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path}: incomplete or malformed ({e!r})") from None
-    return manifest
+        raise ValueError(f"{root / 'model.json'}: incomplete or malformed ({e!r})") from None
 
 
 def write_manifest(
     root: Path, encoder: str, databases: Sequence[str], backbones: Sequence[str] = ("discrete",)
 ) -> None:
-    """Write `model.json`: what the folder holds, with the SHA-256 of every file."""
+    """Write `model.json`: what the folder holds, with the SHA-256 of all but its databases."""
     _write_manifest(
         root, {"encoder": encoder, "databases": list(databases), "backbones": list(backbones)}
     )
@@ -444,8 +529,9 @@ def write_part_manifest(root: Path, base: Path) -> None:
 
 
 def _write_manifest(root: Path, about: dict[str, Any]) -> None:
-    files = sorted(p for p in root.rglob("*") if p.is_file() and p != root / "model.json")
-    sha256 = {p.relative_to(root).as_posix(): _files.sha256_file(p) for p in files}
+    files = sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file())
+    kept = [p for p in files if p.parts[0] not in ("model.json", "databases")]
+    sha256 = {p.as_posix(): _files.sha256_file(root / p) for p in kept}
     _files.write_json(
         root / "model.json", {"format": FORMAT, "version": 1, **about, "sha256": sha256}
     )

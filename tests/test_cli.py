@@ -13,10 +13,11 @@ from PIL import Image
 
 from knnfast import _C, KNNDiffusion
 from knnfast.cli import main
+from knnfast.cli._shared import find_encoder
 from knnfast.diffusion.denoiser import Denoiser
 from knnfast.diffusion.pairs import ConditionConfig
 from knnfast.diffusion.unet import UNetConfig
-from knnfast.pipeline import Interrupted
+from knnfast.pipeline import BUNDLES, Interrupted, encoder_of
 
 
 def invoke(*arguments):
@@ -134,11 +135,45 @@ def test_database_is_replaced_only_when_told_to(folder, tmp_path):
     assert json.loads(invoke("database", "info", out, "--json").stdout)["images"] == 2
 
 
-def test_database_info_of_a_model():
-    found = json.loads(invoke("database", "info", "stickers", "--json").stdout)
-    assert [Path(each["path"]).name for each in found] == ["animals", "stickers"]
+@pytest.mark.parametrize("model", ["stickers", "stickers-edit"])
+def test_database_info_of_a_model(model):
+    found = json.loads(invoke("database", "info", model, "--json").stdout)
+    assert [Path(each["path"]).name for each in found] == ["stickers", "animals"]
     for each in found:
         assert json.loads(invoke("database", "info", each["path"], "--json").stdout) == each
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "stickers",
+        "stickers-edit",
+        "bundles/stickers",
+        "bundles/stickers-edit",
+        "bundles/stickers/encoder",
+    ],
+)
+def test_an_encoder_is_found_by_name_and_by_folder(spec, monkeypatch):
+    monkeypatch.chdir(BUNDLES.parent)
+    assert find_encoder(spec, "cpu").card == encoder_of("stickers").card
+
+
+def test_an_encoder_that_is_nowhere(folder, tmp_path):
+    result = invoke("database", "build", folder, "--encoder", "stikers", "--out", tmp_path / "db")
+    assert result.exit_code == 2
+    assert "--encoder: " in result.stderr
+    assert "model 'stikers': neither a bundle of the package (stickers" in result.stderr
+
+
+def test_a_database_of_a_model_is_saved_anew(folder, tmp_path):
+    root = tmp_path / "model"
+    shutil.copytree(BUNDLES / "stickers", root)
+    own, more = root / "databases" / "stickers", tmp_path / "more"
+    built = invoke("database", "build", folder, "--encoder", root, "--out", more)
+    assert built.exit_code == 0, built.output
+    merged = invoke("database", "merge", own, more, "--out", own, "--replace")
+    assert merged.exit_code == 0, merged.output
+    assert len(KNNDiffusion.from_pretrained(root).database) == 1725 + 3
 
 
 def test_database_build_info_merge(folder, tmp_path):
@@ -234,6 +269,27 @@ def test_train_on_a_folder_then_generate(folder, tmp_path):
         evaluated = invoke("evaluate", out / "model", *options)
         assert evaluated.exit_code == 2
         assert message in evaluated.stderr
+
+
+def test_train_reads_a_databases_pictures_where_they_lie_now(folder, tmp_path, monkeypatch):
+    db, moved, seen = tmp_path / "db", tmp_path / "moved", []
+
+    def train(source, *args, **options):
+        seen.append(source.pictures)
+        raise SeenError
+
+    assert invoke("database", "build", folder, "--encoder", "stickers", "--out", db).exit_code == 0
+    assert str(folder.resolve()) in invoke("database", "info", db).output
+    folder.rename(moved)
+    monkeypatch.setattr("knnfast.diffusion.training.train", train)
+    invoke("train", db, "--pictures", moved, "--out", tmp_path / "run")
+    assert seen == [moved]
+    for data, pictures in ((db, folder), (moved, moved)):
+        refused = invoke("train", data, "--pictures", pictures, "--out", tmp_path / "run")
+        assert refused.exit_code == 2
+        assert (
+            f"--pictures: must be a folder, and DATA a database, got {pictures}" in refused.stderr
+        )
 
 
 def test_a_warning_is_a_line(folder, tmp_path, monkeypatch):

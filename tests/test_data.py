@@ -87,6 +87,13 @@ def test_a_database_gives_its_pictures() -> None:
         assert numbers_of(db) == [0, 1, 2, 3, 4]
 
 
+def test_a_database_is_read_from_its_pictures(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """As `knnfast database build pictures --out db; knnfast train db` reads it."""
+    Database.build(folder, ColoursWithCard(), thumbnail_size=8).save(tmp_path / "db")
+    monkeypatch.chdir("/")
+    assert sorted(numbers_of(Database.open(tmp_path / "db"))) == list(range(10))
+
+
 class ColoursWithCard(Colours):
     def encode_images(self, images, batch_size=64):
         rows = np.asarray(super().encode_images(images).vectors, np.float32)

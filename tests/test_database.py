@@ -363,6 +363,150 @@ def test_who_opens_a_database_that_is_saved_meanwhile_gets_one(built, tmp_path, 
         Database.open(tmp_path / "db")
 
 
+def sheets(root):
+    return [path.read_bytes() for path in sorted(root.glob("thumbnails-*"))]
+
+
+def looks(db, ids):
+    return np.stack([np.asarray(db.thumbnail(i)) for i in ids])
+
+
+def noise(count, seed):
+    rng = np.random.default_rng(seed)
+    return [Image.fromarray(x) for x in rng.integers(0, 256, (count, 16, 16, 3), np.uint8)]
+
+
+def of_noise(count, seed):
+    images = noise(count, seed)
+    db = Database(ColourEncoder.card, thumbnail_size=16)
+    db.add(ColourEncoder().encode_images(images), images, names=["noise"] * count)
+    return db
+
+
+@pytest.fixture
+def small_atlases(monkeypatch):
+    monkeypatch.setattr("knnfast.images.ATLAS_SIDE", 2)
+
+
+def test_thumbnails_keep_their_bytes_however_often_they_are_saved(small_atlases, tmp_path):
+    of_noise(7, 0).save(tmp_path / "db")
+    first = sheets(tmp_path / "db")
+    db = Database.open(tmp_path / "db")
+    for root in (tmp_path / "db", tmp_path / "copy"):
+        db.save(root)
+        assert sheets(root) == first
+    assert (looks(db, db.ids) == looks(Database.open(tmp_path / "copy"), db.ids)).all()
+
+
+def test_thumbnails_that_are_packed_anew_lose_nothing(small_atlases, tmp_path):
+    of_noise(7, 0).save(tmp_path / "a")
+    of_noise(6, 1).save(tmp_path / "b")
+    a, b = Database.open(tmp_path / "a"), Database.open(tmp_path / "b")
+    before = np.concatenate([looks(a, a.ids), looks(b, b.ids)])
+    merged = Database.merge([a, b])
+    merged.save(tmp_path / "a")  # in the place of one of its sources
+    assert sheets(tmp_path / "a")[0] != sheets(tmp_path / "b")[0]
+    for db in (merged, Database.open(tmp_path / "a")):
+        assert (looks(db, db.ids) == before).all()
+    more = noise(2, 2)
+    merged.add(ColourEncoder().encode_images(more), more, names=["x", "y"])
+    assert merged.remove([0, 5]) == 2
+    merged.save(tmp_path / "a")
+    again = Database.open(tmp_path / "a")
+    kept = np.delete(before, [0, 5], axis=0)
+    assert (looks(again, again.ids[: len(kept)]) == kept).all()
+    assert (looks(again, again.ids) == looks(merged, merged.ids)).all()
+
+
+def test_a_damaged_atlas_is_not_copied(small_atlases, tmp_path):
+    of_noise(5, 0).save(tmp_path / "db")
+    db = Database.open(tmp_path / "db")
+    (first, _) = sorted((tmp_path / "db").glob("thumbnails-*"))
+    first.write_bytes(first.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=first.name):
+        db.save(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_atlases_of_thumbnails_do_not_pile_up_in_memory(small_atlases, tmp_path):
+    of_noise(80, 0).save(tmp_path / "db")
+    db = Database.open(tmp_path / "db")
+    looks(db, db.ids)
+    assert not db._thumbnails._images
+    assert db._thumbnails._sheet.cache_info().currsize == 8
+
+
+def test_thumbnails_are_read_while_they_are_saved_in_their_place(tmp_path, monkeypatch):
+    from knnfast import _files
+
+    of_noise(3, 0).save(tmp_path / "db")
+    before = looks(Database.open(tmp_path / "db"), range(3))
+    db = Database.open(tmp_path / "db")
+    real, saves = _files.check_sha256, iter([True])
+
+    def check_sha256(path, sha256):
+        if next(saves, False):
+            db.save(tmp_path / "db")  # removes the atlas that is about to be read
+        real(path, sha256)
+
+    monkeypatch.setattr(_files, "check_sha256", check_sha256)
+    assert (looks(db, range(3)) == before).all()
+
+
+def test_remove(built, tmp_path):
+    red = next(item.id for item in built if item.name == "red")
+    assert built.remove([red, 99]) == 1
+    assert len(built) == len(built.index) == 3
+    (found,) = built.search(query("darkred"), 4)
+    assert found[0].item.name == "orange"
+    with pytest.raises(KeyError, match=f"id {red} is not in this database"):
+        built.thumbnail(red)
+    built.save(tmp_path / "db")
+    assert list(Database.open(tmp_path / "db")) == list(built)
+    with pytest.raises(TypeError, match="ids"):
+        built.remove([0.5])
+    assert len(built) == 3
+
+
+def test_rows_without_their_items_are_not_saved(built, tmp_path):
+    built.save(tmp_path / "db")
+    before = list(built)
+    built.index.remove([0])
+    with pytest.raises(ValueError, match="index holds 3 rows for 4 images"):
+        built.save(tmp_path / "db")
+    assert list(Database.open(tmp_path / "db")) == before
+
+
+def test_pictures_are_found_from_everywhere(built, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    built.save(tmp_path / "db")
+    opened = Database.open(tmp_path / "db")
+    assert opened.pictures == folder.resolve()
+    assert {opened.file(item) for item in opened} == {folder.resolve() / name for name in COLOURS}
+    folder.rename(tmp_path / "moved")
+    assert {opened.file(item) for item in opened} == {None}
+    opened.pictures = tmp_path / "moved"
+    assert {opened.file(item) for item in opened} == {tmp_path / "moved" / name for name in COLOURS}
+
+
+def test_merged_databases_find_their_pictures(built, folder, tmp_path):
+    assert Database.merge([built, built]).pictures == built.pictures
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (9, 9), "green").save(other / "green.png")
+    merged = Database.merge([built, Database.build(other, ColourEncoder())])
+    files = {merged.file(item) for item in merged}
+    assert files == {*(folder / name for name in COLOURS), other / "green.png"}
+
+
+def test_devices(built, tmp_path):
+    built.save(tmp_path / "db")
+    assert Database.open(tmp_path / "db", device="cpu").to("cpu").index.device == "cpu"
+    for call in (built.to, lambda device: Database.open(tmp_path / "db", device=device)):
+        with pytest.raises(ValueError, match="device: must be cpu, cuda or cuda:N, got 'tpu'"):
+            call("tpu")
+
+
 def test_merge_keeps_every_row(built, folder):
     twice = Database.merge([built, built])
     assert len(twice) == 2 * len(built)

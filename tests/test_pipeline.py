@@ -4,9 +4,11 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from knnfast import Database, KNNDiffusion
+from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
 from knnfast.pipeline import find_model
 from knnfast.sheet import contact_sheet
 
@@ -106,6 +108,100 @@ def test_saved_and_loaded_gives_the_same_images(pipe, tmp_path):
         pipe.save_pretrained(tmp_path / "model")
 
 
+def with_animals_alone(pipe):
+    """The model with its smaller database, quick to save."""
+    animals = {"animals": pipe.databases["animals"]}
+    return KNNDiffusion(pipe.encoder, pipe.tokenizer, pipe.denoiser, animals)
+
+
+def test_the_current_database_is_saved_as_the_default(pipe, tmp_path):
+    animals = pipe.databases["animals"]
+    few = Database.merge([animals])
+    few.remove(few.ids[5:])
+    model = with_animals_alone(pipe)
+    model.database = few
+    model.save_pretrained(tmp_path / "own")
+    again = KNNDiffusion.from_pretrained(tmp_path / "own")
+    assert {name: len(db) for name, db in again.databases.items()} == {
+        "database": 5, "animals": len(animals)
+    }  # fmt: skip
+    assert again.database is again.databases["database"]
+    again.database = Database.merge([few, few])
+    again.save_pretrained(tmp_path / "twice")
+    thrice = KNNDiffusion.from_pretrained(tmp_path / "twice")
+    assert [len(db) for db in thrice.databases.values()] == [10, 5, len(animals)]
+    thrice.database = "animals"
+    thrice.save_pretrained(tmp_path / "named")
+    default = KNNDiffusion.from_pretrained(tmp_path / "named").database
+    assert len(default) == len(animals)
+    thrice.database = {"animals": 0.5, "database": 0.5}
+    with pytest.raises(ValueError, match="database: a mix is not saved"):
+        thrice.save_pretrained(tmp_path / "mix")
+    assert not (tmp_path / "mix").exists()
+
+
+def test_a_denoiser_is_saved_in_fp16_or_as_it_is(pipe, tmp_path):
+    model = with_animals_alone(KNNDiffusion.from_pretrained("stickers"))
+    with torch.no_grad():
+        model.denoiser.head.weight.add_(1e-6)
+    weight = model.denoiser.head.weight
+    model.save_pretrained(tmp_path / "half")
+    model.save_pretrained(tmp_path / "whole", dtype=torch.float32)
+    half, whole = (
+        KNNDiffusion.from_pretrained(tmp_path / name).denoiser.head.weight
+        for name in ("half", "whole")
+    )
+    assert torch.equal(whole, weight)
+    assert torch.equal(half, weight.half().float())
+    assert not torch.equal(half, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_denoiser_of_half_precision(pipe, dtype):
+    half = KNNDiffusion.from_pretrained("stickers", dtype=dtype)
+    assert half.denoiser.head.weight.dtype == dtype
+    call = {"steps": 2, "num_images": 2, "seed": 3}
+    whole, drawn = (pixels(p("a red heart", **call)).astype(float) for p in (pipe, half))
+    assert np.abs(whole - drawn).mean() < 4
+
+
+@pytest.mark.parametrize(
+    ("backbone", "dtype"),
+    [("discrete", torch.float64), ("discrete", "bf16"), ("continuous", torch.float16)],
+)
+def test_rejects_dtypes(backbone, dtype):
+    with pytest.raises(ValueError, match=f"dtype: must be one of .* {backbone} backbone, got"):
+        KNNDiffusion.from_pretrained("stickers", backbone=backbone, dtype=dtype)
+
+
+def test_moves_all_of_its_networks(pipe, monkeypatch):
+    with pytest.raises(ValueError, match="device: must be cpu, cuda or cuda:N, got 'tpu'"):
+        pipe.to("tpu")
+    before = pixels(pipe("pizza", steps=2, seed=0))
+    assert pipe.to("cpu") is pipe
+    np.testing.assert_array_equal(pixels(pipe("pizza", steps=2, seed=0)), before)
+    monkeypatch.setattr("knnfast.pipeline.check_torch_device", lambda *_: None)
+    gone = KNNDiffusion.from_pretrained("stickers").to("meta")
+    networks = (gone.encoder.tower, gone.tokenizer, gone.denoiser)
+    assert {p.device.type for net in networks for p in net.parameters()} == {"meta"}
+    assert gone.device == gone.encoder.device == torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_codes": 256}, "denoiser: its num_codes is 256, the tokenizer's 512"),
+        ({"grid": (8, 8)}, r"denoiser: its grid is \(8, 8\), the tokenizer's \(16, 16\)"),
+        ({"embed_dim": 64}, "denoiser: its embed_dim is 64, the encoder's 512"),
+    ],
+)
+def test_rejects_parts_that_do_not_fit(pipe, sizes, message):
+    small = {"width": 32, "depth": 1, "mlp_width": 32, "canvas_layers": ()}
+    denoiser = Denoiser(DenoiserConfig(**small, **sizes))
+    with pytest.raises(ValueError, match=message):
+        KNNDiffusion(pipe.encoder, pipe.tokenizer, denoiser, pipe.databases)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -174,6 +270,13 @@ def test_rejects_what_is_no_name():
         KNNDiffusion.from_pretrained(None)
 
 
+def read_all(model):
+    for database in KNNDiffusion.from_pretrained(model).databases.values():
+        database.index.verify()
+        for id in database.ids.tolist():
+            database.thumbnail(id)
+
+
 def test_every_damaged_file_is_named(tmp_path):
     whole = find_model("stickers")
     for path in sorted(p for p in whole.rglob("*") if p.is_file() and p.name != "README.md"):
@@ -186,9 +289,10 @@ def test_every_damaged_file_is_named(tmp_path):
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 0x55
         (copy / name).write_bytes(data)
-        if path.name != "model.json":  # a flipped bit of JSON may still be JSON
+        # A flipped bit of a manifest may still be JSON.
+        if path.name not in ("model.json", "database.json", "manifest.json"):
             with pytest.raises(ValueError, match=path.name):
-                KNNDiffusion.from_pretrained(copy)
+                read_all(copy)
         shutil.rmtree(copy)
 
 
@@ -209,6 +313,9 @@ def test_cuda_draws_and_edits():
         np.testing.assert_array_equal(pixels(pipe("a red heart", **call)), loop)
     assert (pixels(pipe("a red heart", **call | {"seed": 8})) != loop).any()
     assert (pixels(pipe("pizza", **call)) != loop).any()
+    moved = KNNDiffusion.from_pretrained("stickers-edit").to("cuda")
+    moved.database.to("cuda")
+    np.testing.assert_array_equal(pixels(moved("a red heart", **call)), loop)
     out = pipe.edit(Image.fromarray(loop[0]), "with sunglasses", num_images=2, steps=4, seed=1)
     assert len(out.images) == 2
     assert out.images[0].size == (pipe.tokenizer.image_size, pipe.tokenizer.image_size)

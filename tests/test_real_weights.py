@@ -69,6 +69,8 @@ def test_open_clip_and_a_vqvae_drive_everything(
     assert result.exit_code == 0, result.output
     model = run / "model"
     assert json.loads((model / "model.json").read_text())["encoder"] == encoder
+    again = invoke("database", "build", photos, "--encoder", model, "--out", tmp_path / "again")
+    assert again.exit_code == 0, again.output
     for extra in ([], ["--database", db]):
         result = invoke(
             "generate", "a red circle", "--model", model, "--k", 3, "--steps", 2, "--seed", 0,

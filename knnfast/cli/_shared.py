@@ -56,9 +56,16 @@ class Bar:
 
 
 def find_encoder(spec: str, device: str) -> Any:
-    """An encoder by its own spec, or the one of a model bundle."""
+    """The encoder of a model, a bundle's name or a folder, or one by its own spec."""
     from knnfast.encoders import load_encoder
-    from knnfast.pipeline import BUNDLES
+    from knnfast.pipeline import encoder_of, find_model
 
-    bundled = BUNDLES / spec / "encoder"
-    return load_encoder(bundled if bundled.is_dir() else spec, device=device)
+    try:
+        root = find_model(spec)
+    except FileNotFoundError as e:
+        if spec.startswith("open_clip:") or Path(spec).is_dir():
+            return load_encoder(spec, device=device)
+        raise FileNotFoundError(
+            f"--encoder: no encoder's folder, no open_clip:..., and {e}"
+        ) from None
+    return encoder_of(root, device)

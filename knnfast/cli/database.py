@@ -26,10 +26,16 @@ def _check_out(out: Path, replace: bool) -> None:
 
 def _databases(path: Path) -> list[Path]:
     """A database's folder, or those of a model: a folder, or a bundle by its name."""
-    from knnfast.pipeline import BUNDLES
+    from knnfast.database import Database
+    from knnfast.pipeline import databases_of, find_model
 
-    inside = (path if path.exists() else BUNDLES / path) / "databases"
-    return sorted(inside.iterdir()) if inside.is_dir() else [path]
+    if Database.is_at(path):
+        return [path]
+    try:
+        root = find_model(str(path))
+    except FileNotFoundError:
+        return [path]  # which opening it tells
+    return databases_of(root)
 
 
 @click.group()
@@ -42,7 +48,7 @@ def database() -> None:
 @click.option(
     "--encoder",
     required=True,
-    help="A model bundle (stickers), an encoder's folder, or open_clip:MODEL/PRETRAINED.",
+    help="A model or an encoder's folder, a bundle (stickers), or open_clip:MODEL/PRETRAINED.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @_replace
@@ -100,12 +106,15 @@ def database_info(path: Path, as_json: bool) -> None:
             "encoder": db.encoder.to_dict(),
             "metric": db.index.metric,
             "bytes": db.index.nbytes,
+            "pictures": None if db.pictures is None else str(db.pictures),
             "groups": db.groups,
         })  # fmt: skip
         if as_json:
             continue
         click.echo(f"{folder}: {len(db):,} images, {db.index.nbytes / 2**20:.1f} MiB of embeddings")
         click.echo(f"encoder {db.encoder.name}, {db.encoder.dim} numbers, {db.encoder.sha256[:12]}")
+        if db.pictures is not None:
+            click.echo(f"pictures {db.pictures}")
         for group, count in db.groups.items():
             click.echo(f"{count:8,}  {group or '(no group)'}")
     if as_json:

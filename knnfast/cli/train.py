@@ -24,6 +24,7 @@ BASELINES = ("knn", "lafite", "no_neighbours")  # knnfast.diffusion.pairs has th
     "--from", "start", help="Begin with the denoiser of this model (stickers); it learns faster."
 )
 @click.option("--encoder", help="Another: a model bundle, a folder, or open_clip:MODEL/PRETRAINED.")
+@click.option("--pictures", type=click.Path(path_type=Path), help="Where a database's lie now.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Another: a VQModel's folder.")
 @click.option(
     "--backbone", type=click.Choice(["discrete", "continuous"]), default="discrete",
@@ -56,15 +57,15 @@ BASELINES = ("knn", "lafite", "no_neighbours")  # knnfast.diffusion.pairs has th
 def train(
     data: Path, out: Path, model: str, encoder: str | None, tokenizer: Path | None, backbone: str,
     start: str | None, lr: float | None, versions: int, k: int, baseline: str, noise: float,
-    precision: str, device: str, as_json: bool, **options: Any,
+    precision: str, pictures: Path | None, device: str, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train a denoiser on the pictures in DATA. No caption is read.
 
     DATA is a folder of images, WebDataset shards (one, a folder of them, or "shard-{000..099}.tar")
-    or a saved database, whose pictures are read from their files (relative to where you are), or
-    taken from its thumbnails, which is told. A run that was stopped or killed goes on from its last
-    checkpoint. The trained model, with DATA as its database, lies under OUT/model, which `--model`
-    of the other commands takes.
+    or a saved database, whose pictures are read from the folder that it was built from (--pictures,
+    if they were moved), or taken from its thumbnails, which is told. A run that was stopped or
+    killed goes on from its last checkpoint. The trained model, with DATA as its database, lies
+    under OUT/model, which `--model` of the other commands takes.
 
     On several GPUs: torchrun --nproc-per-node 8 -m knnfast train DATA --device cuda --out RUN
     """
@@ -94,6 +95,10 @@ def train(
     check_folder("--out", out)
     saved = (data / "database.json").is_file()
     source = Database.open(data) if saved else data
+    if pictures is not None:
+        if not isinstance(source, Database) or not pictures.is_dir():
+            raise ValueError(f"--pictures: must be a folder, and DATA a database, got {pictures}")
+        source.pictures = pictures
     if not saved and not shards(data):
         found = len(list_images(data))  # a wrong path is told before a model is loaded
         if found < 2:

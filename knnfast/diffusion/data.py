@@ -90,26 +90,24 @@ def shards(data: str | Path) -> list[Path]:
 def pictures(data: str | Path | Database) -> Iterator[Picture]:
     """Every image of a folder, of WebDataset shards or of a database, in a fixed order.
 
-    Names and captions are not looked at. A database's images come from their sources, relative to
-    the working directory, or from its thumbnails where there is none; a warning tells how many
-    sources are named but not found.
+    Names and captions are not looked at. A database's images come from their files
+    (`Database.file`), or from its thumbnails where there is none; a warning tells how many sources
+    are named but not found.
 
     Raises:
         FileNotFoundError: no such folder or shard. ValueError: a damaged shard.
     """
     if isinstance(data, Database):
-        if lost := sum(bool(item.source) and not Path(item.source).is_file() for item in data):
+        if lost := sum(bool(item.source) and data.file(item) is None for item in data):
             warnings.warn(
                 f"{lost:,} of {len(data):,} pictures come from the database's thumbnails: their "
-                "files are not found from the working directory", stacklevel=2,
-            )  # fmt: skip
-        for item in data:
-            file = Path(item.source)
-            there = bool(item.source) and file.is_file()
-            yield Picture(
-                item.source or item.name,
-                partial(read_image, file) if there else partial(data.thumbnail, item.id),
+                f"files are not found below {data.pictures or 'the working directory'}",
+                stacklevel=2,
             )
+        for item in data:
+            file = data.file(item)
+            read = partial(data.thumbnail, item.id) if file is None else partial(read_image, file)
+            yield Picture(item.source or item.name, read)
     elif tars := shards(data):
         for file in tars:
             yield from _members(file)

@@ -8,12 +8,15 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from knnfast.images import upright
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,10 @@ class Encoder:
         if isinstance(texts, str):
             raise TypeError("texts must be a sequence of strings, got one string")
         return Embeddings(self._text_rows(texts), self.card)
+
+    def to(self, device: str | torch.device) -> Encoder:
+        """Move the network to a device; returns itself."""
+        raise NotImplementedError
 
     def save(self, folder: str | Path) -> str | None:
         """Write the encoder into a folder, or return the name by which others can load it."""

@@ -67,6 +67,12 @@ class OpenClipEncoder(Encoder):
             tokens = self._tokenizer(list(texts)).to(self.device)
             return F.normalize(self._network.encode_text(tokens).float(), dim=-1)
 
+    def to(self, device: str | torch.device) -> OpenClipEncoder:
+        """Move the network to a device; returns itself."""
+        self.device = torch.device(device)
+        self._network.to(self.device)
+        return self
+
     def save(self, folder: str | Path) -> str:
         """Return the name to load it by; the weights are not written, they stay where they are."""
         return self.spec

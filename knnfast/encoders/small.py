@@ -122,6 +122,12 @@ class SmallEncoder(Encoder):
             raise ValueError(f"cannot load the encoder in {folder}: {reason}") from error
         self.tower.eval().requires_grad_(False).to(self.device)
 
+    def to(self, device: str | torch.device) -> SmallEncoder:
+        """Move the network to a device; returns itself."""
+        self.device = torch.device(device)
+        self.tower.to(self.device)
+        return self
+
     def describe(self, notes: Mapping[str, Any]) -> None:
         """Replace the notes in encoder.json; the weights and their hash stay."""
         self.config["notes"] = dict(notes)
