@@ -22,18 +22,15 @@ instrumented __asan_init
 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 KNNFAST_MUTATIONS=10000 \
   LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
   "$PYTHON" -m pytest -q -m "not no_asan" tests/test_index_files.py tests/test_row_files.py \
-  tests/test_topk.py tests/test_index.py tests/test_turns.py \
-  -k "not child_of_a_fork and not cannot_be_joined"
+  tests/test_topk.py tests/test_index.py tests/test_turns.py
 
 echo "== TSan, 60 s of searching, adding and removing"
 build tsan thread
 instrumented __tsan_init
 # torch's threads, which it cannot see into, are left out
-export OMP_NUM_THREADS=1 KNNFAST_STRESS_SECONDS=60 TSAN_OPTIONS=suppressions=$PWD/tests/tsan.supp
-runtime=$(g++ -print-file-name=libtsan.so)
-LD_PRELOAD=$runtime "$PYTHON" -m pytest -q -m tsan tests/test_index.py
-LD_PRELOAD=$runtime "$PYTHON" -m pytest -q tests/test_turns.py \
-  -k "(joined or may_change or others_in) and not cannot"
+OMP_NUM_THREADS=1 TSAN_OPTIONS=suppressions=$PWD/tests/tsan.supp KNNFAST_STRESS_SECONDS=60 \
+  LD_PRELOAD="$(g++ -print-file-name=libtsan.so)" \
+  "$PYTHON" -m pytest -q -m tsan tests/test_index.py tests/test_turns.py
 
 echo "== 50 kills while saving"
 "$PYTHON" setup.py -q build_ext --inplace --force

@@ -85,6 +85,7 @@ def until_joined(index, least, attempt):
     pytest.fail(f"never {least} searches were answered by another")
 
 
+@pytest.mark.tsan
 @pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
 def test_joined_searches_give_the_reference_bits(rows, queries, metric):
     """Batches of 1 to 3 queries and two k side by side, beside filters and a range search."""
@@ -139,10 +140,12 @@ def check_joined(cores):
     np.testing.assert_array_equal(np.stack([found[0] for found in results]), scores)
 
 
+@pytest.mark.tsan
 def test_searches_of_one_thread_each_are_joined():
     with_one_thread("check_joined")
 
 
+@pytest.mark.tsan
 def test_the_number_of_threads_may_change_while_searches_wait(rows, queries):
     """Turns become more and fewer; nobody is forgotten in the line."""
     index = filled(rows)
@@ -192,11 +195,13 @@ def check_bulk(holders, kind="search"):
     pytest.fail("a bulk was always done first")
 
 
+@pytest.mark.tsan
 @pytest.mark.parametrize("kind", ["search", "filtered", "range"])
 def test_a_bulk_of_queries_lets_others_in(kind):
     check_bulk(1, kind)
 
 
+@pytest.mark.tsan
 def test_bulks_of_one_thread_each_let_others_in():
     with_one_thread("check_bulk")
 
@@ -241,6 +246,7 @@ def test_a_large_k_is_searched_alone(rows, queries):
         np.testing.assert_array_equal(found[1], expected[1])
 
 
+@pytest.mark.tsan
 def test_joined_searches_get_their_exact_scores(rows, queries):
     index = filled(rows)
     exact = [np.full((1 + i % 2, 4), np.nan) if i % 3 else None for i in range(CALLERS)]
@@ -259,6 +265,7 @@ def test_joined_searches_get_their_exact_scores(rows, queries):
         np.testing.assert_array_equal(scores, -np.sort(-every, axis=1)[:, :4])
 
 
+@pytest.mark.tsan
 def test_joined_searches_that_have_to_be_repeated():
     """Rows whose codes mislead a positive query (test_topk.test_trust_is_checked), for some."""
     rng = np.random.default_rng(0)
@@ -356,6 +363,7 @@ until_joined(index, 2, lambda: behind_a_long_search(index, queries, calls))
 """
 
 
+@pytest.mark.no_asan
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_searches_that_cannot_be_joined_are_answered_alone(tmp_path):
     """Memory runs out for the one that took others along: all get their answers all the same."""
@@ -392,6 +400,7 @@ assert same and os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 """
 
 
+@pytest.mark.no_asan
 def test_the_child_of_a_fork_has_a_line_of_its_own():
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True, timeout=60)
 
