@@ -22,7 +22,7 @@ instrumented __asan_init
 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 KNNFAST_MUTATIONS=10000 \
   LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
   "$PYTHON" -m pytest -q -m "not no_asan" tests/test_index_files.py tests/test_row_files.py \
-  tests/test_topk.py tests/test_index.py tests/test_turns.py
+  tests/test_topk.py tests/test_index.py tests/test_filters.py tests/test_turns.py
 
 echo "== TSan, 60 s of searching, adding and removing"
 build tsan thread

@@ -608,7 +608,7 @@ def test_instruction_sets(isa):
         pytest.skip(f"this machine has {_C.isa()} at best")
     if os.environ.get("KNNFAST_ISA"):
         pytest.skip("already under a chosen instruction set")
-    files = [__file__, str(Path(__file__).with_name("test_codes.py"))]
+    files = [Path(__file__).with_name(f"test_{name}.py") for name in ("topk", "codes", "filters")]
     subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "isa", *files],
         env={**os.environ, "KNNFAST_ISA": isa}, check=True,
