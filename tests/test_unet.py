@@ -307,7 +307,7 @@ def test_files_of_another_architecture(tmp_path):
         ({"widths": [16, 16]}, "another architecture .*, and .* more"),
         ({"ranks": 3}, r"cond_mark is \[3, 8\], expected \[4, 8\]\)"),
         ({"blocks": 2}, "is missing, and"),
-        ({"colour": 3}, "unknown U-Net settings"),
+        ({"colour": 3}, r"config\.json: unknown settings \['colour'\]; UNetConfig has num_codes"),
         ({"widths": [16]}, "at least two resolutions"),
         ({"widths": [10, 16]}, "multiples"),
         ({"widths": []}, r"config\.json: widths must not be empty"),

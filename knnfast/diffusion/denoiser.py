@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from knnfast.diffusion.backbone import Backbone, check_sizes
 from knnfast.diffusion.sampler import check_rule, sample
 from knnfast.diffusion.schedule import Schedule
+from knnfast.diffusion.settings import Settings
 from knnfast.ops import Folded, Unfolded, fold_neighbours, neighbour_attention
 
 
 @dataclass(frozen=True)
-class DenoiserConfig:
+class DenoiserConfig(Settings):
     """Sizes of a denoiser.
 
     Attributes:
@@ -80,24 +81,12 @@ class DenoiserConfig:
             raise ValueError(f"canvas_layers {self.canvas_layers} must lie in [0, {self.depth})")
         if self.grid[0] % self.patch or self.grid[1] % self.patch:
             raise ValueError(f"grid {self.grid} is not a multiple of patch {self.patch}")
+        Schedule(self.schedule, self.num_steps, self.num_codes)
 
     @property
     def length(self) -> int:
         """Number of codes L."""
         return self.grid[0] * self.grid[1]
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> DenoiserConfig:
-        """Read what `to_dict` wrote; an unknown name is an error."""
-        unknown = sorted(set(raw) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown denoiser settings {unknown}")
-        listed = {k: tuple(v) for k, v in raw.items() if isinstance(v, list)}
-        return cls(**{**raw, **listed})
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 class Condition(NamedTuple):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from knnfast.diffusion.augment import augment
+from knnfast.diffusion.augment import PHOTOS, AugmentConfig, augmented
 from knnfast.diffusion.data import ImageEncoder, make_pairs
 from knnfast.diffusion.denoiser import Denoiser
 from knnfast.diffusion.distributed import processes
@@ -92,6 +92,7 @@ def make_edit_pairs(
     worlds: int = 6,
     neighbours: int = 3,
     seed: int = 0,
+    augmentation: AugmentConfig = PHOTOS,
 ) -> tuple[EditPairs, float]:
     """Encode a collection for an editor, its neighbours aligned.
 
@@ -103,6 +104,7 @@ def make_edit_pairs(
             and the neighbours aligned to it in the same way.
         neighbours: of each image.
         seed: of the augmentations.
+        augmentation: how the images of the other versions are changed.
 
     Returns:
         The pairs, and the share of the alignments that converged.
@@ -123,19 +125,15 @@ def make_edit_pairs(
             converged += found
     versions, lent = [images], [aligned]
     for world in range(1, worlds):
-        versions.append(_augmented(images, seed * 1_000_003 + world))
-        same = [_augmented(x, seed * 1_000_003 + world) for x in aligned]
-        lent.append(torch.stack(same))
+        g, changed = torch.Generator(), []
+        for x in (images, *aligned):  # an image and what is aligned to it change in one way
+            g.manual_seed((seed * 1_000_003 + world) % 2**64)
+            changed.append(augmented(x, g, augmentation))
+        versions.append(changed[0])
+        lent.append(torch.stack(changed[1:]))
     plain = make_pairs(versions, encoder, tokenizer)
     pairs = EditPairs(**vars(plain), images=torch.stack(versions), aligned=torch.stack(lent))
     return pairs, converged / near.numel()
-
-
-def _augmented(images: Tensor, seed: int, batch: int = 256) -> Tensor:
-    """Images [N, 3, S, S] uint8 augmented; the i-th of a seed is always changed in one way."""
-    g = torch.Generator().manual_seed(seed)
-    parts = [augment(x.float() / 255, g) for x in images.split(batch)]
-    return (torch.cat(parts) * 255).round().byte()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from knnfast.diffusion.backbone import Backbone, check_sizes
 from knnfast.diffusion.sampler import signed
+from knnfast.diffusion.settings import Settings
 from knnfast.ops.philox import NOISE, counter, normal, philox
 
 SOLVERS = ("dpm", "ddim")
 
 
 @dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(Settings):
     """Sizes of a U-Net denoiser.
 
     Attributes:
@@ -70,19 +71,6 @@ class UNetConfig:
     def length(self) -> int:
         """Number of codes L."""
         return self.grid[0] * self.grid[1]
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> UNetConfig:
-        """Read what `to_dict` wrote; an unknown name is an error."""
-        unknown = sorted(set(raw) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown U-Net settings {unknown}")
-        listed = {k: tuple(v) for k, v in raw.items() if isinstance(v, list)}
-        return cls(**{**raw, **listed})
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 class UNetCondition(NamedTuple):
