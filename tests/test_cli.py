@@ -342,14 +342,14 @@ def keywords(monkeypatch, target, *words):
 
 def test_options_of_generate_arrive(monkeypatch):
     words = ["generate", "pizza", "--image-weight", 0.25, "-n", 3, "--k", 4, "--steps", 7,
-             "--guidance", 1.5, "--truncation", 0.75, "--solver", "ddim", "--seed", 9,
-             "--group", "food", "--group", "drinks", "--no-query"]  # fmt: skip
+             "--guidance", 1.5, "--truncation", 0.75, "--purity", 0.5, "--solver", "ddim",
+             "--seed", 9, "--group", "food", "--group", "drinks", "--no-query"]  # fmt: skip
     call = "knnfast.pipeline.KNNDiffusion.__call__"
     seen = keywords(monkeypatch, call, *words)
     wanted = {
         "image": None, "image_weight": 0.25, "num_images": 3, "k": 4, "steps": 7, "guidance": 1.5,
-        "truncation": 0.75, "solver": "ddim", "seed": 9, "groups": ["food", "drinks"],
-        "use_query": False, "use_neighbours": True,
+        "truncation": 0.75, "purity": 0.5, "solver": "ddim", "seed": 9,
+        "groups": ["food", "drinks"], "use_query": False, "use_neighbours": True,
     }  # fmt: skip
     assert {name: seen[name] for name in wanted} == wanted
     seen = keywords(monkeypatch, call, "generate", "pizza", "--no-neighbours")

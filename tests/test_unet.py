@@ -479,6 +479,8 @@ def test_the_pipeline_takes_either_backbone(pipe, tmp_path):
         KNNDiffusion.from_pretrained(tmp_path / "model", backbone="discrete")
     with pytest.raises(ValueError, match="truncation"):
         pixels(pipe, truncation=0.9)
+    with pytest.raises(ValueError, match="purity: the continuous backbone draws no codes"):
+        pixels(pipe, purity=1.0)
     discrete = KNNDiffusion.from_pretrained("stickers", backbone="discrete")
     with pytest.raises(ValueError, match="solver"):
         pixels(discrete, solver="ddim")
