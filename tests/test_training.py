@@ -432,16 +432,27 @@ def test_tokenizer_rejects(tmp_path: Path, name: str) -> None:
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         train_tokenizer(images, images, tmp_path / "out", tokenizer().config, **{name: 0})
+    with pytest.raises(ValueError, match=r"seed must be in \[0, 2\^64\), got 18446744073709551616"):
+        train_tokenizer(images, images, tmp_path / "out", tokenizer().config, seed=2**64)
     assert not (tmp_path / "out").exists()
 
 
-def few_steps(out: str | Path, lr: float = 2e-3, image_seed: int = 0) -> dict:
+def few_steps(out: str | Path, lr: float = 2e-3, image_seed: int = 0, device: str = "cpu") -> dict:
     g = torch.Generator().manual_seed(image_seed)
     images = (torch.rand(8, 3, 8, 8, generator=g) * 255).byte()
     return train_tokenizer(
         images, images, out, tokenizer().config, steps=14, batch=8, warmup=6, lr=lr, eval_every=4,
-        progress=False,
+        device=device, progress=False,
     )  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_cuda_trains_the_tokenizer(tmp_path: Path) -> None:
+    """The draws are the host's: before the first code is chosen the losses are the CPU's."""
+    cpu, cuda = (few_steps(tmp_path / d, device=d)["history"] for d in ("cpu", "cuda"))
+    assert cuda[0]["loss"] == pytest.approx(cpu[0]["loss"], rel=0.05)
+    assert np.isfinite([row["psnr_held_out"] for row in cuda]).all()
+    VQTokenizer.from_folder(tmp_path / "cuda")
 
 
 def test_tokenizer_learns(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def train(
         raise ValueError(f"--versions: must be at least 1, got {versions}")
     if editor and (start is None or backbone != "discrete"):
         raise ValueError("--editor: needs --from, a model with a discrete denoiser to begin with")
-    settings = Settings(file)
+    settings = SettingsFile(file)
     if start is not None and "model" in settings.sections:
         raise ValueError(f"{file}: model: --from has sizes of its own")
     kind = BACKBONES[backbone]
@@ -191,7 +191,7 @@ def train(
     click.echo(f"try: knnfast {what} --model {out / 'model'}; samples: {out / 'grids'}")
 
 
-class Settings:
+class SettingsFile:
     """The sections of a settings file; none without a file.
 
     Raises:

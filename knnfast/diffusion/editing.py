@@ -247,7 +247,8 @@ class EditSampler(ConditionSampler):
         cells = F.adaptive_max_pool2d(region, self.tokenizer.grid)
         touched = F.max_pool2d(cells, 3, 1, 1).flatten(1) > 0.5
         changed = touched & ~chance(cfg.same)[:, None]
-        source = torch.where(changed, self.tokenizer.encode(shown), codes)
+        to = next(self.tokenizer.parameters()).device
+        source = torch.where(changed, self.tokenizer.encode(shown.to(to)).cpu(), codes)
         unknown = (touched & chance(cfg.hidden)[:, None]) | chance(cfg.blank)[:, None]
         source[unknown] = self.tokenizer.codebook_size
         margin = int(torch.randint(1, 4, (1,), generator=g))
