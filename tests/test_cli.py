@@ -445,6 +445,17 @@ def test_settings_of_train_from_a_file(folder, tmp_path, monkeypatch):
     assert not out.exists()
 
 
+def test_a_start_gives_encoder_and_tokenizer(folder, tmp_path, monkeypatch):
+    """A denoiser draws the codes of one tokenizer, from one encoder's embeddings."""
+    asked = []
+    monkeypatch.setattr(
+        KNNDiffusion, "from_pretrained", lambda name, **_: asked.append(name) or 1 / 0
+    )
+    for words in (["--from", "mine"], [], ["--from", "mine", "--model", "other"]):
+        invoke("train", folder, "--k", 2, "--out", tmp_path / "run", *words)
+    assert asked == ["mine", "stickers", "other"]
+
+
 def test_the_choices_of_train():
     assert module.CONDITIONS == pairs.PRESETS
     assert tuple(augment.KINDS) == module.AUGMENT

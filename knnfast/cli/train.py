@@ -23,7 +23,7 @@ SECTIONS = ("model", "condition", "train", "augmentation")
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Run to start or go on."
 )
-@click.option("--model", default="stickers", show_default=True, help="Gives encoder and tokenizer.")
+@click.option("--model", help="Gives encoder and tokenizer; that of --from, or stickers.")
 @click.option(
     "--from", "start", help="Begin with the denoiser of this model (stickers); it learns faster."
 )
@@ -80,7 +80,7 @@ SECTIONS = ("model", "condition", "train", "augmentation")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
 def train(
-    ctx: click.Context, data: Path, out: Path, model: str, encoder: str | None,
+    ctx: click.Context, data: Path, out: Path, model: str | None, encoder: str | None,
     tokenizer: Path | None, backbone: str, start: str | None, editor: bool, file: Path | None,
     lr: float | None, versions: int, k: int, condition: str, noise: float | None, augment: str,
     crop: str | None, precision: str, device: str, as_json: bool, **options: Any,
@@ -150,7 +150,7 @@ def train(
         codes = None if tokenizer is None else VQTokenizer.from_folder(tokenizer, these.device)
         embed = None if encoder is None else find_encoder(encoder, str(these.device))
         if codes is None or embed is None:
-            pipe = KNNDiffusion.from_pretrained(model, device=these.device)
+            pipe = KNNDiffusion.from_pretrained(model or start or "stickers", device=these.device)
             codes, embed = codes or pipe.tokenizer, embed or pipe.encoder
         if isinstance(source, Database):
             source.check_encoder(embed.card)
