@@ -220,12 +220,13 @@ def test_train_on_a_folder_then_generate(folder, tmp_path):
     (folder / "broken.png").unlink()
     out = tmp_path / "run"
     arguments = ("--steps", 2, "--batch", 4, "--versions", 2, "--out", out)
-    many = invoke("train", folder, *arguments)
+    many = invoke("train", folder, *arguments, "--k", 4)
     assert many.exit_code == 2
-    assert "--k: must be at most 3, the images, got 10" in many.stderr
-    arguments += ("--k", 2)
+    assert "--k: must be at most 3, the images, got 4" in many.stderr
     result = invoke("train", folder, *arguments)
     assert result.exit_code == 0, result.output
+    config = json.loads((out / "training.json").read_text())["config"]
+    assert config["condition"]["k"] == 2  # all others
     again = invoke("train", folder, *arguments)
     assert again.exit_code == 2
     assert "exists already" in again.stderr

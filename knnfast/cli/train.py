@@ -44,7 +44,7 @@ SECTIONS = ("model", "condition", "train", "augmentation")
 @click.option(
     "--lr", type=float, help="Peak learning rate; 0.003 discrete, 0.001 continuous or an editor."
 )
-@click.option("--k", default=10, show_default=True, help="Neighbours to condition on, at most.")
+@click.option("--k", type=int, help="Neighbours to condition on; 10, or as many as there are.")
 @click.option(
     "--condition", type=click.Choice(CONDITIONS), default="robust", show_default=True,
     help="What the model is shown of a picture. paper: its own embedding and its neighbours. "
@@ -82,8 +82,8 @@ SECTIONS = ("model", "condition", "train", "augmentation")
 def train(
     ctx: click.Context, data: Path, out: Path, model: str | None, encoder: str | None,
     tokenizer: Path | None, backbone: str, start: str | None, editor: bool, file: Path | None,
-    lr: float | None, versions: int, k: int, condition: str, noise: float | None, augment: str,
-    crop: str | None, precision: str, device: str, as_json: bool, **options: Any,
+    lr: float | None, versions: int, k: int | None, condition: str, noise: float | None,
+    augment: str, crop: str | None, precision: str, device: str, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train a denoiser on the pictures in DATA. No caption is read.
 
@@ -121,15 +121,15 @@ def train(
     kind = BACKBONES[backbone]
     sizes = settings.changed("model", kind.config_type())
     augmentation = settings.changed("augmentation", KINDS[augment])
-    shown = (EditConfig if editor else ConditionConfig)(k=k).preset(condition, noise)
+    shown = (EditConfig if editor else ConditionConfig)().preset(condition, noise)
     shown = settings.changed("condition", shown)
+    if k is not None:
+        shown = replace(shown, k=k)
     options |= {
         "bf16": precision == "bf16" or (precision == "auto" and has_bf16(device)),
         "lr": lr if lr is not None else 3e-3 if backbone == "discrete" and not editor else 1e-3,
     }
-    config = settings.changed(
-        "train", TrainConfig(**options, condition=replace(shown, k=k) if given("k") else shown)
-    )
+    config = settings.changed("train", TrainConfig(**options, condition=shown))
     won = {**{n: n for n in options}, "bf16": "precision"}
     config = replace(config, **{n: options[n] for n, option in won.items() if given(option)})
     if (out / "model").exists():
@@ -143,8 +143,11 @@ def train(
         found = len(source) if isinstance(source, Database) else len(list_images(data))
         if found < 2:
             raise ValueError(f"data: needs at least two readable images, found {found}")
-        if found < config.condition.k:
-            raise ValueError(f"--k: must be at most {found}, the images, got {config.condition.k}")
+        if k is None and "k" not in settings.sections.get("condition", {}):
+            shown = replace(shown, k=min(shown.k, found - 1))
+            config = replace(config, condition=shown)
+        elif found < shown.k:
+            raise ValueError(f"--k: must be at most {found}, the images, got {shown.k}")
     with processes(device) as these:
         # A tokenizer's folder is small beside an encoder's weights: a wrong path is told first.
         codes = None if tokenizer is None else VQTokenizer.from_folder(tokenizer, these.device)
@@ -157,9 +160,8 @@ def train(
         begin: Any = None
         if start is not None:
             begin = KNNDiffusion.from_pretrained(start, backbone=backbone).denoiser
-        if config.condition.semantic is None:
-            conditions = replace(config.condition, semantic=_semantic(embed))
-            config = replace(config, condition=conditions)
+        if shown.semantic is None:
+            config = replace(config, condition=replace(shown, semantic=_semantic(embed)))
         try:
             if editor:
                 edits = encode_edits(
