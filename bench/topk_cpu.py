@@ -98,19 +98,19 @@ def sticker_embeddings(n: int) -> tuple[np.ndarray, np.ndarray]:
         from PIL import Image
 
         from knnfast import Database, encoders
-        from knnfast.diffusion.augment import augment
+        from knnfast.diffusion.augment import STICKERS, augmented
         from knnfast.pipeline import BUNDLES
 
         bundle = BUNDLES / "stickers"
         database = Database.open(bundle / "databases" / "stickers")
         encoder = encoders.load_encoder(bundle / "encoder")
         images = np.stack([np.asarray(database.thumbnail(i)) for i in database.ids])
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
         random = torch.Generator().manual_seed(0)
         vectors = np.empty((n + 256, encoder.dim), np.float16)
         for part in np.split(vectors, range(256, len(vectors), 256)):
             chosen = torch.randint(len(pixels), (len(part),), generator=random)
-            changed = (augment(pixels[chosen], random) * 255).round().byte()
+            changed = augmented(pixels[chosen], random, STICKERS)
             stickers = [Image.fromarray(x) for x in changed.permute(0, 2, 3, 1).numpy()]
             part[:] = encoder.encode_images(stickers).vectors
         path.parent.mkdir(exist_ok=True)

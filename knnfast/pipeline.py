@@ -285,6 +285,7 @@ class KNNDiffusion:
         steps: int | Sequence[int] = 25,
         guidance: float = 3.0,
         truncation: float = 1.0,
+        purity: float | None = None,
         solver: str | None = None,
         num_images: int = 1,
         seed: int | None = None,
@@ -309,6 +310,8 @@ class KNNDiffusion:
             guidance: classifier-free guidance weight; 1 means none.
             truncation: keep the most probable classes up to this mass, in (0, 1]; 1 keeps all
                 (discrete).
+            purity: draw the codes that the network is surest of first, the more sharply the larger
+                it is, at least 0; None: any of them (discrete).
             solver: "dpm" or "ddim" (continuous); None: "dpm".
             num_images: samples per query, >= 1.
             seed: 0 ... 2^64 - 1, same seed, same images on one machine with one
@@ -342,9 +345,11 @@ class KNNDiffusion:
         check_flag("use_neighbours", use_neighbours)
         check_number("guidance", guidance)
         check_number("truncation", truncation)
+        if purity is not None:
+            check_number("purity", purity)
         if not (math.isfinite(guidance) and guidance >= 0):
             raise ValueError(f"guidance: must be a finite number of at least 0, got {guidance}")
-        options = self._options(truncation, solver)
+        options = self._options(truncation, purity, solver)
         self.denoiser.check(steps, guidance, **options)
         if seed is None:
             seed = secrets.randbits(63)
@@ -394,12 +399,16 @@ class KNNDiffusion:
 
     edit = edit
 
-    def _options(self, truncation: float, solver: str | None) -> dict[str, Any]:
+    def _options(
+        self, truncation: float, purity: float | None, solver: str | None
+    ) -> dict[str, Any]:
         """The arguments of `sample` that are the backbone's own."""
         if self.denoiser.backbone == "discrete":
             if solver is not None:
                 raise ValueError(f"solver: the discrete backbone has none, got {solver!r}")
-            return {"truncation": truncation}
+            return {"truncation": truncation, "purity": purity}
+        if purity is not None:
+            raise ValueError(f"purity: the continuous backbone draws no codes, got {purity}")
         if truncation != 1.0:
             raise ValueError(
                 f"truncation: the continuous backbone draws from no classes, must be 1, got "

@@ -13,8 +13,11 @@ from PIL import Image
 
 from knnfast import _C, KNNDiffusion
 from knnfast.cli import main
+from knnfast.cli import train as module
 from knnfast.cli._shared import find_encoder
-from knnfast.diffusion.denoiser import Denoiser
+from knnfast.diffusion import augment, data, pairs
+from knnfast.diffusion.augment import PHOTOS, STICKERS
+from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
 from knnfast.diffusion.pairs import ConditionConfig
 from knnfast.diffusion.unet import UNetConfig
 from knnfast.pipeline import BUNDLES, Interrupted, encoder_of
@@ -252,8 +255,13 @@ def test_train_on_a_folder_then_generate(folder, tmp_path):
     (folder / "broken.png").unlink()
     out = tmp_path / "run"
     arguments = ("--steps", 2, "--batch", 4, "--versions", 2, "--out", out)
+    many = invoke("train", folder, *arguments, "--k", 4)
+    assert many.exit_code == 2
+    assert "--k: must be at most 3, the images, got 4" in many.stderr
     result = invoke("train", folder, *arguments)
     assert result.exit_code == 0, result.output
+    config = json.loads((out / "training.json").read_text())["config"]
+    assert config["condition"]["k"] == 2  # all others
     again = invoke("train", folder, *arguments)
     assert again.exit_code == 2
     assert "exists already" in again.stderr
@@ -284,8 +292,8 @@ def test_train_reads_a_databases_pictures_where_they_lie_now(folder, tmp_path, m
     monkeypatch.setattr("knnfast.diffusion.training.train", train)
     invoke("train", db, "--pictures", moved, "--out", tmp_path / "run")
     assert seen == [moved]
-    for data, pictures in ((db, folder), (moved, moved)):
-        refused = invoke("train", data, "--pictures", pictures, "--out", tmp_path / "run")
+    for at, pictures in ((db, folder), (moved, moved)):
+        refused = invoke("train", at, "--pictures", pictures, "--out", tmp_path / "run")
         assert refused.exit_code == 2
         assert (
             f"--pictures: must be a folder, and DATA a database, got {pictures}" in refused.stderr
@@ -300,7 +308,7 @@ def test_a_warning_is_a_line(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("knnfast.diffusion.training.train", train)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        result = invoke("train", folder, "--out", tmp_path / "run")
+        result = invoke("train", folder, "--k", 2, "--out", tmp_path / "run")
     assert [line for line in result.stderr.splitlines() if line] == [
         "warning: skipped one",
         f"{tmp_path / 'run'}: stopped; the same command goes on from here",
@@ -391,14 +399,14 @@ def keywords(monkeypatch, target, *words):
 
 def test_options_of_generate_arrive(monkeypatch):
     words = ["generate", "pizza", "--image-weight", 0.25, "-n", 3, "--k", 4, "--steps", 7,
-             "--guidance", 1.5, "--truncation", 0.75, "--solver", "ddim", "--seed", 9,
-             "--group", "food", "--group", "drinks", "--no-query"]  # fmt: skip
+             "--guidance", 1.5, "--truncation", 0.75, "--purity", 0.5, "--solver", "ddim",
+             "--seed", 9, "--group", "food", "--group", "drinks", "--no-query"]  # fmt: skip
     call = "knnfast.pipeline.KNNDiffusion.__call__"
     seen = keywords(monkeypatch, call, *words)
     wanted = {
         "image": None, "image_weight": 0.25, "num_images": 3, "k": 4, "steps": 7, "guidance": 1.5,
-        "truncation": 0.75, "solver": "ddim", "seed": 9, "groups": ["food", "drinks"],
-        "use_query": False, "use_neighbours": True,
+        "truncation": 0.75, "purity": 0.5, "solver": "ddim", "seed": 9,
+        "groups": ["food", "drinks"], "use_query": False, "use_neighbours": True,
     }  # fmt: skip
     assert {name: seen[name] for name in wanted} == wanted
     seen = keywords(monkeypatch, call, "generate", "pizza", "--no-neighbours")
@@ -419,9 +427,10 @@ def test_options_of_edit_arrive(folder, monkeypatch):
 
 def test_options_of_train_arrive(folder, tmp_path, monkeypatch):
     words = ["train", folder, "--out", tmp_path / "run", "--steps", 5, "--batch", 6, "--accumulate",
-             2, "--lr", 0.01, "--k", 3, "--versions", 4, "--baseline", "lafite", "--noise", 0.5,
+             2, "--lr", 0.01, "--k", 3, "--versions", 4, "--condition", "lafite", "--noise", 0.5,
              "--importance", "--candidates", 17, "--checkpoint-every", 11, "--precision", "bf16",
-             "--seed", 8, "--from", "stickers"]  # fmt: skip
+             "--augment", "stickers", "--crop", "center", "--seed", 8,
+             "--from", "stickers"]  # fmt: skip
     call = "knnfast.diffusion.training.train"
     seen = keywords(monkeypatch, call, *words)
     config, wanted = seen["config"], {
@@ -430,15 +439,106 @@ def test_options_of_train_arrive(folder, tmp_path, monkeypatch):
     }  # fmt: skip
     assert {name: getattr(config, name) for name in wanted} == wanted
     assert config.condition == replace(
-        ConditionConfig(k=3).baseline("lafite", 0.5), semantic=config.condition.semantic
+        ConditionConfig(k=3).preset("lafite", 0.5), semantic=config.condition.semantic
     )
-    assert seen["worlds"] == 4
+    assert (seen["worlds"], seen["augmentation"], seen["crop"]) == (4, STICKERS, "center")
     assert isinstance(seen["start"], Denoiser)
-    assert seen["model"] == seen["start"].config
-    seen = keywords(monkeypatch, call, "train", folder, "--out", tmp_path / "run",
+    assert seen["model"] is None  # as it starts
+    seen = keywords(monkeypatch, call, "train", folder, "--out", tmp_path / "run", "--k", 3,
                     "--backbone", "continuous", "--precision", "fp32")  # fmt: skip
     assert (seen["config"].lr, seen["config"].bf16, seen["start"]) == (1e-3, False, None)
+    assert (seen["augmentation"], seen["crop"]) == (PHOTOS, None)
     assert isinstance(seen["model"], UNetConfig)
+
+
+def test_settings_of_train_from_a_file(folder, tmp_path, monkeypatch):
+    """A file changes what no option says; what an option says stays."""
+    file, out = tmp_path / "settings.json", tmp_path / "run"
+    sections = {
+        "model": {"width": 64, "depth": 2, "schedule": "mask_replace", "canvas_layers": [1]},
+        "condition": {"k": 2, "exclude": 0.5, "null": 0.2, "near": 0.9, "semantic": 99},
+        "train": {"steps": 7, "batch": 6, "lr": 0.5, "bf16": True, "ema": 0.5},
+        "augmentation": {"mirror": 0.0},
+    }
+    file.write_text(json.dumps(sections))
+    words = ("train", folder, "--out", out, "--config", file, "--condition", "paper")
+    call = "knnfast.diffusion.training.train"
+    seen = keywords(monkeypatch, call, *words, "--steps", 9, "--augment", "stickers")
+    paper = ConditionConfig(k=2).preset("paper")
+    condition = replace(paper, exclude=0.5, null=0.2, near=0.9, semantic=99)
+    config = seen["config"]
+    assert config.condition == condition
+    assert (config.steps, config.batch, config.lr, config.bf16, config.ema) == (
+        9,
+        6,
+        0.5,
+        True,
+        0.5,
+    )
+    assert seen["augmentation"] == replace(STICKERS, mirror=0.0)
+    assert seen["model"].to_dict() == {**DenoiserConfig().to_dict(), **sections["model"]}
+    seen = keywords(monkeypatch, call, *words, "--k", 3, "--lr", 0.1, "--precision", "fp32")
+    config = seen["config"]
+    assert (config.condition.k, config.lr, config.bf16) == (3, 0.1, False)
+    for raw, message in (
+        (
+            {"modle": {}},
+            "section must be one of model, condition, train, augmentation, got 'modle'",
+        ),
+        ({"train": 3}, "train must be an object, got 3"),
+        ({"train": {"seed": -1}}, "train: seed must be in [0, 2^64), got -1"),
+        ({"model": {"depth": "4"}}, "model: depth must be int, got '4'"),
+        ({"augmentation": {"fill": "grey"}}, "augmentation: fill must be one of mirror, white"),
+        ({"condition": {"whole": 0.5}}, "condition: unknown settings ['whole']"),
+    ):
+        file.write_text(json.dumps(raw))
+        result = invoke(*words)
+        assert result.exit_code == 2
+        assert f"{file}: {message}" in result.stderr
+    file.write_text(json.dumps({"model": {}}))
+    result = invoke(*words, "--from", "stickers")
+    assert "model: --from has sizes of its own" in result.stderr
+    assert "noise: paper adds none, got 0.5" in invoke(*words, "--noise", 0.5).stderr
+    assert not out.exists()
+
+
+def test_a_start_gives_encoder_and_tokenizer(folder, tmp_path, monkeypatch):
+    """A denoiser draws the codes of one tokenizer, from one encoder's embeddings."""
+    asked = []
+    monkeypatch.setattr(
+        KNNDiffusion, "from_pretrained", lambda name, **_: asked.append(name) or 1 / 0
+    )
+    for words in (["--from", "mine"], [], ["--from", "mine", "--model", "other"]):
+        invoke("train", folder, "--k", 2, "--out", tmp_path / "run", *words)
+    assert asked == ["mine", "stickers", "other"]
+
+
+def test_the_choices_of_train():
+    assert module.CONDITIONS == pairs.PRESETS
+    assert tuple(augment.KINDS) == module.AUGMENT
+    assert module.CROPS == data.CROPS
+
+
+def test_train_an_editor_then_edit(folder, tmp_path):
+    pytest.importorskip("cv2")
+    (folder / "broken.png").unlink()
+    Image.new("RGB", (48, 32), "white").save(folder / "white.png")
+    out = tmp_path / "run"
+    train = ("train", folder, "--editor", "--steps", 1, "--batch", 4, "--versions", 2, "--k", 2,
+             "--out", out)  # fmt: skip
+    assert "--editor: needs --from" in invoke(*train).stderr
+    assert not out.exists()
+    result = invoke(*train, "--from", "stickers")
+    assert result.exit_code == 0, result.output
+    assert json.loads((out / "training.json").read_text())["config"]["lr"] == 1e-3
+    assert f'try: knnfast edit PICTURE "..." --model {out / "model"}' in result.output
+    edited = invoke(
+        "edit", folder / "red-0.png", "blue", "--k", 2, "--steps", 1, "-n", 1, "--model",
+        out / "model", "--out", tmp_path / "o",
+    )  # fmt: skip
+    assert edited.exit_code == 0, edited.output
+    plain = invoke("train", folder, "--k", 2, "--out", tmp_path / "plain", "--from", out / "model")
+    assert "model: an editor; " in plain.stderr
 
 
 def test_options_of_evaluate_arrive(monkeypatch):

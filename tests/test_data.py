@@ -2,6 +2,8 @@
 
 import io
 import tarfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,16 @@ from test_training import Colours, tokenizer
 
 from knnfast.database import Database
 from knnfast.diffusion import data
-from knnfast.diffusion.data import build_database, encode, identity, load_images, pictures, shards
+from knnfast.diffusion.augment import STICKERS
+from knnfast.diffusion.data import (
+    build_database,
+    encode,
+    identity,
+    load_images,
+    own_crop,
+    pictures,
+    shards,
+)
 from knnfast.diffusion.distributed import Processes
 from knnfast.diffusion.tokenizer import VQTokenizer
 from knnfast.encoders import Embeddings, load_encoder, pixels
@@ -135,12 +146,12 @@ def test_a_damaged_shard_is_told(tars: Path) -> None:
 
 def test_unreadable_pictures_are_told(folder: Path) -> None:
     (folder / "bad.png").write_bytes(b"no picture")
-    images, embeddings, skipped = load_images(pictures(folder), 4, Colours(), batch=3)
+    images, embeddings, skipped = load_images(pictures(folder), 4, Colours(), "pad", batch=3)
     assert images.shape == (10, 3, 4, 4)
     assert embeddings.shape == (10, 12)
     assert len(skipped) == 1
     assert "bad.png" in skipped[0]
-    none = load_images([], 4, Colours())
+    none = load_images([], 4, Colours(), "pad")
     assert (none.squares.shape, none.embeddings.shape) == ((0, 3, 4, 4), (0, 12))
 
 
@@ -163,13 +174,45 @@ def test_a_wide_picture_is_padded_and_embedded_whole(tmp_path: Path) -> None:
     np.testing.assert_allclose(made.embeddings[0], db.vectors(db.ids), atol=1e-3)
 
 
+def test_crops(tmp_path: Path) -> None:
+    """Codes and embedding are of one part of a picture, and of the part that a database embeds."""
+
+    class Middle(Colours):
+        card = replace(Colours.card, name="open_clip:middle/x")
+
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(2):
+        Image.fromarray(rng.integers(0, 255, (8, 16, 3), dtype=np.uint8)).save(wide / f"{i}.png")
+    originals = [p.read() for p in pictures(wide)]
+    assert [own_crop(e()) for e in (Colours, Middle)] == ["pad", "center"]
+    middle = [x.crop((4, 0, 12, 8)) for x in originals]
+    padded = [Image.fromarray(x) for x in pixels(originals, 16)]
+    for encoder, crop, coded, embedded in (
+        (Middle(), None, middle, originals),
+        (Middle(), "pad", originals, padded),
+        (Colours(), "center", middle, middle),
+        (Colours(), None, originals, originals),
+    ):
+        out = tmp_path / f"{crop}{encoder.card.name[:9]}"
+        made = encode(wide, out, encoder, tokenizer(), 1, 0, progress=False, crop=crop)
+        seen = torch.from_numpy(pixels(coded, 8)).permute(0, 3, 1, 2)  # which pads
+        wanted = tokenizer().encode(seen.float() / 255)
+        assert torch.equal(made.codes[0].long(), wanted)
+        rows = encoder.encode_images(embedded).vectors
+        np.testing.assert_allclose(made.embeddings[0], rows, atol=1e-3)
+    with pytest.raises(ValueError, match="crop must be one of center, pad, got 'left'"):
+        encode(wide, tmp_path / "x", Colours(), tokenizer(), 1, 0, progress=False, crop="left")
+
+
 def test_a_square_picture_is_shrunk_as_it_is() -> None:
     """Squares, such as the stickers, get no padding: the plain resize, and none at their size."""
     square = Image.fromarray(np.random.default_rng(0).integers(0, 255, (72, 72, 3), dtype=np.uint8))
     item = data.Picture("square", lambda: square)
     for size in (64, 72):
         plain = square.resize((size, size), Image.Resampling.LANCZOS)
-        squares = load_images([item], size, Colours()).squares
+        squares = load_images([item], size, Colours(), "center").squares
         np.testing.assert_array_equal(squares[0].permute(1, 2, 0), np.array(plain))
 
 
@@ -207,12 +250,17 @@ def test_encoding_in_parts(folder: Path, tmp_path: Path, monkeypatch) -> None:
         encoded(folder, out)
     parts = out / "pairs.parts"
     assert len(list(parts.glob("0*.safetensors"))) == 2
-    with pytest.raises(ValueError, match=r"recipe\.json: was made with worlds = 2, now it is 3"):
-        encoded(folder, out, worlds=3)
+    for change, message in (
+        ({"worlds": 3}, "worlds = 2, now it is 3"),
+        ({"crop": "center"}, "crop = 'pad', now it is 'center'"),
+        ({"augmentation": STICKERS}, "augmentation = "),
+    ):
+        with pytest.raises(ValueError, match=rf"recipe\.json: was made with {message}"):
+            encoded(folder, out, **change)
     # Two processes: each does its own parts (0 and 2, 1 and 3) of those still missing.
     monkeypatch.setattr(data, "make_pairs", made)
     (parts / "000001.safetensors").unlink()
-    share = (folder, parts, Colours(), tokenizer(), 2, 0)
+    share = (folder, parts, Colours(), tokenizer(), "pad", partial(data.worlds_of, count=2), 0)
     data._encode_parts(*share, Processes(1, 2), False)
     assert sorted(p.name[:6] for p in parts.glob("0*")) == ["000000", "000001", "000003"]
     again = encoded(folder, out)
@@ -234,6 +282,15 @@ def test_encoding_in_parts(folder: Path, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(ValueError, match=r"pairs\.safetensors: damaged"):
         encoded(folder, out)
     assert set(load_file(tmp_path / "whole" / "pairs.safetensors")) == set(vars(whole))
+
+
+def test_seeds(folder: Path, tmp_path: Path) -> None:
+    """Every seed of 64 bits is one of its own, in every part and version."""
+    seeds = (0, 20261130, 2**64 - 1)
+    made = [encoded(folder, tmp_path / str(seed), worlds=3, seed=seed) for seed in seeds]
+    versions = [pairs.embeddings[world] for pairs in made for world in (1, 2)]
+    for i, one in enumerate(versions):
+        assert not any(torch.equal(one, other) for other in versions[:i])
 
 
 @pytest.mark.filterwarnings("ignore:skipped")

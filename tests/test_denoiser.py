@@ -152,15 +152,21 @@ def test_rejects(tmp_path: Path) -> None:
     made().save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for bad, message in [
-        ({**config, "colour": 1}, "DenoiserConfig: unknown settings"),
+        (
+            {**config, "colour": 1},
+            r"config\.json: unknown settings \['colour'\]; DenoiserConfig has num_codes",
+        ),
         ({**config, "num_codes": 12}, "another architecture"),
         (3, "expected a JSON object"),
         *(
-            ({**config, name: bad}, rf"config\.json: {name} must be at least 1, got {bad}")
+            ({**config, name: bad}, rf"config\.json: {name} must be (at least 1|int), got {bad}")
             for name in ("heads", "cross_heads", "patch", "num_codes", "embed_dim", "num_steps")
             for bad in (0, None)
         ),
         ({**config, "grid": [4]}, r"config\.json: grid must be rows and columns, got \(4,\)"),
+        ({**config, "schedule": "linear"}, r"config\.json: schedule must be one of"),
+        ({**config, "source": 1}, r"config\.json: source must be bool, got 1"),
+        ({**config, "depth": True}, r"config\.json: depth must be int, got True"),
         ({**config, "time_width": 15}, r"config\.json: time_width must be even, got 15"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps(bad))

@@ -1,5 +1,7 @@
 """Every page's Python examples run, one after the other, and every page is linked."""
 
+import functools
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +11,10 @@ import torch
 from PIL import Image
 
 from knnfast import _C, KNNDiffusion
+from knnfast.diffusion.augment import AugmentConfig
+from knnfast.diffusion.denoiser import DenoiserConfig
+from knnfast.diffusion.pairs import ConditionConfig
+from knnfast.diffusion.trainer import TrainConfig
 from knnfast.images import read_image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +36,7 @@ def run(page: str) -> dict:
 def test_no_example_is_left_out():
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     with_code = {p.stem for p in pages if "```python" in p.read_text(encoding="utf-8")}
-    assert with_code == {"README", "using-index", "queries", "editing", "ops"}
+    assert with_code == {"README", "using-index", "queries", "editing", "ops", "training"}
 
 
 def test_examples_of_using_index(tmp_path, monkeypatch):
@@ -86,6 +92,31 @@ def test_examples_of_the_ops():
     assert (dense == sparse).float().mean() > 0.98  # the logits differ by rounding
     assert here["logits"].grad.abs().sum() > 0
     assert here["kl"].shape == (2,)
+
+
+def test_examples_of_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    for i in range(11):
+        Image.new("RGB", (64, 48), (20 * i, 0, 200)).save(f"pictures/{i}.png")
+    quick = functools.partial(TrainConfig, bf16=False)
+    monkeypatch.setattr(
+        "knnfast.diffusion.trainer.TrainConfig",
+        lambda **options: quick(**{**options, "steps": 1, "batch": 2}),
+    )
+    record = run("docs/training.md")["record"]
+    assert (record["worlds"], record["config"]["condition"]["noise"]) == (4, 0.0)
+    made = KNNDiffusion.from_pretrained("run/model")
+    assert len(made.databases["mine"]) == 11
+    text = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    settings = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
+    for name, kind in zip(
+        ("model", "condition", "train", "augmentation"),
+        (DenoiserConfig, ConditionConfig, TrainConfig, AugmentConfig),
+        strict=True,
+    ):
+        assert kind.from_dict(settings.pop(name)) != kind()
+    assert not settings
 
 
 def test_examples_of_editing(tmp_path, monkeypatch):

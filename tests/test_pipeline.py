@@ -43,6 +43,14 @@ def test_same_seed_same_image(pipe):
     assert (pixels(a)[0] != pixels(a)[1]).any()
 
 
+def test_purity_changes_the_images(pipe):
+    plain, pure = (
+        pipe("pizza", steps=3, seed=1, purity=purity).images[0].tobytes() for purity in (None, 1.0)
+    )
+    assert plain != pure
+    assert plain == pipe("pizza", steps=3, seed=1).images[0].tobytes()
+
+
 def test_a_prompts_images_do_not_depend_on_the_batch(pipe):
     """100 images drawn 100 at a time and 7 at a time: the same pixels, every one."""
     prompts = ["rocket", "a red heart", "pizza", "guitar"]
@@ -217,6 +225,8 @@ def test_rejects_parts_that_do_not_fit(pipe, sizes, message):
         ({"steps": [100, 0.5]}, "steps: a whole number or a list"),
         ({"guidance": None}, "guidance: expected a number"),
         ({"truncation": "a"}, "truncation: expected a number"),
+        ({"purity": "a"}, "purity: expected a number"),
+        ({"purity": -1}, "purity must be finite and at least 0"),
         ({"database": 3}, "database: expected a Database, a name"),
         ({"database": {"animals": "x"}}, "database: a weight: expected a number, got 'x'"),
         ({"image": Image.new("RGB", (0, 5))}, r"image: has no pixels, its size is \(0, 5\)"),

@@ -70,6 +70,58 @@ def test_distribution(name: str, steps: int | list[int]) -> None:
     assert statistic < 18.5  # 4 degrees of freedom: 0.1 %
 
 
+def purely(purity: float, schedule: Schedule, steps: int) -> torch.Tensor:
+    """How often each code is drawn, [K]."""
+    p = torch.tensor([[0.3, 0.25, 0.2, 0.15, 0.1]] * L, dtype=torch.float64)
+    cond, mask = torch.zeros(10, 1, 3), torch.zeros(10, 1, dtype=torch.bool)
+    net = Independent(p, schedule)
+    codes = sample(net, schedule, cond, mask, steps, guidance=1.0, seed=3, purity=purity)
+    assert codes.max() < K
+    return torch.bincount(codes.flatten(), minlength=K).double() / codes.numel()
+
+
+@pytest.mark.parametrize("name", ["mask", "vq_diffusion"])
+def test_purity_sharpens(name: str) -> None:
+    """From p^(1 + r max p): where all codes are equally pure, that is what is drawn."""
+    schedule = Schedule(name, 20, K)
+    p = torch.tensor([0.3, 0.25, 0.2, 0.15, 0.1], dtype=torch.float64)
+    for purity in (0.0, 4.0):
+        sharp = p ** (1 + purity * 0.3)
+        wanted = sharp / sharp.sum()
+        for steps in (1, 4):
+            seen = purely(purity, schedule, steps)
+            statistic = (10 * L * (seen - wanted) ** 2 / wanted).sum()
+            assert statistic < 18.5  # 4 degrees of freedom: 0.1 %
+
+
+def test_purity_begins_where_the_network_is_sure(tiny: Denoiser) -> None:
+    """Each level keeps its share of masks, and the purest codes are drawn first."""
+    schedule = Schedule("mask", 10, K)
+    sure = torch.full((L, K), 0.2, dtype=torch.float64)
+    sure[:400] = torch.tensor([0.96, 0.01, 0.01, 0.01, 0.01], dtype=torch.float64)
+    net = Independent(sure, schedule)
+    seen = []
+    features = net.features
+    net.features = lambda x, t, c: seen.append(x.clone()) or features(x, t, c)
+    cond, mask = torch.zeros(1, 1, 3), torch.zeros(1, 1, dtype=torch.bool)
+    sample(net, schedule, cond, mask, 10, guidance=1.0, purity=1.0)
+    assert [int((x == K).sum()) for x in seen] == [L * t // 10 for t in range(10, 0, -1)]
+    drawn = seen[1][0] < K
+    assert drawn[:400].float().mean() > 2 * drawn[400:].float().mean()
+    cond, mask = condition(6)
+    draw = lambda rows, **o: sample(  # noqa: E731
+        tiny, tiny.schedule, cond[rows], mask[rows], 4, seed=9, purity=1.0, **o
+    )
+    part = torch.tensor([4, 1])
+    assert torch.equal(draw(part, image_indices=part), draw(slice(None))[part])
+    tiny.check(4, 3.0, purity=1.0)
+    for purity in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="purity must be finite and at least 0"):
+            tiny.check(4, 3.0, purity=purity)
+    with pytest.raises(ValueError, match=r"purity: sets masked codes alone, .* mask_replace"):
+        Sampler(tiny, Schedule("mask_replace", 10, 11), 4, purity=1.0)
+
+
 @pytest.fixture
 def tiny() -> Denoiser:
     config = DenoiserConfig(
@@ -114,11 +166,14 @@ def test_batch_does_not_matter(tiny: Denoiser, name: str) -> None:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("purity", [None, 1.0])
 def test_the_loop_can_be_captured(
-    tiny: Denoiser, guidance: float, monkeypatch: pytest.MonkeyPatch
+    tiny: Denoiser, guidance: float, purity: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole loop on tensors without values: nothing leaves their device, nothing is read."""
-    sampler = Sampler(tiny, tiny.schedule, steps=3, guidance=guidance, truncation=0.9, top_k=5)
+    sampler = Sampler(
+        tiny, tiny.schedule, steps=3, guidance=guidance, truncation=0.9, top_k=5, purity=purity
+    )
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # knows no meta
     sampler.denoiser = copy.deepcopy(tiny).to("meta")
     sampler.weights = sampler.weights.to("meta")
@@ -369,17 +424,17 @@ def test_graphs_serve_what_comes_again(tiny: Denoiser, monkeypatch: pytest.Monke
     """The first call of a kind is the loop, the second records, the last kinds used are kept."""
     made: list[Drawn] = []
 
-    def recorded(self, denoiser, cond, levels, guidance, truncation):
-        made.append(Drawn(Sampler(denoiser, denoiser.schedule, levels, guidance, truncation)))
+    def recorded(self, denoiser, cond, *rule, **options):
+        made.append(Drawn(Sampler(denoiser, denoiser.schedule, *rule, **options)))
         return made[-1]
 
     monkeypatch.setattr(SamplingGraphs, "_recorded", recorded)
     graphs = SamplingGraphs(size=2)
     cond, mask = condition(3)
 
-    def draw(steps: int, seed: int = 1, batch: int = 3) -> None:
+    def draw(steps: int, seed: int = 1, batch: int = 3, **options: float) -> None:
         inputs = cond[:batch], mask[:batch], steps, 3.0, seed, torch.arange(batch)
-        assert torch.equal(graphs(tiny, *inputs), tiny.sample(*inputs))
+        assert torch.equal(graphs(tiny, *inputs, **options), tiny.sample(*inputs, **options))
 
     draw(4)
     assert not made
@@ -396,6 +451,9 @@ def test_graphs_serve_what_comes_again(tiny: Denoiser, monkeypatch: pytest.Monke
     tiny.head.weight.data = tiny.head.weight.data.clone()  # elsewhere: another kind
     draw(4)
     assert [graph.replays for graph in made] == [3, 1]
+    for _ in range(3):
+        draw(4, purity=1.0)
+    assert [graph.replays for graph in made] == [3, 1, 2]
     with pytest.raises(ValueError, match="steps must"):
         draw(0)
 

@@ -365,12 +365,23 @@ def test_pictures_of_samples_index_nothing_anew(
     assert len(made) == 2  # the two worlds
 
 
-def test_baselines() -> None:
+def test_presets() -> None:
     p = pairs(1)
     base = ConditionConfig(k=3, semantic=8, confuse=0.5, null=0.2)
-    draw = lambda name: ConditionSampler(p, base.baseline(name)).draw(  # noqa: E731
+    draw = lambda name: ConditionSampler(p, base.preset(name)).draw(  # noqa: E731
         400, torch.Generator().manual_seed(0)
     )
+    _, cond, mask = draw("paper")
+    assert torch.equal(mask, mask[:, :1].expand(-1, 4))  # all of it, or nothing
+    assert mask[:, 0].float().mean() == pytest.approx(0.8, abs=0.06)
+    codes, cond = draw("paper")[0][mask[:, 0]], cond[mask[:, 0]]
+    rows = torch.stack([(p.codes[0] == c).all(1).nonzero()[0, 0] for c in codes])
+    own = p.embeddings[0].float()
+    torch.testing.assert_close(cond[:, 0], own[rows], atol=1e-3, rtol=0)
+    scores = own[rows] @ own[p.database].T
+    scores[p.database == rows[:, None]] = -2
+    nearest_three = own[p.database[scores.topk(3).indices]]
+    torch.testing.assert_close(cond[:, 1:], nearest_three, atol=1e-3, rtol=0)
     for name in ("lafite", "no_neighbours"):
         codes, cond, mask = draw(name)
         assert not mask[:, 1:].any()
@@ -382,9 +393,14 @@ def test_baselines() -> None:
         else:  # a fixed length in any direction: never nearer than asin 0.75 allows, never the same
             assert cosine.min() >= (1 - 0.75**2) ** 0.5 - 1e-3
             assert cosine.max() < 0.999
-    assert draw("knn")[2][:, 1:].any()
-    with pytest.raises(ValueError, match="baseline must be one of knn, lafite, no_neighbours"):
-        base.baseline("none")
+    assert base.preset("robust") is base
+    assert base.preset("robust", 0.25) == replace(base, noise=0.25)
+    assert base.preset("lafite", 0.25).least_noise == 0.25
+    with pytest.raises(ValueError, match="condition must be one of robust, paper, lafite, no_nei"):
+        base.preset("none")
+    for name in ("paper", "no_neighbours"):
+        with pytest.raises(ValueError, match=f"noise: {name} adds none, got 0.5"):
+            base.preset(name, 0.5)
     with pytest.raises(ValueError, match=r"null must be in \[0, 1\], got 2"):
         ConditionConfig(null=2)
     with pytest.raises(ValueError, match="add up to more than 1"):
@@ -394,7 +410,7 @@ def test_baselines() -> None:
 # ---- logs ---------------------------------------------------------------------------------------
 
 
-def test_the_log_forgets_what_a_resumed_run_repeats(tmp_path: Path) -> None:
+def test_the_log_forgets_what_a_resumed_run_repeats(tmp_path: Path, full_disk) -> None:
     def row(step: int) -> dict[str, float]:
         return {"step": step, **dict.fromkeys(FIELDS[1:], 0.5)}
 
@@ -405,6 +421,10 @@ def test_the_log_forgets_what_a_resumed_run_repeats(tmp_path: Path) -> None:
     log.close()
     with (tmp_path / "log.csv").open("a") as f:
         f.write("4,0.1")  # cut by a kill
+    whole = (tmp_path / "log.csv").read_text()
+    with full_disk(20), pytest.raises(OSError, match="large"):
+        RunLog(tmp_path, 2)
+    assert (tmp_path / "log.csv").read_text() == whole
     RunLog(tmp_path, 2).close()
     lines = (tmp_path / "log.csv").read_text().splitlines()
     assert lines == [",".join(FIELDS), "1" + ",0.5" * 5, "2" + ",0.5" * 5]
@@ -442,5 +462,8 @@ def test_rejects() -> None:
     for name in ("steps", "batch", "accumulate", "group", "log_every"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             TrainConfig(**{name: 0})
+    for seed in (-1, 2**64):
+        with pytest.raises(ValueError, match=r"seed must be in \[0, 2\^64\), got"):
+            TrainConfig(seed=seed)
     with pytest.raises(ValueError, match="candidates must be 0 or at least k = 10, got 9"):
         TrainConfig(candidates=9)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from knnfast.diffusion.augment import augment
+from knnfast.diffusion.augment import PHOTOS, STICKERS, AugmentConfig, augment
 from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
 from knnfast.diffusion.optim import Muon, orthogonalize
 from knnfast.diffusion.pairs import ConditionConfig, ConditionSampler, Pairs
@@ -33,6 +33,7 @@ TINY = DenoiserConfig(
     canvas_width=8, canvas_heads=2, canvas_layers=(0,), code_width=16, embed_dim=E, time_width=16,
     ranks=3, num_steps=10,
 )  # fmt: skip
+NOTHING = AugmentConfig(mirror=0, move=0, scale=0, turn=0, hue=0, light=0)
 QUICK = TrainConfig(
     steps=6, batch=8, warmup=2, checkpoint_every=2, log_every=2, bf16=False, group=4,
     condition=ConditionConfig(k=3, semantic=8),
@@ -206,8 +207,49 @@ def test_augment_stays_in_range_and_changes_each_image() -> None:
     assert len({float(x.sum()) for x in out}) == 6
     same = augment(images, torch.Generator().manual_seed(0))
     assert torch.equal(out, same)
-    white = augment(torch.ones(4, 3, 16, 16), torch.Generator().manual_seed(0))
-    torch.testing.assert_close(white, torch.ones_like(white), atol=1e-3, rtol=0)
+    for kind in (PHOTOS, STICKERS):
+        white = augment(torch.ones(4, 3, 16, 16), torch.Generator().manual_seed(0), kind)
+        torch.testing.assert_close(white, torch.ones_like(white), atol=1e-3, rtol=0)
+
+
+def test_photos_keep_their_hue_and_get_no_white() -> None:
+    """What comes into view is the picture's own edge; a sticker may be of any hue, on white."""
+    blue = torch.tensor([0.1, 0.2, 0.7]).view(1, 3, 1, 1).expand(200, 3, 16, 16)
+    photos = augment(blue, torch.Generator().manual_seed(0))
+    assert (photos.argmax(1) == 2).all()
+    torch.testing.assert_close(photos, blue, atol=0.15, rtol=0)
+    stickers = augment(blue, torch.Generator().manual_seed(0), STICKERS)
+    assert {0, 1, 2} == set(stickers[:, :, 8, 8].argmax(1).tolist())
+    assert (stickers > 0.99).all(1).any((1, 2)).float().mean() > 0.5
+    same = augment(blue, torch.Generator(), NOTHING)
+    torch.testing.assert_close(same, blue, atol=0.07, rtol=0)  # the hue turns by up to 5 degrees
+    left = torch.zeros(50, 3, 16, 16)
+    left[..., :8] = 1.0
+    for mirror, share in ((0.0, 0), (1.0, 50)):
+        out = augment(left, torch.Generator(), replace(NOTHING, mirror=mirror))
+        assert int((out[:, 0, 8, 15] > 0.5).sum()) == share
+    for name, value in (("mirror", 1.5), ("scale", float("nan")), ("turn", -1), ("fill", "black")):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            AugmentConfig(**{name: value})
+
+
+def test_settings_of_json() -> None:
+    config = replace(TINY, canvas_layers=(0, 1))
+    assert DenoiserConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert TrainConfig(lr=1).updated({"steps": 7}) == TrainConfig(lr=1, steps=7)
+    assert ConditionConfig.from_dict({"semantic": None, "noise": 1}).noise == 1
+    for raw, message in (
+        ({"condition": {}}, r"unknown settings \['condition'\]; TrainConfig has steps, batch"),
+        ({"steps": "7"}, "steps must be int, got '7'"),
+        ({"steps": True}, "steps must be int, got True"),
+        ({"bf16": 0}, "bf16 must be bool, got 0"),
+        ({"lr": None}, "lr must be float, got None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TrainConfig.from_dict(raw)
+    for noise in (float("nan"), -1.0):
+        with pytest.raises(ValueError, match="noise must be at least 0"):
+            ConditionConfig(noise=noise)
 
 
 # ---- the loop -----------------------------------------------------------------------------------
@@ -283,7 +325,24 @@ def test_trains_on_a_folder_of_images_alone(tmp_path: Path) -> None:
     assert not any("text" in n or "caption" in n for n in model.state_dict())
 
 
+def test_a_start_gives_its_sizes(tmp_path: Path) -> None:
+    start = Denoiser(replace(TINY, depth=3, schedule="mask_replace"))
+    run = lambda **options: train(  # noqa: E731
+        pairs(), tmp_path, tokenizer(), config=QUICK, start=start, progress=False, **options
+    )
+    with pytest.raises(ValueError, match=r"start: its sizes .* are not"):
+        run(model=TINY)
+    assert run()["model"] == start.config.to_dict()
+
+
 def test_rejects(tmp_path: Path) -> None:
+    few = replace(QUICK, condition=ConditionConfig(k=36))
+    with pytest.raises(ValueError, match=r"k must be in \[1, 35\], as many .*, got 36"):
+        train(pairs(), tmp_path / "a", tokenizer(), None, TINY, few)
+    editor = Denoiser(replace(TINY, source=True))
+    for given in ({"model": editor.config}, {"start": editor}):
+        with pytest.raises(ValueError, match="model: an editor"):
+            train(pairs(), tmp_path / "a", tokenizer(), config=QUICK, **given)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="at least two readable images"):
         train(tmp_path / "empty", tmp_path / "a", tokenizer(), Colours(), TINY, QUICK)
@@ -373,16 +432,27 @@ def test_tokenizer_rejects(tmp_path: Path, name: str) -> None:
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         train_tokenizer(images, images, tmp_path / "out", tokenizer().config, **{name: 0})
+    with pytest.raises(ValueError, match=r"seed must be in \[0, 2\^64\), got 18446744073709551616"):
+        train_tokenizer(images, images, tmp_path / "out", tokenizer().config, seed=2**64)
     assert not (tmp_path / "out").exists()
 
 
-def few_steps(out: str | Path, lr: float = 2e-3, image_seed: int = 0) -> dict:
+def few_steps(out: str | Path, lr: float = 2e-3, image_seed: int = 0, device: str = "cpu") -> dict:
     g = torch.Generator().manual_seed(image_seed)
     images = (torch.rand(8, 3, 8, 8, generator=g) * 255).byte()
     return train_tokenizer(
         images, images, out, tokenizer().config, steps=14, batch=8, warmup=6, lr=lr, eval_every=4,
-        progress=False,
+        device=device, progress=False,
     )  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_cuda_trains_the_tokenizer(tmp_path: Path) -> None:
+    """The draws are the host's: before the first code is chosen the losses are the CPU's."""
+    cpu, cuda = (few_steps(tmp_path / d, device=d)["history"] for d in ("cpu", "cuda"))
+    assert cuda[0]["loss"] == pytest.approx(cpu[0]["loss"], rel=0.05)
+    assert np.isfinite([row["psnr_held_out"] for row in cuda]).all()
+    VQTokenizer.from_folder(tmp_path / "cuda")
 
 
 def test_tokenizer_learns(tmp_path: Path) -> None:

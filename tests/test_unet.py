@@ -313,7 +313,7 @@ def test_files_of_another_architecture(tmp_path):
         ({"widths": [16, 16]}, "another architecture .*, and .* more"),
         ({"ranks": 3}, r"cond_mark is \[3, 8\], expected \[4, 8\]\)"),
         ({"blocks": 2}, "is missing, and"),
-        ({"colour": 3}, "UNetConfig: unknown settings"),
+        ({"colour": 3}, r"config\.json: unknown settings \['colour'\]; UNetConfig has num_codes"),
         ({"widths": [16]}, "at least two resolutions"),
         ({"widths": [10, 16]}, "multiples"),
         ({"widths": []}, r"config\.json: widths must not be empty"),
@@ -485,6 +485,8 @@ def test_the_pipeline_takes_either_backbone(pipe, tmp_path):
         KNNDiffusion.from_pretrained(tmp_path / "model", backbone="discrete")
     with pytest.raises(ValueError, match="truncation"):
         pixels(pipe, truncation=0.9)
+    with pytest.raises(ValueError, match="purity: the continuous backbone draws no codes"):
+        pixels(pipe, purity=1.0)
     discrete = KNNDiffusion.from_pretrained("stickers", backbone="discrete")
     with pytest.raises(ValueError, match="solver"):
         pixels(discrete, solver="ddim")

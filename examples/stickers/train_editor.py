@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from common import Stickers
 
+from knnfast.diffusion.augment import STICKERS
 from knnfast.diffusion.denoiser import Denoiser
 from knnfast.diffusion.editing import (
     EditConfig,
@@ -61,8 +62,9 @@ def main() -> None:
         free = [not row["animal"] and not row["held_out"] for row in stickers.rows]
         seen = torch.tensor(free).nonzero()[:, 0]
         pairs, share = make_edit_pairs(
-            stickers.pixels[seen].contiguous(), encoder, tokenizer, WORLDS, NEIGHBOURS
-        )
+            stickers.pixels[seen].contiguous(), encoder, tokenizer, WORLDS, NEIGHBOURS,
+            augmentation=STICKERS,
+        )  # fmt: skip
         print(f"{share:.3f} of the alignments converged", flush=True)
         pairs.save(file)
     start = editor_from(Denoiser.from_folder(args.start))

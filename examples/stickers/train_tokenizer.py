@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from common import Stickers
 
+from knnfast.diffusion.augment import STICKERS
 from knnfast.diffusion.tokenizer import TokenizerConfig, VQTokenizer
 from knnfast.diffusion.tokenizer_training import psnr, train_tokenizer
 
@@ -56,13 +57,15 @@ def main() -> None:
                 lr=rate,
                 start=start,
                 compile=not args.no_compile,
+                augmented=0.5,
+                augmentation=STICKERS,
                 seed=SEED,
             )
             print(f"{out}: {record['psnr_held_out']} dB held out, {record['seconds']:.0f} s")
         start = VQTokenizer.from_folder(out)
     start.save(args.bundle, torch.float16)
     stored = VQTokenizer.from_folder(args.bundle)
-    scores = psnr(stored, stickers.pixels[held_out].float() / 255)
+    scores = psnr(stored, stickers.pixels[held_out])
     record = {
         "psnr_held_out_db": round(float(scores.mean()), 2),
         "parameters": sum(p.numel() for p in stored.parameters()),

@@ -24,7 +24,7 @@ CONFIG = TrainConfig(
     steps=9000, batch=32, lr=1e-3, decay=0.4, checkpoint_every=500, log_every=50, bf16=False,
     # As in the discrete backbone's training.
     condition=ConditionConfig(
-        k=10, semantic=256, text_like=0.7, noise=1.5, confuse=0.5, exclude=0.3
+        k=10, semantic=256, text_like=0.7, noise=1.5, confuse=0.5, exclude=0.3, original=0.3
     ),
 )  # fmt: skip
 

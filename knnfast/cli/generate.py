@@ -24,6 +24,7 @@ from knnfast.cli._shared import Bar, check_folder, device_option
 @click.option("--steps", default=25, show_default=True, help="Denoising steps.")
 @click.option("--guidance", default=3.0, show_default=True, help="Guidance weight; 1 is none.")
 @click.option("--truncation", default=1.0, show_default=True, help="Keep this mass of the codes.")
+@click.option("--purity", type=float, help="Draw the surest codes first, so sharply; 0 or more.")
 @click.option("--solver", help="dpm (the default) or ddim, of the continuous backbone.")
 @click.option("--seed", type=int, help="0 ... 2^64-1; drawn when not given.")
 @click.option("--database", help="A database of the model by name, or a folder.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,23 +17,6 @@ from knnfast import _files
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    """The form of the backbones' configurations in files."""
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Read what `to_dict` wrote; an unknown name is an error."""
-        unknown = sorted(set(raw) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"{cls.__name__}: unknown settings {unknown}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 class Backbone(nn.Module, ABC):

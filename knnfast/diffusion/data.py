@@ -8,7 +8,7 @@ import re
 import shutil
 import tarfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -23,11 +23,12 @@ from tqdm import tqdm
 
 from knnfast import _files
 from knnfast.database import Database
-from knnfast.diffusion.augment import augment
+from knnfast.diffusion.augment import PHOTOS, AugmentConfig, augmented
 from knnfast.diffusion.cache import check_recipe, load_cache, save_cache
 from knnfast.diffusion.distributed import Processes
 from knnfast.diffusion.pairs import Pairs
 from knnfast.diffusion.tokenizer import VQTokenizer
+from knnfast.diffusion.trainer import generator
 from knnfast.encoders import pixels
 from knnfast.evaluate import weights_hash
 from knnfast.images import READ_ERRORS, SUFFIXES, flatten, list_images, printable, read_image
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 PAIRS_FILE = "pairs.safetensors"
 PART = 1024  # images encoded at a time; what a kill can lose
 MOST_CODES = 1 << 15  # what int16 tells apart
+CROPS = ("center", "pad")
 
 
 class ImageEncoder(Protocol):
@@ -136,17 +138,39 @@ def identity(data: str | Path | Database) -> str:
 class Loaded(NamedTuple):
     """Pictures as `load_images` gives them."""
 
-    squares: Tensor  # [N, 3, size, size] uint8, padded white
-    embeddings: Tensor  # of the originals, [N, E] float16
+    squares: Tensor  # [N, 3, size, size] uint8
+    embeddings: Tensor  # of the originals, or of their squares at full size, [N, E] float16
     skipped: list[str]  # a line for each picture that cannot be read
 
 
-def load_images(
-    items: Iterable[Picture], size: int, encoder: ImageEncoder, batch: int = 64
-) -> Loaded:
-    """Read pictures as a tokenizer of `size` sees them, and embed them as a database does: whole.
+def own_crop(encoder: ImageEncoder) -> str:
+    """What an encoder itself makes of a picture that is no square, and so a database: see `square`.
 
-    `batch` originals are in memory at a time.
+    open_clip's take the middle, those of this package the whole.
+    """
+    return "center" if encoder.card.name.startswith("open_clip:") else "pad"
+
+
+def square(image: Image.Image, crop: str) -> Image.Image:
+    """The middle of a picture (`center`), or the whole of it on a white square (`pad`)."""
+    if crop not in CROPS:
+        raise ValueError(f"crop must be one of {', '.join(CROPS)}, got {crop!r}")
+    side = (min if crop == "center" else max)(image.size)
+    left, top = ((n - side) // 2 for n in image.size)
+    if crop == "center":
+        return image.crop((left, top, left + side, top + side))
+    whole = Image.new("RGB", (side, side), "white")
+    whole.paste(image, (-left, -top))
+    return whole
+
+
+def load_images(
+    items: Iterable[Picture], size: int, encoder: ImageEncoder, crop: str, batch: int = 64
+) -> Loaded:
+    """Read pictures as a tokenizer of `size` sees them, and embed the same part of each.
+
+    Where `crop` is the encoder's own, the embeddings are those of a database. `batch` originals are
+    in memory at a time.
     """
     squares = [np.zeros((0, size, size, 3), np.uint8)]
     rows = [np.zeros((0, encoder.card.dim), np.float16)]
@@ -159,8 +183,9 @@ def load_images(
             except READ_ERRORS as e:
                 skipped.append(f"{printable(item.name)}: {e}")
         if originals:
-            squares.append(pixels(originals, size))
-            rows.append(_embed(originals, encoder, batch))
+            cut = [square(x, crop) for x in originals]
+            squares.append(pixels(originals if crop == "pad" else cut, size))  # it pads, too
+            rows.append(_embed(originals if crop == own_crop(encoder) else cut, encoder, batch))
     images = torch.from_numpy(np.concatenate(squares)).permute(0, 3, 1, 2).contiguous()
     return Loaded(images, torch.from_numpy(np.concatenate(rows)), skipped)
 
@@ -226,23 +251,23 @@ def build_database(data: str | Path, encoder: Encoder, batch: int = 64) -> Datab
 # ---- encoding -----------------------------------------------------------------------------------
 
 
-def worlds_of(images: Tensor, count: int, seed: int, batch: int = 256) -> Iterator[Tensor]:
+def worlds_of(
+    images: Tensor, count: int, seed: Sequence[int], augmentation: AugmentConfig = PHOTOS
+) -> Iterator[Tensor]:
     """The images as they are, then `count` - 1 times with every image augmented in its own way.
 
     Args:
         images: [N, 3, S, S], uint8.
         count: number of worlds.
-        seed: of the augmentations.
-        batch: images at a time.
+        seed: numbers that fix the augmentations.
+        augmentation: how the images are changed.
 
     Yields:
         [N, 3, S, S], uint8.
     """
     yield images
     for world in range(1, count):
-        g = torch.Generator().manual_seed(seed * 1_000_003 + world)
-        parts = [augment(x.float() / 255, g) for x in images.split(batch)]
-        yield (torch.cat(parts) * 255).round().byte()
+        yield augmented(images, generator(*seed, world), augmentation)
 
 
 def make_pairs(
@@ -263,7 +288,7 @@ def make_pairs(
         targets: ids that may be targets, [n] int64; None: all.
         database: ids that may be neighbours, [m] int64; None: all.
         batch: images at a time.
-        known: the first world's embeddings [N, E], where its images have larger originals.
+        known: the first world's embeddings [N, E], where its images were larger.
 
     Raises:
         ValueError: the tokenizer has more codes than fit.
@@ -299,22 +324,27 @@ def encode(
     seed: int,
     processes: Processes | None = None,
     progress: bool = True,
+    augmentation: AugmentConfig = PHOTOS,
+    crop: str | None = None,
 ) -> Pairs:
     """Encode a collection once; later calls read the result, and a killed one goes on.
 
     The images pass through memory in parts of PART, shared among the processes; each finished part
-    is a file until all of them become `pairs.safetensors`.
+    is a file until all of them become `pairs.safetensors`. A `crop` of None is the encoder's own.
 
     Raises:
         ValueError: fewer than two readable images, or `folder` holds another collection's result.
     """
     processes = processes or Processes()
+    crop = crop or own_crop(encoder)
     file, parts = folder / PAIRS_FILE, folder / "pairs.parts"
     recipe = {
         "data": identity(data),
         "encoder": encoder.card.sha256,
         "tokenizer": weights_hash(tokenizer),
         "worlds": worlds,
+        "augmentation": augmentation.to_dict(),
+        "crop": crop,
         "seed": seed,
     }
     if processes.main and load_cache(file, recipe) is None:
@@ -325,7 +355,8 @@ def encode(
         _files.write_json(made_from, recipe)
     processes.wait()
     if parts.is_dir():
-        _encode_parts(data, parts, encoder, tokenizer, worlds, seed, processes, progress)
+        made = partial(worlds_of, count=worlds, augmentation=augmentation)
+        _encode_parts(data, parts, encoder, tokenizer, crop, made, seed, processes, progress)
         processes.wait()
         if processes.main:
             _join(parts, file, recipe)
@@ -337,7 +368,8 @@ def encode(
 
 def _encode_parts(
     data: str | Path | Database, folder: Path, encoder: ImageEncoder, tokenizer: VQTokenizer,
-    worlds: int, seed: int, processes: Processes, progress: bool,
+    crop: str, worlds: Callable[..., Iterator[Tensor]], seed: int, processes: Processes,
+    progress: bool,
 ) -> None:  # fmt: skip
     """Write this process's share of the parts."""
     stream = pictures(data)
@@ -352,11 +384,11 @@ def _encode_parts(
     while items := list(islice(stream, PART)):
         part = folder / f"{number:06d}.safetensors"
         if number % processes.count == processes.rank and not part.is_file():
-            images, known, skipped = load_images(items, tokenizer.image_size, encoder)
+            images, known, skipped = load_images(items, tokenizer.image_size, encoder, crop)
             for line in skipped:
                 warnings.warn(f"skipped {line}", stacklevel=2)
             if len(images):
-                versions = worlds_of(images, worlds, seed * 1_000_003 + number)
+                versions = worlds(images, seed=(seed, number))
                 made = make_pairs(versions, encoder, tokenizer, known=known)
                 _files.save_tensors(part, {"codes": made.codes, "embeddings": made.embeddings})
         bar.update(len(items))

@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from knnfast.diffusion.backbone import Backbone, BackboneConfig, check_sizes
+from knnfast.diffusion.backbone import Backbone, check_sizes
 from knnfast.diffusion.sampler import check_rule, sample
 from knnfast.diffusion.schedule import Schedule
+from knnfast.diffusion.settings import Settings
 from knnfast.ops import Folded, Unfolded, fold_neighbours, neighbour_attention
 
 
 @dataclass(frozen=True)
-class DenoiserConfig(BackboneConfig):
+class DenoiserConfig(Settings):
     """Sizes of a denoiser.
 
     Attributes:
@@ -80,6 +81,7 @@ class DenoiserConfig(BackboneConfig):
             raise ValueError(f"canvas_layers {self.canvas_layers} must lie in [0, {self.depth})")
         if self.grid[0] % self.patch or self.grid[1] % self.patch:
             raise ValueError(f"grid {self.grid} is not a multiple of patch {self.patch}")
+        Schedule(self.schedule, self.num_steps, self.num_codes)
 
     @property
     def length(self) -> int:

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from knnfast.diffusion.data import ImageEncoder, make_pairs, worlds_of
+from knnfast.diffusion.augment import PHOTOS, AugmentConfig, augmented
+from knnfast.diffusion.data import ImageEncoder, make_pairs
 from knnfast.diffusion.denoiser import Denoiser
 from knnfast.diffusion.distributed import processes
 from knnfast.diffusion.pairs import SPARE, ConditionConfig, ConditionSampler, Pairs
@@ -94,6 +95,7 @@ def make_edit_pairs(
     worlds: int = 6,
     neighbours: int = 3,
     seed: int = 0,
+    augmentation: AugmentConfig = PHOTOS,
 ) -> tuple[EditPairs, float]:
     """Encode a collection for an editor, its neighbours aligned.
 
@@ -105,6 +107,7 @@ def make_edit_pairs(
             and the neighbours aligned to it in the same way.
         neighbours: of each image: the nearest that are no near-duplicates of it.
         seed: of the augmentations.
+        augmentation: how the images of the other versions are changed.
 
     Returns:
         The pairs, and the share of the alignments that converged.
@@ -124,10 +127,16 @@ def make_edit_pairs(
             picture, found = align(channels_last[j], channels_last[i])
             aligned[n, i] = torch.from_numpy(picture).permute(2, 0, 1)
             converged += found
-    # The i-th picture of a world is always changed in one way.
-    versions, *lent = (torch.stack([*worlds_of(x, worlds, seed)]) for x in (images, *aligned))
+    versions, lent = [images], [aligned]
+    for world in range(1, worlds):
+        g, changed = torch.Generator(), []
+        for x in (images, *aligned):  # an image and what is aligned to it change in one way
+            g.manual_seed((seed * 1_000_003 + world) % 2**64)
+            changed.append(augmented(x, g, augmentation))
+        versions.append(changed[0])
+        lent.append(torch.stack(changed[1:]))
     plain = make_pairs(versions, encoder, tokenizer)
-    pairs = EditPairs(**vars(plain), images=versions, aligned=torch.stack(lent, 1))
+    pairs = EditPairs(**vars(plain), images=torch.stack(versions), aligned=torch.stack(lent))
     return pairs, converged / near.size
 
 
@@ -271,7 +280,8 @@ class EditSampler(ConditionSampler):
         cells = F.adaptive_max_pool2d(region, self.tokenizer.grid)
         touched = F.max_pool2d(cells, 3, 1, 1).flatten(1) > 0.5
         changed = touched & ~chance(cfg.same)[:, None]
-        source = torch.where(changed, self.tokenizer.encode(shown), codes)
+        to = next(self.tokenizer.parameters()).device
+        source = torch.where(changed, self.tokenizer.encode(shown.to(to)).cpu(), codes)
         unknown = (touched & chance(cfg.hidden)[:, None]) | chance(cfg.blank)[:, None]
         source[unknown] = self.tokenizer.codebook_size
         margin = int(torch.randint(1, 4, (1,), generator=g))

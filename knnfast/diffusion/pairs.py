@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, replace
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from knnfast import _files
 from knnfast.diffusion.cache import digest
+from knnfast.diffusion.settings import Settings
 from knnfast.search import Index
 
 RIVALS = 20  # nearest images among which a disturbed query finds its rival
@@ -71,8 +72,15 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class ConditionConfig:
+class ConditionConfig(Settings):
     """How conditions are drawn in training. All probabilities are per image.
+
+    The paper shows the image's own embedding and its k nearest neighbours, or nothing at all (the
+    preset `paper`). The defaults disturb that, because at inference the query is a prompt's
+    embedding, which is farther from any image than the image's own, and the database a smaller or
+    another one: most queries are noised or cut, and search their neighbours so; some lists are
+    short, or from a part of the database; some images are shown without the query or without
+    neighbours, so that either alone can be asked for, too.
 
     Attributes:
         k: neighbours at most.
@@ -119,7 +127,7 @@ class ConditionConfig:
             low, high = {"k": (1, None), "semantic": (1, None), "near": (-1, None)}.get(
                 name, (0, None if name in ("noise", "least_noise", "confuse") else 1)
             )
-            if value is not None and (value < low or (high is not None and value > high)):
+            if value is not None and not low <= value <= (math.inf if high is None else high):
                 allowed = f"at least {low}" if high is None else f"in [{low}, {high}]"
                 raise ValueError(f"{name} must be {allowed}, got {value}")
         if self.least_noise > self.noise:
@@ -132,31 +140,36 @@ class ConditionConfig:
         """Whether any image is ever shown with neighbours."""
         return self.null + self.no_neighbours < 1 - 1e-9
 
-    def baseline(self, name: str, noise: float = 0.75) -> ConditionConfig:
-        """These conditions, or those of a baseline of the paper in their place.
+    def preset(self, name: str, noise: float | None = None) -> Self:
+        """These settings, with what a named way of drawing conditions fixes.
 
         Args:
-            name: `knn`: these. `lafite`: no neighbours; the image embedding with Gaussian noise of
+            name: `robust`: these. `paper`: the image embedding as it is and its k nearest
+                neighbours, the image and its near-duplicates not among them (Sheynin et al. 2022,
+                as we read it). `lafite`: no neighbours; the image embedding with Gaussian noise of
                 fixed length, h' = h~ / |h~|, h~ = h + noise e / |e| (Zhou et al. 2022, Eq. 4).
-                `no_neighbours`: the image embedding alone, as it is.
-            noise: of `lafite`.
+                `no_neighbours`: the image embedding alone, as it is. In all of them `null` of the
+                images are shown nothing.
+            noise: the largest length of `robust`'s noise, or the length of `lafite`'s (0.75).
+
+        Raises:
+            ValueError: another name, or noise for one that adds none.
         """
-        if name == "knn":
-            return self
-        if name not in BASELINES:
-            raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, got {name!r}")
-        length = noise if name == "lafite" else 0.0
-        return replace(
+        if name not in PRESETS:
+            raise ValueError(f"condition must be one of {', '.join(PRESETS)}, got {name!r}")
+        if name == "robust":
+            return self if noise is None else replace(self, noise=noise)
+        if noise is not None and name != "lafite":
+            raise ValueError(f"noise: {name} adds none, got {noise}")
+        length = (0.75 if noise is None else noise) if name == "lafite" else 0.0
+        plain = replace(
             self, text_like=0.0, exact=0.0, noise=length, least_noise=length, confuse=0.0,
-            no_query=0.0, no_neighbours=1.0 - self.null,
+            vary_k=0.0, subset=0.0, exclude=1.0, no_query=0.0, no_neighbours=0.0,
         )  # fmt: skip
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return asdict(self)
+        return plain if name == "paper" else replace(plain, no_neighbours=1.0 - self.null)
 
 
-BASELINES = ("knn", "lafite", "no_neighbours")
+PRESETS = ("robust", "paper", "lafite", "no_neighbours")
 
 
 def nearest(pairs: Pairs, count: int, batch: int = 4096) -> Tensor:
@@ -199,7 +212,10 @@ class ConditionSampler:
         self, pairs: Pairs, config: ConditionConfig, candidates: Tensor | None = None
     ) -> None:
         if not 1 <= config.k <= len(pairs.database):
-            raise ValueError(f"k must be in [1, {len(pairs.database)}], got {config.k}")
+            raise ValueError(
+                f"k must be in [1, {len(pairs.database)}], as many as may be neighbours, got "
+                f"{config.k}"
+            )
         self.pairs, self.config, self.candidates = pairs, config, candidates
         self._indexes: dict[tuple[int, int], Index] = {}
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from knnfast import _files
+
 FILE = "log.csv"
 FIELDS = ("step", "loss", "grad", "lr", "images_per_second", "seconds")
 
@@ -28,7 +30,7 @@ class RunLog:
             kept = [x for x in lines if x.count(",") == len(FIELDS) - 1]  # a kill can cut a line
             kept = [x for x in kept if int(x.split(",")[0]) <= step]
             text = "\n".join([head or ",".join(FIELDS), *kept]) + "\n"
-            self.path.write_text(text, encoding="utf-8")
+            _files.write_atomic(self.path, text.encode())
         else:
             self.path.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
         self.board = None

@@ -12,12 +12,13 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from knnfast._phases import phase
 from knnfast.diffusion.packed import PackedDenoiser
 from knnfast.diffusion.schedule import Schedule
-from knnfast.ops import sample_head, sample_prior, transition_weights
+from knnfast.ops import sample_head, sample_prior, transition_step, transition_weights
 from knnfast.ops._checks import LOGIT_TYPES, check_device, check_dtype, check_shape
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ class Sampler:
         top_k: keep this many classes; 0 keeps all.
         temperature: divides the logits after guidance.
         top: the level to begin at; None: T.
+        purity: sharpness r >= 0 of purity sampling (Improved VQ-Diffusion): each step draws the
+            masked codes that the network is surest of, from p^(1 + r max p); None: any of them,
+            from p, which is the exact process.
 
     Raises:
         ValueError: as `check_rule`, or another number of codes. TypeError: weights of a type that
@@ -55,6 +59,7 @@ class Sampler:
         top_k: int = 0,
         temperature: float = 1.0,
         top: int | None = None,
+        purity: float | None = None,
     ) -> None:
         if schedule.num_codes != denoiser.config.num_codes:
             raise ValueError(
@@ -63,7 +68,10 @@ class Sampler:
             )
         check_dtype("denoiser", denoiser.head.weight, LOGIT_TYPES)
         self.denoiser, self.schedule, self.guided = denoiser, schedule, guidance != 1.0
-        self.levels = check_rule(schedule, steps, guidance, truncation, top_k, temperature, top)
+        self.levels = check_rule(
+            schedule, steps, guidance, truncation, top_k, temperature, top, purity
+        )
+        self.purity = purity
         self.rule: dict[str, Any] = {
             "guidance": guidance,
             "temperature": temperature,
@@ -111,7 +119,7 @@ class Sampler:
         if not isinstance(seed, Tensor):
             seed = signed(seed)
         self.check_inputs(cond, cond_mask, image_indices)
-        head, k = self.denoiser.head, self.schedule.num_codes
+        k = self.schedule.num_codes
         shape = len(cond), self.denoiser.config.length
         for name, codes in (("start", start), ("source", source)):
             if codes is None:
@@ -136,20 +144,27 @@ class Sampler:
             with phase("sample.features"):
                 rows = network(x, t)
             with phase("sample.head"):
-                x = sample_head(
-                    rows[0],
-                    head.weight,
-                    head.bias,
-                    x,
-                    weights,
-                    seed=seed,
-                    image_indices=image_indices,
-                    null_features=rows[1] if self.guided else None,
-                    **self.rule,
-                )
+                x = self._draw(rows, x, weights, seed, image_indices)
             if callback is not None:
                 callback(done, len(self.weights))
         return x
+
+    def _draw(
+        self, rows: Tensor, x: Tensor, weights: Tensor, seed: int | Tensor, images: Tensor | None
+    ) -> Tensor:
+        """The next codes, from what the head reads, [1 or 2, B, L, W]."""
+        head, of = self.denoiser.head, {"seed": seed, "image_indices": images, **self.rule}
+        if self.purity is None:
+            null = rows[1] if self.guided else None
+            return sample_head(
+                rows[0], head.weight, head.bias, x, weights, null_features=null, **of
+            )
+        # It ranks all masked codes, so it needs all logits; each image's by itself, as below.
+        size = 1 if x.device.type == "cpu" else len(x)
+        parts = [F.linear(part, head.weight, head.bias) for part in rows.split(size, 1)]
+        logits = torch.cat(parts, 1)
+        null = logits[1] if self.guided else None
+        return transition_step(logits[0], x, weights, null_logits=null, purity=self.purity, **of)
 
     def check_inputs(
         self, cond: Tensor, cond_mask: Tensor, image_indices: Tensor | None = None
@@ -352,23 +367,27 @@ class SamplingGraphs:
         seed: int = 0,
         image_indices: Tensor | None = None,
         truncation: float = 1.0,
+        purity: float | None = None,
     ) -> Tensor:
         """Draw codes, [B, L] int64; arguments and errors are those of `sample`."""
-        levels = check_rule(denoiser.schedule, steps, guidance, truncation)
-        rule = tuple(levels), float(guidance), float(truncation)
+        levels = check_rule(denoiser.schedule, steps, guidance, truncation, purity=purity)
+        rule = tuple(levels), float(guidance), float(truncation), purity
         weights = tuple(each.data_ptr() for each in denoiser.parameters())
         kind = (*cond.shape, cond.dtype, *rule, weights)
         with _turn:
             if kind in self._kept:
                 kept = self._kept[kind]
                 if kept is None:
-                    kept = self._recorded(denoiser, cond, levels, guidance, truncation)
+                    kept = self._recorded(
+                        denoiser, cond, levels, guidance, truncation, purity=purity
+                    )
                 self._keep(kind, kept)
                 if kept:
                     return kept.draw(cond, cond_mask, seed, image_indices)
         codes = denoiser.sample(
-            cond, cond_mask, levels, guidance, seed, image_indices, truncation=truncation
-        )
+            cond, cond_mask, levels, guidance, seed, image_indices, truncation=truncation,
+            purity=purity,
+        )  # fmt: skip
         with _turn:
             if len(codes) and kind not in self._kept:
                 self._keep(kind, None)
@@ -384,9 +403,9 @@ class SamplingGraphs:
 
     def _recorded(
         self, denoiser: Denoiser, cond: Tensor, levels: list[int], guidance: float,
-        truncation: float,
+        truncation: float, purity: float | None,
     ) -> SamplingGraph | Literal[False]:  # fmt: skip
-        sampler = Sampler(denoiser, denoiser.schedule, levels, guidance, truncation)
+        sampler = Sampler(denoiser, denoiser.schedule, levels, guidance, truncation, purity=purity)
         try:
             return SamplingGraph(sampler, *cond.shape[:2])
         except RuntimeError as error:  # of memory, say: the loop needs less
@@ -409,6 +428,7 @@ def sample(
     callback: Callable[[int, int], None] | None = None,
     source: Tensor | None = None,
     start: tuple[Tensor, int] | None = None,
+    purity: float | None = None,
 ) -> Tensor:
     """Draw codes, [B, L] int64: one call of a `Sampler`, whose arguments these are.
 
@@ -418,7 +438,9 @@ def sample(
         ValueError: as `Sampler`; a seed outside [0, 2^64).
     """
     codes, top = start or (None, None)
-    sampler = Sampler(denoiser, schedule, steps, guidance, truncation, top_k, temperature, top)
+    sampler = Sampler(
+        denoiser, schedule, steps, guidance, truncation, top_k, temperature, top, purity
+    )
     return sampler(cond, cond_mask, seed, image_indices, callback, source, codes)
 
 
@@ -430,11 +452,13 @@ def check_rule(
     top_k: int = 0,
     temperature: float = 1.0,
     top: int | None = None,
+    purity: float | None = None,
 ) -> list[int]:
     """The levels that a `Sampler` with these arguments visits.
 
     Raises:
-        ValueError: a bad list of steps, guidance, truncation, top_k or temperature.
+        ValueError: a bad list of steps, guidance, truncation, top_k, temperature or purity, or
+            purity for a schedule that replaces codes, which it would never draw again.
     """
     if not 0.0 < truncation <= 1.0:
         raise ValueError(f"truncation must be in (0, 1], got {truncation}")
@@ -444,6 +468,13 @@ def check_rule(
         raise ValueError(f"top_k must be >= 0, got {top_k}")
     if not temperature > 0.0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
+    if purity is not None:
+        if not 0 <= purity < math.inf:
+            raise ValueError(f"purity must be finite and at least 0, got {purity}")
+        if schedule.num_codes * schedule.B[-1] > 1e-3:
+            raise ValueError(
+                f"purity: sets masked codes alone, the schedule {schedule.name} replaces some"
+            )
     return schedule.levels(steps, top)
 
 

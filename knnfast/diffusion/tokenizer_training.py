@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from knnfast import _files
-from knnfast.diffusion.augment import augment
+from knnfast.diffusion.augment import PHOTOS, AugmentConfig, augment
 from knnfast.diffusion.cache import check_recipe, digest
 from knnfast.diffusion.tokenizer import NormSiLU, TokenizerConfig, VQTokenizer
 from knnfast.evaluate import weights_hash
@@ -140,10 +140,10 @@ def kmeans(rows: Tensor, k: int, rounds: int, generator: torch.Generator) -> Ten
 
 @torch.no_grad()
 def psnr(model: VQTokenizer, images: Tensor, batch: int = 64) -> Tensor:
-    """PSNR in dB of each image [N] after encoding and decoding."""
-    errors = [
-        (model.decode(model.encode(x)) - x).square().mean((1, 2, 3)) for x in images.split(batch)
-    ]
+    """PSNR in dB [N] of images [N, 3, S, S] uint8 after encoding and decoding."""
+    device = next(model.parameters()).device
+    parts = (x.to(device).float() / 255 for x in images.split(batch))
+    errors = [(model.decode(model.encode(x)) - x).square().mean((1, 2, 3)) for x in parts]
     return -10.0 * torch.cat(errors).clamp_min(1e-10).log10()
 
 
@@ -222,10 +222,12 @@ def train_tokenizer(
     commitment: float = 0.25,
     codebook_decay: float = 0.99,
     augmented: float = 0.5,
+    augmentation: AugmentConfig = PHOTOS,
     eval_every: int = 250,
     start: VQTokenizer | None = None,
     compile: bool = False,
     seed: int = 0,
+    device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train a VQ autoencoder and write it to a folder in diffusers' format.
@@ -233,7 +235,7 @@ def train_tokenizer(
     The first `warmup` steps train without quantisation; k-means over latents then gives the
     codebook its first values, and moving averages of the latents that chose a code keep it up to
     date. Stopped or killed, a run goes on from its last measurement and ends with the same weights,
-    bit for bit (same machine, same thread count).
+    bit for bit (same machine, same thread count, on a CPU).
 
     Args:
         images: [N, 3, S, S], uint8.
@@ -247,10 +249,12 @@ def train_tokenizer(
         commitment: weight of the pull of latents towards their code.
         codebook_decay: of the codebook's moving average.
         augmented: share of images that are augmented.
+        augmentation: how.
         eval_every: steps between measurements, and between checkpoints.
         start: continue from this tokenizer (`warmup` is then skipped).
         compile: fuse the passes of the normalisation with torch.compile.
         seed: of everything random.
+        device: `cpu` or `cuda`; the images stay where they are.
         progress: show a progress bar.
 
     Returns:
@@ -265,18 +269,21 @@ def train_tokenizer(
     for name, value in (("steps", steps), ("batch", batch), ("eval_every", eval_every)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be in [0, 2^64), got {seed}")
     recipe = {
         "config": config.to_dict(), "images": digest([images]), "held_out": digest([held_out]),
         "steps": steps, "batch": batch, "lr": lr, "warmup": warmup, "commitment": commitment,
-        "codebook_decay": codebook_decay, "augmented": augmented, "eval_every": eval_every,
-        "seed": seed,
+        "codebook_decay": codebook_decay, "augmented": augmented,
+        "augmentation": augmentation.to_dict(), "eval_every": eval_every, "seed": seed,
         "start": start and weights_hash(start),
     }  # fmt: skip
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     g = torch.Generator().manual_seed(seed)
-    model = VQTokenizer(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = VQTokenizer(config)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     fuse_norms(model, True, compile)
     if start is not None:
         model.load_state_dict(start.state_dict())
@@ -285,13 +292,14 @@ def train_tokenizer(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     k = config.num_vq_embeddings
-    counts, sums = torch.ones(k), codebook.clone()
-    test = held_out.float() / 255
+    counts, sums = torch.ones(k, device=codebook.device), codebook.clone()
     record: dict[str, Any] = {"steps": steps, "batch": batch, "seed": seed, "history": []}
     state = _State(folder / STATE_FILE, recipe, model, optimizer, counts, sums, g)
     first, record["history"] = state.load()
     seconds = record["history"][-1]["seconds"] if first else 0.0
     started = time.perf_counter() - seconds
+
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16)
 
     def rows_of(z: Tensor) -> Tensor:
         return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
@@ -307,19 +315,19 @@ def train_tokenizer(
     for step in bar:
         x = images[torch.randint(len(images), (batch,), generator=g)].float() / 255
         n = int(batch * augmented)
-        x = torch.cat([augment(x[:n], g), x[n:]]) if n else x
-        x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        x = torch.cat([augment(x[:n], g, augmentation), x[n:]]) if n else x
+        x = x.to(device).contiguous(memory_format=torch.channels_last)
+        with autocast:
             z = model.latents(x).float()
         if step == warmup and start is None:
             pool = [rows_of(z.detach())]
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad(), autocast:
                 for _ in range(1 + 40 * k // pool[0].shape[0]):
                     y = images[torch.randint(len(images), (batch,), generator=g)].float() / 255
-                    pool.append(rows_of(model.latents(y).float()))
+                    pool.append(rows_of(model.latents(y.to(device)).float()))
             codebook.copy_(kmeans(torch.cat(pool), k, 15, g))
             sums.copy_(codebook)
-        pull = torch.zeros(())
+        pull = torch.zeros((), device=z.device)
         if step >= warmup:
             rows = rows_of(z)
             nearest = model.quantize.nearest(rows.detach())
@@ -335,11 +343,12 @@ def train_tokenizer(
                 if step % 20 == 0:
                     dead |= redundant(codebook, counts, float(error_of.mean()))
                 if dead.any() and step < 0.8 * steps:
-                    fresh = rows.detach()[error_of.multinomial(int(dead.sum()), generator=g)]
+                    chosen = error_of.cpu().multinomial(int(dead.sum()), generator=g)
+                    fresh = rows.detach()[chosen]
                     counts[dead], sums[dead] = len(rows) / k, fresh * (len(rows) / k)
                 codebook.copy_(sums / counts[:, None].clamp_min(1e-6))
             z = z + (q - z).detach()
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast:
             y = model.pixels(z)
         error = y.float() - x
         loss = error.square().mean() * 5 + error.abs().mean()
@@ -363,7 +372,7 @@ def train_tokenizer(
                 "seconds": round(time.perf_counter() - started, 1),
                 "loss": round(float(loss.detach()), 4),
                 "grad": round(float(norm), 3),
-                "psnr_held_out": round(float(psnr(model, test).mean()), 2),
+                "psnr_held_out": round(float(psnr(model, held_out).mean()), 2),
                 "code_entropy": round(float(torch.special.entr(counts / counts.sum()).sum()), 3),
                 "codes_used": int((counts > 0.02 * batch).sum()),
             }

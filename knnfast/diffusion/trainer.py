@@ -30,6 +30,7 @@ from knnfast.diffusion.levels import Levels
 from knnfast.diffusion.optim import Muon
 from knnfast.diffusion.pairs import ConditionConfig
 from knnfast.diffusion.runlog import RunLog
+from knnfast.diffusion.settings import Settings
 from knnfast.evaluate import weights_hash
 
 STATE_FILE = "state.safetensors"
@@ -40,7 +41,7 @@ FREE = ("steps", "checkpoint_every", "log_every", "accumulate", "compile")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """How the denoiser is trained.
 
     Attributes:
@@ -93,8 +94,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"lr must be a finite number above 0, got {self.lr}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be in [0, 2^64), got {self.seed}")
         if self.candidates and self.candidates < self.condition.k:
             raise ValueError(
                 f"candidates must be 0 or at least k = {self.condition.k}, got {self.candidates}"
@@ -238,14 +239,14 @@ class Trainer:
         """Draw images [start, stop) of a step's batch."""
         cfg = self.config
         stop = cfg.batch if stop is None else stop
-        g = _generator(cfg.seed, step, 0)
+        g = generator(cfg.seed, step, 0)
         # One level from each of `batch` equal slices: less variance than independent levels.
         slices = torch.randperm(cfg.batch, generator=g)
         u = (slices + torch.rand(cfg.batch, generator=g, dtype=torch.float64)) / cfg.batch
         parts: list[tuple[Tensor, ...]] = []
         for group in range(start // cfg.group, -(-stop // cfg.group)):
             first = group * cfg.group
-            g = _generator(cfg.seed, step, 1 + group)
+            g = generator(cfg.seed, step, 1 + group)
             x0, *inputs = self.sampler.draw(min(cfg.group, cfg.batch - first), g)
             noise = self.objective.noise(x0, g)
             own = slice(max(0, start - first), stop - first)
@@ -400,9 +401,9 @@ class Trainer:
         self.step, self.seconds, self._batches = step, seconds, None
 
 
-def _generator(seed: int, step: int, stream: int) -> torch.Generator:
-    """Random numbers of their own for each (seed, step, stream)."""
-    mixed = np.random.SeedSequence((seed, step, stream)).generate_state(1, np.uint64)
+def generator(*numbers: int) -> torch.Generator:
+    """Random numbers of their own for each list of numbers, such as (seed, step, stream)."""
+    mixed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(mixed[0]))
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from knnfast.diffusion.augment import PHOTOS, AugmentConfig
 from knnfast.diffusion.backbone import Backbone
 from knnfast.diffusion.cache import digest, load_cache, save_cache
 from knnfast.diffusion.data import ImageEncoder, encode
@@ -178,6 +179,8 @@ def train(
     model: DenoiserConfig | UNetConfig | None = None,
     config: TrainConfig | None = None,
     worlds: int = 8,
+    augmentation: AugmentConfig = PHOTOS,
+    crop: str | None = None,
     start: Backbone | None = None,
     device: str | torch.device = "cpu",
     progress: bool = True,
@@ -198,9 +201,12 @@ def train(
         tokenizer: turns images into codes.
         encoder: gives image embeddings; may be None when `data` is `Pairs`.
         model: sizes, and with their type the backbone; what the tokenizer and the embeddings fix
-            is filled in. None: the discrete backbone.
+            is filled in. None: those of `start`, or the discrete backbone's defaults.
         config: how to train.
         worlds: versions of the collection: the first as it is, the others augmented.
+        augmentation: how the pictures of the others are changed.
+        crop: of pictures that are no squares: `center`, `pad` (the whole on white), or None, as
+            the encoder does.
         start: a denoiser to start from, in a fresh run.
         device: `cpu` or `cuda`; under `torchrun`, each process takes its own GPU.
         progress: show a progress bar.
@@ -209,22 +215,27 @@ def train(
         The record that is also written to `training.json`.
 
     Raises:
-        ValueError: no usable images, `start` is of other sizes or (the U-Net) of another tokenizer,
-            or `out` holds a run of other data, tokenizer, start, sizes or settings.
+        ValueError: no usable images, or fewer than `config.condition.k`; `start` is of other sizes
+            or (the U-Net) of another tokenizer; `model` is an editor's; `out` holds a run of other
+            data, tokenizer, start, sizes or settings.
     """
     config = config or TrainConfig()
     folder = Path(out)
+    model = model or (DenoiserConfig() if start is None else start.config)
+    if isinstance(model, DenoiserConfig) and model.source:
+        raise ValueError("model: an editor; `editing.train_editor` (--editor) trains one")
     with processes(device) as these:
         if isinstance(data, Pairs):
             pairs = data
         elif encoder is None:
             raise ValueError("encoder: needed to encode images")
         else:
-            pairs = encode(data, folder, encoder, tokenizer, worlds, config.seed, these, progress)
-        k = min(config.condition.k, max(1, len(pairs.database) - 1))
-        config = replace(config, condition=replace(config.condition, k=k))
+            pairs = encode(
+                data, folder, encoder, tokenizer, worlds, config.seed, these, progress,
+                augmentation, crop,
+            )  # fmt: skip
         model = replace(
-            model or DenoiserConfig(),
+            model,
             num_codes=tokenizer.codebook_size,
             grid=tokenizer.grid,
             embed_dim=pairs.embeddings.shape[-1],

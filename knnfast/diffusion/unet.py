@@ -12,15 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from knnfast.diffusion.backbone import Backbone, BackboneConfig, check_sizes
+from knnfast.diffusion.backbone import Backbone, check_sizes
 from knnfast.diffusion.sampler import signed
+from knnfast.diffusion.settings import Settings
 from knnfast.ops.philox import NOISE, counter, normal, philox
 
 SOLVERS = ("dpm", "ddim")
 
 
 @dataclass(frozen=True)
-class UNetConfig(BackboneConfig):
+class UNetConfig(Settings):
     """Sizes of a U-Net denoiser.
 
     Attributes:

@@ -1,0 +1,46 @@
+"""Settings that JSON can hold: what the dataclasses of sizes and of training share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from typing_extensions import Self
+
+TYPES: dict[str, Any] = {
+    "bool": bool, "int": int, "int | None": int | None, "float": int | float, "str": str,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A frozen dataclass of numbers, names and lists of them, each with a default."""
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """Read what `to_dict` wrote, or a part of it; see `updated`."""
+        return cls().updated(raw)
+
+    def updated(self, raw: Mapping[str, Any]) -> Self:
+        """These settings with some others, as JSON gives them.
+
+        Raises:
+            ValueError: an unknown name, or a value of another type.
+        """
+        types = {f.name: str(f.type) for f in fields(self)}
+        types = {k: v for k, v in types.items() if v in TYPES or v.startswith("tuple")}
+        if unknown := sorted(set(raw) - set(types)):
+            raise ValueError(
+                f"unknown settings {unknown}; {type(self).__name__} has {', '.join(types)}"
+            )
+        for name, value in raw.items():
+            wanted = TYPES.get(types[name], Any)
+            number = isinstance(value, bool) and wanted is not bool  # to Python True is 1
+            if wanted is not Any and (number or not isinstance(value, wanted)):
+                raise ValueError(f"{name} must be {types[name]}, got {value!r}")
+        return replace(self, **{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
