@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,8 @@ def _plot(result: Mapping[str, Any], path: Path) -> None:
             axes.legend()
         axes.set_xlabel(label)
     else:
-        axes.bar([e["setting"]["label"] for e in entries], score, yerr=error, capsize=3)
+        labels = [textwrap.fill(e["setting"]["label"], 16) for e in entries]
+        axes.bar(labels, score, yerr=error, capsize=3)
     axes.set_ylabel("judge's score")
     axes.set_title(result["title"], fontsize=10)
     figure.savefig(path, metadata={"Software": None})

@@ -44,7 +44,8 @@ def evaluate(
 
     The names of its database are the prompts; a second one holds what the model has never seen.
 
-    With --ablation: neighbours, condition, k, index, steps, guidance, truncation, backbone or all.
+    With --ablation: neighbours, condition, own, k, index, steps, guidance, truncation, backbone or
+    all.
     """
     from knnfast import ablations
     from knnfast import evaluate as measures
