@@ -24,7 +24,7 @@ import numpy as np
 from knnfast import _C, _files
 from knnfast.benchmark.machine import fastest_read, machine, stolen_seconds
 from knnfast.benchmark.timing import Local, Timing, best_choice, interleave, ratio
-from knnfast.benchmark.topk import CPU_PEERS, Peer, Truth, make_rows
+from knnfast.benchmark.topk import CPU_PEERS, Peer, Truth, faiss_module, make_rows
 from knnfast.search import Index
 
 N, D = 1_000_000, 512
@@ -214,6 +214,43 @@ def shapes_of_data() -> dict[str, Any]:
     return {"times": times, "targets": targets}
 
 
+def filters() -> dict[str, Any]:
+    """1M x 512 of which a bitset allows some, at random or in one run, against all of them, and
+    against FAISS with the same bitset."""
+    rows, queries = make_rows(N, D, "isotropic")
+    index = filled(rows)
+    faiss = faiss_module()
+    flat = faiss.IndexFlatIP(D)
+    flat.add(rows.astype(np.float32))
+    order = np.random.default_rng(0).permutation(N)
+    times: dict[str, Any] = {}
+    targets = []
+    shares = {"1 in 1,000": 1000, "1 in 100": 100, "1 in 10": 10, "1 in 2": 2}
+    cases = {name: order[: N // share] for name, share in shares.items()}
+    for name, allowed in (cases | {"a tenth in one run": np.arange(N // 10)}).items():
+        bits = np.packbits(np.isin(np.arange(N), allowed), bitorder="little")
+        params = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bits))
+        truth = Truth(rows[allowed], queries, 10)
+        for batch in (1, 64):
+            q = queries[:batch]
+            found = index.search(q, 10, allow=bits)[1]
+            place = {int(row): i for i, row in enumerate(allowed)}
+            assert truth.judge(np.vectorize(place.get)(found))["exact"], (name, batch)
+            faiss.omp_set_num_threads(_C.num_threads())
+            timings, over = against({
+                "all rows": lambda: index.search(q, 10),  # noqa: B023
+                "knnfast": lambda: index.search(q, 10, allow=bits),  # noqa: B023
+                "faiss-flat": lambda: flat.search(q, 10, params=params),  # noqa: B023
+            })  # fmt: skip
+            for who, timing in timings.items():
+                times[f"{who}/{batch}/10, {name}"] = timing.row()
+            what, costs = f"{name} allowed, batch {batch}", over("knnfast", "all rows")
+            gains = over("faiss-flat", "knnfast")
+            targets.append(target(f"{what}: knnfast / without a filter", costs, 1.1))
+            targets.append(target(f"{what}: faiss-flat / knnfast", gains, 1, at_least=True))
+    return {"times": times, "targets": targets}
+
+
 def small() -> dict[str, Any]:
     """100k x 512 against reading its codes, with its tail; 1,000 x 64 against FAISS."""
     rows, queries = make_rows(100_000, D, "isotropic")
@@ -328,6 +365,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "clustered-256": lambda: synthetic("clustered", (256,)),
     "embeddings": embeddings,
     "data": shapes_of_data,
+    "filters": filters,
     "small": small,
     "memory": memory,
 }
