@@ -65,7 +65,7 @@ def launch_sample_head(
     if x_t.numel() == 0:
         return torch.empty_like(x_t)
     K, D = weight.shape
-    weight = weight.contiguous()
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     x_s, rows, count = launch_transition_choose(x_t, weights, image_indices, seed, K)
     total = x_t.numel()
 

@@ -168,6 +168,19 @@ def test_compiles_within_budget(monkeypatch, case, arch):
         assert "tf32" not in ptx
 
 
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("K", "rule", "local"),
+    [(16384, (2.0, 1.0, 0.9, 5), 512), (65536, (2.0, 1.0, 0.9, 5), 5120)],
+)  # fmt: skip
+def test_rows_wider_than_the_registers(monkeypatch, K, rule, local, arch):
+    """Some of them spill, so many bytes a thread at most."""
+    kernel, arguments = launches(monkeypatch, arch, lambda: step(HALF, K, null=True, rule=rule))[1]
+    compiled = build(kernel, arguments, arch)
+    assert usage(compiled)[1] <= local
+    assert compiled.metadata.shared <= 4096
+
+
 @pytest.mark.parametrize(
     ("dtype", "N"), [(HALF, 11), (HALF, 32), (HALF, 33), (FULL, 11), (FULL, 32)]
 )

@@ -149,8 +149,8 @@ def neighbour_attention(
     Returns:
         y: like x, contiguous. An image whose mask is all off keeps y = x (0 without residual).
     Raises: ValueError shape or device; TypeError dtype.
-    Numerics: accumulates in FP32, variance in two passes.  Backends: triton, cpu, reference.
-    Memory: y and the packed weights.  Deterministic: yes.
+    Numerics: accumulates in FP32, variance about a mean.  Backends: triton, cpu, reference.
+    Memory: y, and on the CPU the packed weights.  Deterministic: yes.
     Differentiable: in x, the folded weights, scale and shift.
     """
     check_dtype("x", x, _TYPES)
@@ -323,7 +323,7 @@ library.define(
 def _attention_cpu(x, A, a, C, bias, mask, scale, shift, norm, eps, residual):
     from knnfast import _C
 
-    if x.stride(-1) != 1 or x.stride(0) < 0:
+    if x.stride(-1) != 1:
         x = x.contiguous()
     A, a, C, bias, mask = (v.contiguous() for v in (A, a, C, bias, mask))
     scale, shift = (None if v is None else v.contiguous() for v in (scale, shift))
