@@ -72,6 +72,12 @@ def interpreted(x, folded, ada):
     )
 
 
+def on_cuda(x, folded, ada):
+    folded = ops.Folded(*(v.cuda() for v in folded))
+    ada = {k: v.cuda() if torch.is_tensor(v) else v for k, v in ada.items()}
+    return ops.neighbour_attention(x.cuda(), folded, **ada).cpu()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_reference(shape, dtype):
@@ -90,7 +96,10 @@ def test_large_mean(mean, dtype):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s[1] < 40 and s[2] <= 512])
+@pytest.mark.parametrize(  # the last two: 128 tokens a program
+    "shape",
+    [*(s for s in SHAPES if s[1] < 40 and s[2] <= 512), (2, 130, 64, 8, 5), (1, 70, 130, 2, 11)],
+)
 def test_triton_matches_reference(shape, dtype):
     if torch.cuda.is_available():
         pytest.skip("compiled in this process; the gpu tests cover it")
@@ -103,7 +112,32 @@ def test_triton_matches_reference(shape, dtype):
 def test_triton_large_mean(mean, dtype):
     if torch.cuda.is_available():
         pytest.skip("compiled in this process; the gpu tests cover it")
-    errors(interpreted, (2, 9, 200, 8, 11), dtype, mean, residual=False)
+    for L in (9, 70):
+        errors(interpreted, (2, L, 200, 8, 11), dtype, mean, residual=False)
+
+
+def unlike(kind):
+    """What to add to the features for rows unlike their first features."""
+    mean = torch.zeros(1024)
+    if kind == "far":
+        mean[:32] = 300.0
+    else:  # FP16 overflows where the others are measured in deviations of the first
+        mean[32:] = 3e4 * (-1.0) ** torch.arange(992)
+    return mean
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
+@pytest.mark.parametrize("kind", ["far", "quiet"])
+def test_triton_rows_unlike_their_first_features(kind):
+    if torch.cuda.is_available():
+        pytest.skip("compiled in this process; the gpu tests cover it")
+    errors(interpreted, (2, 70, 1024, 8, 11), torch.float16, unlike(kind), residual=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["far", "quiet"])
+def test_cuda_rows_unlike_their_first_features(kind):
+    errors(on_cuda, (2, 70, 1024, 8, 11), torch.float16, unlike(kind), residual=False)
 
 
 @pytest.mark.gpu
@@ -112,12 +146,7 @@ def test_triton_large_mean(mean, dtype):
     "shape", [*SHAPES, (17, 512, 64, 8, 5), (17, 500, 96, 8, 11)]
 )
 def test_cuda_matches_reference(shape, dtype):
-    def run(x, folded, ada):
-        folded = ops.Folded(*(v.cuda() for v in folded))
-        ada = {k: v.cuda() if torch.is_tensor(v) else v for k, v in ada.items()}
-        return ops.neighbour_attention(x.cuda(), folded, **ada).cpu()
-
-    errors(run, shape, dtype)
+    errors(on_cuda, shape, dtype)
 
 
 def plain_attention(x, folded, scale=None, shift=None, norm=True, eps=1e-5, residual=True):
