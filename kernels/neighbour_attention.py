@@ -282,7 +282,10 @@ def launch_neighbour_attention(x, A, a, C, bias, mask, scale, shift, norm, eps, 
         x = x.contiguous()
     A, a, C, bias = A.contiguous(), a.contiguous(), C.contiguous(), bias.contiguous()
     mask = mask.contiguous().view(torch.uint8)
-    scale, shift = (None if v is None else v.contiguous() for v in (scale, shift))
+    # Not contiguous: AdaLN's are slices of one tensor, which would be copied at every layer.
+    scale, shift = (
+        v.contiguous() if v is not None and v.stride(-1) != 1 else v for v in (scale, shift)
+    )
     B, L, D = x.shape
     _, _, N, H = A.shape
     y = torch.empty((B, L, D), dtype=x.dtype, device=x.device)
@@ -294,8 +297,8 @@ def launch_neighbour_attention(x, A, a, C, bias, mask, scale, shift, norm, eps, 
             x_ptr=x, A_ptr=A, a_ptr=a, C_ptr=C, bias_ptr=bias, mask_ptr=mask,
             scale_ptr=x if scale is None else scale, shift_ptr=x if shift is None else shift,
             y_ptr=y, L=L, D=D, eps=eps, stride_xb=x.stride(0), stride_xl=x.stride(1),
-            stride_scale=0 if scale is None or scale.dim() == 1 else D,
-            stride_shift=0 if shift is None or shift.dim() == 1 else D,
+            stride_scale=0 if scale is None or scale.dim() == 1 else scale.stride(0),
+            stride_shift=0 if shift is None or shift.dim() == 1 else shift.stride(0),
             NORM=norm, RESIDUAL=residual, HAS_SCALE=scale is not None,
             HAS_SHIFT=shift is not None, N=N, H=H, NP=embeddings, MORE=more, HP=heads,
             MERGED=block_l == 128,

@@ -116,6 +116,21 @@ def test_triton_large_mean(mean, dtype):
         errors(interpreted, (2, L, 200, 8, 11), dtype, mean, residual=False)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
+def test_triton_slices_of_a_modulation():
+    """Scale and shift as an AdaLN hands them on: rows of one tensor, or columns."""
+    if torch.cuda.is_available():
+        pytest.skip("compiled in this process; the gpu tests cover it")
+    x, n, layer, fold, ada = make(3, 9, 64, 4, 5)
+    folded = ops.fold_neighbours(n, *layer, **fold, fold=True)
+    expected = interpreted(x, folded, ada | {"residual": True})
+    for dim in (1, 2):
+        scale, shift = torch.stack([ada["scale"], ada["shift"]], dim).unbind(dim)
+        assert not scale.is_contiguous()
+        got = interpreted(x, folded, {"scale": scale, "shift": shift, "residual": True})
+        assert torch.equal(got, expected)
+
+
 def unlike(kind):
     """What to add to the features for rows unlike their first features."""
     mean = torch.zeros(1024)
@@ -195,6 +210,15 @@ def test_fold_equals_reference_and_rule():
     for N, kind in ((14, ops.Folded), (15, ops.Unfolded)):  # 4 N on both sides of 0.9 * 64 = 57.6
         many = torch.randn(2, N, 20).double()
         assert isinstance(ops.fold_neighbours(many, *layer, heads=4), kind)
+
+
+@pytest.mark.gpu
+def test_cuda_folds_by_what_its_tiles_hold():
+    """16 heads: 32 embeddings are 512 columns of D = 1024, 33 are 1,024."""
+    for N, kind in ((32, ops.Folded), (33, ops.Unfolded)):
+        _, n, layer, fold, _ = make(2, 1, 1024, 16, N, dtype=torch.float16)
+        fold["mask"] = fold["mask"].cuda()
+        assert isinstance(ops.fold_neighbours(n.cuda(), *(w.cuda() for w in layer), **fold), kind)
 
 
 def test_exact_on_integers():
