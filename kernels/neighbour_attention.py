@@ -4,14 +4,14 @@ y = x + [sum_h softmax(z A_h + a_h) C_h + b],  z = LN(x)(1 + scale) + shift
                                                                (reference.neighbour_attention)
 
 One program holds BLOCK_L tokens of an image. Where these are 128 it reads x twice, from memory for
-the scores, with the sums for mean and variance on the way, and from L2 for the residual (fewer read
-it once more, before the scores); A and C come from L2, for an
-image that is all off not at all. Bytes: 2 B D itemsize (L + H N); FLOPs: 4 B L D H N, at N = 11 and
-L = 1024 in FP16 150 a byte for 16 heads and 81 for 8: memory binds an H200, which turns at 184. The
-tiles hold 12 embeddings for 11; for 16 heads their products take 0.9 of the floor's time, and
-2 D H N + 3 D BLOCK_L numbers a program pass through L2, 2.4 times the floor's bytes: at most some
-60 % of the floor are to be expected; not measured. N and H are constants of the compiled kernel, or
-A would be read two bytes at a time.
+the scores, with the sums for mean and variance on the way, and from L2 for the residual; fewer read
+it once more, before the scores. A and C come from L2, for an image that is all off not at all.
+Bytes: 2 B D itemsize (L + H N); FLOPs: 4 B L D H N, at N = 11 and L = 1024 in FP16 150 a byte for
+16 heads and 81 for 8: memory binds an H200, which turns at 184. The tiles hold 12 embeddings for
+11; for 16 heads their products take 0.9 of the floor's time, and 2 D H N + 3 D BLOCK_L numbers a
+program pass through L2, 2.4 times the floor's bytes: at most some 60 % of the floor are to be
+expected; not measured. N and H are constants of the compiled kernel, or A would be read two bytes
+at a time.
 Scores and sums in FP32, the variance about a number of the row's own, (x - that) k (1 + scale) and
 the probabilities rounded to the type of x for the products.
 """
