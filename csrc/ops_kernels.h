@@ -94,7 +94,7 @@ struct OpsKernels {
   // Returns where l is: `scratch`, or the row itself when nothing changes it.
   const float* (*scores)(const RowRule&, const void* cond, const void* null, float* scratch,
                          float* maximum);
-  int64_t (*draw)(const float* l, int K, float sharpness, const RowPlace&);
+  int64_t (*draw)(const float* l, int K, float maximum, float sharpness, const RowPlace&);
   double (*sum_exp)(const float* l, int K, float maximum);
   // Loss and gradient of one row; grad may be the row itself. False on NaN, +inf, no finite class.
   bool (*loss_row)(const LossStep&, const void* row, int dtype, int K, int64_t x_0, int64_t x_t,

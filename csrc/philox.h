@@ -6,7 +6,7 @@
 
 namespace knnfast {
 
-enum Stream { kChoice = 0, kGumbel = 1, kPrior = 2, kPurity = 3 };
+enum Stream { kChoice = 0, kGumbel = 1, kPurity = 3 };  // those drawn here
 constexpr int kStreamShift = 28;
 
 struct Words {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Transition step, one row: logits -> scores -> (sum, draw). Four passes at most, all in L1.
+// Transition step, one row: logits -> scores -> (sum, draw). Six passes at most, all in L1.
 #pragma once
 
 #include "convert.h"
@@ -65,6 +65,11 @@ static void truncate(float* l, int K, float maximum, double top_r, int top_k) {
 static const float* scores(const RowRule& rule, const void* cond, const void* null, float* scratch,
                            float* maximum) {
   const int K = rule.K, P = padded(K);
+  auto greatest = [P](const float* row) {
+    vf top = splat(-INFINITY);
+    for (int j = 0; j < P; j += kLanes<float>) top = max<float>(top, load(row + j));
+    return max_lane<float>(top);
+  };
   const bool truncated = rule.top_r < 1.0 || (rule.top_k > 0 && rule.top_k < K);
   const bool direct =
       rule.dtype == kFloat32 && !null && rule.temperature == 1.0f && !truncated && K == P;
@@ -74,27 +79,23 @@ static const float* scores(const RowRule& rule, const void* cond, const void* nu
     for (int j = K; j < P; ++j) scratch[j] = -INFINITY;
   }
   vi bad{};
-  vf top = splat(-INFINITY);
+  // Maxima go before anything is multiplied: logits far from 0 would lose digits.
   if (null) {
     float* other = scratch + P;
     to_float(null, rule.dtype, other, K);
     for (int j = K; j < P; ++j) other[j] = -INFINITY;
+    const float cond_top = greatest(scratch), null_top = greatest(other);
     for (int j = 0; j < P; j += kLanes<float>) {
-      const vf c = load(scratch + j), n = load(other + j);
+      const vf c = load(scratch + j) - cond_top, n = load(other + j) - null_top;
       bad |= ~(c < INFINITY) | ~(n < INFINITY);
       const vf g = n + (c - n) * rule.guidance;
       const vi out = (c == -INFINITY) | (n == -INFINITY);
       store(scratch + j, out ? splat(-INFINITY) : g);
     }
   }
-  const bool scale = rule.temperature != 1.0f;
-  const float inverse = 1.0f / rule.temperature;
+  vf top = splat(-INFINITY);
   for (int j = 0; j < P; j += kLanes<float>) {
-    vf v = load(l + j);
-    if (scale) {
-      v *= inverse;
-      store(scratch + j, v);
-    }
+    const vf v = load(l + j);
     bad |= ~(v < INFINITY);
     top = max<float>(top, v);
   }
@@ -102,6 +103,12 @@ static const float* scores(const RowRule& rule, const void* cond, const void* nu
   for (int i = 0; i < kLanes<float>; ++i) any |= bad[i];
   *maximum = max_lane<float>(top);
   if (any || *maximum == -INFINITY) return nullptr;
+  if (rule.temperature != 1.0f) {
+    const float inverse = 1.0f / rule.temperature;
+    for (int j = 0; j < P; j += kLanes<float>)
+      store(scratch + j, (load(scratch + j) - *maximum) * inverse);
+    *maximum = 0;
+  }
   if (truncated) truncate(scratch, K, *maximum, rule.top_r, rule.top_k);
   return l;
 }
@@ -112,15 +119,15 @@ static double sum_exp(const float* l, int K, float maximum) {
   return sum<float>(s);
 }
 
-// argmax of sharpness l + Gumbel, ties to the lower class.
-static int64_t draw(const float* l, int K, float sharpness, const RowPlace& at) {
+// argmax of sharpness (l - maximum) + Gumbel, ties to the lower class.
+static int64_t draw(const float* l, int K, float maximum, float sharpness, const RowPlace& at) {
   vf best = splat(-INFINITY);
   vi where{}, index{};
   for (int i = 0; i < kLanes<float>; ++i) index[i] = i;
   for (int j = 0; j < padded(K); j += kWords) {
     const Noise noise = philox_blocks(uint32_t(j / 4), at.position, at.image, at.counter3, at.seed);
-    const vf a = load(l + j) * sharpness + gumbel(noise.lo);
-    const vf b = load(l + j + kLanes<float>) * sharpness + gumbel(noise.hi);
+    const vf a = (load(l + j) - maximum) * sharpness + gumbel(noise.lo);
+    const vf b = (load(l + j + kLanes<float>) - maximum) * sharpness + gumbel(noise.hi);
     vi better = a > best;
     best = better ? a : best;
     where = better ? index : where;

@@ -132,7 +132,7 @@ int64_t transition_rows(const StepGrid& g, const RowRule& rule, const void* logi
       const Row r = row_at(g, flat, kChoice);
       const int64_t x = x_t[flat];
       if (r.u < (x == g.K ? r.w[kMaskP] : r.w[kRealP])) {
-        x_s[flat] = k.draw(l, rule.K, 1.0f, r.place);
+        x_s[flat] = k.draw(l, rule.K, maximum, 1.0f, r.place);
       } else {  // a real token between the two weights
         const double p = std::exp(double(l[x]) - maximum) / k.sum_exp(l, rule.K, maximum);
         const double w_u = r.w[kRealU0] * (1 - p) + r.w[kRealU1] * p;
@@ -197,7 +197,7 @@ int64_t transition_purity(const StepGrid& g, const RowRule& rule, double purity,
       float maximum;
       const float* l = prepare(flat, static_cast<float*>(scratch.get()), &maximum);
       const float sharp = float(1 + purity * best[size_t(flat)]);
-      x_s[flat] = k.draw(l, rule.K, sharp, row_at(g, flat, kGumbel).place);
+      x_s[flat] = k.draw(l, rule.K, maximum, sharp, row_at(g, flat, kGumbel).place);
     }
   };
   parallel_for((count + kChunk - 1) / kChunk, draw);

@@ -3,9 +3,10 @@
 logits[r] = features[rows[r]] W^T + b for r < count                    (reference.sample_head)
 
 Three launches, no host synchronisation: a fixed grid goes through the rows that the first lists.
-Bytes: count * D + K * D (weights once a row block, from L2); FLOPs: 2 count K D, which binds above
-about 200 rows. FP32 accumulation, FP32 logits to the drawing kernel of transition_step.py.
-Scratch is [B L, K] FP32, of which count rows are touched.
+Bytes: count * D + K * D; FLOPs: 2 count K D, which bind an H200 above about 200 rows. From L2 pass
+the weights once for BLOCK_R rows and the features once for BLOCK_K classes: 43 FLOPs a byte in
+FP16, so that L2 binds the kernel. FP32 accumulation, FP32 logits to the drawing kernel of
+transition_step.py. Scratch is [B L, K] FP32, of which count rows are touched.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ import triton.language as tl
 from knnfast.kernels.tiles import INTERPRET, multiprocessors
 from knnfast.kernels.transition_step import _launch, launch_transition_choose
 
-CONFIGS = {"BLOCK_R": 16, "BLOCK_K": 128, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
+# By bytes a number. FP32 keeps below 64 rows, as in neighbour_attention.py.
+CONFIGS = {
+    2: {"BLOCK_R": 64, "BLOCK_K": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
+    4: {"BLOCK_R": 16, "BLOCK_K": 128, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3},
+}
 
 
 @triton.jit
@@ -65,21 +70,27 @@ def launch_sample_head(
     if x_t.numel() == 0:
         return torch.empty_like(x_t)
     K, D = weight.shape
-    weight = weight.contiguous()
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     x_s, rows, count = launch_transition_choose(x_t, weights, image_indices, seed, K)
     total = x_t.numel()
+    config = dict(CONFIGS[weight.element_size()])
+    processors = multiprocessors(weight.device)[0]
+    # Steps draw some 3 % of the rows: few of them leave multiprocessors idle.
+    if triton.cdiv(K, config["BLOCK_K"]) * triton.cdiv(total, 32 * config["BLOCK_R"]) < processors:
+        config["BLOCK_K"] = 64
+    columns = triton.cdiv(K, config["BLOCK_K"])
+    # Four programs a multiprocessor, whatever share of the rows turns out to be drawn.
+    grid = (
+        min(triton.cdiv(total, config["BLOCK_R"]), triton.cdiv(4 * processors, columns)), columns,
+    )  # fmt: skip
 
     def head(f):
         f = f.reshape(total, D).contiguous()
         out = torch.empty((total, K), dtype=torch.float32, device=f.device)
-        columns = triton.cdiv(K, CONFIGS["BLOCK_K"])
-        # Four programs a multiprocessor, whatever share of the rows turns out to be drawn.
-        programs = triton.cdiv(4 * multiprocessors(f.device)[0], columns)
-        grid = (min(triton.cdiv(total, CONFIGS["BLOCK_R"]), programs), columns)
         sample_head_kernel[grid](
             features_ptr=f, weight_ptr=weight, bias_ptr=f if bias is None else bias,
             rows_ptr=rows, count_ptr=count, out_ptr=out, K=K, D=D, stride_f=D, stride_w=D,
-            HAS_BIAS=bias is not None, **CONFIGS,
+            HAS_BIAS=bias is not None, **config,
         )  # fmt: skip
         return out
 

@@ -89,7 +89,10 @@ def row_scores(
     cond_ptr, null_ptr, K, guidance, inverse_temperature, top_r, top_k,
     HAS_NULL: tl.constexpr, TRUNCATE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Load one row and return (l [BLOCK_K], its maximum, whether it is bad)."""
+    """Load one row and return (l [BLOCK_K] less its maximum, whether it is bad).
+
+    Maxima go before anything is multiplied: logits far from 0 would lose digits.
+    """
     col = tl.arange(0, BLOCK_K)
     ninf = float("-inf")
     l = tl.load(cond_ptr + col, mask=col < K, other=ninf).to(tl.float32)  # [BLOCK_K]
@@ -98,13 +101,15 @@ def row_scores(
         n = tl.load(null_ptr + col, mask=col < K, other=ninf).to(tl.float32)
         bad += tl.sum((~(n < float("inf"))).to(tl.int32), 0)
         excluded = (l == ninf) | (n == ninf)
+        l = l - tl.max(l, 0)
+        n = n - tl.max(n, 0)
         l = tl.where(excluded, ninf, n + (l - n) * guidance)
-    l = l * inverse_temperature
     top = tl.max(l, 0)
     bad += (~((top < float("inf")) & (top > ninf))).to(tl.int32)
+    l = (l - top) * inverse_temperature
     if TRUNCATE:
         # The smallest kept value, by bisection over the floats' order; its equals by index.
-        e = tl.exp(l - top)
+        e = tl.exp(l)
         mass_limit = tl.where(top_r < 1.0, top_r * tl.sum(e, 0), float("inf"))
         count_limit = tl.where(top_k > 0, top_k * 1.0, float("inf"))
         bits = l.to(tl.int32, bitcast=True)
@@ -126,4 +131,4 @@ def row_scores(
         mass = tl.sum(tl.where(over, e, 0.0), 0) + rank * e
         count = tl.sum(over.to(tl.float32), 0) + rank
         l = tl.where(over | (tie & (mass < mass_limit) & (count < count_limit)), l, ninf)
-    return l, top, bad
+    return l, bad

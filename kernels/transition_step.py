@@ -26,10 +26,28 @@ from knnfast.kernels.tiles import (
     words_at,
 )
 
-# (largest BLOCK_K, warps): a row stays in registers, 32 to 128 a thread.
+# (largest BLOCK_K, warps): a row stays in registers, 32 classes a thread; above 8,192, where a
+# thread has 128 registers, some of it spills.
 CONFIGS = ((1024, 1), (2048, 2), (4096, 4), (8192, 8), (65536, 16))
 
-STEP, SCORE, PURE = 0, 1, 2
+STEP, SCORE, PURE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+BLOCK = 256  # tokens of a program that lists
+
+
+@triton.jit
+def append(rows_ptr, count_ptr, flat, need):
+    """Add the needed positions to a list whose order is the programs'; no token depends on it."""
+    place = tl.cumsum(need.to(tl.int32), 0)
+    first = tl.atomic_add(count_ptr, tl.sum(need.to(tl.int32), 0), sem="relaxed")
+    tl.store(rows_ptr + first + place - 1, flat, mask=need)
+
+
+@triton.jit
+def transition_list_kernel(need_ptr, rows_ptr, count_ptr, total, BLOCK: tl.constexpr):
+    """The positions of the true ones."""
+    flat = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    need = tl.load(need_ptr + flat, mask=flat < total, other=0) != 0
+    append(rows_ptr, count_ptr, flat, need)
 
 
 @triton.jit
@@ -62,10 +80,7 @@ def transition_choose_kernel(
     need = inside & ((u < w_p) | ((u >= least) & (u < most)))
     x_s = tl.where((u >= w_p) & (u < least), below(w2, w3, K), x_t)
     tl.store(out_ptr + flat, x_s, mask=inside)
-    # The list's order depends on the blocks' order; no token depends on it.
-    place = tl.cumsum(need.to(tl.int32), 0)
-    first = tl.atomic_add(count_ptr, tl.sum(need.to(tl.int32), 0), sem="relaxed")
-    tl.store(rows_ptr + first + place - 1, flat, mask=need)
+    append(rows_ptr, count_ptr, flat, need)
 
 
 @triton.jit
@@ -91,13 +106,13 @@ def transition_step_kernel(
         w_ptr = weights_ptr + image_row * stride_weights
         t = tl.load(w_ptr).to(tl.int32)
 
-        l, top, bad = row_scores(
+        l, bad = row_scores(
             logits_ptr + row * stride_row, null_ptr + row * stride_null, K,
             guidance, inverse_temperature, top_r, top_k, HAS_NULL, TRUNCATE, BLOCK_K,
         )  # fmt: skip
         zero = position * 0
-        if MODE == 1:
-            total = tl.sum(tl.exp(l - top), 0)
+        if MODE == SCORE:
+            total = tl.sum(tl.exp(l), 0)
             w0, _, _, _ = words_at(seed, zero, position, image, t, PURITY)
             score = gumbel(w0) - tl.log(total)
             tl.store(score_ptr + flat, tl.where(bad > 0, float("nan"), score))
@@ -110,10 +125,10 @@ def transition_step_kernel(
             w_p = tl.where(masked, tl.load(w_ptr + 1), tl.load(w_ptr + 3))
             from_p = u < w_p
             sharp = 1.0
-            if MODE == 2:
+            if MODE == PURE:
                 from_p = x_t == x_t
                 sharp = 1.0 + purity * tl.load(best_ptr + flat)
-            e = tl.exp((l - top) * sharp)
+            e = tl.exp(l * sharp)
             if from_p:
                 # argmax of l + Gumbel noise as a race: the first of exponential waits at rates e^l.
                 # Who loses to underflow cannot win: the noise spans 26.
@@ -154,25 +169,33 @@ def _launch(
 
 
 def launch_transition_choose(x_t, weights, image_indices, seed, num_codes):
-    """Return x_s [B, L], rows [B L] (the first count are meant, in any order) and count [1]."""
+    """X_s [B, L], and `_list`'s rows and count of the tokens that need logits."""
     x_t, weights, image_indices = x_t.contiguous(), weights.contiguous(), image_indices.contiguous()
-    total = x_t.numel()
     x_s = torch.empty_like(x_t)
-    rows = torch.empty(total, dtype=torch.int64, device=x_t.device)
-    count = torch.zeros(1, dtype=torch.int32, device=x_t.device)
-    block = 256
-    transition_choose_kernel[(triton.cdiv(total, block),)](
+    rows, count = _list(x_t)
+    total = x_t.numel()
+    transition_choose_kernel[(triton.cdiv(total, BLOCK),)](
         x_t_ptr=x_t, weights_ptr=weights, image_ptr=image_indices, seed_ptr=seed, out_ptr=x_s,
         rows_ptr=rows, count_ptr=count, total=total, L=x_t.shape[1], K=num_codes,
-        stride_weights=7 if weights.dim() == 2 else 0, BLOCK=block, num_warps=4,
+        stride_weights=7 if weights.dim() == 2 else 0, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return x_s, rows, count
 
 
+def _list(like):
+    """An empty list: rows [B L] (the first count are meant, in any order) and count [1]."""
+    rows = torch.empty(like.numel(), dtype=torch.int64, device=like.device)
+    return rows, torch.zeros(1, dtype=torch.int32, device=like.device)
+
+
 def _listed(need):
-    """Rows and count of the true ones, as `launch_transition_choose` returns them."""
-    order = need.view(-1).to(torch.int32).sort(descending=True, stable=True)[1]
-    return order, need.sum(dtype=torch.int32).view(1)
+    """Rows and count of the true ones."""
+    rows, count = _list(need)
+    transition_list_kernel[(triton.cdiv(need.numel(), BLOCK),)](
+        need_ptr=need.contiguous().view(torch.uint8), rows_ptr=rows, count_ptr=count,
+        total=need.numel(), BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    return rows, count
 
 
 def launch_transition_step(
@@ -213,7 +236,7 @@ def launch_transition_rows(
     guidance, temperature, top_r, top_k,
 ):  # fmt: skip
     """Compact form: logits [n, K] of the flat positions rows [n]; returns a completed x_s."""
-    out = x_s.clone()
+    out = x_s.clone(memory_format=torch.contiguous_format)  # the kernel indexes it flat
     if rows.numel() == 0:
         return out
     count = torch.full((1,), rows.numel(), dtype=torch.int32, device=x_t.device)

@@ -84,9 +84,11 @@ CASES = {
     "loss-8192": (lambda: loss(HALF, 8192), 0, 255, 20_000, True),
     "choose": (lambda: head(HALF, 4096), 0, 96, 4_096, False),
     "head": (lambda: head(HALF, 4096), 1, 168, 100_000, True),
+    "head-b16": (lambda: head(HALF, 4096, B=16), 1, 255, 100_000, True),
+    "head-fp32": (lambda: head(FULL, 4096, B=16), 1, 255, 101_376, True),
     "head-rows": (lambda: head(HALF, 4096), 2, 255, 40_000, True),
     "attention-h16-n11": (lambda: attention(HALF, 16, 11), 0, 255, 160_000, True),
-    "attention-h8-n11": (lambda: attention(HALF, 8, 11), 0, 176, 80_000, True),
+    "attention-h8-n11": (lambda: attention(HALF, 8, 11), 0, 255, 80_000, True),
     "attention-bf16": (lambda: attention(BFLOAT, 16, 11), 0, 255, 160_000, True),
     "attention-h1-n1": (lambda: attention(HALF, 1, 1, L=8, D=47), 0, 255, 160_000, False),
     "attention-one-image": (lambda: attention(HALF, 16, 11, B=1), 0, 255, 160_000, True),
@@ -156,7 +158,7 @@ def test_compiles_within_budget(monkeypatch, case, arch):
     compiled = build(kernel, arguments, arch)
     got, local = usage(compiled)
     print(case, arch, "registers", got, "local", local, "shared", compiled.metadata.shared)
-    assert local == 0, "spills"
+    assert local <= 16, "spills"  # ptxas parts with a few to fit one more program
     assert got <= registers
     assert compiled.metadata.shared <= shared
     ptx = compiled.asm["ptx"]
@@ -166,6 +168,19 @@ def test_compiles_within_budget(monkeypatch, case, arch):
         )
     if "fp32" in case:
         assert "tf32" not in ptx
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("K", "rule", "local"),
+    [(16384, (2.0, 1.0, 0.9, 5), 512), (65536, (2.0, 1.0, 0.9, 5), 5120)],
+)  # fmt: skip
+def test_rows_wider_than_the_registers(monkeypatch, K, rule, local, arch):
+    """Some of them spill, so many bytes a thread at most."""
+    kernel, arguments = launches(monkeypatch, arch, lambda: step(HALF, K, null=True, rule=rule))[1]
+    compiled = build(kernel, arguments, arch)
+    assert usage(compiled)[1] <= local
+    assert compiled.metadata.shared <= 4096
 
 
 @pytest.mark.parametrize(

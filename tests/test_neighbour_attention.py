@@ -72,6 +72,12 @@ def interpreted(x, folded, ada):
     )
 
 
+def on_cuda(x, folded, ada):
+    folded = ops.Folded(*(v.cuda() for v in folded))
+    ada = {k: v.cuda() if torch.is_tensor(v) else v for k, v in ada.items()}
+    return ops.neighbour_attention(x.cuda(), folded, **ada).cpu()
+
+
 @pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -92,7 +98,10 @@ def test_large_mean(mean, dtype):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s[1] < 40 and s[2] <= 512])
+@pytest.mark.parametrize(  # the last two: 128 tokens a program
+    "shape",
+    [*(s for s in SHAPES if s[1] < 40 and s[2] <= 512), (2, 130, 64, 8, 5), (1, 70, 130, 2, 11)],
+)
 def test_triton_matches_reference(shape, dtype):
     if torch.cuda.is_available():
         pytest.skip("compiled in this process; the gpu tests cover it")
@@ -105,7 +114,47 @@ def test_triton_matches_reference(shape, dtype):
 def test_triton_large_mean(mean, dtype):
     if torch.cuda.is_available():
         pytest.skip("compiled in this process; the gpu tests cover it")
-    errors(interpreted, (2, 9, 200, 8, 11), dtype, mean, residual=False)
+    for L in (9, 70):
+        errors(interpreted, (2, L, 200, 8, 11), dtype, mean, residual=False)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
+def test_triton_slices_of_a_modulation():
+    """Scale and shift as an AdaLN hands them on: rows of one tensor, or columns."""
+    if torch.cuda.is_available():
+        pytest.skip("compiled in this process; the gpu tests cover it")
+    x, n, layer, fold, ada = make(3, 9, 64, 4, 5)
+    folded = ops.fold_neighbours(n, *layer, **fold, fold=True)
+    expected = interpreted(x, folded, ada | {"residual": True})
+    for dim in (1, 2):
+        scale, shift = torch.stack([ada["scale"], ada["shift"]], dim).unbind(dim)
+        assert not scale.is_contiguous()
+        got = interpreted(x, folded, {"scale": scale, "shift": shift, "residual": True})
+        assert torch.equal(got, expected)
+
+
+def unlike(kind):
+    """What to add to the features for rows unlike their first features."""
+    mean = torch.zeros(1024)
+    if kind == "far":
+        mean[:32] = 300.0
+    else:  # FP16 overflows where the others are measured in deviations of the first
+        mean[32:] = 3e4 * (-1.0) ** torch.arange(992)
+    return mean
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
+@pytest.mark.parametrize("kind", ["far", "quiet"])
+def test_triton_rows_unlike_their_first_features(kind):
+    if torch.cuda.is_available():
+        pytest.skip("compiled in this process; the gpu tests cover it")
+    errors(interpreted, (2, 70, 1024, 8, 11), torch.float16, unlike(kind), residual=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["far", "quiet"])
+def test_cuda_rows_unlike_their_first_features(kind):
+    errors(on_cuda, (2, 70, 1024, 8, 11), torch.float16, unlike(kind), residual=False)
 
 
 @pytest.mark.gpu
@@ -114,12 +163,7 @@ def test_triton_large_mean(mean, dtype):
     "shape", [*SHAPES, (17, 512, 64, 8, 5), (17, 500, 96, 8, 11)]
 )
 def test_cuda_matches_reference(shape, dtype):
-    def run(x, folded, ada):
-        folded = ops.Folded(*(v.cuda() for v in folded))
-        ada = {k: v.cuda() if torch.is_tensor(v) else v for k, v in ada.items()}
-        return ops.neighbour_attention(x.cuda(), folded, **ada).cpu()
-
-    errors(run, shape, dtype)
+    errors(on_cuda, shape, dtype)
 
 
 def plain_attention(x, folded, scale=None, shift=None, norm=True, eps=1e-5, residual=True):
@@ -169,6 +213,15 @@ def test_fold_equals_reference_and_rule():
     for N, kind in ((14, ops.Folded), (15, ops.Unfolded)):  # 4 N on both sides of 0.9 * 64 = 57.6
         many = torch.randn(2, N, 20).double()
         assert isinstance(ops.fold_neighbours(many, *layer, heads=4), kind)
+
+
+@pytest.mark.gpu
+def test_cuda_folds_by_what_its_tiles_hold():
+    """16 heads: 32 embeddings are 512 columns of D = 1024, 33 are 1,024."""
+    for N, kind in ((32, ops.Folded), (33, ops.Unfolded)):
+        _, n, layer, fold, _ = make(2, 1, 1024, 16, N, dtype=torch.float16)
+        fold["mask"] = fold["mask"].cuda()
+        assert isinstance(ops.fold_neighbours(n.cuda(), *(w.cuda() for w in layer), **fold), kind)
 
 
 def test_exact_on_integers():

@@ -86,12 +86,15 @@ def test_rows_are_the_share_that_the_mathematics_says():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
-def test_triton_matches_reference():
+@pytest.mark.parametrize("strided", [False, True])
+def test_triton_matches_reference(strided):
     if torch.cuda.is_available():
         pytest.skip("compiled in this process; the gpu tests cover it")
     from knnfast.kernels.sample_head import launch_sample_head
 
     features, null, weight, bias, x_t = make(21, B=1, L=19)
+    if strided:
+        weight, bias = weight.T.contiguous().T, torch.stack([bias, -bias], 1)[:, 0]
     weights = weights_of("mask_replace", 21, 100, 60)
     index, key = torch.tensor([5]), torch.tensor([8])
     with NoHostReads({"cpu"}):
@@ -117,16 +120,18 @@ def test_cuda_equals_cuda_dense(dtype):
 
 
 def test_large_means_and_strided_inputs(device):
-    """Features far from 0, every other one of a wider tensor, and tokens that lie transposed."""
+    """Features far from 0 and a bias, every other one of wider tensors; tokens transposed."""
     features, null, weight, bias, x_t = (v.to(device) for v in make(100, L=80))
     wide = torch.stack([features + 100.0, null + 100.0], 2).flatten(1, 2)  # [B, 2 L, D]
     far, far_null = wide[:, ::2], wide[:, 1::2]
     turned = x_t.T.contiguous().T
+    spread = torch.stack([bias, bias.flip(0)], 1)[:, 0]
     assert not far.is_contiguous()
     assert not turned.is_contiguous()
+    assert not spread.is_contiguous()
     weights = weights_of("mask_replace", 100, 80, 30).to(device)
     rule = {"null_features": far_null, "guidance": 2.0}
-    got = ops.sample_head(far, weight, bias, turned, weights, seed=4, **rule)
+    got = ops.sample_head(far, weight, spread, turned, weights, seed=4, **rule)
     expected = reference.sample_head(far, weight, bias, x_t, weights, seed=4, **rule)
     assert (got != expected).double().mean() < 2e-2
     rule["null_features"] = far_null.contiguous()

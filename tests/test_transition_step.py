@@ -46,6 +46,14 @@ def interpreted(logits, x_t, weights, *, seed, image_indices=None, null_logits=N
     return _step_cuda(logits, null_logits, x_t, weights, image_indices, seed, *rule.values())
 
 
+ON_THE_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled in this process")
+BOTH = pytest.mark.parametrize(
+    "run",
+    [ops.transition_step, pytest.param(interpreted, marks=ON_THE_CPU)],
+    ids=["cpu", "triton"],
+)
+
+
 def make(K, B, L, rule, dtype=torch.float32, masked=0.5):
     rule = dict(rule)
     logits = random_logits((B, L, K), dtype=dtype)
@@ -55,12 +63,8 @@ def make(K, B, L, rule, dtype=torch.float32, masked=0.5):
     return logits, x_t, rule
 
 
-def margins(got, expected, logits, x_t, weights, seed, image_indices=None, purity=None, **rule):
-    """How near FP64 came to each token of `got` [B, L].
-
-    Where a class was drawn: the difference of the two perturbed scores. Elsewhere: of the choice's
-    uniform and the weight that decides between replaced and kept; purity sampling has none.
-    """
+def perturbed(logits, x_t, weights, seed, image_indices=None, purity=None, **rule):
+    """The log-probabilities and perturbed scores [B, L, K] in FP64, and the choice's words."""
     K = logits.shape[-1]
     logp = reference.class_scores(logits, **rule)
     t, position, image, key = reference._coordinates(x_t, weights, image_indices, seed)
@@ -71,9 +75,19 @@ def margins(got, expected, logits, x_t, weights, seed, image_indices=None, purit
 
     noise = philox.gumbel(words(torch.arange((K + 3) // 4), philox.GUMBEL)[..., :K])
     sharp = 1.0 if purity is None else 1 + purity * logp.max(-1, keepdim=True)[0].exp()
-    score = sharp * logp + noise
-    best, given = (score.gather(-1, v.clamp(0, K - 1)[..., None])[..., 0] for v in (expected, got))
     choice = words(torch.zeros(1, dtype=torch.int64), philox.CHOICE)
+    return logp, sharp * logp + noise, choice
+
+
+def margins(got, expected, logits, x_t, weights, seed, image_indices=None, purity=None, **rule):
+    """How near FP64 came to each token of `got` [B, L].
+
+    Where a class was drawn: the difference of the two perturbed scores. Elsewhere: of the choice's
+    uniform and the weight that decides between replaced and kept; purity sampling has none.
+    """
+    K = logits.shape[-1]
+    logp, score, choice = perturbed(logits, x_t, weights, seed, image_indices, purity, **rule)
+    best, given = (score.gather(-1, v.clamp(0, K - 1)[..., None])[..., 0] for v in (expected, got))
     u = philox.unit52(choice[..., 0], choice[..., 1])
     p_i = logp.gather(-1, x_t.clamp(max=K - 1)[..., None])[..., 0].exp()
     w_p, w_u = reference._branches(p_i, x_t == K, weights)
@@ -158,6 +172,27 @@ def test_triton_matches_reference(name, rule, L):
     weights = weights_of(name, 13, 100, 40)
     got = interpreted(logits, x_t, weights, seed=11, **kw)
     agree(got, logits, x_t, weights, seed=11, **kw)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
+@BOTH
+@pytest.mark.parametrize("rule", RULES)
+def test_logits_far_from_zero(run, rule):
+    """Roundings are of differences: where two classes nearly tie the better one is drawn."""
+    K, L = 64, 20_000
+    logits, x_t, kw = make(K, 1, L, RULES[rule])
+    logits += 1e4
+    if "null_logits" in kw:
+        kw["null_logits"] -= 2e4
+    weights = weights_of("mask", K, 100, 0)
+    kw["seed"] = 7
+    best = perturbed(logits, x_t, weights, **kw)[1].topk(2)[0]
+    gap = best[0, :, 0] - best[0, :, 1]
+    gap[gap < 1e-5] = float("inf")
+    x_t[:] = 0  # stays
+    x_t[0, gap.argsort()[:12]] = K
+    got = run(logits, x_t, weights, **kw)
+    assert torch.equal(got, reference.transition_step(logits, x_t, weights, **kw))
 
 
 @pytest.mark.gpu
@@ -325,14 +360,6 @@ def test_rare_events_appear_at_their_rate(seed):
         hits += int((got == 1).sum())
     low, high = stats.poisson.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], 16.0)
     assert low <= hits <= high
-
-
-ON_THE_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled in this process")
-BOTH = pytest.mark.parametrize(
-    "run",
-    [ops.transition_step, pytest.param(interpreted, marks=ON_THE_CPU)],
-    ids=["cpu", "triton"],
-)
 
 
 @pytest.mark.isa
@@ -580,6 +607,23 @@ def test_triton_takes_tokens_out_of_range_for_codes_of_probability_0():
     for token in (-1, 14, 1 << 40):
         got = interpreted(logits, torch.full_like(x_t, token), weights, seed=11)
         assert torch.equal(got, torch.where((expected == 0) & (got == token), token, expected))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
+@pytest.mark.parametrize("triton", [False, pytest.param(True, marks=ON_THE_CPU)])
+def test_rows_of_tokens_that_lie_transposed(triton):
+    """The compact form completes an x_s of any strides."""
+    from knnfast.ops.transition import _rows_cpu, _rows_cuda
+
+    logits, x_t, _ = make(13, 3, 5, {})
+    weights = weights_of("mask_replace", 13, 100, 40)
+    step = x_t, weights, torch.arange(3), torch.tensor([2])
+    x_s, drawn = torch.ops.knnfast.transition_choose(*step, 13)
+    rows, turned = logits.view(-1, 13)[drawn], x_s.T.contiguous().T
+    run = _rows_cuda if triton else _rows_cpu
+    got = run(rows, None, drawn, x_t, turned, *step[1:], 1.0, 1.0, 1.0, 0)
+    assert not turned.is_contiguous()
+    assert torch.equal(got, ops.transition_step(logits, *step[:2], seed=2))
 
 
 def test_too_many_classes_for_a_kernel():

@@ -86,7 +86,8 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
             },
             names,
         ),
-        # x in, y out, A and C of every head and sample once; two products with H N columns.
+        # x in, y out, A and C of every head and sample once; two products with H N columns, fewer
+        # than any kernel's tiles hold: a floor that none can go below.
         bytes=x.element_size() * 2.0 * B * D * (L + H * N), flops=4.0 * B * L * D * H * N,
         cuda=cuda, graphs=True,
     )  # fmt: skip

@@ -27,8 +27,8 @@ _TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Measured (bench/results, shapes fold-24 ... fold-96: L = 256, D = 512, H = 8): 1.3 times faster
 # than projections + SDPA at H N = 0.75 D, even at 1.0, 0.7 times at 1.5.
 FOLD_LIMIT = 0.9
-# On a GPU also only where a row of A, its sides rounded up to powers of two, is so many bytes: all
-# that the smallest shared memory holds.
+# A GPU computes with H and N rounded up to powers of two, so there it is a share of those, not
+# measured; and a row of A may have so many bytes: all that the smallest shared memory holds.
 FOLD_BYTES = 2048
 
 
@@ -68,8 +68,8 @@ def fold_neighbours(
         b_q, b_v: [D_in] or None; b_o: [D] or None. A key bias cancels in the softmax.
         heads: H, divides D_in.
         mask: [B, N] bool, the embeddings that are on; all when None.
-        fold: True folds, False keeps keys and values; None folds when H N <= 0.9 D, and on a GPU
-            H N is at most 512 (fp32) or 1024, both rounded up to powers of two.
+        fold: True folds, False keeps keys and values; None folds when H N <= 0.9 D, on a GPU with
+            both rounded up to powers of two and H N at most 512 (fp32) or 1024.
 
     Returns:
         Folded, or Unfolded where folding does not pay; both serve `neighbour_attention`.
@@ -105,8 +105,11 @@ def fold_neighbours(
     V = torch.nn.functional.linear(n, w_v, b_v).view(B, N, heads, d_h)
     bias = n.new_zeros(D) if b_o is None else b_o
     if fold is None:
-        row = (1 << (heads - 1).bit_length() + (N - 1).bit_length()) * n.element_size()
-        fold = heads * N <= FOLD_LIMIT * D and (not n.is_cuda or row <= FOLD_BYTES)
+        columns = heads * N
+        if n.is_cuda:
+            columns = 1 << (heads - 1).bit_length() + (N - 1).bit_length()
+        small = not n.is_cuda or columns * n.element_size() <= FOLD_BYTES
+        fold = small and columns <= FOLD_LIMIT * D
     if not fold:
         return Unfolded(K.transpose(1, 2), V.transpose(1, 2), w_q, b_q, w_o, bias, mask)
     scale = d_h**-0.5
@@ -149,8 +152,8 @@ def neighbour_attention(
     Returns:
         y: like x, contiguous. An image whose mask is all off keeps y = x (0 without residual).
     Raises: ValueError shape or device; TypeError dtype.
-    Numerics: accumulates in FP32, variance in two passes.  Backends: triton, cpu, reference.
-    Memory: y and the packed weights.  Deterministic: yes.
+    Numerics: accumulates in FP32, variance about a mean.  Backends: triton, cpu, reference.
+    Memory: y, and on the CPU the packed weights.  Deterministic: yes.
     Differentiable: in x, the folded weights, scale and shift.
     """
     check_dtype("x", x, _TYPES)
@@ -323,7 +326,7 @@ library.define(
 def _attention_cpu(x, A, a, C, bias, mask, scale, shift, norm, eps, residual):
     from knnfast import _C
 
-    if x.stride(-1) != 1 or x.stride(0) < 0:
+    if x.stride(-1) != 1:
         x = x.contiguous()
     A, a, C, bias, mask = (v.contiguous() for v in (A, a, C, bias, mask))
     scale, shift = (None if v is None else v.contiguous() for v in (scale, shift))

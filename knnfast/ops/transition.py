@@ -353,7 +353,7 @@ def _rows_cpu(
     logits, x_t, weights = rows(logits), x_t.contiguous(), weights.contiguous()
     image_indices, drawn = image_indices.contiguous(), drawn.contiguous()
     null = None if null_logits is None else rows(null_logits)
-    x_s, K = x_s.clone(), logits.shape[-1]
+    x_s, K = x_s.clone(memory_format=torch.contiguous_format), logits.shape[-1]
     _raise_bad(
         _C.transition_rows(
             *_grid(x_t, K, weights, image_indices, seed),
