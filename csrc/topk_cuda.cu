@@ -133,7 +133,7 @@ Workspace carve(const TopkPlan& plan, const IndexView& index, void* memory, size
   w.states = reinterpret_cast<QueryState*>(take(chunk * sizeof(QueryState)));
   w.panels = take(columns * plan.planes * row_bytes);
   w.values = reinterpret_cast<float*>(take(chunk * padded_dim(index) * sizeof(float)));
-  w.raw = reinterpret_cast<float*>(take(chunk * index.dim * sizeof(float)));
+  w.raw = reinterpret_cast<float*>(take(chunk * half_slices(index.dim) * 64 * sizeof(float)));
   w.upper = reinterpret_cast<float*>(take(chunk * bins * sizeof(float)));
   w.lower = reinterpret_cast<float*>(take(chunk * (bins >> plan.lower_shift) * sizeof(float)));
   w.threshold = reinterpret_cast<float*>(take(chunk * sizeof(float)));

@@ -67,9 +67,11 @@ __global__ void __launch_bounds__(kThreads) topk_prepare_kernel(PrepareArgs a) {
 
   double top = 0, bad = 0;
   if (real) {
-    for (int j = thread; j < a.dim; j += kThreads) {
-      const float q = load_float(a.queries, a.dtype, base + j);
-      a.raw[static_cast<int64_t>(m) * a.dim + j] = q;
+    const int width = half_slices(a.dim) * 64;
+    for (int j = thread; j < width; j += kThreads) {
+      const float q = j < a.dim ? load_float(a.queries, a.dtype, base + j) : 0.0f;
+      a.raw[static_cast<int64_t>(m) * width + j] = q;
+      if (j >= a.dim) break;
       if (!(fabsf(q) <= 0x1.fffffep127f)) bad = 1;
       top = fmax(top, fabs(centred ? static_cast<double>(q) - a.mean[j] : static_cast<double>(q)));
     }
