@@ -287,7 +287,7 @@ std::vector<int64_t> CudaIndex::add(const void* rows, DType dtype, int64_t n, in
   }
   auto mean = mean_;
   int64_t mean_rows = mean_rows_;
-  if (scan_ == kInt8) {
+  if (scan_ != kFp16) {
     // The first rows may be no fair sample: look again as the index grows, then leave it.
     if (!mean || (mean_rows < 65536 && after >= 4 * mean_rows)) {
       mean = recentre(segments, after, stream);
