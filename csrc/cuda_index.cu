@@ -63,6 +63,12 @@ CudaIndex::CudaIndex(int dim, Metric metric, Scan scan, int device, int64_t segm
     throw std::invalid_argument("CUDA device " + std::to_string(device) +
                                 " has compute capability " + std::to_string(major) + "." +
                                 std::to_string(minor) + "; 8.0 is the least");
+  int pools = 0;
+  check(cudaDeviceGetAttribute(&pools, cudaDevAttrMemoryPoolsSupported, device),
+        "cudaDeviceGetAttribute");
+  if (!pools)
+    throw CudaError("CUDA device " + std::to_string(device) +
+                    " has no memory pools (cudaDevAttrMemoryPoolsSupported), which searches need");
   int64_t most = 4096;
   while (most * 2 * half_slices(dim) * kSlice <= int64_t{256} << 20) most *= 2;
   if (segment_rows < 1 || segment_rows > most) segment_rows_ = most;

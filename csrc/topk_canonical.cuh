@@ -75,12 +75,13 @@ __device__ __forceinline__ void canonical_scores_of(const unsigned char* tile, c
   while (slice + kAhead <= slices) add(std::integral_constant<int, kAhead>{});
   while (slice < slices) add(std::integral_constant<int, 1>{});
 #pragma unroll
-  for (int i = 0; i < N; ++i) scores[i] = tree(sums[i]);
-  if (kMetric != kCosine) return;
-#pragma unroll
   for (int i = 0; i < N; ++i) {
-    const double x_norm = __dsqrt_rn(tree(squares[i]));
-    scores[i] = x_norm == 0 || q_norm == 0 ? 0.0 : __ddiv_rn(scores[i], __dmul_rn(x_norm, q_norm));
+    scores[i] = tree(sums[i]);
+    if (kMetric == kCosine) {
+      const double x_norm = __dsqrt_rn(tree(squares[i]));
+      scores[i] =
+          x_norm == 0 || q_norm == 0 ? 0.0 : __ddiv_rn(scores[i], __dmul_rn(x_norm, q_norm));
+    }
   }
 }
 

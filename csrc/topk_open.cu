@@ -468,7 +468,8 @@ int launch_open(const TopkPlan& plan, const TopkParams& params, const Workspace&
   const size_t shared = open_shared_bytes(params.index.dim, plan.k);
   auto kernel =
       params.index.scan == kInt8 ? topk_open_kernel<CodeScan> : topk_open_kernel<HalfScan>;
-  const cudaError_t allowed = allow_shared(kernel);
+  static std::atomic<uint64_t> done[2];  // of either kernel
+  const cudaError_t allowed = allow_shared(kernel, done[params.index.scan]);
   if (allowed != cudaSuccess) return allowed;
   const dim3 grid(static_cast<unsigned>(plan.shares), static_cast<unsigned>(count));
   return KNN_LAUNCH(kernel, grid, kThreads, shared, stream, args);
@@ -482,7 +483,8 @@ int launch_merge(const TopkPlan& plan, const TopkParams& params, const Workspace
       plan.shares,        plan.k,          params.index.metric,
       params.scores + at, params.ids + at, params.exact ? params.exact + at : nullptr};
   const size_t shared = merge_shared_bytes(plan.k);
-  const cudaError_t allowed = allow_shared(topk_merge_kernel);
+  static std::atomic<uint64_t> done{0};
+  const cudaError_t allowed = allow_shared(topk_merge_kernel, done);
   if (allowed != cudaSuccess) return allowed;
   return KNN_LAUNCH(topk_merge_kernel, static_cast<unsigned>(count), kThreads, shared, stream,
                     args);

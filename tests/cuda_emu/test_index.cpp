@@ -283,6 +283,18 @@ void chosen_scan() {
   for (const Found& f : found) expect(f == found.front(), "the same answer from every scan");
 }
 
+void no_pools() {
+  emu::has_pools() = false;
+  std::string said;
+  try {
+    CudaIndex index(3, kIp, kFp16, 0);
+  } catch (const CudaError& e) {
+    said = e.what();
+  }
+  emu::has_pools() = true;
+  expect(said.find("no memory pools") != std::string::npos, "a device without memory pools");
+}
+
 void segment_sizes() {
   const auto rows = normal(300);
   CudaIndex index(1, kIp, kFp16, 0, 300);
@@ -309,6 +321,7 @@ int main(int argc, char** argv) {
   for (Scan scan : {kFp16, kInt8}) out_of_memory(scan);
   capture();
   chosen_scan();
+  no_pools();
   segment_sizes();
   expect(cudaGetLastError() == cudaSuccess, "no error stays");
   expect(refuses([] { CudaIndex(kMaxDim + 1, kIp, kFp16, 0); }, "dim must be"), "dim too large");

@@ -362,8 +362,9 @@ bool plans(std::string& why) {
           if (open_shared_bytes(dim, 100) > limit) fault = "no room to open bins";
           const size_t deep = size_t{device.capability == 89 ? 32u : 48u} << 10;
           if (shared(plan.stages) - shared(1) < deep) fault = "a shallow ring";
-          if (batch <= 64 && dim <= 1024 && plan.kernel != Kernel::kStream) fault = "wrong kernel";
-          if (batch > 64 && plan.kernel != large) fault = "wrong kernel";
+          const int few = device.capability == 90 && !int8 ? 32 : 64;
+          if (batch <= few && dim <= 1024 && plan.kernel != Kernel::kStream) fault = "wrong kernel";
+          if (batch > few && plan.kernel != large) fault = "wrong kernel";
           if (!fault) continue;
           why = "plan for cc " + std::to_string(device.capability) + ", scan " +
                 std::to_string(scan) + ", dim " + std::to_string(dim) + ", batch " +
@@ -380,14 +381,15 @@ bool plans(std::string& why) {
     int64_t rows;
     int panels, round;
   } rounds[] = {{1000000, 3, 3},     {1000000, 66, 66}, {1000000, 67, 66}, {1000000, 90, 66},
-                {1000000, 133, 132}, {1000, 67, 67},    {1000, 250, 250}};
+                {1000000, 133, 132}, {1000, 67, 67},    {1000, 250, 250}, {1000000, 8, 8},
+                {10000000, 8, 6}};
   for (const auto& r : rounds) {
     if (planned(r.rows, r.panels * 128).chunk == r.round * 128) continue;
     why = "the round of " + std::to_string(r.panels) + " panels";
     return false;
   }
-  if (planned(1000000, 1).shares < 2 * 132 || planned(1000000, 528).shares != 1 ||
-      planned(0, 1).shares != 1) {
+  if (planned(1000000, 1).shares < 2 * 132 || planned(1000000, 528).shares != 4 ||
+      planned(0, 1).shares != 1 || planned(4000, 528).shares != 2) {
     why = "shares";
     return false;
   }
