@@ -21,6 +21,22 @@ __device__ __forceinline__ double key_score(uint64_t key, Metric metric) {
   return metric == kL2 ? -score + 0.0 : score;
 }
 
+// A canonical score in the unit of the bounds, rounded down by more than this arithmetic can be
+// off: what is bounded below it from above scores worse.
+//   ip  2^p s     cosine  2^p ‖q‖ s     l2  (‖t‖²/γ - γ s)/2
+__device__ __forceinline__ float score_bound(double score, const QueryState& q, int dim,
+                                             Metric metric) {
+  const double unit = __longlong_as_double(static_cast<long long>(q.exponent + 1023) << 52);
+  double value = score * unit, error = 0x1p-80;
+  if (metric == kCosine) value *= q.norm;
+  if (metric == kL2) {
+    const double length = q.norm / unit;
+    error += (dim + 16) * 0x1p-50 * (length + value);
+    value = (length - value) / 2;
+  }
+  return static_cast<float>(value - (error + 0x1p-22 * fabs(value)));
+}
+
 __device__ __forceinline__ double tree(double v) {
 #pragma unroll
   for (int x = 16; x; x >>= 1) v = __dadd_rn(v, __shfl_xor_sync(~0u, v, x));

@@ -195,9 +195,10 @@ TopkPlan plan_topk(const IndexView& index, int batch, int k, const Device& devic
   const int all = ceil_div(batch, plan.columns);
   auto set_panels = [&](int panels) {
     plan.chunk = batch < panels * plan.columns ? batch : panels * plan.columns;
-    // Two blocks fit on a multiprocessor; twice as many even out where the open bins lie, and four
-    // a query what a single one of many opens. A share of fewer than 64 bins is not worth a block.
-    const int most = std::max(4 * device.multiprocessors / plan.chunk, 4);
+    // Two blocks fit on a multiprocessor; twice as many even out where the open bins lie. Of many
+    // queries one may open far more than the others: two blocks for it, not more, because each has
+    // its own k best to shut bins by. A share of fewer than 64 bins is not worth a block.
+    const int most = std::max(4 * device.multiprocessors / plan.chunk, 2);
     plan.shares = std::max(std::min(most, plan.bins / 64), 1);
     carve(plan, index, nullptr, &plan.workspace_bytes);
   };

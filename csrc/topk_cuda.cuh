@@ -40,9 +40,9 @@ struct QueryState {
   float open_row;  // the same when the query is not rounded (FP32 dot product)
   float open_code;
   float err_fixed;  // fp16, cosine: times 1/‖x‖
-  double norm;      // cosine: √(q·q), in the canonical order
+  double norm;      // cosine: √(q·q), in the canonical order; l2: t·t, in FP16 scans of t = q'
   int bad;          // the query has a NaN or an infinity
-  int pad;
+  int exponent;     // p
 };
 static_assert(sizeof(QueryState) == 48, "copied as three 16-byte words");
 

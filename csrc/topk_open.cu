@@ -2,11 +2,12 @@
 // After the scan: threshold, opening, canonical scores, order.
 //
 //   threshold[m] = k-th largest of lower[m, :]           (a certified lower bound of the k-th
-//   score) open every bin with upper >= threshold; inside, bound each row again with the unrounded
-//   query (FP32 dot product with the FP16 row or its codes) and rescore the rows that still reach
-//   it: canonical score, FP64: lane l = 0..31 sums j = l, l+32, ..., lanes combine by the tree 16,
-//   8, 4, 2, 1; ip Σ x·q, l2 Σ (q-x)², cosine dot/(√xx·√qq), 0 if a norm is 0. No contraction.
-//   Order: score, then the lower id; rounding to FP32 comes last.
+//   score) open every bin with upper >= threshold, the highest upper first; inside, bound each row
+//   again with the unrounded query (FP32 dot product with the FP16 row or its codes) and rescore
+//   the rows that still reach it, which rises to a block's own k-th best: canonical score, FP64:
+//   lane l = 0..31 sums j = l, l+32, ..., lanes combine by the tree 16, 8, 4, 2, 1; ip Σ x·q, l2 Σ
+//   (q-x)², cosine dot/(√xx·√qq), 0 if a norm is 0. No contraction. Order: score, then the lower
+//   id; rounding to FP32 comes last.
 // Bytes: lower once, upper once, 128·slices·32 for an open bin, 2d for a rescored row (found in
 // cache in FP16 scans). Nothing is ever dropped for want of room: a block keeps the best k of what
 // it has rescored, sorting when its buffer fills, and hands on at most k. If every row ties, every
@@ -100,7 +101,7 @@ constexpr int kThreads = 256;
 constexpr int kLoads = 4;                   // candidates a thread of the merge loads at a time
 constexpr int kMerged = kLoads * kThreads;  // of a round of the merge
 constexpr int kWarps = kThreads / 32;
-constexpr int kTurn = 4;                   // bins a warp opens between two meetings
+constexpr int kTurn = 4;                   // most bins a warp opens between two meetings
 constexpr int kOpened = kTurn * kThreads;  // rows of a round of the opening
 
 // Room for the k best and a round of candidates.
@@ -127,10 +128,10 @@ struct Best {
   __device__ void push(const Candidate& c) {
     if (before(c, *worst)) items[atomicAdd(count, 1)] = c;
   }
-  // All threads, after each round.
-  __device__ __forceinline__ void make_room(int round) {
+  // All threads, after each round: room for the next one, and `worst` not far behind.
+  __device__ __forceinline__ void meet(int round) {
     __syncthreads();
-    if (*count > capacity - round) settle();
+    if (*count > min(k + k / 4, capacity - round)) settle();
     __syncthreads();
   }
   // All threads: orders what is there and keeps the k best.
@@ -245,7 +246,7 @@ struct OpenArgs {
 constexpr int kTileBins = kTileRows / kBinRows;
 constexpr int kVectors = 4;                     // of upper bounds, that a thread loads at a time
 constexpr int kLook = kThreads * kVectors * 4;  // bins the block looks at before it meets
-constexpr int kOpenList = 2 * kThreads;         // bins found open that wait
+constexpr int kOpenList = kThreads;             // bins found open that wait
 
 // What a block shares, before its candidates and the query as given.
 struct OpenShared {
@@ -256,9 +257,20 @@ struct OpenShared {
   int found;              // open bins in the list
   int candidates, place;  // place: of the candidates among the query's
   int pad[2];
-  int open[kOpenList];
+  uint64_t open[kOpenList];  // float_key of the bound, bin
 };
 static_assert(sizeof(OpenShared) % sizeof(Candidate) == 0, "candidates come next");
+
+// Orders the list, the largest first, each entry by counting those before it. All threads.
+__device__ __forceinline__ void rank(uint64_t* list, int n) {
+  static_assert(kOpenList <= kThreads, "an entry a thread");
+  const uint64_t mine = static_cast<int>(threadIdx.x) < n ? list[threadIdx.x] : 0;
+  int before = 0;
+  for (int i = 0; i < n; ++i) before += list[i] > mine;
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) < n) list[before] = mine;
+  __syncthreads();
+}
 
 // One block a query and a share of its bins.
 template <class Scan>
@@ -362,14 +374,28 @@ __global__ void __launch_bounds__(kThreads, 2) topk_open_kernel(OpenArgs a) {
       int at = reached ? atomicAdd(&head.found, __popc(reached)) : kOpenList;
       for (; reached && at < kOpenList; ++at, reached &= reached - 1) {
         const int bit = __ffs(static_cast<int>(reached)) - 1;
-        head.open[at] = base + (bit / 4 * kThreads + thread) * 4 + bit % 4;
+        const int bin = base + (bit / 4 * kThreads + thread) * 4 + bit % 4;
+        head.open[at] = static_cast<uint64_t>(float_key(upper[bin])) << 32 | bin;
       }
       more = __syncthreads_or(reached != 0);
-      if (head.found >= kThreads || base + kLook >= end) {
+      if (head.found >= kOpenList / 2 || base + kLook >= end) {
         const int found = min(head.found, kOpenList);
-        for (int i = 0; i < found; i += kWarps) {
-          if (i + warp < found) open_bin(head.open[i + warp]);
-          if (i / kWarps % kTurn == kTurn - 1 || i + kWarps >= found) best.make_room(kOpened);
+        rank(head.open, found);
+        // The highest bounds first: they hold the best rows, and then most of the rest is shut.
+        const auto reaches = [&](int i) {
+          return key_float(static_cast<uint32_t>(head.open[i] >> 32)) >= head.threshold;
+        };
+        for (int i = 0, turn = 1; i < found && reaches(i); turn = min(2 * turn, kTurn)) {
+          const int first = i;
+          i = min(first + turn * kWarps, found);
+          for (int j = first + warp; j < i; j += kWarps)
+            if (reaches(j)) open_bin(static_cast<int>(head.open[j]));
+          best.meet(kOpened);
+          if (thread == 0 && head.worst.key)
+            head.threshold =
+                fmaxf(head.threshold, score_bound(key_score(head.worst.key, index.metric),
+                                                  head.state, index.dim, index.metric));
+          __syncthreads();
         }
         if (thread == 0 && found) head.found = 0;
       }
@@ -416,7 +442,7 @@ __global__ void __launch_bounds__(kThreads) topk_merge_kernel(MergeArgs a) {
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) best.push(next[i]);
-    best.make_room(kMerged);
+    best.meet(kMerged);
   }
   best.settle();
   const bool bad = a.states[m].bad != 0;
