@@ -3,11 +3,11 @@
     python bench/gpu.py [--out out/gpu] [--budget SECONDS] [--only STAGE,...] [--train]
 
 Stages, the most telling first: build for this machine's GPU alone; the tests marked `gpu`, then the
-others of the index; the benchmark of top-k and of every other op, each beginning with the shapes
-that are meant for a GPU, with whichever peers import; what its Triton makes of the kernels, in
-registers and spills; compute-sanitizer on the search kernels; `knnfast bench`; training of the
-sticker models when it is asked for. Each has a time limit, is skipped with a reason where it cannot
-run or no longer fits into the budget, and the script goes on.
+others of the index; the search kernels' own times; the benchmark of top-k and of every other op,
+each beginning with the shapes that are meant for a GPU, with whichever peers import; what its
+Triton makes of the kernels, in registers and spills; compute-sanitizer on the search kernels;
+`knnfast bench`; training of the sticker models when it is asked for. Each has a time limit, is
+skipped with a reason where it cannot run or no longer fits into the budget, and the script goes on.
 All of it lands in one folder of small files, `summary.json` first, and in one archive beside it,
 out/gpu.tar.gz, both written before anything else, anew before each stage and at the end. SIGTERM
 and Ctrl-C end the running stage with everything it started. Exit code 1 when a stage failed or was
@@ -187,8 +187,10 @@ def stages(train: bool, scale: float) -> list[Stage]:
         Stage("tests", pytest("-m", "gpu"), 240, (no_gpu,), lambda: FEW_THREADS),
         Stage("tests-index", pytest("-m", "not gpu", "tests/test_cuda_index.py"), 120, (no_gpu,),
               lambda: FEW_THREADS),
+        Stage("bench-kernels", [PYTHON, "bench/kernels.py", "--json", "{out}/kernels.json"], 90,
+              (no_gpu,)),
         *(
-            Stage(f"bench-{op}", bench(op), 240 if op == "topk" else 120, (no_gpu,))
+            Stage(f"bench-{op}", bench(op), 300 if op == "topk" else 120, (no_gpu,))
             for op in SHAPES  # topk is the first
         ),
         # Registers and spills with the Triton that is here.

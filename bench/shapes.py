@@ -19,6 +19,12 @@ TOPK: dict[str, dict[str, Any]] = {
     # The embedded database's size, and smaller: what a call costs at least.
     "stickers": {"n": 1_725, "d": 512, "batches": (1, 4), "ks": (10,)},
     "small-1k": {"n": 1_000, "d": 64, "batches": (1,), "ks": (10,)},
+    # What a GPU is measured by: from latency to throughput.
+    **{
+        f"gpu-{name}-{d}": {"n": n, "d": d, "batches": (1, 16, 128, 1024), "ks": (10, 100)}
+        for name, n in (("1m", 1_000_000), ("10m", 10_000_000))
+        for d in (512, 768)
+    },
     # One of eight shards of the paper's 69 million images (GPU).
     "coco-69m-shard": {"n": 8_625_000, "d": 512, "batches": (1, 16, 128, 1024), "ks": (10,)},
     "ci": {"n": 50_000, "d": 256, "batches": (1, 8), "ks": (10,)},

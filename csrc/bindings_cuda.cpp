@@ -179,6 +179,8 @@ void bind_cuda(py::module_& m) {
                              [](const CudaIndex::Plan& plan) {
                                return reinterpret_cast<uintptr_t>(plan.results().ids);
                              })
+      .def_property_readonly(
+          "scan", [](const CudaIndex::Plan& plan) { return static_cast<int>(plan.scan()); })
       .def_property_readonly("kernel", [](const CudaIndex::Plan& plan) {
         return std::string(plan.plan().kernel == Kernel::kStream  ? "stream"
                            : plan.plan().kernel == Kernel::kTiled ? "tiled"

@@ -11,6 +11,8 @@
 #include <dlfcn.h>
 #include <stdint.h>
 
+#include <atomic>
+
 #define KNN_DYN_SMEM(name) extern __shared__ __align__(1024) unsigned char name[]
 #define KNN_LAUNCH(kernel, grid, threads, shared, stream, ...)                        \
   (kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), \
@@ -18,18 +20,26 @@
 
 // As much shared memory as the device gives, whatever this launch needs: the attribute belongs to
 // the kernel, and a smaller one set beside it would make another thread's launch fail. Rings take
-// all of it from the L1 cache, which their copies pass by.
+// all of it from the L1 cache, which their copies pass by. Once for a kernel and a device: `done`
+// is the kernel's, a bit a device.
 template <class Kernel>
-inline cudaError_t allow_shared(Kernel kernel, bool ring = false) {
+inline cudaError_t allow_shared(Kernel kernel, std::atomic<uint64_t>& done, bool ring = false) {
   int device = 0, most = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-  if (error != cudaSuccess || !ring) return error;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                              cudaSharedmemCarveoutMaxShared);
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (done & bit) return cudaSuccess;
+  cudaFuncAttributes attributes{};
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 most - static_cast<int>(attributes.sharedSizeBytes));
+  if (error == cudaSuccess && ring)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+  if (error == cudaSuccess) done |= bit;
+  return error;
 }
 
 // Whether a block starts with so many registers, as the compiler has it: setmaxnreg.inc waits for

@@ -63,6 +63,12 @@ CudaIndex::CudaIndex(int dim, Metric metric, Scan scan, int device, int64_t segm
     throw std::invalid_argument("CUDA device " + std::to_string(device) +
                                 " has compute capability " + std::to_string(major) + "." +
                                 std::to_string(minor) + "; 8.0 is the least");
+  int pools = 0;
+  check(cudaDeviceGetAttribute(&pools, cudaDevAttrMemoryPoolsSupported, device),
+        "cudaDeviceGetAttribute");
+  if (!pools)
+    throw CudaError("CUDA device " + std::to_string(device) +
+                    " has no memory pools (cudaDevAttrMemoryPoolsSupported), which searches need");
   int64_t most = 4096;
   while (most * 2 * half_slices(dim) * kSlice <= int64_t{256} << 20) most *= 2;
   if (segment_rows < 1 || segment_rows > most) segment_rows_ = most;
@@ -287,7 +293,7 @@ std::vector<int64_t> CudaIndex::add(const void* rows, DType dtype, int64_t n, in
   }
   auto mean = mean_;
   int64_t mean_rows = mean_rows_;
-  if (scan_ == kInt8) {
+  if (scan_ != kFp16) {
     // The first rows may be no fair sample: look again as the index grows, then leave it.
     if (!mean || (mean_rows < 65536 && after >= 4 * mean_rows)) {
       mean = recentre(segments, after, stream);

@@ -81,8 +81,9 @@ struct HostIds {  // host memory; neither pointer set: no restriction
 
 class CudaIndex {
  public:
-  // Rows live in segments of `segment_rows`, rounded up to whole tiles. 0: as many as fit into
-  // 256 MiB of FP16, which is also the most.
+  // kAuto keeps codes and chooses for each search (choose_scan). Rows live in segments of
+  // `segment_rows`, rounded up to whole tiles. 0: as many as fit into 256 MiB of FP16, which is
+  // also the most.
   CudaIndex(int dim, Metric metric, Scan scan, int device, int64_t segment_rows = 0);
   ~CudaIndex();
   CudaIndex(const CudaIndex&) = delete;
@@ -129,12 +130,14 @@ class CudaIndex {
     int batch() const { return batch_; }
     int k() const { return k_; }
     const TopkPlan& plan() const { return plan_; }
+    Scan scan() const { return view_.scan; }  // of this shape
 
    private:
     void prepare();
     std::shared_ptr<const CudaIndex> index_;
     int batch_, k_;
     std::shared_ptr<const struct Snapshot> snapshot_;
+    IndexView view_{};  // the snapshot's
     TopkPlan plan_{};
     Memory workspace_, scores_, ids_;
     Results results_{};

@@ -66,7 +66,9 @@ StreamMemory upload_queries(cudaMemPool_t pool, const Queries& host, int batch, 
   return rows;
 }
 
-TopkPlan checked_plan(const IndexView& view, int batch, int k, const Device& device) {
+// Settles what `view` scans.
+TopkPlan checked_plan(IndexView& view, int batch, int k, const Device& device) {
+  if (view.scan == kAuto) view.scan = choose_scan(view.rows, batch, k);
   const TopkPlan plan = plan_topk(view, batch, k, device, kWorkspace);
   if (plan.workspace_bytes) return plan;
   if (k < 1 || k > kMaxK)
@@ -84,7 +86,7 @@ void CudaIndex::search(const Queries& queries, int batch, int k, const HostIds& 
   const Current current(device_);
   refuse_capture(stream, "search");
   const auto seen = snapshot();
-  const Restricted rows(seen->view, pool_->handle, allow, deny, stream);
+  Restricted rows(seen->view, pool_->handle, allow, deny, stream);
   const TopkPlan plan = checked_plan(rows.view, batch, k, limits_);
   const StreamMemory workspace(pool_->handle, plan.workspace_bytes, stream);
   check(launch_topk(plan,
@@ -119,7 +121,7 @@ Ranges CudaIndex::range_search(const Queries& queries, bool on_device, int batch
   if (!on_device) stream = stream_->handle;
   refuse_capture(stream, "range_search");
   const auto seen = snapshot();
-  const Restricted rows(seen->view, pool_->handle, allow, deny, stream);
+  Restricted rows(seen->view, pool_->handle, allow, deny, stream);
   const TopkPlan plan = checked_plan(rows.view, batch, 1, limits_);
   const StreamMemory workspace(pool_->handle, plan.workspace_bytes, stream);
   std::unique_ptr<StreamMemory> uploaded;
@@ -214,9 +216,11 @@ CudaIndex::Plan::Plan(std::shared_ptr<const CudaIndex> index, int batch, int k)
 void CudaIndex::Plan::prepare() {
   auto seen = index_->snapshot();
   if (seen == snapshot_) return;
-  const TopkPlan plan = checked_plan(seen->view, batch_, k_, index_->limits_);
+  IndexView view = seen->view;
+  const TopkPlan plan = checked_plan(view, batch_, k_, index_->limits_);
   if (workspace_.bytes() < plan.workspace_bytes)
     workspace_ = Memory(index_->device_, plan.workspace_bytes);
+  view_ = view;
   plan_ = plan;
   snapshot_ = std::move(seen);
 }
@@ -225,7 +229,7 @@ void CudaIndex::Plan::run(const Queries& queries, void* stream) {
   const Current current(index_->device_);
   prepare();
   check(launch_topk(plan_,
-                    {snapshot_->view, queries.data, queries.dtype, queries.stride, results_.scores,
+                    {view_, queries.data, queries.dtype, queries.stride, results_.scores,
                      results_.ids, nullptr, workspace_.as<void>()},
                     stream),
         "search");

@@ -8,6 +8,8 @@
 // No allocation, no synchronisation, no read of device memory: all sizes come from the plan, so the
 // launches can be captured in a CUDA graph. Workspace per query: 4 bytes per 32 rows for the upper
 // bounds, the same or an eighth of it for the lower ones, 16·k·shares for candidates.
+#include <algorithm>
+
 #include "topk_cuda.cuh"
 #include "topk_launch.h"
 #include "trace.h"
@@ -23,7 +25,10 @@ constexpr bool kHasSm90 = true;
 constexpr bool kHasSm90 = false;
 #endif
 
-constexpr int kStreamBatch = 64;     // largest batch of the streaming kernel
+constexpr int kStreamBatch = 64;  // largest batch of the streaming kernel
+// And on Hopper in FP16, where a panel of 64 leaves a multiprocessor one block of four warps: the
+// Hopper kernel's panel, half empty, is still bound by memory.
+constexpr int kHopperHalfBatch = 32;
 constexpr int kMostQueries = 32768;  // of a round: a grid has at most 65,535 blocks along y
 
 size_t align(size_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -89,22 +94,22 @@ int walkers_of(const TopkPlan& plan, int64_t tiles, int panels) {
   return walkers < 1 ? 1 : static_cast<int>(walkers);
 }
 
-// What a scan of `panels` panels takes, in the time of one block's tile.
-int64_t round_cost(const TopkPlan& plan, int64_t tiles, int panels) {
+// What a scan of `panels` panels takes, in the time of one block's tile: about 0.7 µs a slice, in
+// either scan. The other launches of a round take about 45 µs.
+int64_t round_cost(const TopkPlan& plan, int64_t tiles, int slices, int panels) {
   if (panels == 0) return 0;
-  constexpr int kLaunches = 4;  // the other launches of a round, about 20 µs
   const int64_t waves = ceil_div(panels, plan.grid);
-  return kLaunches + waves * ceil_div(work_of(plan, tiles), walkers_of(plan, tiles, panels));
+  return 64 / slices + waves * ceil_div(work_of(plan, tiles), walkers_of(plan, tiles, panels));
 }
 
 // Panels of a round: of `most` down to half of it, where the fewest blocks idle: 66 panels take 132
 // multiprocessors, 67 would leave 65 of them without work.
-int choose_panels(const TopkPlan& plan, int64_t tiles, int all, int most) {
+int choose_panels(const TopkPlan& plan, int64_t tiles, int slices, int all, int most) {
   int best = most;
   int64_t least = INT64_MAX;
   for (int panels = most; 2 * panels > most; --panels) {
-    const int64_t cost =
-        all / panels * round_cost(plan, tiles, panels) + round_cost(plan, tiles, all % panels);
+    const int64_t cost = all / panels * round_cost(plan, tiles, slices, panels) +
+                         round_cost(plan, tiles, slices, all % panels);
     if (cost >= least) continue;
     least = cost;
     best = panels;
@@ -133,7 +138,7 @@ Workspace carve(const TopkPlan& plan, const IndexView& index, void* memory, size
   w.states = reinterpret_cast<QueryState*>(take(chunk * sizeof(QueryState)));
   w.panels = take(columns * plan.planes * row_bytes);
   w.values = reinterpret_cast<float*>(take(chunk * padded_dim(index) * sizeof(float)));
-  w.raw = reinterpret_cast<float*>(take(chunk * index.dim * sizeof(float)));
+  w.raw = reinterpret_cast<float*>(take(chunk * half_slices(index.dim) * 64 * sizeof(float)));
   w.upper = reinterpret_cast<float*>(take(chunk * bins * sizeof(float)));
   w.lower = reinterpret_cast<float*>(take(chunk * (bins >> plan.lower_shift) * sizeof(float)));
   w.threshold = reinterpret_cast<float*>(take(chunk * sizeof(float)));
@@ -160,7 +165,8 @@ TopkPlan plan_topk(const IndexView& index, int batch, int k, const Device& devic
   const bool hopper = kHasSm90 && device.capability >= 90 && device.capability < 100;
   bool fits = false;
   if (force_kernel < 0) {
-    fits = batch <= kStreamBatch && fit_stream(plan, int8, slices, device);
+    fits = batch <= (hopper && !int8 ? kHopperHalfBatch : kStreamBatch) &&
+           fit_stream(plan, int8, slices, device);
     if (!fits) fits = hopper && fit_sm90(plan, int8, slices, device);
     if (!fits) fits = fit_tiled(plan, int8, device);
   } else {
@@ -189,16 +195,16 @@ TopkPlan plan_topk(const IndexView& index, int batch, int k, const Device& devic
   const int all = ceil_div(batch, plan.columns);
   auto set_panels = [&](int panels) {
     plan.chunk = batch < panels * plan.columns ? batch : panels * plan.columns;
-    // Two blocks fit on a multiprocessor; twice as many even out where the open bins lie. A share
-    // of fewer than 64 bins is not worth a block.
-    const int most = 4 * device.multiprocessors / plan.chunk, enough = plan.bins / 64;
-    plan.shares = most < enough ? most : enough;
-    if (plan.shares < 1) plan.shares = 1;
+    // Two blocks fit on a multiprocessor; twice as many even out where the open bins lie. Of many
+    // queries one may open far more than the others: two blocks for it, not more, because each has
+    // its own k best to shut bins by. A share of fewer than 64 bins is not worth a block.
+    const int most = std::max(4 * device.multiprocessors / plan.chunk, 2);
+    plan.shares = std::max(std::min(most, plan.bins / 64), 1);
     carve(plan, index, nullptr, &plan.workspace_bytes);
   };
   int panels = ceil_div(batch < kMostQueries ? batch : kMostQueries, plan.columns);
   for (set_panels(panels); panels > 1 && plan.workspace_bytes > memory;) set_panels(--panels);
-  if (plan.kernel != Kernel::kStream) set_panels(choose_panels(plan, tiles, all, panels));
+  if (plan.kernel != Kernel::kStream) set_panels(choose_panels(plan, tiles, slices, all, panels));
   if (plan.workspace_bytes > memory) set_panels(panels);  // fewer queries may have more shares
   return plan;
 }

@@ -40,9 +40,9 @@ struct QueryState {
   float open_row;  // the same when the query is not rounded (FP32 dot product)
   float open_code;
   float err_fixed;  // fp16, cosine: times 1/‖x‖
-  double norm;      // cosine: √(q·q), in the canonical order
+  double norm;      // cosine: √(q·q), in the canonical order; l2: t·t, in FP16 scans of t = q'
   int bad;          // the query has a NaN or an infinity
-  int pad;
+  int exponent;     // p
 };
 static_assert(sizeof(QueryState) == 48, "copied as three 16-byte words");
 
@@ -79,13 +79,17 @@ __host__ __device__ __forceinline__ int unit_offset(int row, int unit) {
   return row * kSlice + ((unit ^ (row & 7)) << 4);
 }
 
-// Rows of a bin that may be found: bit i is row i of the 32.
+// The rows of a bin that exist: bit i is row i of the 32.
+__device__ __forceinline__ uint32_t bin_rows(int64_t rows, int bin) {
+  const int64_t first = static_cast<int64_t>(bin) * kBinRows;
+  return first + kBinRows <= rows ? ~0u : first < rows ? (1u << (rows - first)) - 1 : 0u;
+}
+
+// Those that may be found.
 __device__ __forceinline__ uint32_t bin_mask(const SegmentView& segment, const uint32_t* filter,
                                              int64_t rows, int bin, int64_t row_in_segment) {
-  uint32_t mask = filter ? filter[bin] : segment.alive[row_in_segment / kBinRows];
-  const int64_t first = static_cast<int64_t>(bin) * kBinRows;
-  if (first + kBinRows > rows) mask &= first < rows ? (1u << (rows - first)) - 1 : 0u;
-  return mask;
+  const uint32_t mask = filter ? filter[bin] : segment.alive[row_in_segment / kBinRows];
+  return mask & bin_rows(rows, bin);
 }
 
 struct Bounds {

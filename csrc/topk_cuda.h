@@ -11,7 +11,7 @@ namespace knnfast {
 namespace cuda {
 
 enum Metric : int { kIp = 0, kCosine = 1, kL2 = 2 };
-enum Scan : int { kFp16 = 0, kInt8 = 1 };
+enum Scan : int { kFp16 = 0, kInt8 = 1, kAuto = 2 };  // kAuto: what choose_scan says
 enum DType : int { kF16 = 0, kBf16 = 1, kF32 = 2 };
 
 constexpr int kTileRows = 256;  // rows stored together; a segment's capacity is a multiple of it
@@ -63,7 +63,7 @@ struct IndexView {
   int64_t rows_per_segment;
   int dim;
   Metric metric;
-  Scan scan;  // what to scan with
+  Scan scan;  // what to scan with; not kAuto
 };
 
 struct Device {
@@ -100,6 +100,14 @@ struct TopkParams {
   double* exact;         // [batch, k] scores before rounding, or null
   void* workspace;       // plan.workspace_bytes, 256-byte aligned
 };
+
+// What to scan of rows that have codes, when nobody says. Codes halve the scan, but their bounds
+// are wide once a query has one number an element (batches above 32, TopkPlan::planes): a query
+// opens about 13·k bins of 1M isotropic rows, FP16 about k. Reading those back takes longer than
+// the scan saves when k exceeds a 50,000th of the rows (by the roofline of an H200, any dim).
+inline Scan choose_scan(int64_t rows, int batch, int k) {
+  return batch > 32 && k > rows / 50000 ? kFp16 : kInt8;
+}
 
 // The plan of a search. `memory` bounds the workspace (it decides the chunk); an impossible request
 // (k or dim beyond the limits above) gives workspace_bytes = 0.

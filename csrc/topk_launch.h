@@ -34,7 +34,7 @@ struct Workspace {
   QueryState* states;     // [chunk]
   unsigned char* panels;  // operand form of the queries
   float* values;          // [chunk, padded] queries in their own unit, FP32, zero-filled
-  float* raw;             // [chunk, dim] queries as given, FP32
+  float* raw;             // [chunk, 64·half_slices] queries as given, FP32, zero-filled
   float* upper;           // [chunk, bins]
   float* lower;           // [chunk, bins >> lower_shift]
   float* threshold;       // [chunk]

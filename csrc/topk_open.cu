@@ -2,11 +2,12 @@
 // After the scan: threshold, opening, canonical scores, order.
 //
 //   threshold[m] = k-th largest of lower[m, :]           (a certified lower bound of the k-th
-//   score) open every bin with upper >= threshold; inside, bound each row again with the unrounded
-//   query (FP32 dot product with the FP16 row or its codes) and rescore the rows that still reach
-//   it: canonical score, FP64: lane l = 0..31 sums j = l, l+32, ..., lanes combine by the tree 16,
-//   8, 4, 2, 1; ip Σ x·q, l2 Σ (q-x)², cosine dot/(√xx·√qq), 0 if a norm is 0. No contraction.
-//   Order: score, then the lower id; rounding to FP32 comes last.
+//   score) open every bin with upper >= threshold, the highest upper first; inside, bound each row
+//   again with the unrounded query (FP32 dot product with the FP16 row or its codes) and rescore
+//   the rows that still reach it, which rises to a block's own k-th best: canonical score, FP64:
+//   lane l = 0..31 sums j = l, l+32, ..., lanes combine by the tree 16, 8, 4, 2, 1; ip Σ x·q, l2 Σ
+//   (q-x)², cosine dot/(√xx·√qq), 0 if a norm is 0. No contraction. Order: score, then the lower
+//   id; rounding to FP32 comes last.
 // Bytes: lower once, upper once, 128·slices·32 for an open bin, 2d for a rescored row (found in
 // cache in FP16 scans). Nothing is ever dropped for want of room: a block keeps the best k of what
 // it has rescored, sorting when its buffer fills, and hands on at most k. If every row ties, every
@@ -28,11 +29,13 @@ namespace {
 constexpr int kSelectThreads = 512;
 constexpr int kGroups = 8192;
 constexpr int kHeld = kGroups / kSelectThreads;  // maxima a thread holds
+constexpr int kInFlight = 2 * kHeld;             // bounds a thread loads at a time
 static_assert(kMaxK <= kGroups, "else the k-th largest maximum is not there");
 
 // Maxima of kGroups groups of bins (any partition gives a certified bound; a group without bins is
-// -inf), then a radix selection of the k-th largest, eight bits at a time. A thread's kHeld loads
-// are in flight together: with 32 KiB a block, latency does not bind.
+// -inf), then a radix selection of the k-th largest, eight bits at a time. With 64 KiB of loads in
+// flight a block comes near what a multiprocessor gets from L2: of one query over 10M rows in the
+// streaming scan, which leaves 1.25 MB, about 16 µs.
 __global__ void __launch_bounds__(kSelectThreads)
     topk_threshold_kernel(const float* lower, int count, int k, float* threshold, int* counts) {
   KNN_DYN_SMEM(shared);
@@ -43,15 +46,15 @@ __global__ void __launch_bounds__(kSelectThreads)
   float best[kHeld];
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) best[j] = kMinusInf;
-  for (int base = thread; base < count; base += kGroups) {
-    float next[kHeld];
+  for (int base = thread; base < count; base += kInFlight * kSelectThreads) {
+    float next[kInFlight];
 #pragma unroll
-    for (int j = 0; j < kHeld; ++j) {
+    for (int j = 0; j < kInFlight; ++j) {
       const int i = base + j * kSelectThreads;
       next[j] = i < count ? values[i] : kMinusInf;
     }
 #pragma unroll
-    for (int j = 0; j < kHeld; ++j) best[j] = fmaxf(best[j], next[j]);
+    for (int j = 0; j < kInFlight; ++j) best[j % kHeld] = fmaxf(best[j % kHeld], next[j]);
   }
   uint32_t keys[kHeld];
 #pragma unroll
@@ -99,7 +102,9 @@ __global__ void __launch_bounds__(kSelectThreads)
 constexpr int kThreads = 256;
 constexpr int kLoads = 4;                   // candidates a thread of the merge loads at a time
 constexpr int kMerged = kLoads * kThreads;  // of a round of the merge
-constexpr int kOpened = kThreads;           // of a round of the opening: a row a thread
+constexpr int kWarps = kThreads / 32;
+constexpr int kTurn = 4;                   // most bins a warp opens between two meetings
+constexpr int kOpened = kTurn * kThreads;  // rows of a round of the opening
 
 // Room for the k best and a round of candidates.
 __host__ __device__ inline int buffer_size(int k, int round) {
@@ -109,29 +114,26 @@ __host__ __device__ inline int buffer_size(int k, int round) {
 }
 
 struct Best {
-  uint64_t* keys;
-  int64_t* ids;
+  Candidate* items;  // [capacity]
+  Candidate* worst;  // the k-th best so far: what comes after it cannot enter
   int* count;
   int capacity, k;
-  // The k-th best so far: what comes after it cannot enter.
-  uint64_t worst_key = 0;
-  int64_t worst_id = INT64_MAX;
 
-  __device__ bool enters(uint64_t key, int64_t id) const {
-    return key > worst_key || (key == worst_key && id < worst_id);
+  __device__ static bool before(const Candidate& a, const Candidate& b) {
+    return a.key > b.key || (a.key == b.key && a.id < b.id);
   }
-  __device__ bool before(int a, int b) const {
-    return keys[a] > keys[b] || (keys[a] == keys[b] && ids[a] < ids[b]);
+  // One thread, before the others meet.
+  __device__ void clear() {
+    *count = 0;
+    *worst = {0, INT64_MAX};
   }
-  __device__ void push(uint64_t key, int64_t id) {
-    const int at = atomicAdd(count, 1);
-    keys[at] = key;
-    ids[at] = id;
+  __device__ void push(const Candidate& c) {
+    if (before(c, *worst)) items[atomicAdd(count, 1)] = c;
   }
-  // All threads, after each round.
-  __device__ __forceinline__ void make_room(int round) {
+  // All threads, after each round: room for the next one, and `worst` not far behind.
+  __device__ __forceinline__ void meet(int round) {
     __syncthreads();
-    if (*count > capacity - round) settle();
+    if (*count > min(k + k / 4, capacity - round)) settle();
     __syncthreads();
   }
   // All threads: orders what is there and keeps the k best.
@@ -140,75 +142,83 @@ struct Best {
     const int n = *count;
     int size = 2;
     while (size < n) size *= 2;
-    for (int i = n + threadIdx.x; i < size; i += kThreads) {
-      keys[i] = 0;
-      ids[i] = INT64_MAX;
-    }
+    for (int i = n + threadIdx.x; i < size; i += kThreads) items[i] = {0, INT64_MAX};
     for (int length = 2; length <= size; length *= 2) {
       for (int stride = length / 2; stride > 0; stride /= 2) {
         __syncthreads();
+#pragma unroll 1
         for (int i = threadIdx.x; i < size / 2; i += kThreads) {
-          const int a = i / stride * 2 * stride + i % stride, b = a + stride;
-          if (((a & length) == 0) == before(b, a)) {
-            const uint64_t key = keys[a];
-            keys[a] = keys[b];
-            keys[b] = key;
-            const int64_t id = ids[a];
-            ids[a] = ids[b];
-            ids[b] = id;
+          const int low = 2 * i - (i & (stride - 1)), high = low + stride;
+          const Candidate a = items[low], b = items[high];
+          if (((low & length) == 0) == before(b, a)) {
+            items[low] = b;
+            items[high] = a;
           }
         }
       }
     }
     __syncthreads();
-    if (n >= k) {
-      worst_key = keys[k - 1];
-      worst_id = ids[k - 1];
+    if (threadIdx.x == 0) {
+      if (n >= k) *worst = items[k - 1];
+      *count = min(n, k);
     }
-    if (threadIdx.x == 0) *count = min(n, k);
     __syncthreads();
   }
 };
 
 // --- opening
 
+// An element of a word as a float. A code c takes no conversion, of which a multiprocessor does 16
+// a clock: the float 2^23 + (c + 128) has c + 128 as its low byte.
+template <class Scan>
+__device__ __forceinline__ float element(uint32_t word, unsigned e) {
+  if (Scan::kIsInt8)
+    return __uint_as_float(__byte_perm(word ^ 0x80808080u, 0x4B000000u, 0x7440u | e)) - 8388736.0f;
+  return half_bits_to_float(static_cast<uint16_t>(word >> (e * 16)));
+}
+
 // Dot products of 32 rows with the query: lane l works on rows 4g + l/8, unit l%8 of each slice, so
-// that a warp reads whole slices. Returns the one of row 4(l%8) + l/8.
+// that a warp reads whole slices; half of a slice's loads are under way while the other half's rows
+// are summed. Returns the one of row 4(l%8) + l/8.
 template <class Scan>
 __device__ __forceinline__ float dots(const unsigned char* tile, int first, int slices,
                                       const float* values) {
-  float sums[8];
-  constexpr int kPerUnit = Scan::kIsInt8 ? 16 : 8;
+  constexpr int kPerWord = Scan::kIsInt8 ? 4 : 2, kPerUnit = 4 * kPerWord;
   const int lane = threadIdx.x % 32, unit = lane % 8;
+  const unsigned char* from[2] = {tile + unit_offset(first + lane / 8, unit),
+                                  tile + unit_offset(first + 4 + lane / 8, unit)};
+  const float* v = values + unit * kPerUnit;
+  float sums[8] = {};
+  uint4 words[8];
+  auto load = [&](int half) {
 #pragma unroll
-  for (int g = 0; g < 8; ++g) sums[g] = 0;
-  for (int slice = 0; slice < slices; ++slice) {
-    const unsigned char* base = tile + static_cast<int64_t>(slice) * kTileRows * kSlice;
-    const float* v = values + (slice * 8 + unit) * kPerUnit;
-    uint4 words[8];
+    for (int g = half; g < 8; g += 2)
+      words[g] = *reinterpret_cast<const uint4*>(from[half] + g / 2 * 8 * kSlice);
+    from[half] += kTileRows * kSlice;
+  };
+  load(0);
+  load(1);
+  for (int slice = 0; slice < slices; ++slice, v += 8 * kPerUnit) {
+    float q[kPerUnit];
 #pragma unroll
-    for (int g = 0; g < 8; ++g)
-      words[g] =
-          *reinterpret_cast<const uint4*>(base + unit_offset(first + g * 4 + lane / 8, unit));
+    for (int i = 0; i < kPerUnit / 4; ++i) {
+      const float4 four = reinterpret_cast<const float4*>(v)[i];
+      q[4 * i] = four.x;
+      q[4 * i + 1] = four.y;
+      q[4 * i + 2] = four.z;
+      q[4 * i + 3] = four.w;
+    }
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      float q[kPerUnit / 4];
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int e = 0; e < kPerUnit / 4; ++e) q[e] = v[w * (kPerUnit / 4) + e];
+      for (int g = half; g < 8; g += 2) {
+        const uint32_t word[4] = {words[g].x, words[g].y, words[g].z, words[g].w};
 #pragma unroll
-      for (int g = 0; g < 8; ++g) {
-        const uint32_t word = w == 0   ? words[g].x
-                              : w == 1 ? words[g].y
-                              : w == 2 ? words[g].z
-                                       : words[g].w;
-#pragma unroll
-        for (int e = 0; e < kPerUnit / 4; ++e) {
-          const float x = Scan::kIsInt8
-                              ? static_cast<float>(static_cast<int8_t>(word >> (e * 8)))
-                              : half_bits_to_float(static_cast<uint16_t>(word >> (e * 16)));
-          sums[g] += x * q[e];
-        }
+        for (int j = 0; j < kPerUnit; ++j)
+          sums[g] += element<Scan>(word[j / kPerWord], j % kPerWord) * q[j];
       }
+      if (slice + 1 < slices) load(half);
+      __syncwarp();  // keeps the compiler from moving the loads to the end
     }
   }
   // Eight sums over eight lanes: each step halves the sums a lane is responsible for.
@@ -235,67 +245,93 @@ struct OpenArgs {
 
 // The bounds of 1,024 queries over 10M rows are 1.3 GB, 0.3 ms at 4.3 TB/s: 16 KiB a block and two
 // blocks a multiprocessor in flight come near it.
+constexpr int kTileBins = kTileRows / kBinRows;
 constexpr int kVectors = 4;                     // of upper bounds, that a thread loads at a time
 constexpr int kLook = kThreads * kVectors * 4;  // bins the block looks at before it meets
-constexpr int kOpenList = 2 * kThreads;         // bins found open that wait
+constexpr int kOpenList = kThreads;             // bins found open that wait
+
+// What a block shares, before its candidates and the query as given.
+struct OpenShared {
+  QueryState state;  // with the errors of this pass
+  Candidate worst;
+  float threshold;
+  int begin, end;         // its bins: whole tiles, whose bounds are two aligned vectors
+  int found;              // open bins in the list
+  int candidates, place;  // place: of the candidates among the query's
+  int pad[2];
+  uint64_t open[kOpenList];  // float_key of the bound, bin
+};
+static_assert(sizeof(OpenShared) % sizeof(Candidate) == 0, "candidates come next");
+
+// Orders the list, the largest first, each entry by counting those before it. All threads.
+__device__ __forceinline__ void rank(uint64_t* list, int n) {
+  static_assert(kOpenList <= kThreads, "an entry a thread");
+  const uint64_t mine = static_cast<int>(threadIdx.x) < n ? list[threadIdx.x] : 0;
+  int before = 0;
+  for (int i = 0; i < n; ++i) before += list[i] > mine;
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) < n) list[before] = mine;
+  __syncthreads();
+}
 
 // One block a query and a share of its bins.
 template <class Scan>
 __global__ void __launch_bounds__(kThreads, 2) topk_open_kernel(OpenArgs a) {
   KNN_DYN_SMEM(shared);
-  const int capacity = buffer_size(a.k, kOpened);
-  Best best;
-  best.keys = reinterpret_cast<uint64_t*>(shared);
-  best.ids = reinterpret_cast<int64_t*>(best.keys + capacity);
-  int* open = reinterpret_cast<int*>(best.ids + capacity);  // [kOpenList]
-  int* counters = open + kOpenList;                         // candidates, open bins, place of them
-  float* raw = reinterpret_cast<float*>(counters + 4);
-  best.count = counters;
-  best.capacity = capacity;
-  best.k = a.k;
+  OpenShared& head = *reinterpret_cast<OpenShared*>(shared);
+  Best best{reinterpret_cast<Candidate*>(&head + 1), &head.worst, &head.candidates,
+            buffer_size(a.k, kOpened), a.k};
+  float* raw = reinterpret_cast<float*>(best.items + best.capacity);
 
   const int m = blockIdx.y, share = blockIdx.x, thread = threadIdx.x;
   const int warp = thread / 32, lane = thread % 32;
-  const QueryState state = a.states[m];
-  if (state.bad) return;
+  if (a.states[m].bad) return;
   const IndexView& index = a.index;
-  const float threshold = a.threshold[m];
   const float* upper = a.upper + static_cast<int64_t>(m) * a.bins;
   const float* values = a.values + static_cast<int64_t>(m) * a.padded;
   const int slices = a.padded / (Scan::kIsInt8 ? 128 : 64), half_of = half_slices(index.dim);
-  const int64_t bins_per_segment = index.rows_per_segment / kBinRows;
-  QueryState unrounded = state;  // the bounds of this pass
-  unrounded.err_row = state.open_row;
-  unrounded.err_code = state.open_code;
-  unrounded.scale = 1;
-  for (int j = thread; j < index.dim; j += kThreads)
-    raw[j] = a.raw[static_cast<int64_t>(m) * index.dim + j];
-  if (thread < 2) counters[thread] = 0;
+  const int bins_per_segment = static_cast<int>(index.rows_per_segment / kBinRows);
+  for (int j = thread; j < half_of * 64; j += kThreads)
+    raw[j] = a.raw[static_cast<int64_t>(m) * half_of * 64 + j];
+  if (thread == 0) {
+    head.state = a.states[m];
+    head.state.err_row = head.state.open_row;
+    head.state.err_code = head.state.open_code;
+    head.state.scale = 1;
+    const int64_t tiles = a.bins / kTileBins;
+    head.begin = static_cast<int>(tiles * share / a.shares) * kTileBins;
+    head.end = static_cast<int>(tiles * (share + 1) / a.shares) * kTileBins;
+    head.found = 0;
+    head.threshold = a.threshold[m];
+    best.clear();
+  }
   __syncthreads();
 
   auto open_bin = [&](int bin) {
     const SegmentView& segment = index.segments[bin / bins_per_segment];
-    const int64_t row = bin % bins_per_segment * kBinRows;
+    const int64_t row = static_cast<int64_t>(bin % bins_per_segment) * kBinRows;
     const uint32_t alive = bin_mask(segment, index.filter, index.rows, bin, row);
+    const int mine = lane % 8 * 4 + lane / 8;  // the row of the bin that this lane judges
+    const auto term = Scan::terms(segment)[row + mine];
     const int in_tile = static_cast<int>(row % kTileRows);
     const int64_t tile_row = row - in_tile;
     const float sum = dots<Scan>(Scan::matrix(segment) + slice_offset(tile_row, 0, slices), in_tile,
                                  slices, values);
-    // Lane l judges row 4(l%8) + l/8 of the bin.
-    const int mine = lane % 8 * 4 + lane / 8;
-    const Bounds b = Scan::bounds(sum, Scan::terms(segment)[row + mine], unrounded, index.metric);
-    uint32_t reached = __ballot_sync(~0u, (alive >> mine & 1) && b.upper >= threshold);
+    const Bounds b = Scan::bounds(sum, term, head.state, index.metric);
+    uint32_t reached = __ballot_sync(~0u, (alive >> mine & 1) && b.upper >= head.threshold);
     const unsigned char* tile = segment.half + slice_offset(tile_row, 0, half_of);
-    auto rescore = [&](auto together) {  // the next so many rows
+    auto rescore = [&](auto together) {  // so many rows, the last of fewer more than once
       constexpr int kRows = decltype(together)::value;
-      int rows[kRows];
+      const int count = min(kRows, __popc(reached));
+      int rows[kRows], judge = 0;
       double scores[kRows];
 #pragma unroll
-      for (int i = 0; i < kRows; ++i, reached &= reached - 1) {
-        const int judge = __ffs(static_cast<int>(reached)) - 1;
+      for (int i = 0; i < kRows; ++i) {
+        if (reached) judge = __ffs(static_cast<int>(reached)) - 1;
+        reached &= reached - 1;
         rows[i] = in_tile + judge % 8 * 4 + judge / 8;
       }
-      canonical_scores(tile, rows, raw, index.dim, index.metric, state.norm, scores);
+      canonical_scores(tile, rows, raw, index.dim, index.metric, head.state.norm, scores);
       int r = rows[0];
       double score = scores[0];
 #pragma unroll
@@ -304,22 +340,18 @@ __global__ void __launch_bounds__(kThreads, 2) topk_open_kernel(OpenArgs a) {
         score = lane == i ? scores[i] : score;
       }
       const uint64_t key = score_key(score, index.metric);
-      if (lane < kRows && key >= best.worst_key) {
+      if (lane < count && key >= best.worst->key) {
         const int64_t at = tile_row + r;
-        const int64_t id = segment.ids ? segment.ids[at] : segment.first_id + at;
-        if (best.enters(key, id)) best.push(key, id);
+        best.push({key, segment.ids ? segment.ids[at] : segment.first_id + at});
       }
     };
-    while (__popc(reached) >= 4) rescore(std::integral_constant<int, 4>{});
-    while (reached) rescore(std::integral_constant<int, 1>{});
+    // Four rows take as long as two one after the other.
+    while (__popc(reached) > 1) rescore(std::integral_constant<int, 4>{});
+    if (reached) rescore(std::integral_constant<int, 1>{});
   };
 
-  // Shares are whole tiles: a tile's bounds are two aligned vectors.
-  constexpr int kTileBins = kTileRows / kBinRows;
-  const int64_t tiles = a.bins / kTileBins;
-  const int begin = static_cast<int>(tiles * share / a.shares) * kTileBins;
-  const int end = static_cast<int>(tiles * (share + 1) / a.shares) * kTileBins;
-  for (int base = begin; base < end; base += kLook) {
+  const int end = head.end;
+  for (int base = head.begin; base < end; base += kLook) {
     float4 bounds[kVectors];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
@@ -328,6 +360,7 @@ __global__ void __launch_bounds__(kThreads, 2) topk_open_kernel(OpenArgs a) {
                             : float4{kMinusInf, kMinusInf, kMinusInf, kMinusInf};
     }
     uint32_t reached = 0;  // bit 4v + e: element e of vector v
+    const float threshold = head.threshold;
     auto look = [&](float bound, int bit) {
       if (bound >= threshold && bound > kMinusInf) reached |= 1u << bit;
     };
@@ -338,32 +371,45 @@ __global__ void __launch_bounds__(kThreads, 2) topk_open_kernel(OpenArgs a) {
       look(bounds[v].z, v * 4 + 2);
       look(bounds[v].w, v * 4 + 3);
     }
-    const bool last = base + kLook >= end;
     bool more;  // bins found open beyond the list's room wait for the next turn
     do {
-      int at = reached ? atomicAdd(&counters[1], __popc(reached)) : kOpenList;
+      int at = reached ? atomicAdd(&head.found, __popc(reached)) : kOpenList;
       for (; reached && at < kOpenList; ++at, reached &= reached - 1) {
         const int bit = __ffs(static_cast<int>(reached)) - 1;
-        open[at] = base + (bit / 4 * kThreads + thread) * 4 + bit % 4;
+        const int bin = base + (bit / 4 * kThreads + thread) * 4 + bit % 4;
+        head.open[at] = static_cast<uint64_t>(float_key(upper[bin])) << 32 | bin;
       }
       more = __syncthreads_or(reached != 0);
-      const int found = min(counters[1], kOpenList);
-      if (found >= kThreads || (last && found > 0)) {
-        for (int i = 0; i < found; i += kThreads / 32) {  // a bin a warp, at most 256 rows a round
-          if (i + warp < found) open_bin(open[i + warp]);
-          best.make_room(kOpened);
+      if (head.found >= kOpenList / 2 || base + kLook >= end) {
+        const int found = min(head.found, kOpenList);
+        rank(head.open, found);
+        // The highest bounds first: they hold the best rows, and then most of the rest is shut.
+        const auto reaches = [&](int i) {
+          return key_float(static_cast<uint32_t>(head.open[i] >> 32)) >= head.threshold;
+        };
+        for (int i = 0, turn = 1; i < found && reaches(i); turn = min(2 * turn, kTurn)) {
+          const int first = i;
+          i = min(first + turn * kWarps, found);
+          for (int j = first + warp; j < i; j += kWarps)
+            if (reaches(j)) open_bin(static_cast<int>(head.open[j]));
+          best.meet(kOpened);
+          if (thread == 0 && head.worst.key)
+            head.threshold =
+                fmaxf(head.threshold, score_bound(key_score(head.worst.key, index.metric),
+                                                  head.state, index.dim, index.metric));
+          __syncthreads();
         }
-        if (thread == 0) counters[1] = 0;
+        if (thread == 0 && found) head.found = 0;
       }
       __syncthreads();
     } while (more);
   }
   best.settle();
   const int count = *best.count;
-  if (thread == 0) counters[2] = atomicAdd(&a.counts[m], count);
+  if (thread == 0) head.place = atomicAdd(&a.counts[m], count);
   __syncthreads();
-  Candidate* out = a.candidates + static_cast<int64_t>(m) * a.shares * a.k + counters[2];
-  for (int i = thread; i < count; i += kThreads) out[i] = {best.keys[i], best.ids[i]};
+  Candidate* out = a.candidates + static_cast<int64_t>(m) * a.shares * a.k + head.place;
+  for (int i = thread; i < count; i += kThreads) out[i] = best.items[i];
 }
 
 // --- the final order
@@ -381,17 +427,13 @@ struct MergeArgs {
 
 __global__ void __launch_bounds__(kThreads) topk_merge_kernel(MergeArgs a) {
   KNN_DYN_SMEM(shared);
-  const int capacity = buffer_size(a.k, kMerged);
-  Best best;
-  best.keys = reinterpret_cast<uint64_t*>(shared);
-  best.ids = reinterpret_cast<int64_t*>(best.keys + capacity);
-  best.count = reinterpret_cast<int*>(best.ids + capacity);
-  best.capacity = capacity;
-  best.k = a.k;
+  Candidate* worst = reinterpret_cast<Candidate*>(shared);
+  int* count = reinterpret_cast<int*>(worst + 1);
+  Best best{worst + 2, worst, count, buffer_size(a.k, kMerged), a.k};
   const int m = blockIdx.x, thread = threadIdx.x;
   const int total = a.counts[m];
   const Candidate* in = a.candidates + static_cast<int64_t>(m) * a.shares * a.k;
-  if (thread == 0) *best.count = 0;
+  if (thread == 0) best.clear();
   __syncthreads();
   for (int base = 0; base < total; base += kMerged) {
     Candidate next[kLoads];
@@ -401,22 +443,20 @@ __global__ void __launch_bounds__(kThreads) topk_merge_kernel(MergeArgs a) {
       next[i] = at < total ? in[at] : Candidate{0, INT64_MAX};
     }
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i)
-      if (best.enters(next[i].key, next[i].id)) best.push(next[i].key, next[i].id);
-    best.make_room(kMerged);
+    for (int i = 0; i < kLoads; ++i) best.push(next[i]);
+    best.meet(kMerged);
   }
   best.settle();
-  const int count = *best.count;
   const bool bad = a.states[m].bad != 0;
   const double missing = a.metric == kL2 ? -static_cast<double>(kMinusInf) : kMinusInf;
   for (int i = thread; i < a.k; i += kThreads) {
     const int64_t at = static_cast<int64_t>(m) * a.k + i;
-    const bool real = i < count && !bad;
+    const bool real = i < *count && !bad;
     const double score = bad    ? __longlong_as_double(0x7ff8000000000000ll)
-                         : real ? key_score(best.keys[i], a.metric)
+                         : real ? key_score(best.items[i].key, a.metric)
                                 : missing;
     a.scores[at] = static_cast<float>(score);
-    a.ids[at] = real ? best.ids[i] : -1;
+    a.ids[at] = real ? best.items[i].id : -1;
     if (a.exact) a.exact[at] = score;
   }
 }
@@ -424,12 +464,12 @@ __global__ void __launch_bounds__(kThreads) topk_merge_kernel(MergeArgs a) {
 }  // namespace
 
 size_t open_shared_bytes(int dim, int k) {
-  return static_cast<size_t>(buffer_size(k, kOpened)) * sizeof(Candidate) +
-         kOpenList * sizeof(int) + 4 * sizeof(int) + static_cast<size_t>(dim) * sizeof(float);
+  return sizeof(OpenShared) + static_cast<size_t>(buffer_size(k, kOpened)) * sizeof(Candidate) +
+         static_cast<size_t>(half_slices(dim)) * 64 * sizeof(float);
 }
 
 size_t merge_shared_bytes(int k) {
-  return static_cast<size_t>(buffer_size(k, kMerged)) * sizeof(Candidate) + sizeof(int);
+  return static_cast<size_t>(2 + buffer_size(k, kMerged)) * sizeof(Candidate);
 }
 
 int launch_threshold(const TopkPlan& plan, const Workspace& w, int count, void* stream) {
@@ -456,7 +496,8 @@ int launch_open(const TopkPlan& plan, const TopkParams& params, const Workspace&
   const size_t shared = open_shared_bytes(params.index.dim, plan.k);
   auto kernel =
       params.index.scan == kInt8 ? topk_open_kernel<CodeScan> : topk_open_kernel<HalfScan>;
-  const cudaError_t allowed = allow_shared(kernel);
+  static std::atomic<uint64_t> done[2];  // of either kernel
+  const cudaError_t allowed = allow_shared(kernel, done[params.index.scan]);
   if (allowed != cudaSuccess) return allowed;
   const dim3 grid(static_cast<unsigned>(plan.shares), static_cast<unsigned>(count));
   return KNN_LAUNCH(kernel, grid, kThreads, shared, stream, args);
@@ -470,7 +511,8 @@ int launch_merge(const TopkPlan& plan, const TopkParams& params, const Workspace
       plan.shares,        plan.k,          params.index.metric,
       params.scores + at, params.ids + at, params.exact ? params.exact + at : nullptr};
   const size_t shared = merge_shared_bytes(plan.k);
-  const cudaError_t allowed = allow_shared(topk_merge_kernel);
+  static std::atomic<uint64_t> done{0};
+  const cudaError_t allowed = allow_shared(topk_merge_kernel, done);
   if (allowed != cudaSuccess) return allowed;
   return KNN_LAUNCH(topk_merge_kernel, static_cast<unsigned>(count), kThreads, shared, stream,
                     args);

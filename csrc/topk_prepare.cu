@@ -67,9 +67,11 @@ __global__ void __launch_bounds__(kThreads) topk_prepare_kernel(PrepareArgs a) {
 
   double top = 0, bad = 0;
   if (real) {
-    for (int j = thread; j < a.dim; j += kThreads) {
-      const float q = load_float(a.queries, a.dtype, base + j);
-      a.raw[static_cast<int64_t>(m) * a.dim + j] = q;
+    const int width = half_slices(a.dim) * 64;
+    for (int j = thread; j < width; j += kThreads) {
+      const float q = j < a.dim ? load_float(a.queries, a.dtype, base + j) : 0.0f;
+      a.raw[static_cast<int64_t>(m) * width + j] = q;
+      if (j >= a.dim) break;
       if (!(fabsf(q) <= 0x1.fffffep127f)) bad = 1;
       top = fmax(top, fabs(centred ? static_cast<double>(q) - a.mean[j] : static_cast<double>(q)));
     }
@@ -140,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) topk_prepare_kernel(PrepareArgs a) {
 
   // √(q·q) in the canonical order, for cosine: lanes of one warp, then the tree.
   double norm = 0;
-  if (thread < 32 && finite) {
+  if (a.metric == kCosine && thread < 32 && finite) {
     for (int j = lane; j < a.dim; j += 32) {
       const double q = load_float(a.queries, a.dtype, base + j);
       norm = __dadd_rn(norm, __dmul_rn(q, q));
@@ -172,9 +174,9 @@ __global__ void __launch_bounds__(kThreads) topk_prepare_kernel(PrepareArgs a) {
     s.open_row = round_up(inexact + (a.dim + 64) * 0x1p-23 * length);
   }
   s.err_fixed = round_up(fixed);
-  s.norm = __dsqrt_rn(norm);
+  s.norm = a.metric == kL2 ? tt : __dsqrt_rn(norm);
   s.bad = bad != 0;
-  s.pad = 0;
+  s.exponent = exponent;
   a.states[m] = s;
 }
 

@@ -40,19 +40,19 @@ __global__ void __launch_bounds__(kThreads) topk_range_kernel(RangeArgs a) {
   const int64_t row = bin % bins_per_segment * kBinRows;
   const int in_tile = static_cast<int>(row % kTileRows);
   const unsigned char* tile = segment.half + slice_offset(row - in_tile, 0, half_slices(index.dim));
-  const float* q = a.raw + static_cast<int64_t>(m) * index.dim;
+  const float* q = a.raw + static_cast<int64_t>(m) * half_slices(index.dim) * 64;
   uint32_t alive = bin_mask(segment, index.filter, index.rows, bin, row);
   while (alive) {
     const int r = __ffs(static_cast<int>(alive)) - 1;
     alive &= alive - 1;
-    const double score =
-        canonical_score(tile, in_tile + r, q, index.dim, index.metric, a.states[m].norm);
-    const bool hit = index.metric == kL2 ? score < a.radius : score > a.radius;
+    double score[1];
+    canonical_scores(tile, {in_tile + r}, q, index.dim, index.metric, a.states[m].norm, score);
+    const bool hit = index.metric == kL2 ? score[0] < a.radius : score[0] > a.radius;
     if (!hit || threadIdx.x % 32 != 0) continue;
     const unsigned long long at = atomicAdd(a.out.count, 1ull);
     if (at < a.out.capacity)
-      a.out.hits[at] = {score, segment.ids ? segment.ids[row + r] : segment.first_id + row + r, m,
-                        0};
+      a.out.hits[at] = {score[0], segment.ids ? segment.ids[row + r] : segment.first_id + row + r,
+                        m, 0};
   }
 }
 

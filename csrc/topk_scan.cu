@@ -169,7 +169,8 @@ int launch(const TopkPlan& plan, const ScanArgs& args, void* stream) {
   auto kernel = topk_scan_kernel<Scan, NT, Planes>;
   const size_t shared = stream_shared_bytes(Scan::kIsInt8, plan.columns * plan.planes, args.slices,
                                             plan.columns, plan.stages);
-  const cudaError_t allowed = allow_shared(kernel, true);
+  static std::atomic<uint64_t> done{0};
+  const cudaError_t allowed = allow_shared(kernel, done, true);
   if (allowed != cudaSuccess) return allowed;
   const dim3 grid(static_cast<unsigned>(plan.grid), static_cast<unsigned>(args.panels_count));
   return KNN_LAUNCH(kernel, grid, kThreads, shared, stream, args, plan.stages);

@@ -137,6 +137,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int tile = start; tile < a.tiles; tile += step) {
 #pragma unroll
     for (int i = 0; i < 128; ++i) sums[i] = 0;
+    uint4 alive[2]{};   // a bit a row, of the bins of the tile
     int previous = -1;  // the stage whose products may still run
     for (int slice = 0; slice < a.slices; ++slice) {
       mbarrier_wait(&full[stage], lap & 1);
@@ -149,6 +150,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (unsigned k = 0; k < kSlice; k += 32) product(sums, queries, rows, k);
       wgmma_commit();
       wgmma_pin(sums);
+      if (slice == 0) {  // a segment, then its bits: two latencies of memory beside the products
+        const TilePlace place = place_tile(a, tile);
+        const uint32_t* bits = a.filter ? a.filter + static_cast<int64_t>(tile) * 8
+                                        : a.segments[place.segment].alive + place.row / kBinRows;
+        alive[0] = reinterpret_cast<const uint4*>(bits)[0];
+        alive[1] = reinterpret_cast<const uint4*>(bits)[1];
+      }
       if (previous >= 0) {
         wgmma_wait<1>();
         if (lane == 0) mbarrier_arrive(&empty[previous]);
@@ -163,21 +171,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     wgmma_pin(sums);
 
     // Lane l holds queries l/4 and l/4 + 8 of its warp and rows 8j + 2(l%4) + {0, 1}.
-    const TilePlace place = place_tile(a, tile);
-    const SegmentView& segment = a.segments[place.segment];
+    const uint32_t words[8] = {alive[0].x, alive[0].y, alive[0].z, alive[0].w,
+                               alive[1].x, alive[1].y, alive[1].z, alive[1].w};
     const Term* terms =
         reinterpret_cast<const Term*>(ring + previous * stage_size + stage_size) - kTileRows;
     float upper[2][2], lower[2][2];  // [query][bins 2(l%4), 2(l%4) + 1]: what this lane writes
     float coarse[2] = {kMinusInf, kMinusInf};
 #pragma unroll
     for (int bin = 0; bin < 8; ++bin) {
-      const uint32_t alive =
-          bin_mask(segment, a.filter, a.rows, tile * 8 + bin, place.row + bin * kBinRows);
+      const uint32_t live = words[bin] & bin_rows(a.rows, tile * 8 + bin);
       Bounds best[2] = {{kMinusInf, kMinusInf}, {kMinusInf, kMinusInf}};
 #pragma unroll
       for (int r = 0; r < 8; ++r) {
         const int row = r / 2 * 8 + lane % 4 * 2 + r % 2;
-        const Term term = term_if(alive >> row & 1, terms[bin * kBinRows + row]);
+        const Term term = term_if(live >> row & 1, terms[bin * kBinRows + row]);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float sum = static_cast<float>(sums[(bin * 4 + r / 2) * 4 + i * 2 + r % 2]);
@@ -235,7 +242,8 @@ int launch_one(const TopkPlan& plan, const ScanArgs& args, void* stream) {
   constexpr int kShared = kGiven * (kThreads - kConsumers) + kTaken * kConsumers;
   static const bool enough = has_registers(kernel, kThreads, kShared);
   if (!enough) return cudaErrorLaunchOutOfResources;
-  const cudaError_t allowed = allow_shared(kernel, true);
+  static std::atomic<uint64_t> done{0};
+  const cudaError_t allowed = allow_shared(kernel, done, true);
   if (allowed != cudaSuccess) return allowed;
   const dim3 grid(static_cast<unsigned>(plan.grid));
   return KNN_LAUNCH(kernel, grid, kThreads, shared, stream, args, plan.stages, plan.resident);

@@ -168,7 +168,8 @@ template <class Scan, bool CoarseLower>
 int launch(const TopkPlan& plan, const ScanArgs& args, void* stream) {
   auto kernel = topk_tiled_kernel<Scan, CoarseLower>;
   const size_t shared = tiled_shared_bytes(Scan::kIsInt8, plan.stages);
-  const cudaError_t allowed = allow_shared(kernel, true);
+  static std::atomic<uint64_t> done{0};
+  const cudaError_t allowed = allow_shared(kernel, done, true);
   if (allowed != cudaSuccess) return allowed;
   const dim3 grid(static_cast<unsigned>(plan.grid));
   return KNN_LAUNCH(kernel, grid, kThreads, shared, stream, args, plan.stages);

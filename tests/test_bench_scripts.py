@@ -421,19 +421,40 @@ def test_the_build_is_for_the_gpu_that_is_there(capability, archs, monkeypatch):
     monkeypatch.delenv("CUDAARCHS", raising=False)
     build, *others = gpu.stages(train=False, scale=1)
     assert build.environment() == {"KNNFAST_CUDA": "ON", "CUDAARCHS": archs}
-    assert [stage.name for stage in others][:3] == ["tests", "tests-index", "bench-topk"]
+    assert [stage.name for stage in others][:4] == [
+        "tests", "tests-index", "bench-kernels", "bench-topk",
+    ]  # fmt: skip
     monkeypatch.setenv("CUDAARCHS", "80-real")
     assert "CUDAARCHS" not in gpu.stages(train=False, scale=1)[0].environment()
 
 
 def test_shapes_of_a_gpus_size_come_first():
-    for op, first in (("topk", "coco-69m-shard"), ("transition_step", "gpu-1"),
+    for op, first in (("topk", "gpu-1m-512"), ("transition_step", "gpu-1"),
                       ("transition_loss", "gpu-16"), ("sample", "stickers-1")):  # fmt: skip
         names = gpu.shapes(op)
         assert names[0] == first
         assert set(names) == set(gpu.SHAPES[op]) - {"ci"}
     words = next(s for s in gpu.stages(False, 1) if s.name == "bench-topk").command
-    assert words[words.index("--shape") + 1] == "coco-69m-shard"
+    assert words[words.index("--shape") + 1] == "gpu-1m-512"
+
+
+def test_kernels_are_told_apart_in_a_profile():
+    from types import SimpleNamespace
+
+    from kernels import by_kernel
+
+    events = [
+        SimpleNamespace(key=key, self_device_time_total=us)
+        for key, us in (
+            ("void knnfast::cuda::(anonymous namespace)::topk_open_kernel<knnfast::cuda::CodeScan>"
+             "(knnfast::cuda::(anonymous namespace)::OpenArgs)", 3000.0),
+            ("void knnfast::cuda::(anonymous namespace)::sm90_topk_kernel<knnfast::cuda::HalfScan, "
+             "(knnfast::cuda::Metric)0, true>(knnfast::cuda::ScanArgs, int, int)", 8000.0),
+            ("void at::native::elementwise_kernel<128, 4>(int)", 9.0),
+            ("Memset (Device)", 9.0),
+        )
+    ]  # fmt: skip
+    assert by_kernel(events, 2) == {"open": 1.5, "scan": 4.0}
 
 
 def test_sigterm_ends_the_running_stage_and_leaves_a_summary(tmp_path):

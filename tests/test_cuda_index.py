@@ -81,6 +81,19 @@ def test_batches(n, batch, scan, seed):
     expect(index, x, q, 10, "l2")
 
 
+@pytest.mark.parametrize(("scan", "few", "many"), [*zip(SCANS, SCANS, SCANS, strict=True),
+                                                  ("auto", "int8", "fp16")])  # fmt: skip
+def test_auto_scans_what_is_cheaper(scan, few, many, seed):
+    """FP16 rows for batches above 32 and many neighbours, unless it is told what to scan."""
+    g = torch.Generator().manual_seed(seed)
+    x, q = torch.randn(300, 20, generator=g).half(), torch.randn(33, 20, generator=g)
+    index = knnfast.Index(20, device="cuda", scan=scan)
+    index.add(x.numpy())
+    assert [index.plan(batch, 5).scan for batch in (32, 33)] == [few, many]
+    for batch in (32, 33):
+        expect(index, x, q[:batch], 5, "ip")
+
+
 @pytest.mark.compute_sanitizer
 @pytest.mark.parametrize("scan", SCANS)
 def test_ids_filters_removal_and_copies(scan, seed):

@@ -48,7 +48,8 @@ class CudaIndex(Index):
 
     A search with queries on the device only enqueues work on the caller's current stream (a filter
     waits for its upload). There a NaN or infinite query gives id -1 and NaN instead of an error.
-    k is at most 2048 and dim at most 8192. `scan="auto"` is int8. `segment_rows`: device memory is
+    k is at most 2048 and dim at most 8192. `scan="auto"` keeps codes and scans them, but FP16 rows
+    for batches above 32 where k exceeds a 50,000th of the rows. `segment_rows`: device memory is
     taken for so many rows at a time; 0: for 256 MiB of them, the most.
     """
 
@@ -72,7 +73,7 @@ class CudaIndex(Index):
         self._number = _number_of(device)
         self._metric, self._scan = metric, scan
         self._core = _C.CudaIndex(
-            dim, METRICS.index(metric), int(scan != "fp16"), self._number, segment_rows
+            dim, METRICS.index(metric), SCANS.index(scan), self._number, segment_rows
         )
 
     @property
@@ -270,6 +271,11 @@ class CudaPlan:
         self._core = _C.CudaPlan(index._core, batch, k)
         self.scores = _wrap(self._core, index._number, self._core.scores, (batch, k), "<f4")
         self.ids = _wrap(self._core, index._number, self._core.ids, (batch, k), "<i8")
+
+    @property
+    def scan(self) -> str:
+        """What it scans: `fp16` or `int8`."""
+        return SCANS[self._core.scan]
 
     @property
     def kernel(self) -> str:

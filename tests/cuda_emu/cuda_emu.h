@@ -11,6 +11,8 @@
 #pragma once
 #define KNN_EMU 1
 
+#include <atomic>
+
 #include "async_copy.h"
 #include "fibers.h"
 #include "intrinsics.h"
@@ -29,6 +31,6 @@ bool has_registers(Kernel, int, int) {
 }
 // Asks for more shared memory than the default on a device; any size goes here.
 template <class Kernel>
-cudaError_t allow_shared(Kernel, bool = false) {
+cudaError_t allow_shared(Kernel, std::atomic<uint64_t>&, bool = false) {
   return cudaSuccess;
 }

@@ -23,6 +23,18 @@ inline unsigned __float_as_uint(float v) { return emu::bits<unsigned>(v); }
 inline long long __double_as_longlong(double v) { return emu::bits<long long>(v); }
 inline double __longlong_as_double(long long v) { return emu::bits<double>(v); }
 
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned pick = selector >> (4 * i);
+    unsigned byte = static_cast<unsigned>(bytes >> (8 * (pick & 7))) & 255;
+    if (pick & 8) byte = byte >> 7 ? 255 : 0;  // its sign, spread
+    out |= byte << (8 * i);
+  }
+  return out;
+}
+
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dsub_rn(double a, double b) { return a - b; }
 inline double __dmul_rn(double a, double b) { return a * b; }

@@ -15,7 +15,8 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrComputeCapabilityMajor,
-  cudaDevAttrComputeCapabilityMinor
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMemoryPoolsSupported
 };
 
 namespace emu {
@@ -88,10 +89,17 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = emu::devices().back();
   return cudaSuccess;
 }
+namespace emu {
+inline bool& has_pools() {
+  static bool has = true;
+  return has;
+}
+}  // namespace emu
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
   *value = what == cudaDevAttrMultiProcessorCount            ? 3
            : what == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 * 1024
            : what == cudaDevAttrComputeCapabilityMajor       ? 9
+           : what == cudaDevAttrMemoryPoolsSupported         ? emu::has_pools()
                                                              : 0;
   return cudaSuccess;
 }

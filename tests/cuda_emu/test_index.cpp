@@ -257,6 +257,44 @@ void capture() {
          "a captured plan");
 }
 
+// An index with codes scans the rows instead where that is cheaper, unless it is told what to scan;
+// the answers are the same.
+void chosen_scan() {
+  expect(choose_scan(1000000, 1024, 20) == kInt8 && choose_scan(1000000, 1024, 21) == kFp16 &&
+             choose_scan(1000000, 32, 2000) == kInt8 && choose_scan(0, 33, 1) == kFp16,
+         "the rule");
+  const int dim = 20, batch = 33, k = 7;
+  const auto rows = normal(static_cast<size_t>(300 * dim));
+  const auto queries = normal(static_cast<size_t>(batch * dim));
+  std::vector<Found> found;
+  for (Scan scan : {kFp16, kInt8, kAuto}) {
+    auto index = std::make_shared<CudaIndex>(dim, kIp, scan, 0, 256);
+    const Scan few = scan == kAuto ? kInt8 : scan, many = scan == kAuto ? kFp16 : scan;
+    CudaIndex::Plan plan(index, batch, k);
+    expect(plan.scan() == kFp16, "no codes yet");
+    index->add(rows.data(), kF32, 300, dim, nullptr, false, nullptr);
+    plan.run({queries.data(), kF32, dim}, stream);
+    expect(plan.scan() == many && CudaIndex::Plan(index, 32, k).scan() == few, "what is scanned");
+    const auto& planned = plan.results();
+    found.push_back({{planned.scores, planned.scores + batch * k},
+                     {planned.ids, planned.ids + batch * k}});
+    found.push_back(search(*index, queries, batch, k));
+  }
+  for (const Found& f : found) expect(f == found.front(), "the same answer from every scan");
+}
+
+void no_pools() {
+  emu::has_pools() = false;
+  std::string said;
+  try {
+    CudaIndex index(3, kIp, kFp16, 0);
+  } catch (const CudaError& e) {
+    said = e.what();
+  }
+  emu::has_pools() = true;
+  expect(said.find("no memory pools") != std::string::npos, "a device without memory pools");
+}
+
 void segment_sizes() {
   const auto rows = normal(300);
   CudaIndex index(1, kIp, kFp16, 0, 300);
@@ -270,7 +308,7 @@ void segment_sizes() {
 int main(int argc, char** argv) {
   emu::set_seed(argc > 1 ? std::strtoull(argv[1], nullptr, 0) : 1);
   for (Metric metric : {kIp, kCosine, kL2})
-    for (Scan scan : {kFp16, kInt8}) life(metric, scan, metric != kCosine);
+    for (Scan scan : {kFp16, kInt8, kAuto}) life(metric, scan, metric != kCosine);
   emu::capturing() = true;  // by another thread
   stream = &failures;
   life(kIp, kInt8, true);
@@ -282,6 +320,8 @@ int main(int argc, char** argv) {
   emu::devices().front() = 0;
   for (Scan scan : {kFp16, kInt8}) out_of_memory(scan);
   capture();
+  chosen_scan();
+  no_pools();
   segment_sizes();
   expect(cudaGetLastError() == cudaSuccess, "no error stays");
   expect(refuses([] { CudaIndex(kMaxDim + 1, kIp, kFp16, 0); }, "dim must be"), "dim too large");

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cuda_emu.h"
+#include "topk_canonical.cuh"
 #include "topk_cuda.h"
 #include "topk_launch.h"
 
@@ -362,8 +363,9 @@ bool plans(std::string& why) {
           if (open_shared_bytes(dim, 100) > limit) fault = "no room to open bins";
           const size_t deep = size_t{device.capability == 89 ? 32u : 48u} << 10;
           if (shared(plan.stages) - shared(1) < deep) fault = "a shallow ring";
-          if (batch <= 64 && dim <= 1024 && plan.kernel != Kernel::kStream) fault = "wrong kernel";
-          if (batch > 64 && plan.kernel != large) fault = "wrong kernel";
+          const int few = device.capability == 90 && !int8 ? 32 : 64;
+          if (batch <= few && dim <= 1024 && plan.kernel != Kernel::kStream) fault = "wrong kernel";
+          if (batch > few && plan.kernel != large) fault = "wrong kernel";
           if (!fault) continue;
           why = "plan for cc " + std::to_string(device.capability) + ", scan " +
                 std::to_string(scan) + ", dim " + std::to_string(dim) + ", batch " +
@@ -380,14 +382,15 @@ bool plans(std::string& why) {
     int64_t rows;
     int panels, round;
   } rounds[] = {{1000000, 3, 3},     {1000000, 66, 66}, {1000000, 67, 66}, {1000000, 90, 66},
-                {1000000, 133, 132}, {1000, 67, 67},    {1000, 250, 250}};
+                {1000000, 133, 132}, {1000, 67, 67},    {1000, 250, 250}, {1000000, 8, 8},
+                {10000000, 8, 6}};
   for (const auto& r : rounds) {
     if (planned(r.rows, r.panels * 128).chunk == r.round * 128) continue;
     why = "the round of " + std::to_string(r.panels) + " panels";
     return false;
   }
-  if (planned(1000000, 1).shares < 2 * 132 || planned(1000000, 528).shares != 1 ||
-      planned(0, 1).shares != 1) {
+  if (planned(1000000, 1).shares < 2 * 132 || planned(1000000, 528).shares != 2 ||
+      planned(0, 1).shares != 1 || planned(4000, 528).shares != 2) {
     why = "shares";
     return false;
   }
@@ -506,6 +509,73 @@ bool opens(std::string& why) {
         }
       }
     }
+  return true;
+}
+
+// A canonical score as a bound: never above what bounds its row from above, nor below what bounds
+// it from below but for its own rounding.
+bool score_bounds(std::string& why) {
+  constexpr int kRows = 64, kDim = 40;
+  Random random(emu::rng()());
+  for (Metric metric : {kIp, kCosine, kL2})
+    for (Scan scan : {kFp16, kInt8})
+      for (const char* data : {"normal", "mean", "scales", "spike", "zero"}) {
+        Case c{"", kRows, kDim, 1, 1};
+        c.data = data;
+        std::vector<float> values(kRows * kDim), query(kDim);
+        for (int i = 0; i < kRows * kDim; ++i)
+          values[static_cast<size_t>(i)] = value(c, random, i / kDim, i % kDim, false);
+        for (int j = 0; j < kDim; ++j) query[static_cast<size_t>(j)] = value(c, random, 7, j, true);
+        DeviceArray<float> rows(values), q(query), mean(128);
+        DeviceArray<unsigned char> half(256 * kSlice), codes(256 * kSlice);
+        DeviceArray<HalfTerm> half_terms(256);
+        DeviceArray<CodeTerm> code_terms(256);
+        DeviceArray<uint32_t> alive(std::vector<uint32_t>(8, 0));
+        DeviceArray<int> bad(std::vector<int>{0});
+        const SegmentView view{half.get(),       codes.get(), half_terms.get(),
+                               code_terms.get(), alive.get(), nullptr, 0};
+        check(launch_pack({rows.get(), kF32, kDim, kRows, half.get(), half_terms.get(), alive.get(),
+                           0, kDim, metric, bad.get()},
+                          nullptr));
+        check(launch_mean(view, kRows, kDim, metric, mean.get(), nullptr));
+        check(launch_quantize(
+            {view, mean.get(), codes.get(), code_terms.get(), 0, kRows, kDim, metric}, nullptr));
+        const IndexView index{&view, mean.get(), nullptr, kRows, 256, kDim, metric, scan};
+        TopkPlan plan = plan_topk(index, 1, 1, {5, 227 * 1024, 90}, size_t{1} << 30);
+        DeviceArray<unsigned char> workspace(plan.workspace_bytes, 256);
+        const Workspace w = carve(plan, index, workspace.get(), nullptr);
+        const TopkParams params{index, q.get(), kF32, kDim, nullptr, nullptr, nullptr, nullptr};
+        check(launch_prepare(plan, params, w, 0, 1, nullptr));
+        QueryState state = w.states[0];
+        state.err_row = state.open_row;
+        state.err_code = state.open_code;
+        state.scale = 1;
+        for (int row = 0; row < kRows; ++row) {
+          std::vector<uint16_t> x;
+          float sum = 0;
+          for (int j = 0; j < kDim; ++j) {
+            const float v = values[static_cast<size_t>(row * kDim + j)];
+            x.push_back(float_to_half_bits(v));
+            const auto code = static_cast<int8_t>(codes.get()[unit_offset(row, j / 16) + j % 16]);
+            sum += w.values[j] * (scan == kInt8 ? code : half_bits_to_float(x.back()));
+          }
+          const double score = canonical(x.data(), query.data(), kDim, metric);
+          const float bound = score_bound(score, state, kDim, metric);
+          const Bounds b =
+              scan == kInt8 ? CodeScan::bounds(sum, code_terms.get()[row], state, metric)
+                            : HalfScan::bounds(sum, half_terms.get()[row], state, metric);
+          const float least = b.lower - (std::abs(b.lower) * 0x1p-20f + 0x1p-78f);
+          const float room = metric == kL2 ? static_cast<float>(state.norm * 0x1p-40) : 0.0f;
+          if (bound <= b.upper && bound >= least - room) continue;
+          char text[200];
+          std::snprintf(text, sizeof text,
+                        "score bound, scan %d, metric %d, %s, row %d: %.9g of [%.9g, %.9g]", scan,
+                        metric, data, row, static_cast<double>(bound), static_cast<double>(b.lower),
+                        static_cast<double>(b.upper));
+          why = text;
+          return false;
+        }
+      }
   return true;
 }
 
@@ -667,7 +737,7 @@ int main(int argc, char** argv) {
     std::printf("FAIL refusals: %s\n", why.c_str());
     ++failures;
   }
-  for (const auto part : {plans, thresholds, opens}) {
+  for (const auto part : {plans, thresholds, score_bounds, opens}) {
     if (part(why)) continue;
     std::printf("FAIL %s\n", why.c_str());
     ++failures;
