@@ -246,6 +246,7 @@ void bind_search(py::module_& m) {
       .def_property_readonly("scan", [](const Index& ix) { return int(ix.scan()); })
       .def_property_readonly("size", py::cpp_function(&Index::size, release()))
       .def_property_readonly("nbytes", py::cpp_function(&Index::nbytes, release()))
+      .def_property_readonly("joins", py::cpp_function(&Index::joins, release()))
       .def("stats", stats);
   m.def("set_num_threads", knnfast::set_num_threads);
   m.def("num_threads", knnfast::num_threads);

@@ -111,6 +111,8 @@ int64_t Index::size() const {
   return impl_->live;
 }
 
+bool Index::joins() const { return worth_sharing(*impl_->snapshot(), impl_->dim); }
+
 int64_t Index::nbytes() const {
   std::shared_lock<std::shared_mutex> lock(impl_->state);
   int64_t total = impl_->map.nbytes();

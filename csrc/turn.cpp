@@ -4,6 +4,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <chrono>
 #include <mutex>
 #include <thread>
 
@@ -17,6 +18,9 @@ int at_once() { return num_threads() > 1 ? 1 : cores(); }
 
 bool alike(const Work& a, const Work& b) { return a.object == b.object && a.kind == b.kind; }
 
+constexpr int kPatience = 4;    // waits for more work are at most 1/4 of what the last turn took
+constexpr int kMostVain = 255;  // turns without one, after some in vain
+
 }  // namespace
 
 class Turn::Line {
@@ -29,10 +33,12 @@ class Turn::Line {
     work.next = nullptr;
     if (!first_ && running_ < at_once()) {
       ++running_;
+      began_ = Clock::now();
       return true;
     }
     (last_ ? last_->next : first_) = &work;
     last_ = &work;
+    if (awaits_) arrived_.notify_one();
     work.wake.wait(lock, [&] { return work.state != Work::kWaits; });
     if (work.state == Work::kDone) return false;
     lock.unlock();
@@ -47,7 +53,8 @@ class Turn::Line {
   }
 
   Work* take(const Work& own, int64_t size) {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
+    await_more(lock, own);
     if (const int64_t servers = at_once(); servers > 1) {
       int64_t waiting = own.size;
       for (const Work* w = first_; w; w = w->next)
@@ -86,9 +93,12 @@ class Turn::Line {
   }
 
   // Those that are done go first, as in `enter`; frames live until their callers have the mutex.
-  void leave(Work* finished) {
+  void leave(const Work& own, Work* finished) {
     std::lock_guard<std::mutex> lock(mutex_);
+    answered_ = {own.object, own.kind, 1};
+    took_ = Clock::now() - began_;
     for (Work* w = finished; w; w = w->next) {
+      ++answered_.callers;
       w->state = Work::kDone;
       w->wake.notify_one();
     }
@@ -97,12 +107,34 @@ class Turn::Line {
   }
 
  private:
+  using Clock = std::chrono::steady_clock;
+
+  // Callers whom the last turn answered often ask again at once, and all in one search take little
+  // longer than half of them: for who is missing it waits a little, unless others wait for it.
+  void await_more(std::unique_lock<std::mutex>& lock, const Work& own) {
+    if (at_once() > 1 || own.object != answered_.object || own.kind != answered_.kind) return;
+    const auto missing = [&] {
+      int64_t callers = answered_.callers - 1;
+      for (const Work* w = first_; w; w = w->next) callers = alike(*w, own) ? callers - 1 : 0;
+      return callers;
+    };
+    const int64_t before = missing();
+    if (before <= 0 || (pause_ > 0 && pause_-- > 0)) return;
+    awaits_ = true;
+    arrived_.wait_for(lock, took_ / kPatience, [&] { return missing() <= 0; });
+    awaits_ = false;
+    vain_ = 2 * missing() < before ? 0 : std::min(2 * vain_ + 1, kMostVain);
+    pause_ = vain_;
+    began_ = Clock::now();
+  }
+
   void call_next() {
     for (; first_ && running_ < at_once(); ++running_) {
       Work* next = first_;
       first_ = next->next;
       if (!first_) last_ = nullptr;
       next->state = Work::kCalled;
+      began_ = Clock::now();
       next->wake.notify_one();
     }
   }
@@ -111,6 +143,16 @@ class Turn::Line {
   Work *first_ = nullptr, *last_ = nullptr;
   uint64_t entered_ = 0;
   int running_ = 0;  // where it is 0 nobody waits
+
+  struct {
+    const void* object = nullptr;
+    int64_t kind = 0, callers = 0;
+  } answered_;  // by the last turn, which took so long
+  Clock::duration took_{};
+  Clock::time_point began_;  // this one
+  std::condition_variable arrived_;
+  bool awaits_ = false;
+  int vain_ = 0, pause_ = 0;
 };
 
 // Never destroyed: a search may still run while the process ends.
@@ -130,12 +172,12 @@ Turn::Turn(Work& work, bool wait) : work_(work), line_(wait ? line() : nullptr) 
 
 Turn::~Turn() {
   give_back();
-  if (line_) line_->leave(finished_);
+  if (line_) line_->leave(work_, finished_);
 }
 
 bool Turn::give_way() {
   if (!line_ || line_->empty()) return false;
-  line_->leave(nullptr);
+  line_->leave(work_, nullptr);
   return line_->enter(work_);
 }
 

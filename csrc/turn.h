@@ -44,7 +44,8 @@ class Turn {
 
   // Takes work of the same object and kind out of the line, those that came first, up to `size` in
   // all, but where several are at work at once no more than its share of what waits; returns it as
-  // a list. Its callers wait on. Once a turn.
+  // a list. Its callers wait on. Where the last turn had more callers, it waits a little for them.
+  // Once a turn.
   Work* take(int64_t size);
   void finish();     // all of it is done
   void give_back();  // it is not: each stands where it stood, now for its own caller

@@ -87,6 +87,27 @@ def test_a_single_caller_waits_no_longer_than_the_deadline(index, rows):
         assert 0.04 < time.perf_counter() - start < 5
 
 
+def test_searches_that_the_index_joins_are_handed_on(rows):
+    """Of a large index, without a filter; with one they are collected."""
+    large = Index(32)
+    large.add(np.tile(rows, (17, 1)))  # 2^20 elements and more
+    with Batcher(large, deadline_ms=10_000, max_batch=2) as batcher:
+        start = time.perf_counter()
+        found = in_threads(8, lambda i: batcher.search(rows[i], 3))
+        assert time.perf_counter() - start < 9
+        assert batcher.stats == {"requests": 0, "queries": 0, "searches": 0}
+        assert large.stats["searches"] == 8
+        deny = np.arange(5)
+        denied = in_threads(2, lambda i: batcher.search(rows[i], 3, deny=deny))
+        assert batcher.stats == {"requests": 2, "queries": 2, "searches": 1}
+    for i in range(8):
+        assert same(found[i], large.search(rows[i], 3))
+    for i in range(2):
+        assert same(denied[i], large.search(rows[i], 3, deny=deny))
+    with pytest.raises(RuntimeError, match="closed"):
+        batcher.search(rows[0], 3)
+
+
 def test_deadline_zero_collects_while_another_search_runs(rows):
     class Slow(Index):
         def search(self, *args):

@@ -42,9 +42,9 @@ class Batcher:
 
     The first caller of a kind (same k, same filter objects) leads: it waits up to the deadline for
     others, then until the search before it has ended, and searches for all who came meanwhile.
-    (`Index.search` itself joins searches that wait for a large CPU index, but none with filters.)
-    There is no thread of its own, and one search at a time. Answers are `Index.search`'s, bit for
-    bit, and so are errors: a bad call raises in its own thread and disturbs nobody.
+    There is no thread of its own, and one search at a time. Searches without filters of a large CPU
+    index are handed on: `Index.search` joins them by itself, sooner. Answers are `Index.search`'s,
+    bit for bit, and so are errors: a bad call raises in its own thread and disturbs nobody.
 
     Args:
         index: what is searched; it may grow and shrink meanwhile.
@@ -81,7 +81,10 @@ class Batcher:
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counters so far: requests and queries that were collected, searches that succeeded."""
+        """Counters so far: requests and queries that were collected, searches that succeeded.
+
+        Those that were handed on are counted by the index.
+        """
         with self._lock:
             return dict(self._stats)
 
@@ -93,27 +96,31 @@ class Batcher:
             and on the device of the queries.
         Raises: what `Index.search` raises; RuntimeError when the batcher is closed.
         """
-        k = interop.as_int(k, "k")
-        rows = interop.as_rows(queries, "queries")
-        shape = rows.array.shape
-        joins = len(shape) in (1, 2) and rows.array.size and shape[-1] == self.index.dim and k >= 1
-        q = _as_float(rows).reshape(-1, self.index.dim) if joins else None
         with self._lock:
             if self._closed:
                 raise RuntimeError("the batcher is closed")
             self._inside += 1
         try:
-            found = None
-            if q is not None and np.isfinite(q).all():
-                found = self._join(q, k, allow, deny)
-            if found is None:  # alone, so that an error is raised where it belongs
-                with self._turn:
-                    return self._search(queries, k, allow, deny)
+            if allow is None and deny is None and self.index._joins:
+                return self.index.search(queries, k)
+            return self._collect(queries, k, allow, deny)
         finally:
             with self._lock:
                 self._inside -= 1
                 if not self._inside:
                     self._idle.notify_all()
+
+    def _collect(self, queries: Any, k: int, allow: Any, deny: Any) -> tuple[Any, Any]:
+        k = interop.as_int(k, "k")
+        rows = interop.as_rows(queries, "queries")
+        shape, found = rows.array.shape, None
+        if len(shape) in (1, 2) and rows.array.size and shape[-1] == self.index.dim and k >= 1:
+            q = _as_float(rows).reshape(-1, self.index.dim)
+            if np.isfinite(q).all():
+                found = self._join(q, k, allow, deny)
+        if found is None:  # alone, so that an error is raised where it belongs
+            with self._turn:
+                return self._search(queries, k, allow, deny)
         scores, ids = (part.reshape(*shape[:-1], k) for part in found)
         return rows.back(scores), rows.back(ids)
 

@@ -87,6 +87,10 @@ class CudaIndex(Index):
         return self._scan
 
     @property
+    def _joins(self) -> bool:
+        return False
+
+    @property
     def device(self) -> str:
         """Where the rows are."""
         return f"cuda:{self._number}"

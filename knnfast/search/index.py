@@ -97,6 +97,11 @@ class Index:
         return self._core.nbytes
 
     @property
+    def _joins(self) -> bool:
+        """Whether searches without filters join others by themselves."""
+        return self._core.joins
+
+    @property
     def stats(self) -> dict[str, int]:
         """Counters of all searches so far (docs/search.md).
 
