@@ -102,9 +102,10 @@ struct TopkParams {
 };
 
 // What to scan of rows that have codes, when nobody says. Codes halve the scan, but their bounds
-// are wide once a query has one number an element (batches above 32, TopkPlan::planes): a query
-// opens about 13·k bins of 1M isotropic rows, FP16 about k. Reading those back takes longer than
-// the scan saves when k exceeds a 50,000th of the rows (by the roofline of an H200, any dim).
+// are wide once a query has one number an element (batches above 32, TopkPlan::planes): of 1M
+// isotropic rows about 13·k bins reach the first threshold and half of those the risen one, in FP16
+// about k. Reading them back takes longer than the scan saves when k exceeds a 50,000th of the
+// rows: an estimate by the roofline of an H200, for any dim, that no GPU has confirmed yet.
 inline Scan choose_scan(int64_t rows, int batch, int k) {
   return batch > 32 && k > rows / 50000 ? kFp16 : kInt8;
 }

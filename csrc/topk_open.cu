@@ -10,7 +10,7 @@
 //   id; rounding to FP32 comes last.
 // Bytes: lower once, upper once, 128·slices·32 for an open bin, 2d for a rescored row (found in
 // cache in FP16 scans). Nothing is ever dropped for want of room: a block keeps the best k of what
-// it has rescored, sorting when its buffer fills, and hands on at most k. If every row ties, every
+// it has rescored, sorting now and then, and hands on at most k. If every row ties, every
 // row is rescored: the exact answer at the price of one more pass, bound by FP64 conversions (16 a
 // clock of a multiprocessor, two an element or, of four rows at once, five for four). Never run on
 // a GPU yet.

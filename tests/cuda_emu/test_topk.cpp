@@ -373,6 +373,11 @@ bool plans(std::string& why) {
           return false;
         }
 
+  if (open_shared_bytes(kMaxDim, kMaxK) > 99 * 1024 || merge_shared_bytes(kMaxK) > 99 * 1024) {
+    why = "no room to open bins at the limits";
+    return false;
+  }
+
   // Rounds of panels that leave few multiprocessors idle; blocks enough to open a query's bins.
   const auto planned = [&](int64_t rows, int batch) {
     const IndexView index{nullptr, nullptr, nullptr, rows, 262144, 512, kIp, kFp16};
