@@ -111,6 +111,26 @@ def test_joined_searches_give_the_reference_bits(rows, queries, metric):
         np.testing.assert_array_equal(got, want)
 
 
+def test_callers_that_ask_again_at_once_are_answered_all_together(rows, queries):
+    """Not in two groups by turns, of which one waits while the other is answered: of 8 callers 7
+    join, not 6."""
+    index = Index(D)
+    index.add(np.tile(rows, (8, 1)))
+    want = index.search(queries, 5)[1]
+
+    def ask(i):
+        return [(index.search(queries[i], 5)[1] == want[i]).all() for _ in range(40)]
+
+    for _ in range(20):  # how soon they come back is up to the machine
+        before = index.stats
+        with ThreadPoolExecutor(8) as pool:
+            assert np.concatenate([*pool.map(ask, range(8))]).all()
+        joined = index.stats["searches_joined"] - before["searches_joined"]
+        if joined > 0.8 * 8 * 40:
+            return
+    pytest.fail(f"{joined} of {8 * 40} were answered by another")
+
+
 # With one thread there are as many turns as cores: two at most here.
 ONE_THREAD = """
 import os, sys
