@@ -7,7 +7,8 @@ server's saturation. Open loop: queries arrive by a Poisson process at a given r
 server does, the clients serve as its threads, and a query's latency counts from its arrival
 (nothing is left out when the server is late). Servers: `Index.search` (searches take turns and
 share all cores; those that wait are answered together), the same and FAISS with one thread a search
-(a server per core), and `knnfast.Batcher`.
+(a server per core); and with a filter, a bitset that denies a row of a hundred, `Index.search`,
+which then answers one after another, and `knnfast.Batcher`.
 
 Beside the open-loop rows stands what an M/D/c queue predicts for the same arrivals: c servers,
 first come first served, a search at a time each, every service equally long. `of_queue` is the
@@ -267,7 +268,8 @@ def main() -> None:
     vectors, queries = make_rows(args.n, args.d)
     index = Index(args.d)
     index.add(vectors)
-    truth = Truth(vectors, queries, args.k)
+    allowed = np.random.default_rng(0).random(args.n) >= 0.01
+    denied = np.packbits(~allowed, bitorder="little")
     faiss = faiss_module()
     flat = faiss.IndexFlatIP(args.d)
     flat.add(vectors.astype(np.float32))
@@ -287,10 +289,15 @@ def main() -> None:
     def theirs(q: np.ndarray) -> Any:
         return flat.search(q[None], args.k)
 
-    def record(*arguments: Any) -> list[dict[str, Any]]:
+    def filtered(q: np.ndarray) -> Any:
+        return index.search(q, args.k, deny=denied)
+
+    def record(*arguments: Any, among: Any = slice(None)) -> list[dict[str, Any]]:
         search = arguments[1]
         got = np.stack([np.asarray(search(q)[1]).reshape(-1) for q in queries[:8]])
-        verdict = truth.judge(got)
+        place = np.full(args.n, -1)  # of a row among those that may be found
+        place[among] = np.arange(len(place[among]))
+        verdict = Truth(vectors[among], queries, args.k).judge(place[got])
         rows = []
         for row in measure(*arguments):
             rows.append(tidy(row | {"exact": verdict["exact"]}))
@@ -305,12 +312,13 @@ def main() -> None:
     with one_thread_a_search():
         record("Index.search, a thread each", ours, queries, args, rates, cores())
         record("faiss-flat", theirs, queries, args, rates, cores())
+    record("Index.search with a filter", filtered, queries, args, rates, 1, among=allowed)
     with Batcher(index, deadline_ms=args.deadline_ms) as batcher:
 
         def batched(q: np.ndarray) -> Any:
-            return batcher.search(q, args.k)
+            return batcher.search(q, args.k, deny=denied)
 
-        record("Batcher", batched, queries, args, rates, None)
+        record("Batcher with a filter", batched, queries, args, rates, None, among=allowed)
         stats = batcher.stats
     report["batch_mean"] = round(stats["queries"] / stats["searches"], 2)
     if args.json:

@@ -227,7 +227,7 @@ def load_section(result: dict[str, Any], picture: str) -> str:
             f"{ms(row[name]['p99_ms'])} ({row[f'p99_over_{name}']:.2f}x; {use[name]:.0%} busy)"
             if use.get(name, 1) < 1 else "" for name in ("queue", own)
         ]  # fmt: skip
-        if row["loop"] == "open" and not any(queues) and row["server"] != "Batcher":
+        if row["loop"] == "open" and not any(queues) and not row["server"].startswith("Batcher"):
             queues[0] = "none: more than it can serve"
         load = f"{row['of_queue']:.0%}" if "of_queue" in row else ""
         taken = f"{row['stolen_share']:.0%}" if "stolen_share" in row else ""

@@ -146,12 +146,13 @@ def test_batcher_is_judged_by_as_many_callers_of_search():
     def closed(server, clients, qps):
         return {"server": server, "loop": "closed", "clients": clients, "qps": qps}
 
-    rows = [closed("Index.search", 1, 100), closed("Index.search", 16, 110)]
+    rows = [closed("Index.search", 1, 100), closed("Index.search", 16, 500)]
+    rows.append(closed("Index.search with a filter", 16, 110))
     result = {"kind": "load", "machine": {"isa": "b"}, "rows": rows, "shape": {"clients": 16}}
     assert lines([result], "Batcher") == []
-    rows.append(closed("Batcher", 16, 330))
-    assert lines([result], "Batcher") == [["3.00x (3.30x of searches one by one)", "yes"]]
-    rows[1]["qps"] = 300
-    rows.append({"server": "faiss", "loop": "open", "clients": 16, "of_queue": 1.0})
-    said = "3.30x of searches one by one; 16 callers of search, which joins them itself: 3.00x"
-    assert lines([result], "Batcher") == [[f"1.10x ({said})", "no"]]
+    rows.append(closed("Batcher with a filter", 16, 330))
+    said = ("x of 16 callers of search with a filter; without one search joins them itself: "
+            "5.00x of searches one by one")  # fmt: skip
+    assert lines([result], "Batcher") == [["3.00" + said, "yes"]]
+    rows[2]["qps"] = 300
+    assert lines([result], "Batcher") == [["1.10" + said, "no"]]
