@@ -236,9 +236,10 @@ void GroupSearch::scan_blocks(Worker& w, uint32_t begin, uint32_t end) {
     const auto began = std::chrono::steady_clock::now();
     kernels_.scan_int8(rows, begin, end, queries.data(), static_cast<int>(n_), l2, &w, stopped);
     w.stats.rows_stopped += stopped[0] + stopped[1];
-    if (stops && end - begin >= chunk_blocks_ / 2) {
+    if (stops) {
       const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - began;
-      w.stop.judge(taken.count() / (end - begin), stopped, pairs);
+      w.stop.add(taken.count(), end - begin, stopped, pairs);
+      if (w.stop.blocks() >= chunk_blocks_ / 2) w.stop.judge();
     }
   } else {
     ++w.stats.chunks_fp16;

@@ -16,13 +16,24 @@ class StopChoice {
   void start() { *this = StopChoice(); }
   int next() const { return next_; }
 
-  // After a chunk that took so many seconds a block: of `pairs` of rows and queries, `stopped` were
-  // left at each stop. The first chunk, in which nothing is known yet, tells nothing.
-  void judge(double seconds, const int64_t* stopped, int64_t pairs) {
+  // After a scan of some blocks: of `pairs` of rows and queries, `stopped` were left at each stop.
+  void add(double seconds, int64_t blocks, const int64_t* stopped, int64_t pairs) {
+    seen_.seconds += seconds;
+    seen_.blocks += blocks;
+    seen_.stopped += stopped[0];
+    seen_.pairs += pairs;
+  }
+  int64_t blocks() const { return seen_.blocks; }  // added since it was judged last
+
+  // What was added is enough to tell. The first time, when nothing is known yet, it tells nothing.
+  void judge() {
+    const Seen seen = seen_;
+    seen_ = Seen();
     if (best_ < 0) {
       best_ = next_ = 0;
       return;
     }
+    const double seconds = seen.seconds / static_cast<double>(seen.blocks);
     Way& way = ways_[next_];
     way.seconds = next_ == best_ && way.tried() ? (way.seconds + seconds) / 2 : seconds;
     for (int i = 0; i <= kStops; ++i)
@@ -37,7 +48,7 @@ class StopChoice {
     }
     next_ = best_;
     // A stop that leaves most is hard to beat.
-    if (best_ == 0 && ways_[kStops].tried() && stopped[0] * 4 >= pairs * 3) return;
+    if (best_ == 0 && ways_[kStops].tried() && seen.stopped * 4 >= seen.pairs * 3) return;
     for (int i = 0; i <= kStops; ++i)
       if (i != best_ && --ways_[i].wait < 0) next_ = i;
   }
@@ -50,7 +61,12 @@ class StopChoice {
     int wait = 0, patience = kPatience;  // chunks before the next trial, and from then on
     bool tried() const { return seconds >= 0; }
   };
+  struct Seen {
+    double seconds = 0;
+    int64_t blocks = 0, stopped = 0, pairs = 0;  // stopped: at the first stop
+  };
   Way ways_[kStops + 1];
+  Seen seen_;
   int best_ = -1, next_ = kStops;
 };
 

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // After the scan: threshold, opening, canonical scores, order.
 //
-//   threshold[m] = k-th largest of lower[m, :]           (a certified lower bound of the k-th
-//   score) open every bin with upper >= threshold, the highest upper first; inside, bound each row
-//   again with the unrounded query (FP32 dot product with the FP16 row or its codes) and rescore
-//   the rows that still reach it, which rises to a block's own k-th best: canonical score, FP64:
-//   lane l = 0..31 sums j = l, l+32, ..., lanes combine by the tree 16, 8, 4, 2, 1; ip Σ x·q, l2 Σ
-//   (q-x)², cosine dot/(√xx·√qq), 0 if a norm is 0. No contraction. Order: score, then the lower
-//   id; rounding to FP32 comes last.
+// - threshold[m] = k-th largest of lower[m, :], a certified lower bound of the k-th score.
+// - Every bin with upper >= threshold is opened, the highest upper first: each row is bounded again
+//   with the unrounded query (FP32 dot product with the FP16 row or its codes), and the rows that
+//   still reach the threshold are rescored. It rises to a block's own k-th best.
+// - Canonical score, FP64: lane l = 0..31 sums j = l, l+32, ..., lanes combine by the tree 16, 8,
+// 4,
+//   2, 1; ip Σ x·q, l2 Σ (q-x)², cosine dot/(√xx·√qq), 0 if a norm is 0. No contraction.
+// - Order: score, then the lower id; rounding to FP32 comes last.
+//
 // Bytes: lower once, upper once, 128·slices·32 for an open bin, 2d for a rescored row (found in
 // cache in FP16 scans). Nothing is ever dropped for want of room: a block keeps the best k of what
 // it has rescored, sorting now and then, and hands on at most k. If every row ties, every
@@ -264,7 +266,7 @@ struct OpenShared {
 static_assert(sizeof(OpenShared) % sizeof(Candidate) == 0, "candidates come next");
 
 // Orders the list, the largest first, each entry by counting those before it. All threads.
-__device__ __forceinline__ void rank(uint64_t* list, int n) {
+__device__ __forceinline__ void sort_descending(uint64_t* list, int n) {
   static_assert(kOpenList <= kThreads, "an entry a thread");
   const uint64_t mine = static_cast<int>(threadIdx.x) < n ? list[threadIdx.x] : 0;
   int before = 0;
@@ -382,7 +384,7 @@ __global__ void __launch_bounds__(kThreads, 2) topk_open_kernel(OpenArgs a) {
       more = __syncthreads_or(reached != 0);
       if (head.found >= kOpenList / 2 || base + kLook >= end) {
         const int found = min(head.found, kOpenList);
-        rank(head.open, found);
+        sort_descending(head.open, found);
         // The highest bounds first: they hold the best rows, and then most of the rest is shut.
         const auto reaches = [&](int i) {
           return key_float(static_cast<uint32_t>(head.open[i] >> 32)) >= head.threshold;

@@ -18,8 +18,8 @@ int at_once() { return num_threads() > 1 ? 1 : cores(); }
 
 bool alike(const Work& a, const Work& b) { return a.object == b.object && a.kind == b.kind; }
 
-constexpr int kPatience = 4;    // waits for more work are at most 1/4 of what the last turn took
-constexpr int kMostVain = 255;  // turns without one, after some in vain
+constexpr int kPatience = 4;       // waits for more work are at most 1/4 of what the last turn took
+constexpr int kMostSkipped = 255;  // of such waits, after some in vain
 
 }  // namespace
 
@@ -113,18 +113,21 @@ class Turn::Line {
   // longer than half of them: for who is missing it waits a little, unless others wait for it.
   void await_more(std::unique_lock<std::mutex>& lock, const Work& own) {
     if (at_once() > 1 || own.object != answered_.object || own.kind != answered_.kind) return;
-    const auto missing = [&] {
-      int64_t callers = answered_.callers - 1;
-      for (const Work* w = first_; w; w = w->next) callers = alike(*w, own) ? callers - 1 : 0;
-      return callers;
+    int64_t callers = 0;
+    const auto complete = [&] {
+      bool others = false;
+      callers = 1;
+      for (const Work* w = first_; w; w = w->next) alike(*w, own) ? ++callers : others = true;
+      return others || callers >= answered_.callers;
     };
-    const int64_t before = missing();
-    if (before <= 0 || (pause_ > 0 && pause_-- > 0)) return;
+    if (complete() || (skipping_ > 0 && skipping_-- > 0)) return;
+    const int64_t missing = answered_.callers - callers;
     awaits_ = true;
-    arrived_.wait_for(lock, took_ / kPatience, [&] { return missing() <= 0; });
+    arrived_.wait_for(lock, took_ / kPatience, complete);
     awaits_ = false;
-    vain_ = 2 * missing() < before ? 0 : std::min(2 * vain_ + 1, kMostVain);
-    pause_ = vain_;
+    const bool in_vain = 2 * (answered_.callers - callers) > missing;
+    waits_to_skip_ = in_vain ? std::min(2 * waits_to_skip_ + 1, kMostSkipped) : 0;
+    skipping_ = waits_to_skip_;
     began_ = Clock::now();
   }
 
@@ -152,7 +155,7 @@ class Turn::Line {
   Clock::time_point began_;  // this one
   std::condition_variable arrived_;
   bool awaits_ = false;
-  int vain_ = 0, pause_ = 0;
+  int waits_to_skip_ = 0, skipping_ = 0;
 };
 
 // Never destroyed: a search may still run while the process ends.

@@ -204,8 +204,8 @@ def neighbour_attention_kernel(
                 # The root of the second bounds the row's largest number, before the scale.
                 bad = (mean * mean > variance) | ((mean * mean + variance) * D * k * k > 4e6)
                 turn -= tl.max(bad.to(tl.int32), 0)
-                pivot += mean
-                k = rstd
+                pivot = tl.where(bad, pivot + mean, pivot)  # no other row's sums change
+                k = tl.where(bad, rstd, k)
 
     score = finish(score, side, ratio, centre, mask_ptr, a_ptr, n, column, real, MERGED, NP)
     top = tl.max(score, 1)
@@ -257,7 +257,7 @@ def parts(N, heads):
 
 
 def tiles_of(columns, B, L, x):
-    """BLOCK_L, BLOCK_D and num_stages. A token is computed alone, whatever BLOCK_L."""
+    """BLOCK_L, BLOCK_D and num_stages. No token sees another; 128 of them take another order."""
     count, arch = multiprocessors(x.device)
     limit = WIDEST[arch] // x.element_size()
     if columns > limit:

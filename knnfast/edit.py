@@ -288,7 +288,7 @@ def disagreement(
     blank = torch.full_like(source, net.schedule.num_codes).repeat(2, 1)
     level = torch.full((2,), net.schedule.num_steps, device=source.device)
     mask = torch.cat([on, torch.zeros_like(on)])
-    text, plain = net(blank, level, both, mask, source.repeat(2, 1))
+    text, plain = net(blank, level, both, mask, source.repeat(2, 1)).float()  # they are near
     guided = plain + guidance * (text - plain)
     vectors = pipe.tokenizer.quantize.embedding.weight
     distance = torch.cdist(vectors[source[0]], vectors).square()  # [L, K]

@@ -117,6 +117,7 @@ class Thumbnails:
         self._lent: dict[int, tuple[Atlas, int]] = {}  # and the cell
         self._folders: set[Path] = set()
         self._sheet = lru_cache(maxsize=8)(_read_atlas)
+        self._cut = lru_cache(maxsize=4096)(self._cut_out)
 
     def shrink(self, image: Image.Image) -> Image.Image:
         """A picture as large as a cell, padded white."""
@@ -165,14 +166,15 @@ class Thumbnails:
         while (image := self._images.get(id)) is None:
             atlas, cell = self._lent[id]
             try:
-                sheet = self._sheet(atlas)
+                return self._cut(atlas, cell)
             except FileNotFoundError:
                 if self._lent[id][0] is atlas:
-                    raise
-                continue  # it was saved anew meanwhile
-            x, y = cell % ATLAS_SIDE * self.size, cell // ATLAS_SIDE * self.size
-            return sheet.crop((x, y, x + self.size, y + self.size))
+                    raise  # else it was saved anew meanwhile
         return image
+
+    def _cut_out(self, atlas: Atlas, cell: int) -> Image.Image:
+        x, y = cell % ATLAS_SIDE * self.size, cell // ATLAS_SIDE * self.size
+        return self._sheet(atlas).crop((x, y, x + self.size, y + self.size))
 
     def atlases(self, ids: np.ndarray) -> Iterator[bytes]:
         """WebP sheets of ATLAS_SIDE^2 cells in the order of `ids`; the last is cut.

@@ -26,6 +26,7 @@ from knnfast.diffusion.tokenizer import VQTokenizer
 from knnfast.diffusion.unet import UNetDenoiser
 from knnfast.edit import edit
 from knnfast.encoders import Embeddings, Encoder, load_encoder
+from knnfast.images import pictures_of
 from knnfast.mixture import Mixture
 from knnfast.query import Picture, Query, as_queries, embed
 
@@ -365,12 +366,12 @@ class KNNDiffusion:
             cond, mask = self.condition(db, query, neighbours, k, use_query, use_neighbours)
         owner = np.repeat(np.arange(len(query)), num_images)
         index = np.tile(np.arange(num_images), len(query))
-        arrays: list[np.ndarray] = []
+        pictures: list[Image.Image] = []
         batches = range(0, len(owner), batch_size)
         draw: Callable[..., torch.Tensor] = self.denoiser.sample
         if callback is None and self._graphs.serves(self.denoiser):
             draw = partial(self._graphs, self.denoiser)
-        with finished_part(arrays) as stopped:
+        with finished_part(pictures) as stopped:
             for n, start in enumerate(batches):
                 part = slice(start, start + batch_size)
                 told = {} if callback is None else {"callback": scaled(callback, n, len(batches))}
@@ -388,11 +389,9 @@ class KNNDiffusion:
                 with clock("decode"):
                     # As in the sampler: on the CPU no image sees its batch, even in a rounding.
                     alone = [codes] if self.device.type == "cuda" else codes.split(1)
-                    pixels = torch.cat([self.tokenizer.decode(c) for c in alone]).clamp(0, 1)
-                    levels = (pixels * 255).round().byte().permute(0, 2, 3, 1)
-                    arrays.extend(levels.cpu().numpy())
+                    pictures += pictures_of(torch.cat([self.tokenizer.decode(c) for c in alone]))
         labels = [q.label for q in queries]
-        output = Output([Image.fromarray(a) for a in arrays], neighbours, timings, seed, labels)
+        output = Output(pictures, neighbours, timings, seed, labels)
         if stopped:
             raise Interrupted(output)
         return output

@@ -118,3 +118,18 @@ def test_a_range_of_few_rows(rows, queries):
             want = search_reference(queries[q : q + 1], rows, np.arange(N), kept, max(1, len(kept)))
             np.testing.assert_array_equal(ids[part], want[1][0, : len(kept)])
             np.testing.assert_array_equal(scores[part], want[0][0, : len(kept)])
+
+
+def test_scans_between_few_rows_learn_to_stop():
+    """Of clustered rows most are left early, also where every run of blocks is short."""
+    rng = np.random.default_rng(3)
+    centres = rng.standard_normal((50, 256)).astype(np.float32)
+    x = centres[rng.integers(50, size=60_000)]
+    x = (x + 0.1 * rng.standard_normal(x.shape)).astype(np.float16)
+    index = Index(256)
+    index.add(x)
+    allowed = np.arange(0, len(x), 100)
+    index.search(centres[:8], 3, allow=allowed)
+    stats = index.stats
+    assert stats["rows_scanned"] < 8 * len(x) / 4
+    assert stats["rows_stopped"] > 0.3 * stats["rows_scanned"]

@@ -107,7 +107,7 @@ class KNNFAST_API Index {
   Scan scan() const;
   int64_t size() const;    // live rows
   int64_t nbytes() const;  // bytes in use
-  bool joins() const;      // whether small searches that wait are answered together: it is large
+  bool joins() const;      // so large that searches that wait are answered together
   Stats stats() const;
 
   // Atomic: a kill leaves the old or the new index. A folder of other files and no index is

@@ -123,8 +123,10 @@ def train(
     kind = BACKBONES[backbone]
     sizes = settings.changed("model", kind.config_type())
     augmentation = settings.changed("augmentation", KINDS[augment])
-    shown = (EditConfig if editor else ConditionConfig)().preset(condition, noise)
-    shown = settings.changed("condition", shown)
+    preset = (EditConfig if editor else ConditionConfig)().preset(condition, noise)
+    shown = settings.changed("condition", preset)
+    if noise is not None:
+        shown = replace(shown, noise=preset.noise, least_noise=preset.least_noise)
     if k is not None:
         shown = replace(shown, k=k)
     options |= {

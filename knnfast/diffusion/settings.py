@@ -19,7 +19,7 @@ class Settings:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Read what `to_dict` wrote, or a part of it; see `updated`."""
+        """Read what `to_dict` wrote, or a part of it; settings within settings are not read."""
         return cls().updated(raw)
 
     def updated(self, raw: Mapping[str, Any]) -> Self:
@@ -35,9 +35,9 @@ class Settings:
                 f"unknown settings {unknown}; {type(self).__name__} has {', '.join(types)}"
             )
         for name, value in raw.items():
-            wanted = TYPES.get(types[name], Any)
+            wanted = TYPES.get(types[name], list | tuple)
             number = isinstance(value, bool) and wanted is not bool  # to Python True is 1
-            if wanted is not Any and (number or not isinstance(value, wanted)):
+            if number or not isinstance(value, wanted):
                 raise ValueError(f"{name} must be {types[name]}, got {value!r}")
         return replace(self, **{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
 

@@ -27,8 +27,8 @@ _TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Measured (bench/results, shapes fold-24 ... fold-96: L = 256, D = 512, H = 8): 1.3 times faster
 # than projections + SDPA at H N = 0.75 D, even at 1.0, 0.7 times at 1.5.
 FOLD_LIMIT = 0.9
-# A GPU computes with H and N rounded up to powers of two, so there it is a share of those, not
-# measured; and a row of A may have so many bytes: all that the smallest shared memory holds.
+# On a GPU, where it is not measured, H and N count as the next powers of two, which its tiles hold
+# at most. And a row of A may have so many bytes: all that the smallest shared memory holds.
 FOLD_BYTES = 2048
 
 

@@ -43,7 +43,8 @@ class Batcher:
     The first caller of a kind (same k, same filter objects) leads: it waits up to the deadline for
     others, then until the search before it has ended, and searches for all who came meanwhile.
     There is no thread of its own, and one search at a time. Searches without filters of a large CPU
-    index are handed on: `Index.search` joins them by itself, sooner. Answers are `Index.search`'s,
+    index are handed on, with neither deadline nor max_batch: `Index.search` joins them by itself,
+    up to 32 queries. Answers are `Index.search`'s,
     bit for bit, and so are errors: a bad call raises in its own thread and disturbs nobody.
 
     Args:
