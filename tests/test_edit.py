@@ -64,6 +64,12 @@ def test_sunglasses_come_over_the_eyes(pipe, face):
     assert region[:8].sum() > region[8:].sum()
 
 
+def test_half_precision_finds_the_same_place(pipe, face):
+    half = KNNDiffusion.from_pretrained("stickers-edit", dtype=torch.bfloat16)
+    regions = [p.edit(face, "sunglasses", **QUICK, strength=0.25).region for p in (pipe, half)]
+    assert (regions[0] & regions[1]).sum() > 0.8 * regions[0].sum()
+
+
 def test_a_mask_bounds_the_edit(pipe, face, tmp_path):
     mask = np.zeros((64, 64), bool)
     mask[40:64, 0:64] = True
