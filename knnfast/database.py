@@ -247,10 +247,13 @@ class Database(Collection):
         Thumbnails that lie in files stay there until it is saved.
 
         Raises:
-            ValueError: none given, or their encoders differ.
+            ValueError: none given, or their encoders differ. TypeError: one is no database.
         """
         if not databases:
             raise ValueError("databases: at least one is needed to merge, got none")
+        for db in databases:
+            if not isinstance(db, Database):
+                raise TypeError(f"databases: expected Database, got {type(db).__name__}")
         first = databases[0]
         merged = cls(first.encoder, first._thumbnails.size)
         for db in databases:
@@ -471,7 +474,7 @@ class Database(Collection):
         try:
             card = EncoderCard.from_dict(manifest["encoder"])
             items_path = root / _plain_name(manifest["items"])
-            atlas_paths = [root / _plain_name(n) for n in manifest["thumbnails"]]
+            atlas_paths = [root.absolute() / _plain_name(n) for n in manifest["thumbnails"]]
             sha256 = {str(k): str(v) for k, v in manifest["sha256"].items()}
             db = cls.__new__(cls)
             db.encoder = card

@@ -69,6 +69,12 @@ class IDSelector:
         return {"allow": ids[self.members(ids)]}
 
 
+def _selector(name: str, given: Any) -> IDSelector:
+    if not isinstance(given, IDSelector):
+        raise TypeError(f"{name} must be an IDSelector, got {type(given).__name__}")
+    return given
+
+
 class IDSelectorAll(IDSelector):
     """All of them."""
 
@@ -81,7 +87,7 @@ class IDSelectorBatch(IDSelector):
     """Those in a list."""
 
     def __init__(self, ids: Any) -> None:
-        self._ids = np.asarray(ids, np.int64)
+        self._ids = np.array(ids, np.int64)
 
     def members(self, ids: np.ndarray) -> np.ndarray:
         """A bool for each id."""
@@ -99,7 +105,7 @@ class IDSelectorRange(IDSelector):
     """Those in [imin, imax). `assume_sorted`, FAISS's hint, changes nothing."""
 
     def __init__(self, imin: int, imax: int, assume_sorted: bool = False) -> None:
-        self._imin, self._imax = imin, imax
+        self._imin, self._imax = interop.as_int(imin, "imin"), interop.as_int(imax, "imax")
 
     def members(self, ids: np.ndarray) -> np.ndarray:
         """A bool for each id."""
@@ -110,9 +116,11 @@ class IDSelectorBitmap(IDSelector):
     """Those whose bit is set: bit i % 8 of byte i // 8."""
 
     def __init__(self, bitmap: Any) -> None:
-        self._bitmap = np.asarray(bitmap)
+        self._bitmap = np.array(bitmap)
         if self._bitmap.dtype != np.uint8:
             raise TypeError(f"bitmap must be bytes (uint8), got {self._bitmap.dtype}")
+        if self._bitmap.ndim != 1:
+            raise ValueError(f"bitmap must be one row of bytes, got shape {self._bitmap.shape}")
 
     def members(self, ids: np.ndarray) -> np.ndarray:
         """A bool for each id."""
@@ -130,7 +138,7 @@ class IDSelectorNot(IDSelector):
     """Those that another selector leaves out."""
 
     def __init__(self, sel: IDSelector) -> None:
-        self._sel = sel
+        self._sel = _selector("sel", sel)
 
     def members(self, ids: np.ndarray) -> np.ndarray:
         """A bool for each id."""
@@ -146,7 +154,7 @@ class IDSelectorAnd(IDSelector):
     """Those that two selectors agree on."""
 
     def __init__(self, lhs: IDSelector, rhs: IDSelector) -> None:
-        self._lhs, self._rhs = lhs, rhs
+        self._lhs, self._rhs = _selector("lhs", lhs), _selector("rhs", rhs)
 
     def members(self, ids: np.ndarray) -> np.ndarray:
         """A bool for each id."""
@@ -173,9 +181,7 @@ class SearchParameters:
     """Options of one search: which labels take part."""
 
     def __init__(self, sel: IDSelector | None = None) -> None:
-        if sel is not None and not isinstance(sel, IDSelector):
-            raise TypeError(f"sel must be an IDSelector, got {type(sel).__name__}")
-        self.sel = sel
+        self.sel = None if sel is None else _selector("sel", sel)
 
 
 def _rows(name: str, x: Any) -> np.ndarray:

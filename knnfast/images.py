@@ -81,9 +81,10 @@ def upright(image: Image.Image, background: str = "white") -> Image.Image:
 def flatten(image: Image.Image, background: str = "white") -> Image.Image:
     """RGB with transparency laid on `background`; ValueError for a picture without pixels."""
     check_size(image)
-    if image.mode.startswith("I;16"):  # 16 bits of grey, which Pillow would clip at 255
-        grey = np.asarray(image).astype(np.float64)
-        return Image.fromarray((grey / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("image: mode F has no fixed range; give 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
+        image = _eight_bits(image)
     if image.mode == "La":
         image = image.convert("LA")
     if image.mode == "P" or "A" in image.getbands() or "transparency" in image.info:
@@ -91,6 +92,21 @@ def flatten(image: Image.Image, background: str = "white") -> Image.Image:
         behind = Image.new("RGBA", image.size, background)
         return Image.alpha_composite(behind, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16 bits of grey as L, or LA where one of them is transparent."""
+    grey = np.asarray(image)
+    if grey.min() < 0 or grey.max() > 65535:
+        raise ValueError(
+            f"image: mode {image.mode} must hold 0 to 65535, got {grey.min()} to {grey.max()}"
+        )
+    levels = Image.fromarray((grey / 257).round().astype(np.uint8))
+    clear = image.info.get("transparency")
+    if clear is None:
+        return levels
+    opaque = Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8))
+    return Image.merge("LA", (levels, opaque))
 
 
 def pictures_of(pixels: Tensor) -> list[Image.Image]:
@@ -188,7 +204,7 @@ class Thumbnails:
             lent = [self._lent.get(i) for i in chunk]
             if lent[0] and lent == [(lent[0][0], cell) for cell in range(lent[0][0].count)]:
                 file = lent[0][0]
-                _files.check_sha256(file.path, file.sha256)
+                _check_atlas(file)
                 yield file.path.read_bytes()
                 continue
             height = math.ceil(len(chunk) / ATLAS_SIDE) * self.size
@@ -205,5 +221,13 @@ class Thumbnails:
 
 
 def _read_atlas(atlas: Atlas) -> Image.Image:
-    _files.check_sha256(atlas.path, atlas.sha256)
+    _check_atlas(atlas)
     return read_image(atlas.path)
+
+
+def _check_atlas(atlas: Atlas) -> None:
+    if not atlas.path.is_file():
+        raise FileNotFoundError(
+            f"{atlas.path}: gone; its database was moved or saved anew since it was opened"
+        )
+    _files.check_sha256(atlas.path, atlas.sha256)

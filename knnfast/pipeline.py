@@ -149,11 +149,7 @@ class KNNDiffusion:
             raise ValueError(
                 f"backbone: {name_or_path} holds {', '.join(model.backbones)}, not {backbone!r}"
             )
-        if dtype not in DTYPES[kind.backbone]:
-            allowed = ", ".join(map(str, DTYPES[kind.backbone]))
-            raise ValueError(
-                f"dtype: must be one of {allowed} for the {kind.backbone} backbone, got {dtype!r}"
-            )
+        check_dtype(dtype, kind.backbone)
         return cls(
             load_encoder(model.encoder, device=device),
             VQTokenizer.from_folder(model.base / "tokenizer", device=device),
@@ -174,9 +170,11 @@ class KNNDiffusion:
                 are FP16 numbers and stay what they are; torch.float32 keeps others.
 
         Raises:
-            ValueError: there is something already, or the current database is a mix. OSError: it
-                could not be written (a full disk, say); then nothing of it is left.
+            ValueError: another dtype than float32, float16 or bfloat16; there is something already;
+                the current database is a mix. OSError: it could not be written (a full disk, say);
+                then nothing of it is left.
         """
+        check_dtype(dtype, "discrete")
         databases = self._named_databases()
         root = Path(path)
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
@@ -449,6 +447,15 @@ def finished_part(done: Sequence[Any]) -> Iterator[list[KeyboardInterrupt]]:
         stopped.append(e)
 
 
+def check_dtype(dtype: torch.dtype, backbone: str) -> None:
+    """Refuse what a backbone's weights cannot be."""
+    if dtype not in DTYPES[backbone]:
+        allowed = ", ".join(map(str, DTYPES[backbone]))
+        raise ValueError(
+            f"dtype: must be one of {allowed} for the {backbone} backbone, got {dtype!r}"
+        )
+
+
 def find_model(name_or_path: str | Path) -> Path:
     """Folder of a bundle of the package (by name) or of a saved model (by path)."""
     if not isinstance(name_or_path, str | Path):
@@ -494,7 +501,7 @@ class _Model:
 
 
 def _read_model(name_or_path: str | Path) -> _Model:
-    root = base = find_model(name_or_path)
+    root = base = find_model(name_or_path).absolute()  # wherever the process goes
     manifest = shared = _files.read_json(root / "model.json", FORMAT)
     try:
         recorded = [(root, manifest)]

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from knnfast.database import Database
 from knnfast.encoders import Embeddings, EncoderCard
-from knnfast.images import read_image
+from knnfast.images import flatten, read_image
 
 
 class ColourEncoder:
@@ -60,6 +60,35 @@ def test_sixteen_bits_of_grey_are_scaled(tmp_path):
     Image.fromarray(grey).save(tmp_path / "grey.png")
     pixels = np.asarray(read_image(tmp_path / "grey.png"))
     np.testing.assert_array_equal(pixels, np.repeat((grey / 257).round()[..., None], 3, 2))
+
+
+def test_grey_beyond_eight_bits(tmp_path):
+    """One level may be transparent; without a fixed range nobody knows what is white."""
+    grey = np.full((8, 8), 40_000, np.uint16)
+    grey[:4] = 0
+    Image.fromarray(grey).save(tmp_path / "clear.png", transparency=0)
+    seen = np.asarray(read_image(tmp_path / "clear.png"))
+    assert seen[0, 0].tolist() == [255] * 3
+    assert seen[-1, 0].tolist() == [round(40_000 / 257)] * 3
+    assert np.asarray(flatten(Image.fromarray(grey.astype(np.int32))))[-1, 0, 0] == seen[-1, 0, 0]
+    with pytest.raises(ValueError, match=r"image: mode I must hold 0 to 65535, got -1 to 5"):
+        flatten(Image.fromarray(np.array([[-1, 5]], np.int32)))
+    with pytest.raises(ValueError, match="image: mode F has no fixed range"):
+        flatten(Image.fromarray(np.zeros((2, 2), np.float32)))
+
+
+def test_a_database_is_read_wherever_the_process_goes(built, tmp_path, monkeypatch):
+    built.save(tmp_path / "db")
+    monkeypatch.chdir(tmp_path)
+    moved, still = Database.open("db"), Database.open("db")
+    monkeypatch.chdir("/")
+    np.testing.assert_array_equal(still.thumbnail(0), Database.open(tmp_path / "db").thumbnail(0))
+    still.save(tmp_path / "again")
+    (tmp_path / "db").rename(tmp_path / "else")
+    for lost in (lambda: moved.thumbnail(0), lambda: moved.save(tmp_path / "more")):
+        with pytest.raises(FileNotFoundError, match="gone; its database was moved or saved anew"):
+            lost()
+    assert not (tmp_path / "more").exists()
 
 
 def test_build_names_groups_and_sources(built):

@@ -166,3 +166,27 @@ def test_faiss_names_have_no_cosine(tmp_path):
     Index(4, "cosine").save(tmp_path / "cosine")
     with pytest.raises(ValueError, match="cosine: FAISS has no cosine metric"):
         faiss_api.read_index(tmp_path / "cosine")
+
+
+def test_selectors_keep_what_they_were_given():
+    ids, bits = np.array([1, 2]), np.array([6], np.uint8)
+    selectors = faiss_api.IDSelectorBatch(ids), faiss_api.IDSelectorBitmap(bits)
+    ids[:], bits[:] = 7, 255
+    for sel in selectors:
+        assert [sel.is_member(i) for i in (1, 2, 7)] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: faiss_api.IDSelectorNot(None), TypeError, "sel must be an IDSelector, got None"),
+        (lambda: faiss_api.IDSelectorAnd([1], faiss_api.IDSelectorAll()), TypeError, "lhs must be"),
+        (lambda: faiss_api.IDSelectorOr(faiss_api.IDSelectorAll(), 1), TypeError, "rhs must be"),
+        (lambda: faiss_api.IDSelectorRange(1.5, 3), TypeError, "imin must be a whole number"),
+        (lambda: faiss_api.IDSelectorRange(0, 2**64), ValueError, "imax"),
+        (lambda: faiss_api.IDSelectorBitmap(np.zeros((2, 2), np.uint8)), ValueError, "bitmap must"),
+    ],
+)
+def test_selectors_reject(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -182,6 +182,13 @@ def test_rejects_dtypes(backbone, dtype):
         KNNDiffusion.from_pretrained("stickers", backbone=backbone, dtype=dtype)
 
 
+def test_weights_are_not_saved_as_what_they_cannot_be(pipe, tmp_path):
+    for dtype in (torch.int32, torch.complex64, None):
+        with pytest.raises(ValueError, match=r"dtype: must be one of torch.float32, .*, got"):
+            pipe.save_pretrained(tmp_path / "model", dtype)
+    assert not (tmp_path / "model").exists()
+
+
 def test_moves_all_of_its_networks(pipe, monkeypatch):
     with pytest.raises(ValueError, match="device: must be cpu, cuda or cuda:N, got 'tpu'"):
         pipe.to("tpu")

@@ -465,5 +465,8 @@ def test_rejects() -> None:
     for seed in (-1, 2**64):
         with pytest.raises(ValueError, match=r"seed must be in \[0, 2\^64\), got"):
             TrainConfig(seed=seed)
+    for ema in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"ema must be in \[0, 1\), got"):
+            TrainConfig(ema=ema)
     with pytest.raises(ValueError, match="candidates must be 0 or at least k = 10, got 9"):
         TrainConfig(candidates=9)
