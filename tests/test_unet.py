@@ -320,7 +320,7 @@ def test_files_of_another_architecture(tmp_path):
         ({"widths": [0, 16]}, r"config\.json: widths must be at least 1, got \(0, 16\)"),
         ({"groups": 0}, r"config\.json: groups must be at least 1, got 0"),
         ({"heads": 0}, r"config\.json: heads must be at least 1, got 0"),
-        ({"grid": 4}, r"config\.json: grid must be rows and columns, got 4"),
+        ({"grid": 4}, r"config\.json: grid must be tuple\[int, int\], got 4"),
     ]:
         config.write_text(json.dumps({**raw, **change}))
         with pytest.raises(ValueError, match=message):
