@@ -276,8 +276,8 @@ void chosen_scan() {
     plan.run({queries.data(), kF32, dim}, stream);
     expect(plan.scan() == many && CudaIndex::Plan(index, 32, k).scan() == few, "what is scanned");
     const auto& planned = plan.results();
-    found.push_back({{planned.scores, planned.scores + batch * k},
-                     {planned.ids, planned.ids + batch * k}});
+    found.push_back(
+        {{planned.scores, planned.scores + batch * k}, {planned.ids, planned.ids + batch * k}});
     found.push_back(search(*index, queries, batch, k));
   }
   for (const Found& f : found) expect(f == found.front(), "the same answer from every scan");

@@ -386,9 +386,9 @@ bool plans(std::string& why) {
   const struct {
     int64_t rows;
     int panels, round;
-  } rounds[] = {{1000000, 3, 3},     {1000000, 66, 66}, {1000000, 67, 66}, {1000000, 90, 66},
-                {1000000, 133, 132}, {1000, 67, 67},    {1000, 250, 250}, {1000000, 8, 8},
-                {10000000, 8, 6}};
+  } rounds[] = {{1000000, 3, 3},   {1000000, 66, 66},   {1000000, 67, 66},
+                {1000000, 90, 66}, {1000000, 133, 132}, {1000, 67, 67},
+                {1000, 250, 250},  {1000000, 8, 8},     {10000000, 8, 6}};
   for (const auto& r : rounds) {
     if (planned(r.rows, r.panels * 128).chunk == r.round * 128) continue;
     why = "the round of " + std::to_string(r.panels) + " panels";
@@ -537,8 +537,8 @@ bool score_bounds(std::string& why) {
         DeviceArray<CodeTerm> code_terms(256);
         DeviceArray<uint32_t> alive(std::vector<uint32_t>(8, 0));
         DeviceArray<int> bad(std::vector<int>{0});
-        const SegmentView view{half.get(),       codes.get(), half_terms.get(),
-                               code_terms.get(), alive.get(), nullptr, 0};
+        const SegmentView view{
+            half.get(), codes.get(), half_terms.get(), code_terms.get(), alive.get(), nullptr, 0};
         check(launch_pack({rows.get(), kF32, kDim, kRows, half.get(), half_terms.get(), alive.get(),
                            0, kDim, metric, bad.get()},
                           nullptr));
@@ -566,9 +566,9 @@ bool score_bounds(std::string& why) {
           }
           const double score = canonical(x.data(), query.data(), kDim, metric);
           const float bound = score_bound(score, state, kDim, metric);
-          const Bounds b =
-              scan == kInt8 ? CodeScan::bounds(sum, code_terms.get()[row], state, metric)
-                            : HalfScan::bounds(sum, half_terms.get()[row], state, metric);
+          const Bounds b = scan == kInt8
+                               ? CodeScan::bounds(sum, code_terms.get()[row], state, metric)
+                               : HalfScan::bounds(sum, half_terms.get()[row], state, metric);
           const float least = b.lower - (std::abs(b.lower) * 0x1p-20f + 0x1p-78f);
           const float room = metric == kL2 ? static_cast<float>(state.norm * 0x1p-40) : 0.0f;
           if (bound <= b.upper && bound >= least - room) continue;
