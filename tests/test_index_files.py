@@ -1,8 +1,10 @@
 """An index in files: what is saved comes back; what is damaged is refused; a kill does no harm."""
 
+import ctypes
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import compiled
 
 from knnfast.search import DamagedFile, Index
 
@@ -384,3 +387,29 @@ def test_saving_leaves_files_that_are_not_its_own(tmp_path):
 def test_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="no index"):
         Index.open(tmp_path)
+
+
+CHECKSUMS = """
+#include "file.cpp"
+extern "C" unsigned by_tables(const unsigned char* p, size_t bytes) {
+  return ~knnfast::crc_by_tables(p, bytes, ~0u);
+}
+extern "C" unsigned either(const unsigned char* p, size_t bytes) {
+  return knnfast::crc32c(p, bytes);
+}
+"""
+
+
+@pytest.mark.no_asan
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_checksums_by_tables_and_by_instruction(tmp_path):
+    """A processor has one of the two."""
+    root = Path(__file__).parent.parent
+    options = ("-std=c++17", f"-I{root / 'csrc'}", f"-I{root / 'include'}")
+    built = ctypes.CDLL(compiled("c++", CHECKSUMS, tmp_path / "crc.so", ".cpp", *options))
+    for n in (0, 1, 7, 8, 9, 15, 16, 100, 1001):
+        data = np.random.default_rng(n).bytes(n)
+        for function in (built.by_tables, built.either):
+            function.restype = ctypes.c_uint
+            assert function(data, ctypes.c_size_t(n)) == crc32c(data)
+    assert built.either(b"123456789", ctypes.c_size_t(9)) == 0xE3069283
