@@ -7,6 +7,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -357,9 +358,11 @@ class Database(Collection):
         root = Path(path)
         if root.exists() and not root.is_dir():
             raise ValueError(f"{root}: is a file; a database is saved as a folder")
-        if not root.is_dir() or Database.is_at(root):
+        if not root.is_dir():
             return
-        if not all(_PARTS.fullmatch(child.name) for child in root.iterdir()):  # a killed save's
+        names = [child.name for child in root.iterdir()]
+        only_parts = all(map(_PARTS.fullmatch, names))  # what a killed save left
+        if not only_parts and not Database.is_at(root):  # asked last: a save may end in between
             raise ValueError(f"{root}: is a folder with other content; give a new or empty one")
 
     def save(self, path: str | Path) -> None:
@@ -388,7 +391,8 @@ class Database(Collection):
                 for part in root.glob(f"*-{generation}*"):
                     shutil.rmtree(part) if part.is_dir() else part.unlink()
                 if new:
-                    root.rmdir()
+                    with suppress(OSError):  # another save began there
+                        root.rmdir()
                 raise
             if self._thumbnails.lies_in(root):  # in files that go now
                 self._thumbnails.lend(self.ids.tolist(), atlases)

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,6 +195,23 @@ def test_threads_and_processes_that_save_to_one_folder_take_turns(built, tmp_pat
     opened = Database.open(root)
     assert {opened.thumbnail(i).size for i in opened.ids.tolist()} == {(64, 64)}
     assert len(list(root.iterdir())) == 4  # one generation
+
+
+def test_a_first_save_that_ends_while_another_looks_at_the_folder_is_a_database(
+    built, tmp_path, monkeypatch
+):
+    root = tmp_path / "db"
+    root.mkdir()
+    listing = Path.iterdir
+
+    def late(path):
+        monkeypatch.setattr(Path, "iterdir", listing)
+        built.save(root)
+        return path.iterdir()
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    Database.check_place(root)
+    assert Database.is_at(root)
 
 
 @pytest.mark.parametrize(
