@@ -18,9 +18,9 @@ else
   BASE := $(VENV)/base
   READY := $(VENV)/ready
 endif
-SOURCES := $(wildcard csrc/* include/knnfast/*)
+SOURCES := $(wildcard csrc/*/* include/knnfast/*)
 FORMATTED := $(wildcard $(foreach end,cpp h cu cuh,$(addsuffix /*.$(end), \
-  csrc include/knnfast tests/cuda_emu examples/cpp)))
+  csrc/* include/knnfast tests/cuda_emu examples/cpp)))
 
 .PHONY: demo test gpu regressions measure report profile sanitize lint format stickers clean help
 

@@ -27,7 +27,7 @@ def transition_loss_kernel(
     stride_row, stride_grad,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One token's KL, -log p(x_0) and gradient; csrc/loss_rows.h derives the same in C++."""
+    """One token's KL, -log p(x_0) and gradient; csrc/ops/loss_rows.h derives the same in C++."""
     row = tl.program_id(0).to(tl.int64)
     b = row // L
     x_0 = tl.load(x_0_ptr + row)

@@ -505,7 +505,7 @@ def test_ncu_sees_every_search_kernel():
     pattern = words[words.index("--kernel-name") + 1].removeprefix("regex:")
     found = {
         name
-        for path in (ROOT / "csrc").glob("*.cu")
+        for path in (ROOT / "csrc/cuda").glob("*.cu")
         for name in re.findall(r"__global__[^{;]*?(\w+_kernel)\(", path.read_text())
     }
     assert {"sm90_topk_kernel", "topk_tiled_kernel", "topk_merge_kernel"} <= found

@@ -1,4 +1,4 @@
-"""A segment's int8 codes as `csrc/segment.h` defines them: every exact answer rests on them."""
+"""A segment's int8 codes as csrc/search/segment.h defines them: exact answers rest on them."""
 
 import ctypes
 import json
@@ -119,7 +119,7 @@ def check_codes(folder, x, metric, more=None):
 
 
 ROTATE_ROWS = """
-#include "rotation.h"
+#include "search/rotation.h"
 using namespace knnfast;
 extern "C" void rotate_rows_of(const float* r, const float* y, const double* norms, int64_t n,
                                int64_t dim, float* out, double* off) {
@@ -135,7 +135,8 @@ def rotate_rows(tmp_path_factory):
         pytest.skip("needs a C++ compiler")
     root, folder = Path(__file__).parents[1], tmp_path_factory.mktemp("rotate_rows")
     (folder / "run.cpp").write_text(ROTATE_ROWS)
-    names = ("rotation", "query_codes", "thread_pool", "dispatch", "kernels_portable")
+    names = ("search/rotation", "search/query_codes", "common/thread_pool", "isa/dispatch",
+             "isa/portable")  # fmt: skip
     subprocess.run(
         ["c++", "-std=c++17", "-O2", "-fopenmp-simd", "-shared", "-fPIC", "-pthread",
          f"-I{root / 'include'}", f"-I{root / 'csrc'}", "-o", folder / "run.so",

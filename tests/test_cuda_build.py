@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
-SOURCES = sorted(p.name for p in CSRC.glob("*.cu"))
+SOURCES = sorted(p.name for p in (CSRC / "cuda").glob("*.cu"))
 TARGETS = ["80", "90a", "100"]
 
 # What the Hopper kernel's three warpgroups share out as 24 + 2 x 240. With fewer, setmaxnreg.inc
@@ -38,8 +38,8 @@ def compile_kernels(source, target, folder):
     """{kernel name: {registers, stack, spills}} as ptxas reports them."""
     done = subprocess.run(
         ["nvcc", "-std=c++17", "-O3", f"-gencode=arch=compute_{target},code=sm_{target}",
-         "-Xptxas", "-v", "-Werror", "all-warnings", "-cubin", str(CSRC / source),
-         "-o", str(folder / f"{source}.{target}.cubin")],
+         "-Xptxas", "-v", "-Werror", "all-warnings", "-cubin", f"-I{CSRC}",
+         str(CSRC / "cuda" / source), "-o", str(folder / f"{source}.{target}.cubin")],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -70,7 +70,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("source", SOURCES)
 def test_compiles_without_spills(source, target, folder):
     kernels = compile_kernels(source, target, folder)
-    assert bool(kernels) == ("__global__" in (CSRC / source).read_text())
+    assert bool(kernels) == ("__global__" in (CSRC / "cuda" / source).read_text())
     for name, use in kernels.items():
         assert use["spills"] <= 32, (name, use)  # bytes, outside the scans' loops
         for kernel, limit in REGISTERS.items():
@@ -95,7 +95,7 @@ def test_hopper_uses_its_own_instructions(folder):
     """The sm_90a scan holds wgmma and bulk copies, not the portable path under another name."""
     done = subprocess.run(
         ["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=compute_90a", "-ptx",
-         str(CSRC / "topk_scan_sm90.cu"), "-o", str(folder / "sm90.ptx")],
+         f"-I{CSRC}", str(CSRC / "cuda/topk_scan_sm90.cu"), "-o", str(folder / "sm90.ptx")],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -113,7 +113,7 @@ def test_hopper_kernel_without_its_instructions_stops(folder):
     """Compiled for plain sm_90 it ends in a trap, not in bounds that nobody wrote."""
     subprocess.run(
         ["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90,code=compute_90", "-ptx",
-         str(CSRC / "topk_scan_sm90.cu"), "-o", str(folder / "plain.ptx")],
+         f"-I{CSRC}", str(CSRC / "cuda/topk_scan_sm90.cu"), "-o", str(folder / "plain.ptx")],
         check=True,
     )  # fmt: skip
     entries = (folder / "plain.ptx").read_text().split(".entry")[1:]

@@ -390,7 +390,7 @@ def test_missing(tmp_path):
 
 
 CHECKSUMS = """
-#include "file.cpp"
+#include "common/file.cpp"
 extern "C" unsigned by_tables(const unsigned char* p, size_t bytes) {
   return ~knnfast::crc_by_tables(p, bytes, ~0u);
 }

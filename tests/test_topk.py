@@ -341,7 +341,7 @@ def test_trust_is_checked(d, m, seed):
 def test_extreme_products(d, metric, seed):
     """Rows of extreme codes against queries of the same signs: every partial sum at its largest.
 
-    Kernels sum products in 16 bits where the queries' codes allow for it (csrc/kernels.h).
+    Kernels sum products in 16 bits where the queries' codes allow for it (csrc/isa/kernels.h).
     """
     rng = np.random.default_rng(seed)
     signs = rng.choice([-1.0, 1.0], (200, d))

@@ -76,7 +76,7 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
 def closed_form_loss(logits, x_0, x_t, t, table, auxiliary, weight=None, replaces=True):
     """The loss and each image's KL from p alone, in plain FP32 torch: the op's eager peer.
 
-    table: knnfast.ops.transition_loss's, [T + 1, 7]; the derivation is in csrc/loss_rows.h.
+    table: knnfast.ops.transition_loss's, [T + 1, 7]; the derivation is in csrc/ops/loss_rows.h.
     replaces: whether the schedule has B > 0.
     """
     K, T = logits.shape[-1], len(table) - 1

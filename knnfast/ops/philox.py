@@ -2,7 +2,7 @@
 
 A number depends on its coordinates alone: key = seed, counter = (class block, position, image,
 t | stream). Batch, tiling, thread and device counts do not enter, and every backend computes the
-same bits (`tl.philox` and csrc/philox.h hold the other two copies of this function).
+same bits (`tl.philox` and csrc/ops/philox.h hold the other two copies of this function).
 """
 
 from __future__ import annotations

@@ -284,7 +284,7 @@ def _grid(x_t: Tensor, K: int, weights: Tensor, image_indices: Tensor, seed: Ten
 
 
 def _checked(count: int, num_codes: int) -> int:
-    """A count from C++, which is negative where it refused an argument (csrc/ops_cpu.h)."""
+    """A count from C++, which is negative where it refused an argument (csrc/ops/ops_cpu.h)."""
     if count == -1:
         raise ValueError(f"x_t: tokens must be in [0, {num_codes}], {num_codes} is MASK")
     if count == -2:

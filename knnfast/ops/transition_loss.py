@@ -143,7 +143,7 @@ class _TransitionLoss(torch.autograd.Function):
 
 @torch.compiler.assume_constant_result
 def _table(schedule: reference.Schedule, K: int, device: torch.device) -> tuple[Tensor, int]:
-    """Each level's LossStep (csrc/ops_kernels.h), [T + 1, 7] FP64 on the device, made once.
+    """Each level's LossStep (csrc/ops/ops_kernels.h), [T + 1, 7] FP64 on the device, made once.
 
     Row 0, from which no step leads on, is NaN.
     """

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The part of the CUDA runtime that csrc/cuda_index.cu and cuda_search.cu call, on host memory.
-// Work on a stream runs at once; allocations are guarded like every device array of the tests, and
-// counted.
+// The part of the CUDA runtime that csrc/cuda/cuda_index.cu and cuda_search.cu call, on host
+// memory. Work on a stream runs at once; allocations are guarded like every device array of the
+// tests, and counted.
 #pragma once
 #include <map>
 #include <mutex>

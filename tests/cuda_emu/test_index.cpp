@@ -9,8 +9,8 @@
 #include <numeric>
 #include <set>
 
+#include "cuda/cuda_index.h"
 #include "cuda_emu.h"
-#include "cuda_index.h"
 
 using namespace knnfast::cuda;
 

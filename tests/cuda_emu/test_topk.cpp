@@ -10,10 +10,10 @@
 #include <string>
 #include <vector>
 
+#include "cuda/topk_canonical.cuh"
+#include "cuda/topk_cuda.h"
+#include "cuda/topk_launch.h"
 #include "cuda_emu.h"
-#include "topk_canonical.cuh"
-#include "topk_cuda.h"
-#include "topk_launch.h"
 
 using namespace knnfast::cuda;
 

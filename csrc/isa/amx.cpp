@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0
+// AMX int8 for batches: a block of codes (16 groups of 16 rows × 4 dimensions) is a B tile as it
+// lies, 16 queries × 64 dimensions are an A tile, and one instruction does 16×16×64.
+#include "isa/avx512.h"
+
+namespace knnfast {
+namespace {
+
+constexpr int kTile = kTileQueries, kAmxBatch = 4, kStreams = 4;
+
+// Tiles 0-3: sums [query tile][block]; 4, 5: queries; 6, 7: codes. All are 16 rows of 64 bytes.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// The blocks that come next go to the second cache: the first one is full of queries and codes.
+// They are asked for in kStreams places at a time, as the hardware follows streams, none past a
+// page.
+template <int NA, int NB>
+inline void multiply(const ScanRows& rows, uint32_t block, const int8_t* queries,
+                     const int8_t* next, Ahead& ahead, int32_t (*sums)[NA * kTile][kBlockRows]) {
+  const size_t block_bytes = static_cast<size_t>(rows.groups) * 64;
+  const uint8_t* codes = rows.codes + block * block_bytes;
+  _tile_zero(0);
+  if (NB > 1) _tile_zero(1);
+  if (NA > 1) _tile_zero(2);
+  if (NA > 1 && NB > 1) _tile_zero(3);
+  for (int g = 0; g < rows.groups; g += 16) {
+    _tile_loadd(6, codes + g * 64, 64);
+    if (NB > 1) _tile_loadd(7, codes + block_bytes + g * 64, 64);
+    _tile_loadd(4, queries + g * 64, 64);
+    _tile_dpbsud(0, 4, 6);
+    if (NB > 1) _tile_dpbsud(1, 4, 7);
+    if (NA > 1) {
+      _tile_loadd(5, next + g * 64, 64);
+      _tile_dpbsud(2, 5, 6);
+      if (NB > 1) _tile_dpbsud(3, 5, 7);
+    }
+    ahead.ask<kStreams, _MM_HINT_T1>();
+  }
+  _tile_stored(0, sums[0][0], 64);
+  if (NB > 1) _tile_stored(1, sums[1][0], 64);
+  if (NA > 1) _tile_stored(2, sums[0][kTile], 64);
+  if (NA > 1 && NB > 1) _tile_stored(3, sums[1][kTile], 64);
+}
+
+// Bounds of all pairs would cost as much as their sums. So a pair first has to pass a test of three
+// operations. Divided by mul·scale, u >= tau (kernels.h) says
+//   c·p >= (tau - base)/mul · 1/scale - (err·residual + err_norm·norm + sq·norm²)/mul · 1/scale
+// and with the largest err/mul, err_norm/mul and sq/mul of kQueries queries the second term is one
+// of the block's alone. Every term here is on the safe side by 2^-18 of itself, more than the
+// rounding of floats can take away, here and in bound().
+struct FirstTest {
+  static constexpr int kQueries = 2 * kTile;
+  float need[kQueries], rest[kQueries];  // (tau - base)/mul; -offset
+  float err, err_norm, sq;               // over mul, the largest (sq is negative)
+
+  void start(const ScanQuery* queries, int nq) {
+    err = err_norm = 0;
+    sq = -INFINITY;
+    for (int q = 0; q < nq; ++q) {
+      const ScanQuery& s = queries[q];
+      const float offset = static_cast<float>(s.offset);
+      rest[q] = -offset - fabsf(offset) * 0x1p-18f - 1;  // 1: of sums of small terms, too
+      err = larger(err, s.err[kStops] / s.mul * (1 + 0x1p-18f));
+      err_norm = larger(err_norm, s.err_norm[kStops] / s.mul * (1 + 0x1p-18f));
+      sq = larger(sq, s.sq / s.mul * (1 - 0x1p-18f));
+      raise(q, s);
+    }
+  }
+  void raise(int q, const ScanQuery& s) {
+    const float rounding = (fabsf(s.tau) + fabsf(s.base)) * 0x1p-18f;
+    const float quotient = (s.tau - s.base - rounding) / s.mul;
+    need[q] = quotient - fabsf(quotient) * 0x1p-18f;
+  }
+};
+
+// What passed in two blocks of rows: bounds that reached tau, as the sink takes them.
+struct Found {
+  static constexpr int kMost = 2 * kGroup;
+  alignas(64) float upper[kMost + 1][kBlockRows];
+  struct {
+    int query;
+    uint32_t block, mask;
+  } line[kMost + 1];
+  int count = 0;
+};
+
+template <bool L2, int NA, int NB>
+void amx_tile(const ScanRows& rows, uint32_t block, ScanQuery* queries, int index, int nq,
+              const BlockTerms* terms, const __m512* inverses, const FirstTest& test, Ahead& ahead,
+              Found& found) {
+  alignas(64) int32_t sums[NB][NA * kTile][kBlockRows];
+  alignas(64) uint16_t masks[NB][2 * kTile] = {};
+  multiply<NA, NB>(rows, block, queries[0].tiles, queries[NA > 1 ? kTile : 0].tiles, ahead, sums);
+#pragma GCC unroll 2
+  for (int b = 0; b < NB; ++b) {
+    const BlockTerms& t = terms[b];
+    const __m512 inverse = inverses[b];
+    __m512 gap = _mm512_mul_ps(t.norm, _mm512_set1_ps(test.err_norm));
+    gap = _mm512_fmadd_ps(t.residual, _mm512_set1_ps(test.err), gap);
+    if (L2) gap = _mm512_fmadd_ps(_mm512_mul_ps(t.norm, t.norm), _mm512_set1_ps(test.sq), gap);
+    gap = _mm512_mul_ps(gap, inverse);
+#pragma GCC unroll 8
+    for (int q = 0; q < NA * kTile; ++q) {
+      __m512 least = _mm512_fmsub_ps(inverse, _mm512_set1_ps(test.need[q]), gap);
+      least = _mm512_add_ps(least, _mm512_set1_ps(test.rest[q]));
+      // Not "less than": rows of scale 0 give a NaN.
+      masks[b][q] =
+          _mm512_cmp_ps_mask(_mm512_cvtepi32_ps(_mm512_load_si512(sums[b][q])), least, _CMP_NLT_UQ);
+    }
+  }
+  uint64_t passed = 0;
+  for (int b = 0; b < NB; ++b) {
+    const __m512i mask = _mm512_load_si512(masks[b]);
+    uint32_t some = _mm512_test_epi16_mask(mask, mask);
+    if (nq < 2 * kTile) some &= (1u << nq) - 1;
+    passed |= uint64_t{some} << (2 * kTile * b);
+  }
+  for (; passed; passed &= passed - 1) {
+    const int at = __builtin_ctzll(passed), q = at % (2 * kTile), b = at / (2 * kTile);
+    const ScanQuery& s = queries[q];
+    const __m512i sum =
+        _mm512_add_epi32(_mm512_load_si512(sums[b][q]), _mm512_set1_epi32(s.offset));
+    const __m512 u = bound<L2>(terms[b], sum, s, kStops);
+    const uint32_t reached =
+        _mm512_mask_cmp_ps_mask(terms[b].live, u, _mm512_set1_ps(s.tau), _CMP_GE_OQ);
+    _mm512_store_ps(found.upper[found.count], u);
+    found.line[found.count] = {index + q, block + static_cast<uint32_t>(b), reached};
+    found.count += reached != 0;
+  }
+}
+
+// Every other pair of blocks meets the queries in reverse: the last ones are still at hand.
+template <bool L2, int NB>
+void amx_blocks(const ScanRows& rows, uint32_t block, bool reverse, ScanQuery* queries, int nq,
+                FirstTest* tests, Found& found, Sink* sink) {
+  BlockTerms terms[NB];
+  __m512 inverses[NB];  // of the scales
+  for (int b = 0; b < NB; ++b) {
+    terms[b] = load_terms(rows, block + b);
+    inverses[b] = _mm512_div_ps(_mm512_set1_ps(1), terms[b].scale);
+  }
+  const size_t bytes = static_cast<size_t>(rows.groups) * 64;
+  const uint8_t* next = rows.codes + (block + NB) * bytes;
+  const int tiles = (nq + 2 * kTile - 1) / (2 * kTile);
+  const size_t stream = NB * bytes / kStreams;
+  Ahead ahead{next, next + stream, stream, (NB * 16 / kStreams + tiles - 1) / tiles};
+  for (int i = 0; i < tiles; ++i) {
+    const int tile = reverse ? tiles - 1 - i : i, q = tile * 2 * kTile, left = nq - q;
+    if (left > kTile)
+      amx_tile<L2, 2, NB>(rows, block, queries + q, q, left, terms, inverses, tests[tile], ahead,
+                          found);
+    else
+      amx_tile<L2, 1, NB>(rows, block, queries + q, q, left, terms, inverses, tests[tile], ahead,
+                          found);
+  }
+  for (int i = 0; i < found.count; ++i) {
+    const int q = found.line[i].query;
+    const float tau = sink->hit(sink, q, found.line[i].block, found.upper[i], found.line[i].mask);
+    if (tau == queries[q].tau) continue;
+    queries[q].tau = tau;
+    tests[q / FirstTest::kQueries].raise(q % FirstTest::kQueries, queries[q]);
+  }
+  found.count = 0;
+}
+
+template <bool L2>
+void scan_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
+                 Sink* sink) {
+  FirstTest tests[kGroup / FirstTest::kQueries];
+  for (int q = 0; q < nq; q += FirstTest::kQueries)
+    tests[q / FirstTest::kQueries].start(
+        queries + q, nq - q < FirstTest::kQueries ? nq - q : FirstTest::kQueries);
+  Found found;
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  uint32_t b = begin;
+  for (; b + 2 <= end; b += 2)
+    amx_blocks<L2, 2>(rows, b, (b - begin) & 2, queries, nq, tests, found, sink);
+  for (; b < end; ++b) amx_blocks<L2, 1>(rows, b, false, queries, nq, tests, found, sink);
+  _tile_release();
+}
+
+void scan_int8_amx(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
+                   bool l2, Sink* sink, int64_t* stopped) {
+  // Beyond, all codes are multiplied in less time than with stops.
+  constexpr int kStopBatch = 16;
+  if (nq < kAmxBatch || (rows.stop < kStops && nq <= kStopBatch))
+    return scan_int8<true>(rows, begin, end, queries, nq, l2, sink, stopped);
+  auto* scan = l2 ? scan_metric<true> : scan_metric<false>;
+  scan(rows, begin, end, queries, nq, sink);
+}
+
+}  // namespace
+
+extern const Kernels kAmx = {
+    "amx",           0,          kAmxBatch,     scan_int8_amx, scan_fp16,       canonical<false>,
+    canonical<true>, widen,      row_sum<kDot>, row_sum<kL2>,  row_sum<kNorm2>, to_half,
+    to_float,        centre_row, quantize_row,  matmul,        matmul};
+
+}  // namespace knnfast

@@ -1,0 +1,307 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "search/group_search.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+
+#include "common/thread_pool.h"
+#include "common/trace.h"
+
+namespace knnfast {
+namespace {
+
+// Codes are handed to a thread in chunks: small ones, so that none is left with the last for long
+// while the others wait, of a large index larger ones, as each has a beginning.
+constexpr size_t kLeastChunk = 256 << 10, kMostChunk = 1 << 20;  // bytes
+constexpr size_t kChunks = 64;                                   // a thread's, between these
+constexpr int64_t kWarmUp = 32;   // times k rows, before a scan is judged
+constexpr int64_t kOpening = 8;   // times k are opened of as many rows as went before
+constexpr uint32_t kDeadRun = 2;  // blocks without a live row that a scan steps over
+
+Scratch& scratch() {
+  thread_local Scratch s;
+  return s;
+}
+
+// How far below its upper bound a row's floor is taken, as a share of the bounds' distance. 1 is
+// the lower bound. But that is for rows whose code's error is parallel to the query; in `dim`
+// dimensions errors are about 1/sqrt(dim) of that, and nearly all scores lie close to the middle.
+float trusted_share(int64_t dim) {
+  const double margin = std::max(0.125, 4 / std::sqrt(static_cast<double>(dim)));
+  return static_cast<float>(0.5 + 0.5 * std::min(1.0, margin));
+}
+
+// A row's floor from its upper bound (kernels.h). All terms are of one sign, so that where all of
+// the distance is kept a float's rounding is within these margins.
+float floor_of(const Worker& w, int query, size_t row, float upper) {
+  const ScanQuery& q = w.queries[query];
+  const float n = w.norms[row];
+  const float error = w.bounds ? residual_of(w.bounds[row]) : w.errors ? w.errors[row] : 1;
+  const float spread =
+      2 * (q.err[kStops] * error + q.err_norm[kStops] * n + q.slack - 0x1p-18f * q.sq * n * n);
+  const float floor = upper - w.trust * spread * (1 + 0x1p-20f);
+  return floor - std::fabs(floor) * 0x1p-22f;
+}
+
+// Moves `begin` to the next block with a live row, and returns where the scan from there may end:
+// before the next long run without one.
+uint32_t live_run(const uint16_t* mask, uint32_t& begin, uint32_t end) {
+  while (begin < end && !mask[begin]) ++begin;
+  uint32_t last = begin;
+  for (uint32_t block = begin; block < end && block < last + kDeadRun; ++block)
+    if (mask[block]) last = block + 1;
+  return last;
+}
+
+float on_hit(Sink* sink, int query, uint32_t block, const float* upper, uint32_t mask) {
+  Worker& w = *static_cast<Worker*>(sink);
+  Collector& c = w.collectors[static_cast<size_t>(query)];
+  const int count = __builtin_popcount(mask);
+  c.opened += count;
+  if (c.tau() > kNoThreshold) w.opened += count;
+  for (; mask; mask &= mask - 1) {
+    const int r = __builtin_ctz(mask);
+    const uint32_t row = block * kBlockRows + static_cast<uint32_t>(r);
+    if (upper[r] >= c.tau())
+      c.add(floor_of(w, query, row, upper[r]), upper[r], w.chunk_segment, row);
+  }
+  return c.tau();
+}
+
+}  // namespace
+
+GroupSearch::GroupSearch(const SearchTask& task, int64_t first, int64_t count, int threads)
+    : task_(task),
+      n_(count),
+      dim_(task.dim),
+      threads_(threads),
+      pad_(padded(task.dim)),
+      s_(scratch()),
+      kernels_(kernels()),
+      tiles_(kernels_.tile_batch && count >= kernels_.tile_batch),
+      windows_(kernels_.window ? pad_ / (static_cast<size_t>(kernels_.window) * kBlockDims) : 0),
+      keys_{&kernels_, task.metric, static_cast<int>(task.dim), pad_} {
+  prepare(task.queries + first * dim_);
+}
+
+void GroupSearch::run(size_t k, const double* radius, bool trust) {
+  k_ = static_cast<int64_t>(k);
+  trust_ = trust ? trusted_share(dim_) : 1;
+  plan_chunks();
+  const int64_t work = static_cast<int64_t>(s_.chunks.size());
+  if (work < 2) threads_ = 1;
+  if (static_cast<int>(s_.workers.size()) < threads_)
+    s_.workers.resize(static_cast<size_t>(threads_));
+  for (int64_t q = 0; q < n_; ++q) s_.queries[static_cast<size_t>(q)].start(k);
+  for (int t = 0; t < threads_; ++t) start(s_.workers[static_cast<size_t>(t)], k, radius);
+  {
+    const TraceRange range("knnfast.scan");
+    parallel_for(
+        work,
+        [&](int t, int64_t i) {
+          scan_chunk(s_.workers[static_cast<size_t>(t)], s_.chunks[static_cast<size_t>(i)]);
+        },
+        threads_);
+  }
+  // The rows after the last whole block of each segment.
+  Worker& first = s_.workers[0];
+  const Snapshot& snapshot = *task_.snapshot;
+  for (size_t i = 0; i < snapshot.size(); ++i)
+    canonical_rows(first, static_cast<uint32_t>(i), snapshot[i].blocks() * kBlockRows,
+                   snapshot[i].n);
+  const TraceRange range("knnfast.merge");
+  parallel_for(
+      n_,
+      [&](int, int64_t q) {
+        Collector& c = first.collectors[static_cast<size_t>(q)];
+        for (int t = 1; t < threads_; ++t)
+          c.take(s_.workers[static_cast<size_t>(t)].collectors[static_cast<size_t>(q)]);
+        c.finish();
+      },
+      n_ < 2 * threads_ ? 1 : threads_);
+}
+
+void GroupSearch::add_stats(Stats& total) const {
+  for (int64_t q = 0; q < n_; ++q) {
+    const Collector& c = s_.workers[0].collectors[static_cast<size_t>(q)];
+    total.rows_opened += c.opened;
+    total.rows_rescored += c.rescored;
+  }
+  for (int t = 0; t < threads_; ++t) total += s_.workers[static_cast<size_t>(t)].stats;
+}
+
+void GroupSearch::plan_chunks() {
+  const size_t block_bytes = static_cast<size_t>(code_groups(dim_)) * 64;
+  size_t bytes = 0;
+  for (const SegmentView& view : *task_.snapshot) bytes += view.blocks() * block_bytes;
+  // Up to three queries take its four quarters side by side: not too far apart
+  // (isa/avx512_int8.h).
+  const size_t most = n_ < 4 ? kLeastChunk : kMostChunk;
+  bytes = std::clamp(bytes / (kChunks * static_cast<size_t>(threads_)), kLeastChunk, most);
+  const uint32_t step = chunk_blocks_ =
+      static_cast<uint32_t>(std::max<size_t>(2, bytes / block_bytes / 2 * 2));
+  s_.chunks.clear();
+  for (uint32_t i = 0; i < task_.snapshot->size(); ++i) {
+    const uint32_t blocks = (*task_.snapshot)[i].blocks();
+    for (uint32_t b = 0; b < blocks; b += step)
+      s_.chunks.push_back({i, b, std::min(blocks, b + step)});
+  }
+}
+
+void GroupSearch::start(Worker& w, size_t k, const double* radius) {
+  w.hit = on_hit;
+  w.segment = -1;
+  w.rotation = nullptr;
+  w.level = task_.scan == Scan::fp16 ? kFp16 : kInt8;
+  w.hold = 0;
+  w.patience = 8;
+  w.stop.start();
+  w.trusted = true;
+  w.trust = trust_;
+  w.seen = 0;
+  w.stats = Stats();
+  if (w.collectors.size() < static_cast<size_t>(n_)) w.collectors.resize(static_cast<size_t>(n_));
+  for (int64_t q = 0; q < n_; ++q) {
+    Collector& c = w.collectors[static_cast<size_t>(q)];
+    Query* query = &s_.queries[static_cast<size_t>(q)];
+    const SegmentView* segments = task_.snapshot->data();
+    if (radius)
+      c.start_range(segments, keys_, query, task_.metric == Metric::l2 ? -*radius : *radius);
+    else
+      c.start(segments, keys_, query, k);
+  }
+}
+
+const uint16_t* GroupSearch::live(uint32_t segment) const {
+  if (task_.filter) return (*task_.filter)[segment].data();
+  const SegmentView& view = (*task_.snapshot)[segment];
+  return view.live ? view.live->data() : nullptr;
+}
+
+// A scan that has failed before is tried on a few blocks first.
+void GroupSearch::scan_chunk(Worker& w, const Chunk& chunk) {
+  constexpr uint32_t kTrial = 4;
+  const uint16_t* mask = live(chunk.segment);
+  if (w.segment != chunk.segment) fill_queries(w, chunk.segment);
+  w.chunk_segment = chunk.segment;
+  if (w.hold > 0 && --w.hold == 0) {
+    w.level = kInt8;
+    w.trusted = false;
+  }
+  for (uint32_t begin = chunk.begin, end; begin < chunk.end; begin = end) {
+    end = w.trusted ? chunk.end : std::min(chunk.end, begin + kTrial);
+    if (mask) end = live_run(mask, begin, end);
+    if (begin < end) scan_blocks(w, begin, end);
+  }
+}
+
+void GroupSearch::scan_blocks(Worker& w, uint32_t begin, uint32_t end) {
+  const SegmentView& view = (*task_.snapshot)[w.chunk_segment];
+  w.opened = 0;
+  const int64_t pairs = static_cast<int64_t>(end - begin) * kBlockRows * n_;
+  w.stats.rows_scanned += pairs;
+  const int lowest = task_.scan == Scan::fp16 || !view.codes ? kFp16 : kInt8;
+  const int level = task_.scan == Scan::automatic ? std::max(w.level, lowest) : lowest;
+  ScanRows rows{};
+  rows.rows = view.segment->rows.as<uint16_t>();
+  rows.row_norm = view.segment->row_norm.as<float>();
+  rows.live = live(w.chunk_segment);
+  rows.dim = static_cast<int>(dim_);
+  rows.groups = code_groups(dim_);
+  const bool l2 = task_.metric == Metric::l2;
+  if (level == kCanonical) {
+    ++w.stats.chunks_canonical;
+    canonical_rows(w, w.chunk_segment, begin * kBlockRows, end * kBlockRows);
+    return;
+  }
+  std::vector<ScanQuery>& queries = level == kInt8 ? w.int8 : w.fp16;
+  for (int64_t q = 0; q < n_; ++q) {
+    w.collectors[static_cast<size_t>(q)].refresh();
+    queries[static_cast<size_t>(q)].tau = w.collectors[static_cast<size_t>(q)].tau();
+  }
+  w.queries = queries.data();
+  if (level == kInt8) {
+    ++w.stats.chunks_int8;
+    rows.codes = view.codes->codes.as<uint8_t>();
+    rows.scale = view.codes->scale.as<float>();
+    rows.bounds = view.codes->bounds.as<uint32_t>();
+    rows.norm = view.codes->norm.as<float>();
+    const bool stops = stop_group(rows.groups, 0) > 0;
+    rows.stop = stops ? w.stop.next() : kStops;
+    w.bounds = rows.bounds;
+    w.norms = rows.norm;
+    int64_t stopped[kStops] = {};
+    const auto began = std::chrono::steady_clock::now();
+    kernels_.scan_int8(rows, begin, end, queries.data(), static_cast<int>(n_), l2, &w, stopped);
+    w.stats.rows_stopped += stopped[0] + stopped[1];
+    if (stops) {
+      const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - began;
+      w.stop.add(taken.count(), end - begin, stopped, pairs);
+      if (w.stop.blocks() >= chunk_blocks_ / 2) w.stop.judge();
+    }
+  } else {
+    ++w.stats.chunks_fp16;
+    w.bounds = nullptr;
+    w.errors = task_.metric == Metric::cosine ? nullptr : rows.row_norm;
+    w.norms = rows.row_norm;
+    kernels_.scan_fp16(rows, begin, end, queries.data(), static_cast<int>(n_), l2,
+                       task_.metric == Metric::cosine, &w);
+  }
+  // A scan that opens most of what it reads does not pay: take the next finer one for a while.
+  // Only the first rows cannot be judged: most of them are among the k best so far. For long
+  // after, of as many rows as have been seen, a few times k are.
+  w.seen += (end - begin) * kBlockRows;
+  if (task_.scan != Scan::automatic || w.seen < kWarmUp * k_) return;
+  const double share = static_cast<double>(w.opened) / static_cast<double>(pairs) -
+                       static_cast<double>(kOpening * k_) / static_cast<double>(w.seen);
+  w.trusted = share <= (level == kFp16 ? 0.5 : n_ < 4 ? 0.2 : 0.08);
+  if (!w.trusted) {
+    w.level = level + 1;
+    w.trusted = w.level == kCanonical;
+    w.hold = w.patience;
+    w.patience = std::min(w.patience * 2, 256);
+  }
+}
+
+// A few rows, as doubles, lie in the nearest cache while they meet all queries. Of a run of equal
+// rows (where nothing came, all zeros) the first one is summed for all.
+void GroupSearch::canonical_rows(Worker& w, uint32_t segment, uint32_t begin, uint32_t end) {
+  constexpr int kRuns = 6;
+  const SegmentView& view = (*task_.snapshot)[segment];
+  const size_t bytes = static_cast<size_t>(dim_) * 2;
+  const char* rows = view.segment->rows.as<char>();
+  const uint16_t* mask = live(segment);
+  const auto alive = [mask](uint32_t row) {
+    return !mask || (mask[row / kBlockRows] >> (row % kBlockRows) & 1);
+  };
+  w.wide.resize(kRuns * pad_);
+  uint32_t run[kRuns + 1];
+  double keys[kRuns * kGroup];
+  for (uint32_t row = begin; row < end;) {
+    int count = 0;
+    while (count < kRuns && row < end) {
+      if (!alive(row)) {
+        ++row;
+        continue;
+      }
+      const char* x = rows + row * bytes;
+      kernels_.widen(reinterpret_cast<const uint16_t*>(x), static_cast<int>(dim_),
+                     w.wide.data() + static_cast<size_t>(count) * pad_);
+      run[count++] = row++;
+      while (row < end && std::memcmp(x, rows + row * bytes, bytes) == 0) ++row;
+    }
+    run[count] = row;
+    keys_(w.wide.data(), count, s_.queries.get(), static_cast<int>(n_), keys);
+    for (int64_t q = 0; q < n_; ++q) {
+      Collector& c = w.collectors[static_cast<size_t>(q)];
+      for (int r = 0; r < count; ++r)
+        for (uint32_t i = run[r]; i < run[r + 1]; ++i)
+          if (alive(i)) c.offer(keys[r * n_ + q], [&] { return view.id(i); });
+    }
+  }
+  for (int64_t q = 0; q < n_; ++q) w.collectors[static_cast<size_t>(q)].raise();
+}
+
+}  // namespace knnfast

@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0
+// Searching an index: the rows that are there now, those that a filter leaves, and searches that
+// wait for the same rows together.
+#include <algorithm>
+#include <cmath>
+#include <exception>
+#include <string>
+
+#include "search/index_impl.h"
+#include "search/input.h"
+#include "search/turn.h"
+
+namespace knnfast {
+namespace {
+
+// The queries as FP32: a few in memory that the thread's next search takes over, a bulk in `bulk`.
+const float* query_floats(const void* queries, DType dtype, int64_t m, int64_t dim, int64_t stride,
+                          std::vector<float>& bulk) {
+  if (m < 0) refuse("queries: a negative number of rows");
+  if (m > 0 && !queries) refuse("queries: no data");
+  thread_local std::vector<float> few;
+  std::vector<float>& out = m <= kGroup ? few : bulk;
+  out.resize(static_cast<size_t>(m * dim));
+  bool finite = true;
+  for (int64_t i = 0; i < m; ++i) {
+    float* row = out.data() + i * dim;
+    to_floats(queries, dtype, i * (stride ? stride : dim), dim, row);
+    for (int64_t j = 0; j < dim; ++j) finite &= std::isfinite(row[j]);
+    if (!finite) refuse("queries: row " + std::to_string(i) + " holds NaN or infinity");
+  }
+  return out.data();
+}
+
+// The rows that a search may return, of one snapshot.
+class Filter {
+ public:
+  // Under the index's `state`, which only the id map needs: what else there is to do may take long.
+  Filter(const Index::Impl& impl, const SearchOptions& options)
+      : options_(options), mapped_(!impl.ascending) {
+    if (!mapped_) return;
+    for (int i = 0; i < 2; ++i)
+      if (listed(set(i)))
+        for (int64_t j = 0; j < set(i).count; ++j) at_[i].push_back(impl.map.find(set(i).ids[j]));
+  }
+
+  // One mask a segment; null where all of the snapshot may be returned.
+  const std::vector<LiveMask>* masks(const Snapshot& s) {
+    if (!options_.allow.set() && !options_.deny.set()) return nullptr;
+    masks_.resize(s.size());
+    for (size_t i = 0; i < s.size(); ++i) {
+      const size_t words = s[i].n / kBlockRows + 1;
+      if (listed(options_.allow))
+        masks_[i].assign(words, 0);
+      else if (s[i].live)
+        masks_[i].assign(s[i].live->begin(),
+                         s[i].live->begin() + static_cast<std::ptrdiff_t>(words));
+      else
+        masks_[i].assign(words, 0xffff);
+    }
+    for (int i = 0; i < 2; ++i) {
+      const uint16_t flip = i == 0 ? 0 : 0xffff;  // of a deny bitset
+      for (int64_t j = 0; listed(set(i)) && j < set(i).count; ++j)
+        put(mapped_ ? at_[i][static_cast<size_t>(j)] : bisect(s, set(i).ids[j]), i == 0);
+      for (size_t segment = 0; set(i).bits && segment < s.size(); ++segment)
+        for (uint32_t block = 0; block < masks_[segment].size(); ++block)
+          masks_[segment][block] &= bits_of(set(i), s[segment], block) ^ flip;
+    }
+    return &masks_;
+  }
+
+ private:
+  static bool listed(const IdSet& set) { return set.set() && !set.bits; }
+
+  // Of a block's rows; ids behind the bitset's end are not in it.
+  static uint16_t bits_of(const IdSet& set, const SegmentView& view, uint32_t block) {
+    const uint32_t first = block * kBlockRows;
+    const auto byte = [&](int64_t at) { return at < set.count ? uint32_t{set.bits[at]} : 0; };
+    uint32_t bits = 0;
+    if (!view.ids) {
+      const int64_t id = view.first_id + first, at = id / 8;
+      bits = (byte(at) | byte(at + 1) << 8 | byte(at + 2) << 16) >> (id % 8);
+    } else {
+      for (uint32_t row = first; row < std::min(view.n, first + kBlockRows); ++row)
+        bits |= (byte(view.id(row) / 8) >> (view.id(row) % 8) & 1) << (row - first);
+    }
+    return static_cast<uint16_t>(bits);
+  }
+  const IdSet& set(int i) const { return i == 0 ? options_.allow : options_.deny; }
+
+  void put(uint64_t at, bool in) {
+    if (at == IdMap::kMissing) return;
+    const uint32_t row = static_cast<uint32_t>(at);
+    uint16_t& word = masks_[at >> 32][row / kBlockRows];
+    const auto bit = static_cast<uint16_t>(1u << row % kBlockRows);
+    word = static_cast<uint16_t>(in ? word | bit : word & ~bit);
+  }
+
+  const SearchOptions& options_;
+  const bool mapped_;
+  std::vector<uint64_t> at_[2];  // of listed ids, from the map
+  std::vector<LiveMask> masks_;
+};
+
+void check_set(const IdSet& set, const char* name) {
+  if (set.count < 0 ? set.ids || set.bits : set.count && !set.ids && !set.bits)
+    refuse(std::string(name) + ": count must be that of its ids, or of its bitset's bytes");
+  if (set.ids && set.bits) refuse(std::string(name) + ": ids or bits, not both");
+}
+
+// How many queries of searches that wait are answered together, at most. What they share is reading
+// the rows; the more each finds, the less that is, and the more memory each takes.
+int64_t together(int64_t k) {
+  constexpr int64_t kQueries = 32, kFound = 8 << 10;
+  return std::min(kQueries, kFound / k);
+}
+
+struct Request : Work {
+  const float* queries;
+  Answers answers;  // to `size` queries
+};
+
+SearchTask task_of(const Index::Impl& impl, const Snapshot& snapshot, const float* queries,
+                   int64_t m, Turn& turn) {
+  return {&snapshot, nullptr, queries, m, impl.dim, impl.metric, impl.scan, &impl.doubt, &turn};
+}
+
+void count(const Index::Impl& impl, const Stats& stats) {
+  const std::lock_guard<std::mutex> lock(impl.stats_mutex);
+  impl.stats += stats;
+}
+
+void search_now(const Index::Impl& impl, const SearchTask& task, int64_t k,
+                const std::vector<Answers>& answers) {
+  Stats stats;
+  search_topk(task, k, answers.data(), stats);
+  stats.searches = static_cast<int64_t>(answers.size());
+  stats.searches_joined = stats.searches - 1;
+  count(impl, stats);
+}
+
+// `own`, whose turn it is, and the list `others` in one search.
+void search_together(const Index::Impl& impl, const Snapshot& snapshot, const Request& own,
+                     const Work* others, Turn& turn) {
+  thread_local std::vector<float> queries;
+  queries.assign(own.queries, own.queries + own.size * impl.dim);
+  std::vector<Answers> answers{own.answers};
+  int64_t m = own.size;
+  for (; others; others = others->next) {
+    const auto& r = static_cast<const Request&>(*others);
+    queries.insert(queries.end(), r.queries, r.queries + r.size * impl.dim);
+    answers.push_back(r.answers);
+    m += r.size;
+  }
+  search_now(impl, task_of(impl, snapshot, queries.data(), m, turn), own.kind, answers);
+}
+
+// A search that joins no other: run(task, stats).
+template <class Run>
+void search_alone(const Index::Impl& impl, const float* queries, int64_t m,
+                  const SearchOptions& options, Run run) {
+  std::shared_lock<std::shared_mutex> state(impl.state);
+  const std::shared_ptr<const Snapshot> snapshot = impl.current;
+  Filter filter(impl, options);
+  state.unlock();
+  const std::vector<LiveMask>* masks = filter.masks(*snapshot);
+  Stats stats;
+  {
+    Work alone;
+    Turn turn(alone, worth_sharing(*snapshot, impl.dim));
+    SearchTask task = task_of(impl, *snapshot, queries, m, turn);
+    task.filter = masks;
+    run(task, stats);
+  }
+  ++stats.searches;
+  count(impl, stats);
+}
+
+}  // namespace
+
+void Index::search(const void* queries, DType dtype, int64_t m, int64_t k, float* scores,
+                   int64_t* ids, const SearchOptions& options, int64_t stride,
+                   double* exact) const {
+  if (k < 1 || k > INT32_MAX)
+    refuse("k must be 1 to " + std::to_string(INT32_MAX) + ", got " + std::to_string(k));
+  const ExactFloats mode;
+  Request own;
+  std::vector<float> bulk;
+  own.queries = query_floats(queries, dtype, m, impl_->dim, stride, bulk);
+  own.answers = {m, scores, ids, exact};
+  check_set(options.allow, "allow");
+  check_set(options.deny, "deny");
+  if (options.allow.set() || options.deny.set()) {
+    search_alone(*impl_, own.queries, m, options, [&](const SearchTask& task, Stats& stats) {
+      search_topk(task, k, &own.answers, stats);
+    });
+    return;
+  }
+  if (m <= together(k)) own.object = impl_.get();
+  own.kind = k;
+  own.size = m;
+  const bool turns = worth_sharing(*impl_->snapshot(), impl_->dim);
+  std::shared_ptr<const Snapshot> snapshot;  // none while it waits; let go after the turn
+  Turn turn(own, turns);
+  if (turn.done()) return;
+  const Work* others = turn.take(together(k) - m);
+  snapshot = impl_->snapshot();
+  if (others) {
+    try {
+      search_together(*impl_, *snapshot, own, others, turn);
+      return turn.finish();
+    } catch (const std::exception&) {  // memory for all of them may have run out: each alone, then
+      turn.give_back();
+    }
+  }
+  search_now(*impl_, task_of(*impl_, *snapshot, own.queries, m, turn), k, {own.answers});
+}
+
+RangeResult Index::range_search(const void* queries, DType dtype, int64_t m, double radius,
+                                const SearchOptions& options, int64_t stride) const {
+  if (std::isnan(radius)) refuse("radius must be a number, got NaN");
+  const ExactFloats mode;
+  std::vector<float> bulk;
+  const float* floats = query_floats(queries, dtype, m, impl_->dim, stride, bulk);
+  check_set(options.allow, "allow");
+  check_set(options.deny, "deny");
+  RangeResult found;
+  search_alone(*impl_, floats, m, options, [&](const SearchTask& task, Stats& stats) {
+    found = search_range(task, radius, stats);
+  });
+  return found;
+}
+
+}  // namespace knnfast

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "search/search.h"
+
+#include <algorithm>
+#include <mutex>
+
+#include "common/thread_pool.h"
+#include "search/group_search.h"
+
+namespace knnfast {
+namespace {
+
+constexpr int64_t kGroupWhileOthersWait = 64;  // nearly as fast as kGroup
+constexpr int kDoubt = 256;  // searches without trust after one that had to be repeated
+
+int64_t rows_of(const Snapshot& snapshot) {
+  int64_t rows = 0;
+  for (const SegmentView& s : snapshot) rows += s.n;
+  return rows;
+}
+
+// Every group of queries in turn: threads share the rows, or, where the rows are few, the groups.
+template <class Emit>
+void for_groups(const SearchTask& task, size_t k, const double* radius, Stats& stats, Emit emit) {
+  const int threads = num_threads();
+  const bool small = !worth_sharing(*task.snapshot, task.dim);
+  const auto doubted = [&] { return task.doubt->load(std::memory_order_relaxed) > 0; };
+  if (doubted()) task.doubt->fetch_sub(1, std::memory_order_relaxed);
+  auto run = [&](int64_t first, int64_t size, int with, Stats& into) {
+    const int64_t count = std::min(size, task.m - first);
+    GroupSearch search(task, first, count, with);
+    search.run(k, radius, !radius && !doubted());
+    search.add_stats(into);
+    into.queries += count;
+    std::vector<int64_t> again;
+    std::vector<float> queries;
+    for (int64_t q = 0; q < count; ++q) {
+      emit(search, q, first + q);
+      if (search.certain(q)) continue;
+      const float* at = task.queries + (first + q) * task.dim;
+      again.push_back(first + q);
+      queries.insert(queries.end(), at, at + task.dim);
+    }
+    if (again.empty()) return;
+    task.doubt->store(kDoubt + 1, std::memory_order_relaxed);  // a search takes one off first
+    SearchTask rest = task;
+    rest.queries = queries.data();
+    rest.m = static_cast<int64_t>(again.size());
+    GroupSearch second(rest, 0, rest.m, with);
+    second.run(k, radius, false);
+    second.add_stats(into);
+    into.queries_repeated += rest.m;
+    for (int64_t q = 0; q < rest.m; ++q) emit(second, q, again[static_cast<size_t>(q)]);
+  };
+  if (small && task.m > 16 && threads > 1) {
+    const int64_t size = std::min<int64_t>(kGroup, (task.m + threads - 1) / threads);
+    std::mutex adding;
+    parallel_for((task.m + size - 1) / size, [&](int, int64_t g) {
+      Stats part;
+      run(g * size, size, 1, part);
+      const std::lock_guard<std::mutex> lock(adding);
+      stats += part;
+    });
+    return;
+  }
+  for (int64_t first = 0, size = kGroup; first < task.m; first += size) {
+    if (first) size = task.turn->give_way() ? kGroupWhileOthersWait : kGroup;
+    run(first, size, small ? 1 : threads, stats);
+  }
+}
+
+double score_of(Metric metric, double key) { return metric == Metric::l2 ? -key : key; }
+
+}  // namespace
+
+bool worth_sharing(const Snapshot& snapshot, int64_t dim) {
+  return rows_of(snapshot) * dim >= int64_t{1} << 20;
+}
+
+void search_topk(const SearchTask& task, int64_t k, const Answers* answers, Stats& stats) {
+  const float missing = task.metric == Metric::l2 ? -kNoThreshold : kNoThreshold;
+  const size_t wanted =
+      static_cast<size_t>(std::min(k, std::max<int64_t>(rows_of(*task.snapshot), 1)));
+  for_groups(task, wanted, nullptr, stats, [&](GroupSearch& search, int64_t q, int64_t query) {
+    const Answers* part = answers;
+    for (; query >= part->m; ++part) query -= part->m;
+    const std::vector<Found>& found = search.found(q);
+    const int64_t at = query * k, n = static_cast<int64_t>(found.size());
+    for (int64_t i = 0; i < k; ++i) {
+      const Found* f = i < n ? &found[static_cast<size_t>(i)] : nullptr;
+      const double score = f ? score_of(task.metric, f->key) : static_cast<double>(missing);
+      part->scores[at + i] = static_cast<float>(score);
+      part->ids[at + i] = f ? f->id : -1;
+      if (part->exact) part->exact[at + i] = score;
+    }
+  });
+}
+
+RangeResult search_range(const SearchTask& task, double radius, Stats& stats) {
+  std::vector<std::vector<Found>> all(static_cast<size_t>(task.m));
+  for_groups(task, 0, &radius, stats, [&](GroupSearch& search, int64_t q, int64_t query) {
+    all[static_cast<size_t>(query)] = search.found(q);
+  });
+  RangeResult r;
+  r.lims.push_back(0);
+  for (const std::vector<Found>& found : all) {
+    for (const Found& f : found) {
+      r.scores.push_back(static_cast<float>(score_of(task.metric, f.key)));
+      r.ids.push_back(f.id);
+    }
+    r.lims.push_back(static_cast<int64_t>(r.ids.size()));
+  }
+  return r;
+}
+
+}  // namespace knnfast

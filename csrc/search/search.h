@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// One search over one snapshot: scan, threshold, open, rescore.
+#pragma once
+
+#include <atomic>
+#include <vector>
+
+#include "knnfast/index.h"
+#include "search/segment.h"
+#include "search/turn.h"
+
+namespace knnfast {
+
+struct SearchTask {
+  const Snapshot* snapshot;
+  const std::vector<LiveMask>* filter;  // one mask a segment, or null: the segments' own
+  const float* queries;                 // [m, dim], finite
+  int64_t m, dim;
+  Metric metric;
+  Scan scan;
+  std::atomic<int>* doubt;  // the index's: so many searches from now on take nothing on trust
+  Turn* turn;               // gives way between groups of queries
+};
+
+inline Stats& operator+=(Stats& total, const Stats& s) {
+  total.searches += s.searches;
+  total.searches_joined += s.searches_joined;
+  total.queries += s.queries;
+  total.queries_repeated += s.queries_repeated;
+  total.rows_scanned += s.rows_scanned;
+  total.rows_stopped += s.rows_stopped;
+  total.rows_opened += s.rows_opened;
+  total.rows_rescored += s.rows_rescored;
+  total.chunks_int8 += s.chunks_int8;
+  total.chunks_fp16 += s.chunks_fp16;
+  total.chunks_canonical += s.chunks_canonical;
+  return total;
+}
+
+// Where the answers to m queries go: [m, k], best first.
+struct Answers {
+  int64_t m;
+  float* scores;
+  int64_t* ids;
+  double* exact;  // FP64 scores too, or null
+};
+
+// Whether threads share the rows, and searches wait for their turn: below, a search is over before
+// others have woken.
+bool worth_sharing(const Snapshot& snapshot, int64_t dim);
+
+// Each thread keeps its buffers from one search to the next. `answers`: of all queries, in parts.
+void search_topk(const SearchTask& task, int64_t k, const Answers* answers, Stats& stats);
+RangeResult search_range(const SearchTask& task, double radius, Stats& stats);
+
+}  // namespace knnfast
