@@ -45,7 +45,8 @@ def test_examples_of_using_index(tmp_path, monkeypatch):
     here = run("docs/using-index.md")
     assert here["again"].ids.tolist() == here["index"].ids.tolist()
     assert here["ids"][0] == 0
-    assert [ids[0] for _, ids in here["answers"]][5:] == [*range(5, 100)]
+    for answers in (here["answers"], here["served"]):
+        assert [ids[0] for _, ids in answers][5:] == [*range(5, 100)]
 
 
 def test_examples_of_the_readme(tmp_path, monkeypatch):
