@@ -2,20 +2,22 @@
 
     python bench/report.py [--check]
 
-No figure is typed: what run.py, load.py, regression.py and `knnfast bench --json` wrote is the
-source. `--check` writes nothing and exits with 1 when a page differs from what would be written.
+No measured figure is typed: what run.py, load.py, regression.py and `knnfast bench --json` wrote is
+the source. `--check` writes nothing and exits with 1 when a page or a plot would be another.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from sections import (
     faiss_section,
     gate_section,
@@ -25,6 +27,7 @@ from sections import (
     ms,
     ops_section,
     search_targets_section,
+    skipped,
     table,
     times,
     title,
@@ -33,8 +36,8 @@ from shapes import SHAPES
 from targets import WHY_LOST, WHY_MISSED, all_targets, lost, missed
 
 from knnfast import _files
+from knnfast.benchmark import plot
 from knnfast.benchmark.faiss_reference import FaissReport
-from knnfast.benchmark.plot import require_matplotlib, save_plot
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -43,6 +46,13 @@ DOCS = ROOT / "docs"
 SWEEPS = ("fold-", "small-", "service-1m-", "sampling-1024-")
 SMALL_PRINT = {name for shapes in SHAPES.values() for name in shapes
                if name == "ci" or name.startswith(SWEEPS)}  # fmt: skip
+PEERS_OF_OPS = (
+    "Peers of the fused ops are torch's and diffusers' own functions where these exist. "
+    "`torch-plain`: the same sampling in eager torch, a dense head and the whole posterior at "
+    "every step. `torch-log-space`: VQ-Diffusion's formulation of the loss (one-hot, posterior in "
+    "log space), `torch-closed-form`: ours ([ops](ops.md)) in eager torch. `keys and "
+    "values`: the two projections of the neighbours that folding replaces."
+)
 START, END = "<!-- results -->", "<!-- end of results -->"
 OTHERS = "Other machines"
 CPU_TIME = ", CPU time of one thread"  # what run.py --clock cpu says of a case
@@ -90,8 +100,10 @@ def performance(found: list[dict[str, Any]]) -> str:
         "(above 1 ours is faster, **bold** where we lose); where ours took another time in these "
         "turns than the one printed, by a quarter or more, the cell says so. `other answers`: the "
         "peer's result is not the reference's, because it draws other random numbers or computes "
-        "less precisely. Machines differ: `make measure` takes all of this on yours, a section's "
+        "less precisely. `runs` are the calls that were timed: a p99 of fewer than 100 is about "
+        "their maximum. Machines differ: `make measure` takes all of this on yours, a section's "
         "command that section. " + gpu_note(found),
+        PEERS_OF_OPS,
         "`of ceiling` is the time that the plain algorithm's bytes and operations need at the "
         "machine's measured rates, whichever is longer, over the time taken. For a search they are "
         "the FP16 rows, read from memory once, and 2 · rows · d · batch operations at the rate of "
@@ -102,8 +114,8 @@ def performance(found: list[dict[str, Any]]) -> str:
     ]
     parts = [
         ("Targets", all_targets(found)),
-        ("Rows we lose", f"{WHY_LOST}\n\n{lost(found)}"),
-        ("Targets of the search engine that are missed", f"{WHY_MISSED}\n\n{missed(found)}"),
+        ("Rows we lose", explained(lost(found), WHY_LOST)),
+        ("Targets of the search engine that are missed", explained(missed(found), WHY_MISSED)),
     ]
     sections: dict[str, Callable[[dict[str, Any]], str]] = {
         "faiss_reference": lambda r: faiss_section(r, Path(r["file"]).stem + ".png"),
@@ -124,6 +136,11 @@ def performance(found: list[dict[str, Any]]) -> str:
         text.append(f"## {OTHERS}\n\nThe same, measured earlier on these.")
         text += [f"### {heading}\n\n{body}" for heading, body in older]
     return "\n\n".join(text) + "\n"
+
+
+def explained(lines: list[str], why: str) -> str:
+    """Lines with the reasons before them, or that there are none."""
+    return "\n".join([why, "", *lines]) if lines else "None."
 
 
 def contents(parts: list[tuple[str, str]], older: list[tuple[str, str]]) -> str:
@@ -151,11 +168,10 @@ def embeddings(result: dict[str, Any]) -> list[str]:
             return ""
         return ms(at["p50_ms"]) + (f" ({times(at['over_ours'])})" if "over_ours" in at else "")
 
-    about = result["parts"]["embeddings"]["machine"]
     return [
         "The same for 100,000 real embeddings of 512 dimensions (images, by the bundled encoder), "
-        f"where scans stop early; {about['cpu']}, {about['threads']} threads, {about['isa']}, "
-        f"{about['date']}. Reading their FP16 bytes takes {ms(cells['read_fp16']['p50_ms'])} ms. "
+        f"where scans stop early; {taken_on(result['parts']['embeddings'])}. "
+        f"Reading their FP16 bytes takes {ms(cells['read_fp16']['p50_ms'])} ms. "
         "On your machine: `python bench/topk_cpu.py --part embeddings`.",
         table(["batch", *names], [[b, *(cell(name, b) for name in names)] for b in batches]),
     ]
@@ -163,17 +179,25 @@ def embeddings(result: dict[str, Any]) -> list[str]:
 
 def service(result: dict[str, Any]) -> list[str]:
     """What many threads that search at once get."""
-    shape, about = result["shape"], result["machine"]
+    shape = result["shape"]
     rows = [
         [r["server"], f"{r['qps']:,.0f}", ms(r["p50_ms"]), ms(r["p99_ms"])]
         for r in result["rows"] if r["loop"] == "closed" and r["clients"] == shape["clients"]
     ]  # fmt: skip
     return [
         f"{shape['clients']} threads that search {shape['n']:,} x {shape['d']} rows, each for one "
-        f"query after another, k {shape['k']} (FAISS with one thread a search); {about['cpu']}, "
-        f"{about['isa']}, {about['date']}. On your machine: `python bench/load.py`.",
+        f"query after another, k {shape['k']} (FAISS with one thread a search); "
+        f"{taken_on(result)}. On your machine: `python bench/load.py`.",
         table(["server", "queries/s", "p50 ms", "p99 ms"], rows),
     ]
+
+
+def taken_on(result: dict[str, Any]) -> str:
+    """The machine, in a line of README."""
+    machine = result["machine"]
+    place = machine.get("gpu", f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}")
+    settings = [f"{name}={value}" for name, value in machine.get("settings", {}).items()]
+    return ", ".join([place, *settings, machine["date"]])
 
 
 def summary(found: list[dict[str, Any]]) -> str:
@@ -189,26 +213,23 @@ def summary(found: list[dict[str, Any]]) -> str:
             + ("" if r["name"] == "knnfast" else f" ({times(r['ratio'])})")
             for r in rows
         }
-        about = result["machine"]
-        place, command = about.get("gpu"), "knnfast bench --device cuda"
-        if place is None:
-            place = (
-                "FAISS at its best threads and with BLAS where faster; "
-                f"{about['cpu']}, {about['threads']} threads, {about['isa']}"
-            )
+        place, command = taken_on(result), "knnfast bench --device cuda"
+        if result["machine"]["device"] == "cpu":
+            place = f"FAISS at its best threads and with BLAS where faster; {place}"
             command = "knnfast bench"
         parts += [
             f"p50 in milliseconds (and its time over ours, median over rounds), {shape['n']:,} x "
-            f"{shape['d']}, k {shape['k']}, answers checked, {place}, {about['date']}. On your "
+            f"{shape['d']}, k {shape['k']}, answers checked, {place}. On your "
             f"machine: `{command}`.",
             table(["batch", *names],
                   [[str(b), *(cell.get((name, b), "") for name in names)] for b in shape["batch"]]),
+            *skipped(result),
         ]  # fmt: skip
     for result in [r for r in found if "embeddings" in r.get("parts", {})][:1]:
         parts += embeddings(result)
     for result in [r for r in found if r["kind"] == "load"][:1]:
         parts += service(result)
-    lines, seen = [], set()
+    lines, places, seen = [], [], set()
     for result in (r for r in found if r["kind"] == "ops"):
         for row in (row for row in result["rows"] if row["op"] != "topk"):  # has its own table
             rivals = {n: p["ratio"] for n, p in row["peers"].items()
@@ -217,11 +238,21 @@ def summary(found: list[dict[str, Any]]) -> str:
             told = (row["op"], row["shape"], row["case"], result["machine"]["device"])
             if rivals and shown and told not in seen:
                 seen.add(told)
-                against = ", ".join(f"{times(v)} {n}" for n, v in rivals.items())
+                places.append(taken_on(result))
+                against = ", ".join(
+                    f"{times(v)} {n}"
+                    + (" (other answers)" if row["peers"][n].get("answers") == "differ" else "")
+                    for n, v in rivals.items()
+                )
                 case = f"{row['shape']}: {row['case']}"
                 lines.append([row["op"], case, kernels(result), ms(row["p50_ms"]), against])
     if lines:
-        parts.append(table(["op", "shape", "kernels", "p50 ms", "peers' time over ours"], lines))
+        parts += [
+            "The fused ops, each checked against its FP64 reference before it was timed; `other "
+            "answers`: the peer draws other random numbers or computes less precisely. On "
+            f"{'; on '.join(dict.fromkeys(places))}. On your machine: `make measure`.",
+            table(["op", "shape", "kernels", "p50 ms", "peers' time over ours"], lines),
+        ]
     parts.append(
         "All rows, and the service under load: "
         "[docs/performance.md](docs/performance.md). " + gpu_note(found)
@@ -245,8 +276,17 @@ def pages() -> dict[Path, str]:
 
 
 def source(file: str) -> str:
-    """What a plot carries, to tell which results it shows."""
-    return hashlib.sha256((RESULTS / file).read_bytes()).hexdigest()
+    """What a plot carries, to tell which results it shows and what drew it."""
+    code = inspect.getsource(draw_load) + inspect.getsource(plot)
+    return hashlib.sha256((RESULTS / file).read_bytes() + code.encode()).hexdigest()
+
+
+def drawn(path: Path) -> str | None:
+    """What the plot there carries."""
+    if not path.exists():
+        return None
+    with Image.open(path) as image:
+        return str(image.text.get("Source"))
 
 
 def plots() -> dict[Path, dict[str, Any]]:
@@ -259,7 +299,7 @@ def plots() -> dict[Path, dict[str, Any]]:
 
 
 def draw_load(result: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
-    figure = require_matplotlib()(figsize=(7, 4.4), layout="constrained")
+    figure = plot.require_matplotlib()(figsize=(7, 4.4), layout="constrained")
     panel = figure.subplots()
     servers = list(dict.fromkeys(row["server"] for row in result["rows"]))
     for i, server in enumerate(servers):
@@ -283,9 +323,11 @@ def draw_load(result: dict[str, Any], path: Path, metadata: dict[str, str]) -> N
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 when pages differ")
+    parser.add_argument("--check", action="store_true",
+                        help="write nothing; 1 when pages or plots differ")  # fmt: skip
     args = parser.parse_args()
     differ = [p for p, text in pages().items() if not p.exists() or p.read_text("utf-8") != text]
+    differ += [p for p, result in plots().items() if drawn(p) != source(result["file"])]
     if args.check:
         print("\n".join(f"{p.relative_to(ROOT)} differs: make report" for p in differ))
         return int(bool(differ))
@@ -297,7 +339,7 @@ def main() -> int:
             draw_load(result, path, metadata)
         else:
             fields = ("machine", "ceilings", "shape", "rows", "skipped")
-            save_plot(FaissReport(**{name: result[name] for name in fields}), path, metadata)
+            plot.save_plot(FaissReport(**{name: result[name] for name in fields}), path, metadata)
     return 0
 
 

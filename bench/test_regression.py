@@ -42,6 +42,6 @@ def test_no_slower_than_the_base(op, base, tree, benchmark, request, compared):
     )
 
 
-def test_something_was_compared(compared):
-    """A base that shares no op with this commit is no base."""
-    assert compared
+def test_most_ops_were_compared(compared):
+    """A base that shares few ops with this commit is no base."""
+    assert 2 * len(compared) > len(OPS), f"compared: {', '.join(compared) or 'none'}"

@@ -5,8 +5,9 @@ import re
 import pytest
 import report
 import sections
-from PIL import Image
+from regression import OPS
 from targets import all_targets
+from topk_cpu import PARTS
 
 
 def test_pages_are_what_the_results_say():
@@ -22,9 +23,10 @@ def test_the_contents_name_every_heading_once():
 
 
 def test_plots_are_of_the_results():
-    for path, result in report.plots().items():
-        with Image.open(path) as image:
-            assert image.text["Source"] == report.source(result["file"]), f"{path}: make report"
+    plots = report.plots()
+    for path, result in plots.items():
+        assert report.drawn(path) == report.source(result["file"]), f"{path}: make report"
+    assert set(report.DOCS.glob("*.png")) == set(plots)
 
 
 def test_no_result_names_a_host_or_a_path_of_its_machine():
@@ -135,7 +137,8 @@ def test_one_reading_of_the_queue_is_judged():
     beyond = {"server": "Index.search", "loop": "open", "of_saturation": 0.5, "of_queue": 2.5,
               "offered_qps": 2000, "clients": 16, "p99_ms": 7.25}  # fmt: skip
     result["rows"] = [beyond, row]
-    more = "; at half of what 16 clients get, 2,000/s, p99 is 7.2 ms)"
+    more = ("; at half of what 16 clients get, 2,000/s, more than such a queue can serve, p99 is "
+            "7.2 ms)")  # fmt: skip
     assert lines([result], "p99 of search") == [[said + more, "yes"]]
     row["p99_over_queue"] = 1.31
     assert lines([result], "p99 of search")[0][1] == "no"
@@ -156,3 +159,36 @@ def test_batcher_is_judged_by_as_many_callers_of_search():
     assert lines([result], "Batcher") == [["3.00" + said, "yes"]]
     rows[2]["qps"] = 300
     assert lines([result], "Batcher") == [["1.10" + said, "no"]]
+
+
+def test_what_was_not_measured_is_no_target_met():
+    machine = {"isa": "b", "device": "cpu"}
+    parts = {name: {"targets": [{"met": True}]} for name in PARTS}
+    result = {"kind": "search_targets", "machine": machine, "parts": parts}
+    text = "every target of the search engine"
+    assert lines([result], text) == [[f"{len(PARTS)} of {len(PARTS)}", "yes"]]
+    del parts["filters"]
+    said = f"{len(PARTS) - 1} of {len(PARTS) - 1}; not measured: filters"
+    assert lines([result], text) == [[said, "not all measured"]]
+    parts["small"]["targets"][0]["met"] = False
+    assert lines([result], text)[0][1] == "no"
+
+    slowed = {op: [1.2] for op in OPS}
+    gate = {"kind": "gate", "machine": machine, "threshold": 1.1, "slowdown": 1.2,
+            "unchanged": [dict.fromkeys(OPS, [1.0])] * 20, "slowed": [slowed]}  # fmt: skip
+    assert lines([gate], "an alarm") == [[f"{len(OPS)} of {len(OPS)}", "yes"]]
+    del slowed[OPS[0]]
+    assert lines([gate], "an alarm") == [[f"{len(OPS) - 1} of {len(OPS)}", "no"]]
+
+
+def test_other_ways_of_serving_are_judged_at_half_of_their_queue():
+    rows = [
+        {"server": "Index.search with a filter", "loop": "open", "of_saturation": share,
+         "offered_qps": 600 * share, "p99_ms": 9.0, "p99_over_queue": over}
+        for share, over in ((0.2, 9.0), (0.45, 1.4), (0.61, 1.0))
+    ]  # fmt: skip
+    result = {"kind": "load", "machine": {"isa": "b"}, "rows": rows, "shape": {"clients": 16}}
+    result["rows"].append({"server": "Index.search", "loop": "open", "of_saturation": 0.5,
+                           "offered_qps": 400, "clients": 16, "p99_ms": 6.0,
+                           "p99_over_queue": 1.2})  # fmt: skip
+    assert lines([result], "with a filter, 270/s") == [["1.40 (p99 is 9.0 ms)", "no"]]

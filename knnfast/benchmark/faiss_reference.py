@@ -253,10 +253,7 @@ def _measure(
     ours = {
         (size, b): _search(indexes[size], _on(queries[:b], device), k, device) for size, b in cells
     }
-    verdicts = {
-        (size, b): truths[size].judge(_host(indexes[size].search(queries[:b], k)[1]))
-        for size, b in cells
-    }
+    verdicts = {cell: truths[cell[0]].judge(_host(call()[1])) for cell, call in ours.items()}
     timings: dict[tuple[int, int], list[Timing]] = {cell: [] for cell in cells}
     found: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
