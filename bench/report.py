@@ -181,7 +181,8 @@ def service(result: dict[str, Any]) -> list[str]:
     """What many threads that search at once get."""
     shape = result["shape"]
     rows = [
-        [r["server"], f"{r['qps']:,.0f}", ms(r["p50_ms"]), ms(r["p99_ms"])]
+        [r["server"] + ("" if r["exact"] else " **inexact**"), f"{r['qps']:,.0f}",
+         ms(r["p50_ms"]), ms(r["p99_ms"])]
         for r in result["rows"] if r["loop"] == "closed" and r["clients"] == shape["clients"]
     ]  # fmt: skip
     return [
@@ -305,6 +306,8 @@ def draw_load(result: dict[str, Any], path: Path, metadata: dict[str, str]) -> N
     for i, server in enumerate(servers):
         rows = [r for r in result["rows"]
                 if r["server"] == server and r["loop"] == "open" and "p99_ms" in r]  # fmt: skip
+        if not rows:
+            continue
         at = [r["offered_qps"] for r in rows]
         panel.plot(at, [r["p99_ms"] for r in rows], f"C{i}o-", label=f"{server}, p99")
         panel.plot(at, [r["p50_ms"] for r in rows], f"C{i}.:", label=f"{server}, p50")

@@ -48,6 +48,7 @@ from knnfast.benchmark.timing import (
     Timing,
     best_choice,
     interleave,
+    keep_freed_memory,
     peak_mib,
     ratio,
 )
@@ -245,6 +246,7 @@ def main() -> int:
 
 def measure_all(args: argparse.Namespace) -> int:
     """The ceilings, then every shape; 1 where something of ours failed."""
+    keep_freed_memory()
     _C.set_num_threads(args.threads)
     import torch
 

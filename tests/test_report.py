@@ -175,7 +175,7 @@ def test_what_was_not_measured_is_no_target_met():
 
     slowed = {op: [1.2] for op in OPS}
     gate = {"kind": "gate", "machine": machine, "threshold": 1.1, "slowdown": 1.2,
-            "unchanged": [dict.fromkeys(OPS, [1.0])] * 20, "slowed": [slowed]}  # fmt: skip
+            "unchanged": [{op: [1.0] for op in OPS}] * 20, "slowed": [slowed]}  # fmt: skip
     assert lines([gate], "an alarm") == [[f"{len(OPS)} of {len(OPS)}", "yes"]]
     del slowed[OPS[0]]
     assert lines([gate], "an alarm") == [[f"{len(OPS) - 1} of {len(OPS)}", "no"]]

@@ -8,12 +8,26 @@ from typing import Any
 import torch
 
 from knnfast import ops, reference
+from knnfast.ops.reference import MASK_P, MASK_U, REAL_P, REAL_U0, REAL_U1
+
+
+def posterior(logp: torch.Tensor, x_t: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """p(x_s | x_t) over K + 1 classes as `reference.transition_distribution`, in logp's type."""
+    p, w = logp.exp(), weights.to(logp.dtype)
+    K = p.shape[-1]
+    masked = x_t == K
+    p_i = p.gather(-1, x_t.clamp(max=K - 1)[..., None])[..., 0]
+    w_p = torch.where(masked, w[MASK_P], w[REAL_P])
+    w_u = torch.where(masked, w[MASK_U], w[REAL_U0] * (1 - p_i) + w[REAL_U1] * p_i)
+    out = torch.nn.functional.pad(w_p[..., None] * p + w_u[..., None] / K, (0, 1))
+    return out.scatter_add_(-1, x_t[..., None], (1 - w_p - w_u)[..., None])
 
 
 class PlainSampler:
     """A run of the network: dense head, K + 1 wide posterior, keys and values made at each step.
 
-    What is the same in every run is made once, as `knnfast.diffusion.sampler.Sampler` does it.
+    What is the same in every run is made once, and what is the same in every step once a run, as
+    `knnfast.diffusion.sampler.Sampler` does it.
     """
 
     def __init__(self, denoiser: Any, batch: int, steps: int, guidance: float) -> None:
@@ -35,8 +49,10 @@ class PlainSampler:
         x = self.prior
         cond = torch.cat([cond, torch.zeros_like(cond)])
         mask = torch.cat([mask, torch.zeros_like(mask)])
+        condition = self.denoiser.prepare(cond, mask)
         for level, weights in self.steps:
-            own, null = self.denoiser(x.repeat(2, 1), level, cond, mask).chunk(2)
+            features = self.denoiser.features(x.repeat(2, 1), level, condition)
+            own, null = self.denoiser.head(features).chunk(2)
             x = self.step(x, own, null, weights)
         return x
 
@@ -46,7 +62,7 @@ class PlainSampler:
         """x_s from x_t, the logits with the condition and those without."""
         own, null = own.float(), null.float()
         logp = torch.log_softmax(null + self.guidance * (own - null), -1)
-        p = reference.transition_distribution(logp, x, weights.float()).float()
+        p = posterior(logp, x, weights)
         noise = -torch.log(-torch.log(torch.rand_like(p).clamp(1e-30, 1 - 1e-7)))
         return (p.clamp_min(1e-30).log() + noise).argmax(-1)
 

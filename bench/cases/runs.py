@@ -60,13 +60,15 @@ def drawn_rows(run: Run, num_codes: int) -> int:
 def diffusers_step(run: Run, size: dict[str, Any], head: Callable[[], Any] | None = None) -> Rival:
     """Diffusers' scheduler at five levels of the run; its time does not depend on the level.
 
+    As its own model does, it is given log p [B, K, L] in one piece.
+
     With `head`, that is called before each step.
     """
     import diffusers
 
     theirs = diffusers.VQDiffusionScheduler(num_vec_classes=size["K"] + 1)
     theirs.set_timesteps(size["T"], device=run.logits.device)  # their tables go there, too
-    logp = torch.log_softmax(run.logits.float(), -1).transpose(1, 2)
+    logp = torch.log_softmax(run.logits.float(), -1).transpose(1, 2).contiguous()
     some = range(0, len(run.levels), max(1, len(run.levels) // 5))
     # Their level t is counted from 0.
     steps = [(torch.tensor(run.levels[i][0] - 1), run.tokens[i]) for i in some]

@@ -191,6 +191,19 @@ def best_choice(choices: Sequence[Choice], call: Callable[[], Any]) -> dict[str,
     return best.row()
 
 
+def keep_freed_memory() -> None:
+    """From here on glibc's malloc keeps what is freed, up to 32 MiB a piece.
+
+    Else it returns large pieces to the system, which clears every page of the next one: eager torch
+    takes up to one and a half times as long for it, and how much depends on what ran before.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 32 << 20)
+
+
 def peak_mib(call: Callable[[], Any], cuda: bool = False) -> float | None:
     """Memory that one call adds at its peak, in MiB.
 
