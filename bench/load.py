@@ -8,7 +8,12 @@ server does, the clients serve as its threads, and a query's latency counts from
 (nothing is left out when the server is late). Servers: `Index.search` (searches take turns and
 share all cores; those that wait are answered together), the same and FAISS with one thread a search
 (a server per core); and with a filter, a bitset that denies a row of a hundred, `Index.search`,
-which then answers one after another, and `knnfast.Batcher`.
+which then answers one after another, and `knnfast.Batcher`. FAISS, which serves less, is offered
+shares of what it serves itself and those of our rates that it can serve, for a round of
+`--peer-least` queries.
+
+Every answer of a loop is kept, and compared after it with that of a search alone, which FP64 agreed
+with: ours must have its bits, a peer's the best rows (`exact`).
 
 Beside the open-loop rows stands what an M/D/c queue predicts for the same arrivals: c servers,
 first come first served, a search at a time each, every service equally long. `of_queue` is the
@@ -38,17 +43,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from options import above, at_least, check_json
 from run import tidy
 
 from knnfast import _C, Batcher, Index, _files
 from knnfast.benchmark.machine import machine, stolen_seconds
-from knnfast.benchmark.topk import Truth, faiss_module, make_rows
+from knnfast.benchmark.topk import CPU_PEERS, Peer, Truth, faiss_module, make_rows
 
-Search = Callable[[np.ndarray], Any]  # one query [d] -> ids [k]
+Search = Callable[[np.ndarray], Any]  # one query [d] -> its answer
+Answer = tuple[int, Any]  # a query's number, and what a search said
 
 
 def percentiles(latencies: np.ndarray) -> dict[str, Any]:
@@ -77,32 +85,36 @@ def in_threads(clients: int, work: Callable[[int], None]) -> None:
 
 def closed_loop(
     search: Search, queries: np.ndarray, clients: int, seconds: float
-) -> tuple[np.ndarray, float]:
-    """Latencies in seconds, and queries per second."""
+) -> tuple[np.ndarray, float, list[Answer]]:
+    """Latencies in seconds, queries per second, and the answers."""
     latencies: list[list[float]] = [[] for _ in range(clients)]
+    answers: list[list[Answer]] = [[] for _ in range(clients)]
     end = time.perf_counter() + seconds
 
     def work(i: int) -> None:
         at = i
         while (begin := time.perf_counter()) < end or not latencies[i]:
-            search(queries[at % len(queries)])
+            answer = search(queries[at % len(queries)])
             latencies[i].append(time.perf_counter() - begin)
+            answers[i].append((at % len(queries), answer))
             at += clients
 
     start = time.perf_counter()
     in_threads(clients, work)
+    seconds = time.perf_counter() - start
     every = np.concatenate([np.array(each) for each in latencies])
-    return every, len(every) / (time.perf_counter() - start)
+    return every, len(every) / seconds, [answer for each in answers for answer in each]
 
 
 def open_loop(
     search: Search, queries: np.ndarray, clients: int, arrivals: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, list[Answer]]:
     """Latencies in seconds, counted from the arrivals (seconds from the start).
 
-    Also when each search began and ended, [queries, 2].
+    Also when each search began and ended, [queries, 2], and the answers.
     """
     spans = np.full((len(arrivals), 2), np.nan)
+    answers: list[Answer] = []
     lock = threading.Lock()
     todo = iter(range(len(arrivals)))
     start = time.perf_counter() + 0.05
@@ -117,11 +129,12 @@ def open_loop(
             if (early := due - time.perf_counter()) > 0:
                 time.sleep(early)
             spans[i, 0] = time.perf_counter()
-            search(queries[i % len(queries)])
+            answer = search(queries[i % len(queries)])
             spans[i, 1] = time.perf_counter()
+            answers.append((i % len(queries), answer))
 
     in_threads(clients, work)
-    return spans[:, 1] - start - arrivals, spans
+    return spans[:, 1] - start - arrivals, spans, answers
 
 
 def cores() -> int:
@@ -163,92 +176,163 @@ def one_thread_a_search() -> Iterator[None]:
         _C.set_num_threads(before)
 
 
+class Expected:
+    """The answers to all queries: those of searches alone, which FP64 agrees with.
+
+    Args:
+        among: the rows that may be found, as a mask; all by default.
+    """
+
+    def __init__(
+        self,
+        search: Search,
+        rows: np.ndarray,
+        queries: np.ndarray,
+        k: int,
+        among: np.ndarray | None = None,
+    ) -> None:
+        self.place = np.arange(len(rows))  # of a row among those that may be found
+        if among is not None:
+            self.place = np.where(among, np.cumsum(among) - 1, -1)
+        self.truth = Truth(rows[self.place >= 0], queries, k, check=len(queries))
+        answers = [search(q) for q in queries]
+        self.scores = np.stack([scores for scores, _ in answers])
+        self.ids = np.stack([ids for _, ids in answers])
+        self.verdicts: dict[tuple[int, ...], bool] = {}
+        close = np.allclose(self.scores, self.truth.best, rtol=1e-6, atol=1e-6)
+        if not (close and self.truth.judge(self.place[self.ids])["exact"]):
+            raise SystemExit("a search alone is not exact: nothing is measured")
+
+    def same(self, answers: list[Answer]) -> bool:
+        """Ends the script at an answer with other ids or other bits of a score."""
+        for at, (scores, ids) in answers:
+            if not ((ids == self.ids[at]).all() and (scores == self.scores[at]).all()):
+                raise SystemExit(
+                    f"a wrong answer under load, query {at}: rows {ids.tolist()}, scores "
+                    f"{scores.tolist()}; alone {self.ids[at].tolist()}, {self.scores[at].tolist()}"
+                )
+        return True
+
+    def best(self, answers: list[Answer]) -> bool:
+        """Whether all answers, ids [1, k], are the best rows in any order."""
+        return all(self._best(at, ids.reshape(-1)) for at, ids in answers)
+
+    def _best(self, at: int, ids: np.ndarray) -> bool:
+        key = (at, *sorted(ids.tolist()))
+        if key not in self.verdicts:
+            answer = self.ids.copy()
+            answer[at] = ids
+            self.verdicts[key] = self.truth.judge(np.where(answer < 0, -1, self.place[answer]))[
+                "exact"
+            ]
+        return self.verdicts[key]
+
+
+@dataclass
+class Server:
+    """What answers queries, and what is known about it."""
+
+    name: str
+    search: Search
+    judge: Callable[[list[Answer]], bool]  # whether they are exact
+    queue: int | None = None  # searches at a time of the queue beside it; None: it has none
+    peer: bool = False
+
+
 def offer(
-    search: Search,
+    server: Server,
     queries: np.ndarray,
     args: argparse.Namespace,
     rate: float,
     seed: int,
-    servers: int | None,
+    predicted: bool,
 ) -> dict[str, Any]:
     """One open loop in stretches, and what the queues predict for its arrivals."""
+    answers: list[Answer] = []
+    clients = server.queue or 1
 
     def back_to_back() -> float:
-        return float(np.median(closed_loop(search, queries, servers or 1, args.seconds / 20)[0]))
+        latencies, _, got = closed_loop(server.search, queries, clients, args.seconds / 20)
+        answers.extend(got)
+        return float(np.median(latencies))
 
-    seconds = max(args.seconds, args.least / rate) / args.stretches
+    least = args.peer_least if server.peer else args.least
+    seconds = max(args.seconds, least / rate) / args.stretches
     latencies, stolen, passed = [], 0.0, 0.0
     services: dict[str, list[float]] = {"queue": [], "loaded_queue": []}
     expected: dict[str, list[np.ndarray]] = {"queue": [], "loaded_queue": []}
-    before = back_to_back() if servers is not None else 0.0
+    before = back_to_back() if predicted else 0.0
     for i in range(args.stretches):
         arrivals = poisson(rate, seconds, seed * args.stretches + i)
         taken, start = stolen_seconds(), time.perf_counter()
-        taken_by_each, spans = open_loop(search, queries, args.clients, arrivals)
-        latencies.append(taken_by_each)
+        taken_by_each, spans, got = open_loop(server.search, queries, args.clients, arrivals)
         stolen += stolen_seconds() - taken
         passed += time.perf_counter() - start
-        if servers is not None:
+        latencies.append(taken_by_each)
+        answers.extend(got)
+        if predicted:
             after = back_to_back()
-            loaded = service_under_load(spans, servers)
+            loaded = service_under_load(spans, clients)
             measured = {"queue": (before + after) / 2, "loaded_queue": loaded}
             before = after
             for name, service in measured.items():
                 services[name].append(service)
-                expected[name].append(queue(arrivals, service, servers))
+                expected[name].append(queue(arrivals, service, clients))
     row = percentiles(np.concatenate(latencies)) | {"stolen_share": stolen / passed / cores()}
-    if servers is not None:
+    if predicted:
         for name, each in expected.items():
-            if not rate * max(services[name]) < servers:  # in some stretch it could not serve all
+            if not rate * max(services[name]) < clients:  # in some stretch it could not serve all
                 continue
             row[name] = percentiles(np.concatenate(each))
-            row[name] |= {"servers": servers, "service_ms": float(np.mean(services[name])) * 1e3}
+            row[name] |= {"servers": clients, "service_ms": float(np.mean(services[name])) * 1e3}
             row[f"p99_over_{name}"] = row["p99_ms"] / row[name]["p99_ms"]
-    return row
+    return row | {"exact": server.judge(answers)}
 
 
 def measure(
-    name: str,
-    search: Search,
-    queries: np.ndarray,
-    args: argparse.Namespace,
-    rates: list[float],
-    servers: int | None,
+    server: Server, queries: np.ndarray, args: argparse.Namespace, rates: list[float]
 ) -> Iterator[dict[str, Any]]:
-    """Closed loop with one client, with `servers` of them and with all; then the open loops.
+    """Closed loop with one client, with as many as its queue serves and with all; then open loops.
 
-    Without `rates`: `--loads` of what the queue can serve, then of what the server can.
+    Without `rates`: `--loads` of what the queue can serve, then of what the server can. A peer:
+    those of `rates` that it can serve, and `--loads` of that.
     """
     rows = {}
-    for clients in sorted({1, servers or 1, args.clients}):
-        closed_loop(search, queries, clients, 0.3)
-        latencies, rate = closed_loop(search, queries, clients, args.seconds)
-        rows[clients] = {"server": name, "loop": "closed", "clients": clients, "qps": rate}
-        rows[clients] |= percentiles(latencies)
+    for clients in sorted({1, server.queue or 1, args.clients}):
+        closed_loop(server.search, queries, clients, 0.3)
+        latencies, rate, answers = closed_loop(server.search, queries, clients, args.seconds)
+        rows[clients] = {"server": server.name, "loop": "closed", "clients": clients, "qps": rate}
+        rows[clients] |= percentiles(latencies) | {"exact": server.judge(answers)}
         yield rows[clients]
     saturation = rows[args.clients]["qps"]
-    capacity = rows[servers or args.clients]["qps"]
-    if not rates:
-        rates = [share * most for most in (capacity, saturation) for share in args.loads]
+    capacity = rows[server.queue or args.clients]["qps"]
+    if server.peer:
+        rates = [rate for rate in rates if rate <= 0.95 * saturation]
+    if server.peer or not rates:
+        tops = [saturation] if server.peer else [capacity, saturation]
+        rates = [*rates, *(share * most for most in tops for share in args.loads)]
         rates = [
             rate for i, rate in enumerate(rates) if not np.isclose(rate, rates[:i], 0.05).any()
         ]
     for rate in sorted(rates):
-        row = {"server": name, "loop": "open", "clients": args.clients, "offered_qps": rate,
-               "of_saturation": rate / saturation}  # fmt: skip
-        if servers is not None:
+        row = {"server": server.name, "loop": "open", "clients": args.clients,
+               "offered_qps": rate, "of_saturation": rate / saturation}  # fmt: skip
+        if server.queue is not None:
             row["of_queue"] = rate / capacity
         if rate > 0.95 * saturation:
             yield row | {"skipped": f"saturates at {saturation:.0f} queries/s"}
             continue
-        queued = servers if rate < capacity else None
-        rounds = [offer(search, queries, args, rate, seed, queued) for seed in range(args.rounds)]
+        predicted = server.queue is not None and not server.peer and rate < capacity
+        seeds = range(1 if server.peer else args.rounds)
+        rounds = [offer(server, queries, args, rate, seed, predicted) for seed in seeds]
         told = ("stolen_share", "p99_ms", "p99_over_queue", "p99_over_loaded_queue")
         row |= min(rounds, key=lambda each: each["stolen_share"])
+        row["exact"] = all(each["exact"] for each in rounds)
         yield row | {"rounds": [{name: r[name] for name in told if name in r} for r in rounds]}
 
 
-def main() -> None:
+def options() -> argparse.Namespace:
+    """The script's options, checked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -258,22 +342,41 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each loop")
     parser.add_argument("--least", type=int, default=2000, help="queries of an open loop")
+    parser.add_argument("--peer-least", type=int, default=200, help="queries of FAISS's open loops")
     parser.add_argument("--stretches", type=int, default=10, help="of an open loop")
-    parser.add_argument("--rounds", type=int, default=3, help="of each open loop")
+    parser.add_argument("--rounds", type=int, default=3, help="of each open loop but FAISS's")
     parser.add_argument("--loads", type=float, nargs="+", default=[0.25, 0.5, 0.75, 0.9],
-                        help="shares of what the queue, then Index.search can serve")  # fmt: skip
+                        help="shares of what the queue, then the server can serve")  # fmt: skip
     parser.add_argument("--deadline-ms", type=float, default=1.0, help="the Batcher's")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    vectors, queries = make_rows(args.n, args.d)
+    names = ("n", "d", "k", "clients", "least", "peer_least", "stretches", "rounds")
+    at_least(parser, 1, **{name: getattr(args, name) for name in names})
+    above(parser, 0, seconds=args.seconds)
+    for load in args.loads:
+        if not 0 < load <= 1:
+            parser.error(f"--loads must be above 0 and at most 1, got {load:g}")
+    if not 0 <= args.deadline_ms <= 1000 * threading.TIMEOUT_MAX:
+        parser.error(f"--deadline-ms must be 0 to {1000 * threading.TIMEOUT_MAX:.3g}, "
+                     f"got {args.deadline_ms:g}")  # fmt: skip
+    if args.k > (most := int(not_denied(args.n).sum())):
+        parser.error(f"--k must be at most the {most} rows that the filter allows, got {args.k}")
+    check_json(parser, args.json)
+    return args
+
+
+def not_denied(n: int) -> np.ndarray:
+    return np.random.default_rng(0).random(n) >= 0.01
+
+
+def main() -> None:
+    args = options()
     index = Index(args.d)
+    vectors, queries = make_rows(args.n, args.d)
     index.add(vectors)
-    allowed = np.random.default_rng(0).random(args.n) >= 0.01
+    allowed = not_denied(args.n)
     denied = np.packbits(~allowed, bitorder="little")
     faiss = faiss_module()
-    flat = faiss.IndexFlatIP(args.d)
-    flat.add(vectors.astype(np.float32))
-    faiss.omp_set_num_threads(1)
     report: dict[str, Any] = {
         "kind": "load", "machine": machine(),
         "command": shlex.join(["python", "bench/load.py", *sys.argv[1:]]),
@@ -286,39 +389,41 @@ def main() -> None:
     def ours(q: np.ndarray) -> Any:
         return index.search(q, args.k)
 
-    def theirs(q: np.ndarray) -> Any:
-        return flat.search(q[None], args.k)
-
     def filtered(q: np.ndarray) -> Any:
         return index.search(q, args.k, deny=denied)
 
-    def record(*arguments: Any, among: Any = slice(None)) -> list[dict[str, Any]]:
-        search = arguments[1]
-        got = np.stack([np.asarray(search(q)[1]).reshape(-1) for q in queries[:8]])
-        place = np.full(args.n, -1)  # of a row among those that may be found
-        place[among] = np.arange(len(place[among]))
-        verdict = Truth(vectors[among], queries, args.k).judge(place[got])
+    def record(server: Server, rates: list[float]) -> list[dict[str, Any]]:
         rows = []
-        for row in measure(*arguments):
-            rows.append(tidy(row | {"exact": verdict["exact"]}))
+        for row in measure(server, queries, args, rates):
+            rows.append(tidy(row))
             print(json.dumps(rows[-1]), flush=True)
         report["rows"] += rows
         if args.json:
             _files.write_json(args.json, report)
         return rows
 
-    rows = record("Index.search", ours, queries, args, [], 1)
+    right = Expected(ours, vectors, queries, args.k)
+    rows = record(Server("Index.search", ours, right.same, 1), [])
     rates = [row["offered_qps"] for row in rows if row["loop"] == "open"]
     with one_thread_a_search():
-        record("Index.search, a thread each", ours, queries, args, rates, cores())
-        record("faiss-flat", theirs, queries, args, rates, cores())
-    record("Index.search with a filter", filtered, queries, args, rates, 1, among=allowed)
+        record(Server("Index.search, a thread each", ours, right.same, cores()), rates)
+    for name in ("faiss-flat", "faiss-sq-fp16"):
+        peer = CPU_PEERS[name](vectors, "ip")
+
+        def theirs(q: np.ndarray, peer: Peer = peer) -> Any:
+            faiss.omp_set_num_threads(1)  # of the calling thread alone
+            return peer.call(q[None], args.k)
+
+        record(Server(name, theirs, right.best, cores(), peer=True), rates)
+        del peer, theirs
+    right = Expected(filtered, vectors, queries, args.k, allowed)
+    record(Server("Index.search with a filter", filtered, right.same, 1), rates)
     with Batcher(index, deadline_ms=args.deadline_ms) as batcher:
 
         def batched(q: np.ndarray) -> Any:
             return batcher.search(q, args.k, deny=denied)
 
-        record("Batcher with a filter", batched, queries, args, rates, None, among=allowed)
+        record(Server("Batcher with a filter", batched, right.same), rates)
         stats = batcher.stats
     report["batch_mean"] = round(stats["queries"] / stats["searches"], 2)
     if args.json:

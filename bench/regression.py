@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from base import Base, build
 from cases import OPS, cases
+from options import above, at_least, check_json
 from run import tidy
 
 from knnfast import _C, _files
@@ -130,6 +131,9 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, default=THRESHOLD)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    at_least(parser, 1, runs=args.runs, slowed=args.slowed)
+    above(parser, 1, threshold=args.threshold)
+    check_json(parser, args.json)
     tree = build("HEAD")
     report: dict[str, Any] = {
         "kind": "gate", "machine": machine(), "threshold": args.threshold, "slowdown": SLOWDOWN,

@@ -37,6 +37,7 @@ from base import Base, build
 from case import Case, Rival, UnknownNameError
 from cases import OPS, cases
 from graph import Graph, eager
+from options import at_least, check_json
 from shapes import SHAPES
 
 from knnfast import _C, _files
@@ -229,15 +230,12 @@ def main() -> int:
         parser.error("--clock cpu is for --device cpu with --threads 1 and no --base")
     if args.peers is not None:
         args.peers = [name for name in args.peers.split(",") if name != "none"]
-    for name, value in (("--threads", args.threads), ("--turns", args.turns)):
-        if value < 1:
-            parser.error(f"{name} must be at least 1, got {value}")
-    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
-        parser.error(f"--json must be a file in a folder that is there, got {args.json}")
+    at_least(parser, 1, threads=args.threads, turns=args.turns)
     try:
         check_torch_device("--device", args.device)
     except ValueError as error:
         parser.error(str(error))
+    check_json(parser, args.json)
     try:
         return measure_all(args)
     except UnknownNameError as error:

@@ -239,9 +239,10 @@ def load_section(result: dict[str, Any], picture: str) -> str:
     for row in result["rows"]:
         loop = "closed" if row["loop"] == "closed" else f"{row['of_saturation']:.0%}"
         rate = row.get("qps", row.get("offered_qps"))
-        cells = [row["server"], loop, str(row["clients"]), f"{rate:,.0f}"]
+        name = row["server"] if row.get("exact", True) else f"{row['server']}, **inexact**"
+        cells = [name, loop, str(row["clients"]), f"{rate:,.0f}"]
         if "skipped" in row:
-            rows.append([*cells, "", "", "", "", "", row["skipped"], ""])
+            rows.append([*cells, "", "", "", "", "", "", row["skipped"], ""])
             continue
         use = {
             name: row["offered_qps"] * row[name]["service_ms"] / 1e3 / row[name]["servers"]
@@ -251,20 +252,24 @@ def load_section(result: dict[str, Any], picture: str) -> str:
             f"{ms(row[name]['p99_ms'])} ({row[f'p99_over_{name}']:.2f}x; {use[name]:.0%} busy)"
             if use.get(name, 1) < 1 else "" for name in ("queue", own)
         ]  # fmt: skip
-        if row["loop"] == "open" and not any(queues) and not row["server"].startswith("Batcher"):
+        unpredicted = row["server"].startswith(("Batcher", "faiss"))
+        if row["loop"] == "open" and not any(queues) and not unpredicted:
             queues[0] = "none: more than it can serve"
         load = f"{row['of_queue']:.0%}" if "of_queue" in row else ""
         taken = f"{row['stolen_share']:.0%}" if "stolen_share" in row else ""
-        times = (ms(row[p]) for p in ("p50_ms", "p99_ms", "p999_ms"))
-        rows.append([*cells, *times, taken, load, *queues])
+        least = {"p50_ms": 1, "p99_ms": 100, "p999_ms": 1000}  # queries that such a share needs
+        times = (ms(row[p]) if row["queries"] >= n else "" for p, n in least.items())
+        rows.append([*cells, f"{row['queries']:,}", *times, taken, load, *queues])
+    peers = any(row["server"].startswith("faiss") and row["loop"] == "open" and "p99_ms" in row
+                for row in result["rows"])  # fmt: skip
     return "\n\n".join(
         [
             f"`{result['command']}` (results/{result['file']}): {shape['n']:,} x {shape['d']}, "
             f"k {shape['k']}, single queries of {shape['clients']} client threads; Batcher with "
             f"a deadline of {shape['deadline_ms']:g} ms, {result['batch_mean']:g} queries a search "
             f"in the mean.  \n{where(result)}.",
-            table(["server", "loop (share of own saturation)", "clients", "queries/s", "p50 ms",
-                   "p99", "p99.9", "stolen", "share of the queue's rate",
+            table(["server", "loop (share of own saturation)", "clients", "queries/s", "queries",
+                   "p50 ms", "p99", "p99.9", "stolen", "share of the queue's rate",
                    "M/D/c predicts p99 (ours over it)", f"with the service {OTHER_SERVICES[own]}"],
                   rows),
             "`a thread each`: with `set_num_threads(1)`, a search on each core. `stolen`: the part "
@@ -279,9 +284,12 @@ def load_section(result: dict[str, Any], picture: str) -> str:
             "predicts nothing"
             + (", while searches that wait are answered together" if joins(result) else "")
             + ". Every stretch begins with an empty queue, which at high load makes its p99 less "
-            "than that of an endless one. Between arrivals the rows leave the caches that "
-            "they hardly fit into, so a search takes longer than back to back: the last column has "
-            "the queue of such searches.",
+            "than that of an endless one. "
+            + ("FAISS is offered shares of its own saturation, and of our rates those that it can "
+               "serve, for one round, with no queue beside it. " if peers else "")
+            + "p99 is of 100 queries or more, p99.9 of 1,000. Between arrivals the rows leave the "
+            "caches that they hardly fit into, so a search takes longer than back to back: the "
+            "last column has the queue of such searches.",
             f"![p99 against offered load]({picture})",
         ]
     )  # fmt: skip

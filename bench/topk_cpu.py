@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from options import check_json
 
 from knnfast import _C, _files
 from knnfast.benchmark.machine import fastest_read, machine, stolen_seconds
@@ -379,6 +380,7 @@ def main() -> None:
     parser.add_argument("--part", action="append", choices=list(PARTS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    check_json(parser, args.json)
     about = machine()
     folder = Path(__file__).parent / "results"
     path = args.json or folder / f"topk-cpu-{about['isa']}-{about['date']}.json"

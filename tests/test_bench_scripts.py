@@ -53,7 +53,8 @@ def test_open_loop_counts_from_the_arrival():
     def search(q):
         time.sleep(0.05)
 
-    latencies, spans = open_loop(search, np.zeros((1, 1)), 1, np.zeros(4))
+    latencies, spans, answers = open_loop(search, np.zeros((1, 1)), 1, np.zeros(4))
+    assert answers == [(0, None)] * 4
     assert (np.diff(np.sort(latencies)) > 0.04).all()
     assert 0.18 < latencies.max() < 2
     assert ((spans[:, 1] - spans[:, 0]) < latencies).all()
@@ -65,12 +66,16 @@ def test_service_under_load_is_that_of_searches_that_did_not_wait():
     assert service_under_load(spans, 2) == pytest.approx(1.2)  # all
 
 
+def sleeper(**options):
+    return load.Server("it", lambda q: time.sleep(0.001), lambda answers: True, 1, **options)
+
+
 def test_open_row_is_the_round_with_the_least_stolen_time(monkeypatch):
     # before and after each of two stretches of three rounds
     stolen = iter([0.0, 0.2, 0.2, 0.5, 1.0, 1.0, 1.0, 1.1, 2.0, 2.4, 2.4, 2.9])
     monkeypatch.setattr(load, "stolen_seconds", lambda: next(stolen))
     args = argparse.Namespace(clients=2, seconds=0.1, least=10, rounds=3, loads=[0.5], stretches=2)
-    rows = list(load.measure("it", lambda q: time.sleep(0.001), np.zeros((1, 1)), args, [200], 1))
+    rows = list(load.measure(sleeper(), np.zeros((1, 1)), args, [200]))
     assert [row["loop"] for row in rows] == ["closed", "closed", "open"]
     row = rows[-1]
     assert row["of_queue"] == pytest.approx(200 / rows[0]["qps"])
@@ -82,7 +87,7 @@ def test_open_row_is_the_round_with_the_least_stolen_time(monkeypatch):
 
 def test_loads_beyond_what_the_queue_can_serve_have_none(monkeypatch):
     args = argparse.Namespace(clients=16, seconds=0.1, least=10, rounds=1, loads=[0.2], stretches=2)
-    rows = list(load.measure("it", lambda q: time.sleep(0.001), np.zeros((1, 1)), args, [], 1))
+    rows = list(load.measure(sleeper(), np.zeros((1, 1)), args, []))
     alone, _, fifth, beyond = rows
     assert fifth["offered_qps"] == pytest.approx(alone["qps"] / 5)  # then of 16 callers at once
     assert fifth["of_queue"] == pytest.approx(0.2)
@@ -91,6 +96,93 @@ def test_loads_beyond_what_the_queue_can_serve_have_none(monkeypatch):
     assert beyond["of_queue"] > 1
     assert beyond["p99_ms"] > 0
     assert "queue" not in beyond
+
+
+def test_a_peer_is_offered_shares_of_its_own_saturation_too():
+    args = argparse.Namespace(clients=1, seconds=0.1, peer_least=10, loads=[0.5], stretches=2)
+    server = sleeper(peer=True)
+    server.judge = lambda answers: len(answers) < 11  # as if an answer of the closed loop differed
+    closed, low, half = load.measure(server, np.zeros((1, 1)), args, [100, 1e6])
+    assert low["offered_qps"] == 100
+    assert half["offered_qps"] == pytest.approx(closed["qps"] / 2)
+    assert "queue" not in half
+    assert not closed["exact"]
+    assert low["exact"]
+
+
+def test_answers_under_load_are_those_of_a_search_alone():
+    rows = np.eye(8, dtype=np.float16)[:, :6] * np.arange(1, 9, dtype=np.float16)[:, None]
+    queries = np.random.default_rng(0).random((4, 6), dtype=np.float32) + 0.1
+    index = knnfast.Index(6)
+    index.add(rows)
+    allowed = np.arange(8) != 2
+    bits = np.packbits(allowed, bitorder="little")
+    for among, search in (
+        (None, lambda q: index.search(q, 3)), (allowed, lambda q: index.search(q, 3, allow=bits)),
+    ):  # fmt: skip
+        right = load.Expected(search, rows, queries, 3, among)
+        scores, ids = search(queries[1])
+        assert right.same([(1, (scores, ids))])
+        for wrong in ((scores, ids[::-1]), (np.nextafter(scores, 9), ids)):
+            with pytest.raises(SystemExit, match="a wrong answer under load, query 1: rows"):
+                right.same([(1, (scores, ids)), (1, wrong)])
+        assert right.best([(1, ids[None, ::-1])])
+        assert not right.best([(1, ids[None]), (1, np.array([[*ids[:2], 6]]))])
+        assert not right.best([(1, np.array([[*ids[:2], -1]]))])
+    with pytest.raises(SystemExit, match="a search alone is not exact"):
+        load.Expected(lambda q: index.search(-q, 3), rows, queries, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--clients", "0"], "--clients must be at least 1, got 0"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--peer-least", "0"], "--peer-least must be at least 1, got 0"),
+        (["--seconds", "nan"], "--seconds must be above 0, got nan"),
+        (["--loads", "0.5", "1.5"], "--loads must be above 0 and at most 1, got 1.5"),
+        (["--deadline-ms", "-1"], "--deadline-ms must be 0 to "),
+        (["--n", "50", "--k", "51"], "--k must be at most the "),
+        (["--json", "/dev/null/x.json"], "--json must be a file in a folder that can be made"),
+    ],
+)
+def test_load_names_a_wrong_option(words, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["load.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        load.main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--runs", "0"], "--runs must be at least 1, got 0"),
+        (["--threshold", "1"], "--threshold must be above 1, got 1"),
+        (["--json", "/dev/null/x.json"], "--json must be a file in a folder that can be made"),
+    ],
+)
+def test_the_gate_names_a_wrong_option(words, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["regression.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        regression.main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_load_measures_every_server(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "new" / "folder" / "load.json"
+    monkeypatch.setattr("sys.argv", [
+        "load.py", "--n", "2000", "--d", "32", "--clients", "2", "--seconds", "0.05", "--rounds",
+        "1", "--least", "20", "--peer-least", "20", "--stretches", "2", "--loads", "0.3",
+        "--json", str(out),
+    ])  # fmt: skip
+    load.main()
+    rows = json.loads(out.read_text())["rows"]
+    for name in ("faiss-flat", "faiss-sq-fp16"):
+        assert any(row["server"] == name and "offered_qps" in row for row in rows)
+    measured = [row for row in rows if "p50_ms" in row]
+    assert all(row["exact"] for row in measured if not row["server"].startswith("faiss"))
 
 
 def test_slowed_takes_as_much_longer_as_it_says():
@@ -180,7 +272,8 @@ def test_a_peer_that_fails_is_a_row_of_the_table():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--json", "no/such/x.json"], "--json must be a file in a folder that is there"),
+        (["--json", "/dev/null/x.json"], "--json must be a file in a folder that can be made, got"),
+        (["--json", "."], "--json must be a file, got the folder ."),
         (["--turns", "0"], "--turns must be at least 1, got 0"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
         (["--device", "tpu"], "--device: must be cpu, cuda or cuda:N, got 'tpu'"),
