@@ -24,6 +24,7 @@ import topk_cpu
 import torch
 from case import Case, Rival, pick
 from cases import cases, topk
+from cases.plain import posterior
 from gpu import PYTHON, Stage
 from graph import Graph, eager
 from load import open_loop, poisson, queue, service_under_load
@@ -31,7 +32,9 @@ from nsight import commands
 from regression import CLOCK, slowed
 
 import knnfast
+from knnfast import reference
 from knnfast.benchmark.topk import Peer, threads_for_all
+from knnfast.diffusion.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -700,3 +703,16 @@ def test_gpu_script_ends_on_a_machine_without_a_gpu(tmp_path):
     with tarfile.open(tmp_path / "gpu.tar.gz") as archive:
         assert archive.getnames() == ["gpu", "gpu/summary.json"]
     assert run("--only", "tests,bench-topk") == ["tests", "bench-topk"]
+
+
+@pytest.mark.parametrize("name", ["mask", "mask_replace", "vq_diffusion"])
+def test_the_plain_posterior_is_the_references(name):
+    K, schedule = 7, Schedule(name, 20, 7)
+    draw = torch.Generator().manual_seed(0)
+    logp = torch.randn(3, 40, K, generator=draw).log_softmax(-1)
+    x = torch.randint(K + 1, (3, 40), generator=draw)
+    weights = reference.transition_weights(schedule, 12, 9, K)
+    exact = reference.transition_distribution(logp.double(), x, weights)
+    made = posterior(logp, x, weights)
+    assert made.dtype == torch.float32
+    torch.testing.assert_close(made.double(), exact, rtol=1e-5, atol=1e-6)
