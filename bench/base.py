@@ -128,8 +128,9 @@ def serve(device: str, threads: int, clock: str) -> None:
     from cases import cases
 
     from knnfast import _C
-    from knnfast.benchmark.timing import CLOCKS, Local
+    from knnfast.benchmark.timing import CLOCKS, Local, keep_freed_memory
 
+    keep_freed_memory()  # as the caller does
     _C.set_num_threads(threads)
     torch.set_num_threads(threads)
     answers = os.fdopen(os.dup(1), "w")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 
@@ -31,3 +32,5 @@ def check_json(parser: argparse.ArgumentParser, path: Path | None) -> None:
         parser.error(f"--json must be a file in a folder that can be made, got {path} ({error})")
     if path.is_dir():
         parser.error(f"--json must be a file, got the folder {path}")
+    if not os.access(path.parent, os.W_OK):
+        parser.error(f"--json must be in a folder that can be written to, got {path}")

@@ -60,10 +60,12 @@ def title(result: dict[str, Any]) -> str:
 
 def command(result: dict[str, Any], words: str = "") -> str:
     """What makes the result anew, in Markdown: on a CPU measure.py, which puts it in its place."""
-    words = re.sub(r" --json \S+", "", words or result["command"])
-    if result["machine"]["device"] == "cpu" and measurement(result) in MEASUREMENTS:
-        return f"`make measure ONLY={measurement(result)}`, that is `{words}`"
-    return f"`{words}`"
+    name, json = measurement(result), r" --json \S+"
+    usual = "python " + re.sub(json, "", MEASUREMENTS.get(name, ""))
+    found = re.sub(json, "", words or result["command"])
+    if result["machine"]["device"] == "cpu" and name in MEASUREMENTS and (words or found == usual):
+        return f"`make measure ONLY={name}`, that is `{found}`"
+    return f"`{found}`"
 
 
 def where(result: dict[str, Any]) -> str:
@@ -264,7 +266,7 @@ def load_section(result: dict[str, Any], picture: str) -> str:
                 for row in result["rows"])  # fmt: skip
     return "\n\n".join(
         [
-            f"`{result['command']}` (results/{result['file']}): {shape['n']:,} x {shape['d']}, "
+            f"{command(result)} (results/{result['file']}): {shape['n']:,} x {shape['d']}, "
             f"k {shape['k']}, single queries of {shape['clients']} client threads; Batcher with "
             f"a deadline of {shape['deadline_ms']:g} ms, {result['batch_mean']:g} queries a search "
             f"in the mean.  \n{where(result)}.",

@@ -121,14 +121,23 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for one writer: others, in any thread or process, wait.
+    """Make a folder where none is, and hold it for one writer: others, in any process, wait.
 
     A file system without locks holds nobody off.
     """
-    fd = os.open(folder, os.O_RDONLY)
-    try:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            fd = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
         with contextlib.suppress(OSError):
             fcntl.flock(fd, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(folder)):
+                break
+        os.close(fd)  # who made it has failed and removed it meanwhile
+    try:
         yield
     finally:
         with contextlib.suppress(OSError):

@@ -379,7 +379,6 @@ class Database(Collection):
         root = Path(path)
         self.check_place(root)
         new = not root.exists()
-        root.mkdir(parents=True, exist_ok=True)
         generation = uuid.uuid4().hex[:8]
         with self._writing, _files.locked(root):
             try:
@@ -391,7 +390,7 @@ class Database(Collection):
                 for part in root.glob(f"*-{generation}*"):
                     shutil.rmtree(part) if part.is_dir() else part.unlink()
                 if new:
-                    with suppress(OSError):  # another save began there
+                    with suppress(OSError):  # others put something there
                         root.rmdir()
                 raise
             if self._thumbnails.lies_in(root):  # in files that go now

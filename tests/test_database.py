@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from knnfast import _files
 from knnfast.database import Database
 from knnfast.encoders import Embeddings, EncoderCard
 from knnfast.images import flatten, read_image
@@ -195,6 +197,21 @@ def test_threads_and_processes_that_save_to_one_folder_take_turns(built, tmp_pat
     opened = Database.open(root)
     assert {opened.thumbnail(i).size for i in opened.ids.tolist()} == {(64, 64)}
     assert len(list(root.iterdir())) == 4  # one generation
+
+
+def test_who_waits_for_a_folder_that_is_removed_makes_it_anew(tmp_path):
+    folder = tmp_path / "db"
+
+    def enter():
+        with _files.locked(folder):
+            return folder.is_dir()
+
+    with ThreadPoolExecutor(1) as threads:
+        with _files.locked(folder):
+            waits = threads.submit(enter)
+            time.sleep(0.2)
+            folder.rmdir()
+        assert waits.result(timeout=60)
 
 
 def test_a_first_save_that_ends_while_another_looks_at_the_folder_is_a_database(

@@ -191,4 +191,4 @@ def test_other_ways_of_serving_are_judged_at_half_of_their_queue():
     result["rows"].append({"server": "Index.search", "loop": "open", "of_saturation": 0.5,
                            "offered_qps": 400, "clients": 16, "p99_ms": 6.0,
                            "p99_over_queue": 1.2})  # fmt: skip
-    assert lines([result], "with a filter, 270/s") == [["1.40 (p99 is 9.0 ms)", "no"]]
+    assert lines([result], "with a filter, 270/s: 45% of") == [["1.40 (p99 is 9.0 ms)", "no"]]
