@@ -288,7 +288,9 @@ def load_section(result: dict[str, Any], picture: str) -> str:
             + ". Every stretch begins with an empty queue, which at high load makes its p99 less "
             "than that of an endless one. "
             + ("FAISS is offered shares of its own saturation, and of our rates those that it can "
-               "serve, for one round, with no queue beside it. " if peers else "")
+               "serve, for one round, with no queue beside it. " if peers else
+               "In this older run FAISS's clients had all of OpenMP's threads each, for which it "
+               "is slower. ")
             + "p99 is of 100 queries or more, p99.9 of 1,000. Between arrivals the rows leave the "
             "caches that they hardly fit into, so a search takes longer than back to back: the "
             "last column has the queue of such searches.",

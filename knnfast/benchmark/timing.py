@@ -195,7 +195,7 @@ def keep_freed_memory() -> None:
     """From here on glibc's malloc keeps what is freed, up to 32 MiB a piece.
 
     Else it returns large pieces to the system, which clears every page of the next one: eager torch
-    takes up to one and a half times as long for it, and how much depends on what ran before.
+    takes longer for it, and how much depends on what ran before.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
