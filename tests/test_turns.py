@@ -188,6 +188,71 @@ def test_the_number_of_threads_may_change_while_searches_wait(rows, queries):
         assert [each.result(timeout=60) for each in asked] == [0] * CALLERS
 
 
+FILTERS = {
+    "deny ids": {"deny": np.arange(0, ROWS, 3)},
+    "allow few ids": {"allow": np.arange(7, ROWS, 4001)},
+    "allow bits": {"allow": np.packbits(np.arange(ROWS) % 5 < 2, bitorder="little")},
+    "both": {
+        "allow": np.arange(0, ROWS, 2),
+        "deny": np.packbits(np.arange(ROWS) % 7 < 3, bitorder="little"),
+    },
+}
+
+
+def kept(filters):
+    """The rows that filters leave."""
+    left = np.ones(ROWS, bool)
+    for name, given in filters.items():
+        if given.dtype == np.uint8:
+            named = np.unpackbits(given, bitorder="little", count=ROWS).astype(bool)
+        else:
+            named = np.isin(np.arange(ROWS), given)
+        left &= named if name == "allow" else ~named
+    return np.flatnonzero(left)
+
+
+@pytest.mark.tsan
+@pytest.mark.parametrize("own", [False, True], ids=["automatic", "own ids"])
+@pytest.mark.parametrize("given", FILTERS)
+def test_searches_with_the_same_filter_are_joined(rows, queries, given, own):
+    filters, ids = FILTERS[given], np.arange(ROWS)
+    index = Index(D)
+    if own:  # neither in order nor near the rows' places
+        ids = np.random.default_rng(2).permutation(ROWS)
+        index.add(rows, ids)
+    else:
+        index.add(rows)
+    calls = [lambda i=i: index.search(queries[i], 10, **filters) for i in range(CALLERS)]
+    results, searches, _ = until_joined(
+        index, 4, lambda: behind_a_long_search(index, queries, calls)
+    )
+    assert searches == CALLERS + 1
+    left = kept(filters)  # ids
+    order = np.argsort(ids)[left]  # their rows
+    scores, places = reference_topk(queries[:CALLERS], rows[order], 10)
+    for i, found in enumerate(results):
+        np.testing.assert_array_equal(found[1], left[places[i]])
+        np.testing.assert_array_equal(found[0], scores[i])
+
+
+def test_searches_with_another_filter_are_not_joined(rows, queries):
+    """A part of the same memory, the same bytes as ids, what one denies and the other allows, and
+    an equal filter elsewhere: each caller gets its own answer."""
+    index = filled(rows)
+    ids = np.arange(0, 3000, 3)
+    filters = [{"deny": ids}, {"deny": ids[:-1]}, {"deny": ids.view(np.uint8)}, {"allow": ids},
+               {"allow": ids.copy()}, {"allow": ids, "deny": ids[::2].copy()}, {}]  # fmt: skip
+    calls = [lambda i=i, kind=kind: index.search(queries[i], 5, **kind)
+             for kind in filters for i in (0, 1)]  # fmt: skip
+    results, _, joined = until_joined(index, 2, lambda: behind_a_long_search(index, queries, calls))
+    assert joined <= len(filters)  # one of each two
+    for at, found in enumerate(results):
+        left = kept(filters[at // 2])
+        scores, places = reference_topk(queries[at % 2 : at % 2 + 1], rows[left], 5)
+        np.testing.assert_array_equal(found[1], left[places[0]])
+        np.testing.assert_array_equal(found[0], scores[0])
+
+
 def check_bulk(holders, kind="search"):
     """A single query is answered long before the bulks that have the turns, and all are right."""
     rows, queries = make_rows(), make_queries()
@@ -313,17 +378,20 @@ def test_joined_searches_that_have_to_be_repeated():
     pytest.fail("no joined search was repeated")
 
 
-def test_rows_added_while_searches_wait_may_be_found(rows, queries):
-    """A search that joins another sees at least what was there when it was called."""
+@pytest.mark.parametrize("filters", [{}, {"deny": np.arange(3)}], ids=["all", "filter"])
+def test_rows_added_while_searches_wait_may_be_found(rows, queries, filters):
+    """A search that joins another sees at least what was there when it was called, with a filter
+    (which nearly all rows pass) what was there then."""
     index = filled(rows)
     best = 100 * queries[:1]
 
     def add_and_search():
         added = index.add(best)
-        return added[0], index.search(queries[0], 1)[1][0], index.remove(added)
+        return added[0], index.search(queries[0], 1, **filters)[1][0], index.remove(added)
 
+    least = 0 if filters else 1  # each add ends what may be joined with a filter
     results, _, _ = until_joined(
-        index, 1, lambda: behind_a_long_search(index, queries, [add_and_search] * CALLERS)
+        index, least, lambda: behind_a_long_search(index, queries, [add_and_search] * CALLERS)
     )
     for added, found, removed in results:
         assert removed == 1

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <exception>
+#include <optional>
 #include <string>
 
 #include "search/index_impl.h"
@@ -31,42 +32,35 @@ const float* query_floats(const void* queries, DType dtype, int64_t m, int64_t d
   return out.data();
 }
 
-// The rows that a search may return, of one snapshot.
-class Filter {
- public:
-  // Under the index's `state`, which only the id map needs: what else there is to do may take long.
-  Filter(const Index::Impl& impl, const SearchOptions& options)
-      : options_(options), mapped_(!impl.ascending) {
-    if (!mapped_) return;
-    for (int i = 0; i < 2; ++i)
-      if (listed(set(i)))
-        for (int64_t j = 0; j < set(i).count; ++j) at_[i].push_back(impl.map.find(set(i).ids[j]));
-  }
+bool filters(const SearchOptions& options) { return options.allow.set() || options.deny.set(); }
 
-  // One mask a segment; null where all of the snapshot may be returned.
-  const std::vector<LiveMask>* masks(const Snapshot& s) {
-    if (!options_.allow.set() && !options_.deny.set()) return nullptr;
-    masks_.resize(s.size());
-    for (size_t i = 0; i < s.size(); ++i) {
-      const size_t words = s[i].n / kBlockRows + 1;
-      if (listed(options_.allow))
-        masks_[i].assign(words, 0);
-      else if (s[i].live)
-        masks_[i].assign(s[i].live->begin(),
-                         s[i].live->begin() + static_cast<std::ptrdiff_t>(words));
-      else
-        masks_[i].assign(words, 0xffff);
-    }
+// The rows that there are, and which of them a search may return.
+class Scope {
+ public:
+  Scope(const Index::Impl& impl, const SearchOptions& options) : options_(options) {
+    std::shared_lock<std::shared_mutex> state(impl.state);
+    snapshot_ = impl.current;
+    if (!filters(options)) return;
+    const bool mapped = !impl.ascending;
+    std::vector<uint64_t> at[2];  // of listed ids, from the map
+    for (int i = 0; mapped && i < 2; ++i)
+      if (listed(set(i)))
+        for (int64_t j = 0; j < set(i).count; ++j) at[i].push_back(impl.map.find(set(i).ids[j]));
+    state.unlock();  // what else there is to do may take long
+    start();
     for (int i = 0; i < 2; ++i) {
       const uint16_t flip = i == 0 ? 0 : 0xffff;  // of a deny bitset
       for (int64_t j = 0; listed(set(i)) && j < set(i).count; ++j)
-        put(mapped_ ? at_[i][static_cast<size_t>(j)] : bisect(s, set(i).ids[j]), i == 0);
-      for (size_t segment = 0; set(i).bits && segment < s.size(); ++segment)
+        put(mapped ? at[i][static_cast<size_t>(j)] : bisect(*snapshot_, set(i).ids[j]), i == 0);
+      for (size_t segment = 0; set(i).bits && segment < masks_.size(); ++segment)
         for (uint32_t block = 0; block < masks_[segment].size(); ++block)
-          masks_[segment][block] &= bits_of(set(i), s[segment], block) ^ flip;
+          masks_[segment][block] &= bits_of(set(i), (*snapshot_)[segment], block) ^ flip;
     }
-    return &masks_;
   }
+
+  const Snapshot& snapshot() const { return *snapshot_; }
+  // One mask a segment; null where all of the snapshot may be returned.
+  const std::vector<LiveMask>* masks() const { return filters(options_) ? &masks_ : nullptr; }
 
  private:
   static bool listed(const IdSet& set) { return set.set() && !set.bits; }
@@ -87,6 +81,21 @@ class Filter {
   }
   const IdSet& set(int i) const { return i == 0 ? options_.allow : options_.deny; }
 
+  void start() {
+    masks_.resize(snapshot_->size());
+    for (size_t i = 0; i < masks_.size(); ++i) {
+      const SegmentView& view = (*snapshot_)[i];
+      const size_t words = view.n / kBlockRows + 1;
+      if (listed(options_.allow))
+        masks_[i].assign(words, 0);
+      else if (view.live)
+        masks_[i].assign(view.live->begin(),
+                         view.live->begin() + static_cast<std::ptrdiff_t>(words));
+      else
+        masks_[i].assign(words, 0xffff);
+    }
+  }
+
   void put(uint64_t at, bool in) {
     if (at == IdMap::kMissing) return;
     const uint32_t row = static_cast<uint32_t>(at);
@@ -96,8 +105,7 @@ class Filter {
   }
 
   const SearchOptions& options_;
-  const bool mapped_;
-  std::vector<uint64_t> at_[2];  // of listed ids, from the map
+  std::shared_ptr<const Snapshot> snapshot_;
   std::vector<LiveMask> masks_;
 };
 
@@ -119,9 +127,10 @@ struct Request : Work {
   Answers answers;  // to `size` queries
 };
 
-SearchTask task_of(const Index::Impl& impl, const Snapshot& snapshot, const float* queries,
-                   int64_t m, Turn& turn) {
-  return {&snapshot, nullptr, queries, m, impl.dim, impl.metric, impl.scan, &impl.doubt, &turn};
+SearchTask task_of(const Index::Impl& impl, const Scope& scope, const float* queries, int64_t m,
+                   Turn& turn) {
+  return {&scope.snapshot(), scope.masks(), queries,     m,    impl.dim,
+          impl.metric,       impl.scan,     &impl.doubt, &turn};
 }
 
 void count(const Index::Impl& impl, const Stats& stats) {
@@ -139,7 +148,7 @@ void search_now(const Index::Impl& impl, const SearchTask& task, int64_t k,
 }
 
 // `own`, whose turn it is, and the list `others` in one search.
-void search_together(const Index::Impl& impl, const Snapshot& snapshot, const Request& own,
+void search_together(const Index::Impl& impl, const Scope& scope, const Request& own,
                      const Work* others, Turn& turn) {
   thread_local std::vector<float> queries;
   queries.assign(own.queries, own.queries + own.size * impl.dim);
@@ -151,28 +160,7 @@ void search_together(const Index::Impl& impl, const Snapshot& snapshot, const Re
     answers.push_back(r.answers);
     m += r.size;
   }
-  search_now(impl, task_of(impl, snapshot, queries.data(), m, turn), own.kind, answers);
-}
-
-// A search that joins no other: run(task, stats).
-template <class Run>
-void search_alone(const Index::Impl& impl, const float* queries, int64_t m,
-                  const SearchOptions& options, Run run) {
-  std::shared_lock<std::shared_mutex> state(impl.state);
-  const std::shared_ptr<const Snapshot> snapshot = impl.current;
-  Filter filter(impl, options);
-  state.unlock();
-  const std::vector<LiveMask>* masks = filter.masks(*snapshot);
-  Stats stats;
-  {
-    Work alone;
-    Turn turn(alone, worth_sharing(*snapshot, impl.dim));
-    SearchTask task = task_of(impl, *snapshot, queries, m, turn);
-    task.filter = masks;
-    run(task, stats);
-  }
-  ++stats.searches;
-  count(impl, stats);
+  search_now(impl, task_of(impl, scope, queries.data(), m, turn), own.kind.k, answers);
 }
 
 }  // namespace
@@ -189,30 +177,28 @@ void Index::search(const void* queries, DType dtype, int64_t m, int64_t k, float
   own.answers = {m, scores, ids, exact};
   check_set(options.allow, "allow");
   check_set(options.deny, "deny");
-  if (options.allow.set() || options.deny.set()) {
-    search_alone(*impl_, own.queries, m, options, [&](const SearchTask& task, Stats& stats) {
-      search_topk(task, k, &own.answers, stats);
-    });
-    return;
-  }
-  if (m <= together(k)) own.object = impl_.get();
-  own.kind = k;
+  // With a filter the scope is that of the call, or making it would hold up the line; without one
+  // it is that of the turn, so that who joins finds what was added before its call.
+  std::optional<Scope> scope;
+  if (filters(options)) scope.emplace(*impl_, options);
+  const void* object = impl_.get();
+  if (scope) object = &scope->snapshot();
+  if (m <= together(k)) own.kind = {object, k, options};
   own.size = m;
-  const bool turns = worth_sharing(*impl_->snapshot(), impl_->dim);
-  std::shared_ptr<const Snapshot> snapshot;  // none while it waits; let go after the turn
+  const bool turns = worth_sharing(scope ? scope->snapshot() : *impl_->snapshot(), impl_->dim);
   Turn turn(own, turns);
   if (turn.done()) return;
   const Work* others = turn.take(together(k) - m);
-  snapshot = impl_->snapshot();
+  if (!scope) scope.emplace(*impl_, options);
   if (others) {
     try {
-      search_together(*impl_, *snapshot, own, others, turn);
+      search_together(*impl_, *scope, own, others, turn);
       return turn.finish();
     } catch (const std::exception&) {  // memory for all of them may have run out: each alone, then
       turn.give_back();
     }
   }
-  search_now(*impl_, task_of(*impl_, *snapshot, own.queries, m, turn), k, {own.answers});
+  search_now(*impl_, task_of(*impl_, *scope, own.queries, m, turn), k, {own.answers});
 }
 
 RangeResult Index::range_search(const void* queries, DType dtype, int64_t m, double radius,
@@ -223,10 +209,16 @@ RangeResult Index::range_search(const void* queries, DType dtype, int64_t m, dou
   const float* floats = query_floats(queries, dtype, m, impl_->dim, stride, bulk);
   check_set(options.allow, "allow");
   check_set(options.deny, "deny");
+  const Scope scope(*impl_, options);
   RangeResult found;
-  search_alone(*impl_, floats, m, options, [&](const SearchTask& task, Stats& stats) {
-    found = search_range(task, radius, stats);
-  });
+  Stats stats;
+  {
+    Work alone;
+    Turn turn(alone, worth_sharing(scope.snapshot(), impl_->dim));
+    found = search_range(task_of(*impl_, scope, floats, m, turn), radius, stats);
+  }
+  stats.searches = 1;
+  count(*impl_, stats);
   return found;
 }
 

@@ -9,14 +9,20 @@
 #include <thread>
 
 #include "common/thread_pool.h"
-#include "knnfast/index.h"
 
 namespace knnfast {
 namespace {
 
 int at_once() { return num_threads() > 1 ? 1 : cores(); }
 
-bool alike(const Work& a, const Work& b) { return a.object == b.object && a.kind == b.kind; }
+bool same(const IdSet& a, const IdSet& b) {
+  return a.ids == b.ids && a.bits == b.bits && a.count == b.count;
+}
+
+bool same(const Kind& a, const Kind& b) {
+  return a.object == b.object && a.k == b.k && same(a.among.allow, b.among.allow) &&
+         same(a.among.deny, b.among.deny);
+}
 
 constexpr int kPatience = 4;       // waits for more work are at most 1/4 of what the last turn took
 constexpr int kMostSkipped = 255;  // of such waits, after some in vain
@@ -58,13 +64,13 @@ class Turn::Line {
     if (const int64_t servers = at_once(); servers > 1) {
       int64_t waiting = own.size;
       for (const Work* w = first_; w; w = w->next)
-        if (alike(*w, own)) waiting += w->size;
+        if (same(w->kind, own.kind)) waiting += w->size;
       size = std::min(size, (waiting + servers - 1) / servers - own.size);
     }
     Work *taken = nullptr, **end = &taken, *before = nullptr;
     for (Work *w = first_, *next; w; w = next) {
       next = w->next;
-      if (!alike(*w, own) || w->size > size) {
+      if (!same(w->kind, own.kind) || w->size > size) {
         before = w;
         continue;
       }
@@ -84,7 +90,7 @@ class Turn::Line {
     while (taken || waiting) {
       const bool back = taken && (!waiting || taken->place < waiting->place);
       Work*& from = back ? taken : waiting;
-      if (back) from->object = nullptr;
+      if (back) from->kind.object = nullptr;
       last_ = *end = from;
       from = from->next;
       end = &last_->next;
@@ -95,10 +101,11 @@ class Turn::Line {
   // Those that are done go first, as in `enter`; frames live until their callers have the mutex.
   void leave(const Work& own, Work* finished) {
     std::lock_guard<std::mutex> lock(mutex_);
-    answered_ = {own.object, own.kind, 1};
+    answered_ = own.kind;
+    callers_ = 1;
     took_ = Clock::now() - began_;
     for (Work* w = finished; w; w = w->next) {
-      ++answered_.callers;
+      ++callers_;
       w->state = Work::kDone;
       w->wake.notify_one();
     }
@@ -112,20 +119,21 @@ class Turn::Line {
   // Callers whom the last turn answered often ask again at once, and all in one search take little
   // longer than half of them: for who is missing it waits a little, unless others wait for it.
   void await_more(std::unique_lock<std::mutex>& lock, const Work& own) {
-    if (at_once() > 1 || own.object != answered_.object || own.kind != answered_.kind) return;
+    if (at_once() > 1 || !same(own.kind, answered_)) return;
     int64_t callers = 0;
     const auto complete = [&] {
       bool others = false;
       callers = 1;
-      for (const Work* w = first_; w; w = w->next) alike(*w, own) ? ++callers : others = true;
-      return others || callers >= answered_.callers;
+      for (const Work* w = first_; w; w = w->next)
+        same(w->kind, own.kind) ? ++callers : others = true;
+      return others || callers >= callers_;
     };
     if (complete() || (skipping_ > 0 && skipping_-- > 0)) return;
-    const int64_t missing = answered_.callers - callers;
+    const int64_t missing = callers_ - callers;
     awaits_ = true;
     arrived_.wait_for(lock, took_ / kPatience, complete);
     awaits_ = false;
-    const bool in_vain = 2 * (answered_.callers - callers) > missing;
+    const bool in_vain = 2 * (callers_ - callers) > missing;
     waits_to_skip_ = in_vain ? std::min(2 * waits_to_skip_ + 1, kMostSkipped) : 0;
     skipping_ = waits_to_skip_;
     began_ = Clock::now();
@@ -147,10 +155,8 @@ class Turn::Line {
   uint64_t entered_ = 0;
   int running_ = 0;  // where it is 0 nobody waits
 
-  struct {
-    const void* object = nullptr;
-    int64_t kind = 0, callers = 0;
-  } answered_;  // by the last turn, which took so long
+  Kind answered_;        // by the last turn,
+  int64_t callers_ = 0;  // of so many, in
   Clock::duration took_{};
   Clock::time_point began_;  // this one
   std::condition_variable arrived_;
@@ -185,7 +191,7 @@ bool Turn::give_way() {
 }
 
 Work* Turn::take(int64_t size) {
-  if (line_ && work_.object) taken_ = line_->take(work_, size);
+  if (line_ && work_.kind.object) taken_ = line_->take(work_, size);
   return taken_;
 }
 

@@ -8,13 +8,20 @@
 #include <condition_variable>
 #include <cstdint>
 
+#include "knnfast/index.h"
+
 namespace knnfast {
 
-// What a caller waits in line with. Another whose turn comes first may do it along with its own,
-// where both are of one object and kind.
-struct Work {
+// Work of one kind can be done together.
+struct Kind {
   const void* object = nullptr;  // null: only its own caller does it
-  int64_t kind = 0;
+  int64_t k = 0;
+  SearchOptions among;  // the same memory, not equal memory, which would have to be read to know
+};
+
+// What a caller waits in line with. Another whose turn comes first may do it along with its own.
+struct Work {
+  Kind kind;
   int64_t size = 0;
 
   // The line's.
@@ -42,10 +49,10 @@ class Turn {
   // Between parts of long work that no other may do: whoever waits goes first. Whether one did.
   bool give_way();
 
-  // Takes work of the same object and kind out of the line, those that came first, up to `size` in
-  // all, but where several are at work at once no more than its share of what waits; returns it as
-  // a list. Its callers wait on. Where the last turn had more callers, it waits a little for them.
-  // Once a turn.
+  // Takes work of the same kind out of the line, those that came first, up to `size` in all, but
+  // where several are at work at once no more than its share of what waits; returns it as a list.
+  // Its callers wait on. Where the last turn had more callers, it waits a little for them. Once a
+  // turn.
   Work* take(int64_t size);
   void finish();     // all of it is done
   void give_back();  // it is not: each stands where it stood, now for its own caller

@@ -98,7 +98,7 @@ class Index:
 
     @property
     def _joins(self) -> bool:
-        """Whether searches without filters join others by themselves."""
+        """Whether searches of one kind that wait are answered together."""
         return self._core.joins
 
     @property
