@@ -17,13 +17,15 @@ class Rival:
 
     `result` is what is judged where it differs from what is timed (bringing ids home, say);
     `choices` are the ways to run it with so many threads at most, of which the fastest is measured;
-    `per` counts the steps in one call where they are not the case's.
+    `per` counts the steps in one call where they are not the case's; `capturable` says whether its
+    call may be tried as a CUDA graph.
     """
 
     call: Call
     result: Call | None = None
     choices: Callable[[int], list[Choice]] = lambda threads: []
     per: int | None = None
+    capturable: bool = True
 
 
 class UnknownNameError(ValueError):

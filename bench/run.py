@@ -94,6 +94,8 @@ def recorded(case: Case, rival: Rival) -> tuple[Any, dict[str, str]]:
     """A peer's call as a graph where the case's are, else as it is, with a note that says why."""
     if not (case.cuda and case.graphs):
         return rival.call, {}
+    if not rival.capturable:
+        return rival.call, {"timed": "eager: its library works on streams of its own"}
     try:
         return Graph(rival.call).record(), {"timed": "graph"}
     except Exception as error:  # whatever it is, the peer is measured

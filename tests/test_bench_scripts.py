@@ -446,6 +446,9 @@ def test_a_peer_that_cannot_be_captured_is_timed_as_it_is(monkeypatch):
     assert note == {"timed": f"eager: no graph ({why})"}
     monkeypatch.setattr(run, "Graph", lambda call: SimpleNamespace(record=lambda: "graph"))
     assert run.recorded(case, rival) == ("graph", {"timed": "graph"})
+    rival.capturable = False
+    call, note = run.recorded(case, rival)
+    assert (call, list(note)) == (rival.call, ["timed"])
     case.graphs = False
     assert run.recorded(case, rival) == (rival.call, {})
 

@@ -97,7 +97,7 @@ def _case(
             else:
                 ids = partial(peer.search, q, k)
                 ways = partial(peer.choices, batch=batch)
-                yield name, Rival(partial(peer.call, q, k), ids, ways)
+                yield name, Rival(partial(peer.call, q, k), ids, ways, capturable=peer.capturable)
                 del ids, peer  # before the next one is built: only one is in memory
 
     def facts() -> dict[str, Any]:
@@ -110,5 +110,5 @@ def _case(
 
     return Case(
         "topk", shape, f"batch {batch}, k {k}", "fp16", ours, judge, peers,
-        bytes=2.0 * n * d, flops=2.0 * n * d * batch, cuda=cuda, facts=facts,
+        bytes=2.0 * n * d, flops=2.0 * n * d * batch, cuda=cuda, graphs=True, facts=facts,
     )  # fmt: skip

@@ -150,6 +150,7 @@ class Peer(NamedTuple):
     call: Callable[[Any, int], Any]  # the same without bringing the ids home: what is timed
     # (threads, batch) -> the ways to run it, of which the fastest is measured; none: as it is
     choices: Callable[[int, int], list[Choice]] = lambda threads, batch: []
+    capturable: bool = False  # as a CUDA graph: it works on torch's stream alone
 
 
 @contextmanager
@@ -276,8 +277,11 @@ def torch_topk(rows: np.ndarray, metric: str) -> Peer:
     return Peer(search, search, _threads(torch.set_num_threads))
 
 
-def _on_gpu(call: Callable[[Any, int], Any]) -> Peer:
-    return Peer(lambda q, k: call(q, k).cpu().numpy().astype(np.int64), call)
+def _on_gpu(call: Callable[[Any, int], Any], capturable: bool = False) -> Peer:
+    def search(q: Any, k: int) -> np.ndarray:
+        return call(q, k).cpu().numpy().astype(np.int64)
+
+    return Peer(search, call, capturable=capturable)
 
 
 def torch_gpu(rows: np.ndarray, metric: str) -> Peer:
@@ -299,7 +303,7 @@ def torch_gpu(rows: np.ndarray, metric: str) -> Peer:
             return ids[0]
         return torch.cat(ids, 1).gather(1, torch.cat(scores, 1).topk(k)[1])
 
-    return _on_gpu(call)
+    return _on_gpu(call, capturable=True)
 
 
 def faiss_gpu(rows: np.ndarray, metric: str) -> Peer:
@@ -353,7 +357,7 @@ def flashlib_knn(rows: np.ndarray, metric: str) -> Peer:
     from flashlib import flash_knn
 
     x = torch.from_numpy(rows).cuda()
-    return _on_gpu(lambda q, k: flash_knn(q.half(), x, k, return_distances=False))
+    return _on_gpu(lambda q, k: flash_knn(q.half(), x, k, return_distances=False), capturable=True)
 
 
 CPU_PEERS: dict[str, Callable[[np.ndarray, str], Peer]] = {
