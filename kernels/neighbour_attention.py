@@ -56,6 +56,22 @@ def product(left, right, total):
 
 
 @triton.jit
+def settled(total, WAITS: tl.constexpr):
+    """A product that is done before anything after it begins, where WAITS.
+
+    sm_90 multiplies asynchronously, from shared memory and from registers, and Triton lets products
+    of a loop overlap with what follows them. That is wrong here: A's tiles are read by other
+    instructions, too, for which it leaves out the buffer that the overlap needs, and z's registers
+    are written again by the next iteration. It does so only where the loop itself uses no sum.
+    """
+    if INTERPRET or not WAITS:
+        return total
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [total], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def load_tile(ptr, row, has_row, column, has_column, stride):
     """Part of a matrix with rows `stride` apart, 0 where it has none."""
     return tl.load(
@@ -89,7 +105,8 @@ def neighbour_attention_kernel(
     stride_xb, stride_xl, stride_scale, stride_shift,
     NORM: tl.constexpr, RESIDUAL: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
     N: tl.constexpr, H: tl.constexpr, NP: tl.constexpr, MORE: tl.constexpr, HP: tl.constexpr,
-    MERGED: tl.constexpr, EVEN: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    MERGED: tl.constexpr, EVEN: tl.constexpr, WAITS: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_L tokens of one image; columns of the scores are (n, h) as in A's layout."""
     blocks = tl.cdiv(L, BLOCK_L)
@@ -180,10 +197,10 @@ def neighbour_attention_kernel(
                     z = z + s.to(tl.float32)[None, :]
             z = z.to(dtype)
             A = load_tile(A_ptr, inner, inside, column, real, N * H)  # [BLOCK_D, NP HP]
-            score = product(z, A, score)
+            score = settled(product(z, A, score), WAITS)
             if MORE:
                 A2 = load_tile(A_ptr, inner, inside, column2, real2, N * H)
-                score2 = product(z, A2, score2)
+                score2 = settled(product(z, A2, score2), WAITS)
             if MERGED:
                 high = factor.to(dtype)
                 low = (factor - high.to(tl.float32)).to(dtype)
@@ -301,7 +318,8 @@ def launch_neighbour_attention(x, A, a, C, bias, mask, scale, shift, norm, eps, 
             stride_shift=0 if shift is None or shift.dim() == 1 else shift.stride(0),
             NORM=norm, RESIDUAL=residual, HAS_SCALE=scale is not None,
             HAS_SHIFT=shift is not None, N=N, H=H, NP=embeddings, MORE=more, HP=heads,
-            MERGED=block_l == 128,
-            EVEN=D % block_d == 0, BLOCK_L=block_l, BLOCK_D=block_d, num_warps=8, num_stages=stages,
+            MERGED=block_l == 128, EVEN=D % block_d == 0,
+            WAITS=multiprocessors(x.device)[1] == 90,
+            BLOCK_L=block_l, BLOCK_D=block_d, num_warps=8, num_stages=stages,
         )  # fmt: skip
     return y

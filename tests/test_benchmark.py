@@ -16,8 +16,14 @@ from PIL import Image
 import knnfast
 from knnfast import _C
 from knnfast.benchmark.faiss_reference import faiss_reference
-from knnfast.benchmark.machine import KERNEL_SETTINGS, ceilings, commit, machine, share
-from knnfast.benchmark.plot import floor_ms
+from knnfast.benchmark.machine import (
+    KERNEL_SETTINGS,
+    ceilings,
+    commit,
+    floors_ms,
+    machine,
+    share,
+)
 from knnfast.benchmark.timing import Choice, Local, best_choice, interleave, peak_mib, ratio
 from knnfast.benchmark.topk import (
     CPU_PEERS,
@@ -193,9 +199,8 @@ def test_share_and_floor():
     working = share(1e6, 1e11, 200.0, limits)
     assert working["bound"] == "matmul"
     assert working["tflop_s"] == pytest.approx(0.5)
-    assert floor_ms(1_000_000, 500, 1, limits) == pytest.approx(100.0)
-    assert floor_ms(1_000_000, 500, 1, limits, width=1) == pytest.approx(50.0)
-    assert floor_ms(1_000_000, 500, 1_000, limits) == pytest.approx(1_000.0)
+    assert floors_ms(1e9, 1e9, limits) == pytest.approx((100.0, 1.0))
+    assert floors_ms(1e9, 1e12, limits) == pytest.approx((100.0, 1_000.0))
 
 
 def test_the_machine_is_described_without_its_name():

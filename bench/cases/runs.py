@@ -57,6 +57,19 @@ def drawn_rows(run: Run, num_codes: int) -> int:
     )
 
 
+def judge_tokens(run: Run, exact: Callable[[int], torch.Tensor]) -> Callable[[Any], dict[str, Any]]:
+    """Compares the tokens of all steps with `exact(i)`, what the reference draws in step i."""
+
+    def judge(tokens: list[torch.Tensor] | None) -> dict[str, Any]:
+        if tokens is None:  # another stream of random numbers: tests compare its distribution
+            return {"ok": False}
+        wrong = torch.cat([tokens[i] != exact(i) for i in run.checked()])
+        share = float(wrong.double().mean())
+        return {"tokens_that_differ": share, "ok": share <= 1e-3}
+
+    return judge
+
+
 def diffusers_step(run: Run, size: dict[str, Any], head: Callable[[], Any] | None = None) -> Rival:
     """Diffusers' scheduler at five levels of the run; its time does not depend on the level.
 

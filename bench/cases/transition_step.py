@@ -9,7 +9,7 @@ import torch
 from case import Case, pick
 from graph import with_graphs
 
-from cases.runs import diffusers_step, drawn_rows, record
+from cases.runs import diffusers_step, drawn_rows, judge_tokens, record
 from knnfast import ops, reference
 
 
@@ -23,20 +23,13 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
         with torch.inference_mode():
             return [ops.transition_step(logits, x, w, seed=0) for x, w in steps]
 
-    def judge(tokens: Any) -> dict[str, Any]:
-        if tokens is None:  # another stream of random numbers: tests compare its distribution
-            return {"ok": False}
-        wrong = 0
-        for i in run.checked():
-            x, w = steps[i]
-            exact = reference.transition_step(logits.double(), x, w, seed=0)
-            wrong += int((tokens[i] != exact).sum())
-        share = wrong / (len(run.checked()) * logits[..., 0].numel())
-        return {"tokens_that_differ": share, "ok": share <= 1e-3}
+    def exact(i: int) -> torch.Tensor:
+        return reference.transition_step(logits.double(), *steps[i], seed=0)
 
     yield Case(
         "transition_step", shape, f"{size['schedule']}, {size['steps']} steps",
-        str(logits.dtype).removeprefix("torch."), with_graphs({"dense": ours}, device), judge,
+        str(logits.dtype).removeprefix("torch."), with_graphs({"dense": ours}, device),
+        judge_tokens(run, exact),
         lambda names: pick({"diffusers": lambda: diffusers_step(run, size)}, names),
         bytes=drawn * size["K"] * logits.element_size(), flops=2.0 * size["K"] * drawn,
         per=len(steps), cuda=device != "cpu", graphs=True,

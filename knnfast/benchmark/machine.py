@@ -167,6 +167,11 @@ def ceilings(device: str = "cpu", scale: int = 1) -> dict[str, float]:
     return limits
 
 
+def floors_ms(nbytes: Any, flops: Any, limits: dict[str, float]) -> tuple[Any, Any]:
+    """Milliseconds of reading so many bytes, and of so many operations, at the measured rates."""
+    return nbytes / limits["read_gb_s"] / 1e6, flops / limits["matmul_tflop_s"] / 1e9
+
+
 def share(
     nbytes: float, flops: float, milliseconds: float, limits: dict[str, float]
 ) -> dict[str, float | str]:
@@ -174,8 +179,7 @@ def share(
 
     The floor is max(bytes / read bandwidth, operations / matmul rate); the share is floor / time.
     """
-    reading = nbytes / limits["read_gb_s"] / 1e6
-    working = flops / limits["matmul_tflop_s"] / 1e9
+    reading, working = floors_ms(nbytes, flops, limits)
     row: dict[str, float | str] = {"bytes": nbytes, "flops": flops}
     if reading >= working:
         row |= {"bound": "read", "gb_s": nbytes / milliseconds / 1e6}

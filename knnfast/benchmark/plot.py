@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from knnfast.benchmark.machine import floors_ms
+
 if TYPE_CHECKING:
     from knnfast.benchmark.faiss_reference import FaissReport
 
@@ -33,17 +35,6 @@ def check_suffix(name: str, path: str | Path) -> None:
         raise ValueError(f"{name}: must end in one of {', '.join(sorted(known))}, got {path}")
 
 
-def floor_ms(n: Any, d: int, batch: Any, limits: dict[str, float], width: int = 2) -> Any:
-    """Milliseconds of reading the rows once, or of the products, whichever is longer.
-
-    Args:
-        width: bytes of an element: 2 for FP16 rows; 1 for int8 codes.
-    """
-    reading = width * n * d / limits["read_gb_s"] / 1e6
-    working = 2.0 * n * d * batch / limits["matmul_tflop_s"] / 1e9
-    return np.maximum(reading, working) if width == 2 else reading + 0.0 * batch
-
-
 def save_plot(report: FaissReport, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a PNG (or what the path's ending says) of two panels, with text of yours inside."""
     figure = require_matplotlib()(figsize=(11, 4.6), layout="constrained")
@@ -66,9 +57,10 @@ def save_plot(report: FaissReport, path: Path, metadata: dict[str, str] | None =
         at = np.array(sorted({r[key] for r in report.rows if r[fixed[0]] == fixed[1]}), float)
         lines = np.geomspace(at[0], at[-1], 50)
         sizes, batches = (n, lines) if key == "batch" else (lines, first)
-        panel.plot(lines, floor_ms(sizes, d, batches, limits), "k--", linewidth=1,
+        reading, working = floors_ms(2.0 * sizes * d, 2.0 * sizes * d * batches, limits)
+        panel.plot(lines, np.maximum(reading, working), "k--", linewidth=1,
                    label="roofline: FP16 rows once, or matmul")  # fmt: skip
-        panel.plot(lines, floor_ms(sizes, d, batches, limits, width=1), "k:", linewidth=1,
+        panel.plot(lines, reading / 2 + 0 * lines, "k:", linewidth=1,
                    label="reading int8 codes once")  # fmt: skip
         panel.set_xscale("log")
         panel.set_yscale("log")
