@@ -74,15 +74,14 @@ def launch_sample_head(
     x_s, rows, count = launch_transition_choose(x_t, weights, image_indices, seed, K)
     total = x_t.numel()
     config = dict(CONFIGS[weight.element_size()])
-    processors = multiprocessors(weight.device)[0]
+    processors, arch = multiprocessors(weight.device)
     # Steps draw some 3 % of the rows: few of them leave multiprocessors idle.
     if triton.cdiv(K, config["BLOCK_K"]) * triton.cdiv(total, 32 * config["BLOCK_R"]) < processors:
         config["BLOCK_K"] = 64
     columns = triton.cdiv(K, config["BLOCK_K"])
-    # Four programs a multiprocessor, whatever share of the rows turns out to be drawn.
-    grid = (
-        min(triton.cdiv(total, config["BLOCK_R"]), triton.cdiv(4 * processors, columns)), columns,
-    )  # fmt: skip
+    # As many programs as run at once, 72 KiB each, whatever share of the rows is drawn.
+    at_once = {90: 3, 80: 2, 86: 1}[arch] * processors
+    grid = (min(triton.cdiv(total, config["BLOCK_R"]), max(1, at_once // columns)), columns)
 
     def head(f):
         f = f.reshape(total, D).contiguous()

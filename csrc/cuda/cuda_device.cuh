@@ -20,10 +20,12 @@
 
 // As much shared memory as the device gives, whatever this launch needs: the attribute belongs to
 // the kernel, and a smaller one set beside it would make another thread's launch fail. Rings take
-// all of it from the L1 cache, which their copies pass by. Once for a kernel and a device: `done`
-// is the kernel's, a bit a device.
+// all of it from the L1 cache, which their copies pass by. A kernel that needs `registers` a thread
+// from the start is refused where the compiler gave it fewer: setmaxnreg.inc waits for ever for
+// some that are not there. Once for a kernel and a device: `done` is the kernel's, a bit a device.
 template <class Kernel>
-inline cudaError_t allow_shared(Kernel kernel, std::atomic<uint64_t>& done, bool ring = false) {
+inline cudaError_t allow_shared(Kernel kernel, std::atomic<uint64_t>& done, bool ring = false,
+                                int registers = 0) {
   int device = 0, most = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
@@ -32,6 +34,7 @@ inline cudaError_t allow_shared(Kernel kernel, std::atomic<uint64_t>& done, bool
   cudaFuncAttributes attributes{};
   error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess && attributes.numRegs < registers) error = cudaErrorLaunchOutOfResources;
   if (error == cudaSuccess)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  most - static_cast<int>(attributes.sharedSizeBytes));
@@ -40,15 +43,6 @@ inline cudaError_t allow_shared(Kernel kernel, std::atomic<uint64_t>& done, bool
                                  cudaSharedmemCarveoutMaxShared);
   if (error == cudaSuccess) done |= bit;
   return error;
-}
-
-// Whether a block starts with so many registers, as the compiler has it: setmaxnreg.inc waits for
-// ever for some that are not there.
-template <class Kernel>
-inline bool has_registers(Kernel kernel, int threads, int wanted) {
-  cudaFuncAttributes attributes{};
-  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
-         attributes.numRegs * threads >= wanted;
 }
 
 // Makes a device current until `leave_device`, by the driver's stack of contexts: cudaSetDevice

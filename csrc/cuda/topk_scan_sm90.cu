@@ -240,10 +240,8 @@ int launch_one(const TopkPlan& plan, const ScanArgs& args, void* stream) {
   const size_t shared =
       sm90_shared_bytes(Scan::kIsInt8, args.slices, plan.stages, plan.resident != 0);
   constexpr int kShared = kGiven * (kThreads - kConsumers) + kTaken * kConsumers;
-  static const bool enough = has_registers(kernel, kThreads, kShared);
-  if (!enough) return cudaErrorLaunchOutOfResources;
   static std::atomic<uint64_t> done{0};
-  const cudaError_t allowed = allow_shared(kernel, done, true);
+  const cudaError_t allowed = allow_shared(kernel, done, true, (kShared + kThreads - 1) / kThreads);
   if (allowed != cudaSuccess) return allowed;
   const dim3 grid(static_cast<unsigned>(plan.grid));
   return KNN_LAUNCH(kernel, grid, kThreads, shared, stream, args, plan.stages, plan.resident);

@@ -25,12 +25,8 @@
 #define KNN_LAUNCH(kernel, grid, threads, shared, stream, ...)                       \
   (::emu::usable(stream) ? ::emu::launch(kernel, grid, threads, shared, __VA_ARGS__) \
                          : ::emu::fails(cudaErrorStreamCaptureImplicit))
+// Asks for more shared memory than the default on a device, and for registers; any goes here.
 template <class Kernel>
-bool has_registers(Kernel, int, int) {
-  return true;
-}
-// Asks for more shared memory than the default on a device; any size goes here.
-template <class Kernel>
-cudaError_t allow_shared(Kernel, std::atomic<uint64_t>&, bool = false) {
+cudaError_t allow_shared(Kernel, std::atomic<uint64_t>&, bool = false, int = 0) {
   return cudaSuccess;
 }
