@@ -7,11 +7,10 @@ server's saturation. Open loop: queries arrive by a Poisson process at a given r
 server does, the clients serve as its threads, and a query's latency counts from its arrival
 (nothing is left out when the server is late). Servers: `Index.search` (searches take turns and
 share all cores; those that wait are answered together), the same and FAISS with one thread a search
-(a server per core); and with a filter that denies a row of a hundred: `Index.search` given a
-bitset, which it knows again, so that those that wait are answered together, too, and a list of ids,
-which it makes into an array at each call and answers one after another; `knnfast.Batcher` given
-that list, which it collects. FAISS, which serves less, is offered shares of what it serves itself
-and those of our rates that it can serve, for a round of `--peer-least` queries.
+(a server per core), `Index.search` with a filter that denies a row of a hundred; in closed loops
+alone `knnfast.Batcher`, which hands on to it, and what 16 callers would get from searches that none
+joins, one at a time. FAISS, which serves less, is offered shares of what it serves itself and those
+of our rates that it can serve, for a round of `--peer-least` queries.
 
 Every answer of a loop is kept, and compared after it with that of a search alone, which FP64 agreed
 with: ours must have its bits, a peer's the best rows (`exact`).
@@ -291,12 +290,12 @@ def offer(
 
 
 def measure(
-    server: Server, queries: np.ndarray, args: argparse.Namespace, rates: list[float]
+    server: Server, queries: np.ndarray, args: argparse.Namespace, rates: list[float] | None
 ) -> Iterator[dict[str, Any]]:
     """Closed loop with one client, with as many as its queue serves and with all; then open loops.
 
-    Without `rates`: `--loads` of what the queue can serve, then of what the server can. A peer:
-    those of `rates` that it can serve, and `--loads` of that.
+    `rates` None: no open loops; empty: `--loads` of what the queue can serve, then of what the
+    server can. A peer: those of `rates` that it can serve, and `--loads` of that.
     """
     rows = {}
     for clients in sorted({1, server.queue or 1, args.clients}):
@@ -305,6 +304,8 @@ def measure(
         rows[clients] = {"server": server.name, "loop": "closed", "clients": clients, "qps": rate}
         rows[clients] |= percentiles(latencies) | {"exact": server.judge(answers)}
         yield rows[clients]
+    if rates is None:
+        return
     saturation = rows[args.clients]["qps"]
     capacity = rows[server.queue or args.clients]["qps"]
     if server.peer:
@@ -348,7 +349,6 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="of each open loop but FAISS's")
     parser.add_argument("--loads", type=float, nargs="+", default=[0.25, 0.5, 0.75, 0.9],
                         help="shares of what the queue, then the server can serve")  # fmt: skip
-    parser.add_argument("--deadline-ms", type=float, default=1.0, help="the Batcher's")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     names = ("n", "d", "k", "clients", "least", "peer_least", "stretches", "rounds")
@@ -357,9 +357,6 @@ def options() -> argparse.Namespace:
     for load in args.loads:
         if not 0 < load <= 1:
             parser.error(f"--loads must be above 0 and at most 1, got {load:g}")
-    if not 0 <= args.deadline_ms <= 1000 * threading.TIMEOUT_MAX:
-        parser.error(f"--deadline-ms must be 0 to {1000 * threading.TIMEOUT_MAX:.3g}, "
-                     f"got {args.deadline_ms:g}")  # fmt: skip
     if args.k > (most := int(not_denied(args.n).sum())):
         parser.error(f"--k must be at most the {most} rows that the filter allows, got {args.k}")
     check_json(parser, args.json)
@@ -376,28 +373,31 @@ def main() -> None:
     vectors, queries = make_rows(args.n, args.d)
     index.add(vectors)
     allowed = not_denied(args.n)
-    bitset = np.packbits(~allowed, bitorder="little")
-    denied = np.flatnonzero(~allowed).tolist()
+    denied = np.packbits(~allowed, bitorder="little")
+    lock = threading.Lock()
     faiss = faiss_module()
     report: dict[str, Any] = {
         "kind": "load", "machine": machine(),
         "command": shlex.join(["python", "bench/load.py", *sys.argv[1:]]),
         "shape": {"n": args.n, "d": args.d, "k": args.k, "clients": args.clients,
-                  "deadline_ms": args.deadline_ms, "rounds": args.rounds,
-                  "stretches": args.stretches},
+                  "rounds": args.rounds, "stretches": args.stretches},
         "rows": [],
     }  # fmt: skip
 
     def ours(q: np.ndarray) -> Any:
         return index.search(q, args.k)
 
-    def with_bitset(q: np.ndarray) -> Any:
-        return index.search(q, args.k, deny=bitset)
-
-    def with_list(q: np.ndarray) -> Any:
+    def filtered(q: np.ndarray) -> Any:
         return index.search(q, args.k, deny=denied)
 
-    def record(server: Server, rates: list[float]) -> list[dict[str, Any]]:
+    def one_at_a_time(q: np.ndarray) -> Any:
+        with lock:
+            return index.search(q, args.k)
+
+    def batched(q: np.ndarray) -> Any:
+        return batcher.search(q, args.k)
+
+    def record(server: Server, rates: list[float] | None) -> list[dict[str, Any]]:
         rows = []
         for row in measure(server, queries, args, rates):
             rows.append(tidy(row))
@@ -421,19 +421,11 @@ def main() -> None:
 
         record(Server(name, theirs, right.best, cores(), peer=True), rates)
         del peer, theirs
-    right = Expected(with_list, vectors, queries, args.k, allowed)
-    record(Server("Index.search with a bitset", with_bitset, right.same, 1), rates)
-    record(Server("Index.search with a list of ids", with_list, right.same, 1), rates)
-    with Batcher(index, deadline_ms=args.deadline_ms) as batcher:
-
-        def batched(q: np.ndarray) -> Any:
-            return batcher.search(q, args.k, deny=denied)
-
-        record(Server("Batcher with a list of ids", batched, right.same), rates)
-        stats = batcher.stats
-    report["batch_mean"] = round(stats["queries"] / stats["searches"], 2)
-    if args.json:
-        _files.write_json(args.json, report)
+    record(Server("Index.search, one at a time", one_at_a_time, right.same), None)
+    with Batcher(index) as batcher:
+        record(Server("Batcher", batched, right.same), None)
+    right = Expected(filtered, vectors, queries, args.k, allowed)
+    record(Server("Index.search with a filter", filtered, right.same, 1), rates)
 
 
 if __name__ == "__main__":

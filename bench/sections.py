@@ -267,14 +267,14 @@ def load_section(result: dict[str, Any], picture: str) -> str:
     return "\n\n".join(
         [
             f"{command(result)} (results/{result['file']}): {shape['n']:,} x {shape['d']}, "
-            f"k {shape['k']}, single queries of {shape['clients']} client threads; Batcher with "
-            f"a deadline of {shape['deadline_ms']:g} ms, {result['batch_mean']:g} queries a search "
-            f"in the mean.  \n{where(result)}.",
+            f"k {shape['k']}, single queries of {shape['clients']} client threads.  \n"
+            f"{where(result)}.",
             table(["server", "loop (share of own saturation)", "clients", "queries/s", "queries",
                    "p50 ms", "p99", "p99.9", "stolen", "share of the queue's rate",
                    "M/D/c predicts p99 (ours over it)", f"with the service {OTHER_SERVICES[own]}"],
                   rows),
-            "`a thread each`: with `set_num_threads(1)`, a search on each core. `stolen`: the part "
+            "`a thread each`: with `set_num_threads(1)`, a search on each core. `one at a time`: "
+            "searches that none joins. `stolen`: the part "
             "of the cores' time that this virtual machine's host gave to others meanwhile; no "
             f"queue knows of it, so each open loop is that one of {shape['rounds']} rounds in "
             f"which it was least, of equals the first{at_half(result)}; of memory and caches, "

@@ -150,15 +150,15 @@ def test_batcher_is_judged_by_as_many_callers_of_search():
         return {"server": server, "loop": "closed", "clients": clients, "qps": qps}
 
     rows = [closed("Index.search", 1, 100), closed("Index.search", 16, 500)]
-    rows.append(closed("Index.search with a list of ids", 16, 110))
+    rows.append(closed("Index.search, one at a time", 16, 100))
     result = {"kind": "load", "machine": {"isa": "b"}, "rows": rows, "shape": {"clients": 16}}
     assert lines([result], "Batcher") == []
-    rows.append(closed("Batcher with a list of ids", 16, 330))
-    said = ("x of 16 callers of search with a list of ids as filter; without one search joins "
-            "them itself: 5.00x of searches one by one")  # fmt: skip
-    assert lines([result], "Batcher") == [["3.00" + said, "yes"]]
-    rows[2]["qps"] = 300
-    assert lines([result], "Batcher") == [["1.10" + said, "no"]]
+    rows.append(closed("Batcher", 16, 300))
+    said = ("x of 16 callers whose searches run one at a time; search, which it hands them on to, "
+            "joins them by itself: ")  # fmt: skip
+    assert lines([result], "Batcher") == [[f"3.00{said}5.00x", "yes"]]
+    rows[2]["qps"] = 200
+    assert lines([result], "Batcher") == [[f"1.50{said}2.50x", "no"]]
 
 
 def test_what_was_not_measured_is_no_target_met():
@@ -183,7 +183,7 @@ def test_what_was_not_measured_is_no_target_met():
 
 def test_other_ways_of_serving_are_judged_at_half_of_their_queue():
     rows = [
-        {"server": "Index.search with a list of ids", "loop": "open", "of_saturation": share,
+        {"server": "Index.search with a filter", "loop": "open", "of_saturation": share,
          "offered_qps": 600 * share, "p99_ms": 9.0, "p99_over_queue": over}
         for share, over in ((0.2, 9.0), (0.45, 1.4), (0.61, 1.0))
     ]  # fmt: skip
@@ -191,4 +191,4 @@ def test_other_ways_of_serving_are_judged_at_half_of_their_queue():
     result["rows"].append({"server": "Index.search", "loop": "open", "of_saturation": 0.5,
                            "offered_qps": 400, "clients": 16, "p99_ms": 6.0,
                            "p99_over_queue": 1.2})  # fmt: skip
-    assert lines([result], "with a list of ids, 270/s: 45% of") == [["1.40 (p99 is 9.0 ms)", "no"]]
+    assert lines([result], "with a filter, 270/s: 45% of") == [["1.40 (p99 is 9.0 ms)", "no"]]

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -215,6 +216,7 @@ def kept(filters):
 @pytest.mark.parametrize("own", [False, True], ids=["automatic", "own ids"])
 @pytest.mark.parametrize("given", FILTERS)
 def test_searches_with_the_same_filter_are_joined(rows, queries, given, own):
+    """Given as one array, as a copy or as a list."""
     filters, ids = FILTERS[given], np.arange(ROWS)
     index = Index(D)
     if own:  # neither in order nor near the rows' places
@@ -222,9 +224,11 @@ def test_searches_with_the_same_filter_are_joined(rows, queries, given, own):
         index.add(rows, ids)
     else:
         index.add(rows)
-    calls = [lambda i=i: index.search(queries[i], 10, **filters) for i in range(CALLERS)]
+    forms = [lambda x: x, np.copy, lambda x: x if x.dtype == np.uint8 else x.tolist()]
+    each = [{name: form(x) for name, x in filters.items()} for form in forms]
+    calls = [lambda i=i: index.search(queries[i], 10, **each[i % 3]) for i in range(CALLERS)]
     results, searches, _ = until_joined(
-        index, 4, lambda: behind_a_long_search(index, queries, calls)
+        index, 6, lambda: behind_a_long_search(index, queries, calls)
     )
     assert searches == CALLERS + 1
     left = kept(filters)  # ids
@@ -236,12 +240,12 @@ def test_searches_with_the_same_filter_are_joined(rows, queries, given, own):
 
 
 def test_searches_with_another_filter_are_not_joined(rows, queries):
-    """A part of the same memory, the same bytes as ids, what one denies and the other allows, and
-    an equal filter elsewhere: each caller gets its own answer."""
+    """A part of the same memory, the same bytes as ids, and what one denies and the other allows:
+    each caller gets its own answer."""
     index = filled(rows)
     ids = np.arange(0, 3000, 3)
     filters = [{"deny": ids}, {"deny": ids[:-1]}, {"deny": ids.view(np.uint8)}, {"allow": ids},
-               {"allow": ids.copy()}, {"allow": ids, "deny": ids[::2].copy()}, {}]  # fmt: skip
+               {"allow": ids, "deny": ids[::2]}, {}]  # fmt: skip
     calls = [lambda i=i, kind=kind: index.search(queries[i], 5, **kind)
              for kind in filters for i in (0, 1)]  # fmt: skip
     results, _, joined = until_joined(index, 2, lambda: behind_a_long_search(index, queries, calls))
@@ -251,6 +255,23 @@ def test_searches_with_another_filter_are_not_joined(rows, queries):
         scores, places = reference_topk(queries[at % 2 : at % 2 + 1], rows[left], 5)
         np.testing.assert_array_equal(found[1], left[places[0]])
         np.testing.assert_array_equal(found[0], scores[0])
+
+
+def test_a_filter_that_changes_between_calls(rows, queries):
+    """The same array, in which each caller denies a row before it asks for that row."""
+    index = filled(rows, "cosine")
+    denied = np.zeros(ROWS // 8, np.uint8)
+    lock = threading.Lock()
+
+    def call(row):
+        with lock:
+            denied[row // 8] |= 1 << row % 8
+        return row, index.search(rows[row].astype(np.float32), 3, deny=denied)[1]
+
+    for row, found in behind_a_long_search(
+        index, queries, [partial(call, 7 * i) for i in range(99)]
+    ):
+        assert row not in found
 
 
 def check_bulk(holders, kind="search"):

@@ -3,6 +3,7 @@
 // wait for the same rows together.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <exception>
 #include <optional>
 #include <string>
@@ -59,6 +60,19 @@ class Scope {
   }
 
   const Snapshot& snapshot() const { return *snapshot_; }
+  // Of the masks: equal ones have the same.
+  uint64_t digest() const {
+    uint64_t sum = 0, part;
+    for (const LiveMask& mask : masks_) {
+      for (size_t i = 0; i < mask.size(); i += sizeof(part) / sizeof(mask[0])) {
+        part = 0;
+        std::memcpy(&part, &mask[i], std::min(sizeof(part), (mask.size() - i) * sizeof(mask[0])));
+        sum = (sum ^ part) * 0x9e3779b97f4a7c15;
+        sum ^= sum >> 32;
+      }
+    }
+    return sum;
+  }
   // One mask a segment; null where all of the snapshot may be returned.
   const std::vector<LiveMask>* masks() const { return filters(options_) ? &masks_ : nullptr; }
 
@@ -124,8 +138,16 @@ int64_t together(int64_t k) {
 
 struct Request : Work {
   const float* queries;
-  Answers answers;  // to `size` queries
+  Answers answers;                               // to `size` queries
+  const std::vector<LiveMask>* masks = nullptr;  // of the snapshot that is its kind's object
 };
+
+// Of requests of one kind: whether they may return the same rows.
+bool same_rows(const Work& a, const Work& b) {
+  const auto *of_a = static_cast<const Request&>(a).masks,
+             *of_b = static_cast<const Request&>(b).masks;
+  return of_a == of_b || (of_a && of_b && *of_a == *of_b);
+}
 
 SearchTask task_of(const Index::Impl& impl, const Scope& scope, const float* queries, int64_t m,
                    Turn& turn) {
@@ -181,14 +203,18 @@ void Index::search(const void* queries, DType dtype, int64_t m, int64_t k, float
   // it is that of the turn, so that who joins finds what was added before its call.
   std::optional<Scope> scope;
   if (filters(options)) scope.emplace(*impl_, options);
-  const void* object = impl_.get();
-  if (scope) object = &scope->snapshot();
-  if (m <= together(k)) own.kind = {object, k, options};
-  own.size = m;
   const bool turns = worth_sharing(scope ? scope->snapshot() : *impl_->snapshot(), impl_->dim);
+  own.size = m;
+  own.kind.k = k;
+  if (turns && m <= together(k)) own.kind.object = impl_.get();
+  if (own.kind.object && scope) {
+    own.kind.object = &scope->snapshot();
+    own.kind.filter = scope->digest();
+    own.masks = scope->masks();
+  }
   Turn turn(own, turns);
   if (turn.done()) return;
-  const Work* others = turn.take(together(k) - m);
+  const Work* others = turn.take(together(k) - m, same_rows);
   if (!scope) scope.emplace(*impl_, options);
   if (others) {
     try {

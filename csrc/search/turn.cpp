@@ -9,19 +9,15 @@
 #include <thread>
 
 #include "common/thread_pool.h"
+#include "knnfast/index.h"
 
 namespace knnfast {
 namespace {
 
 int at_once() { return num_threads() > 1 ? 1 : cores(); }
 
-bool same(const IdSet& a, const IdSet& b) {
-  return a.ids == b.ids && a.bits == b.bits && a.count == b.count;
-}
-
 bool same(const Kind& a, const Kind& b) {
-  return a.object == b.object && a.k == b.k && same(a.among.allow, b.among.allow) &&
-         same(a.among.deny, b.among.deny);
+  return a.object == b.object && a.k == b.k && a.filter == b.filter;
 }
 
 constexpr int kPatience = 4;       // waits for more work are at most 1/4 of what the last turn took
@@ -58,7 +54,7 @@ class Turn::Line {
     return !first_;
   }
 
-  Work* take(const Work& own, int64_t size) {
+  Work* take(const Work& own, int64_t size, Join joins) {
     std::unique_lock<std::mutex> lock(mutex_);
     await_more(lock, own);
     if (const int64_t servers = at_once(); servers > 1) {
@@ -70,7 +66,7 @@ class Turn::Line {
     Work *taken = nullptr, **end = &taken, *before = nullptr;
     for (Work *w = first_, *next; w; w = next) {
       next = w->next;
-      if (!same(w->kind, own.kind) || w->size > size) {
+      if (!same(w->kind, own.kind) || w->size > size || !joins(own, *w)) {
         before = w;
         continue;
       }
@@ -190,8 +186,8 @@ bool Turn::give_way() {
   return line_->enter(work_);
 }
 
-Work* Turn::take(int64_t size) {
-  if (line_ && work_.kind.object) taken_ = line_->take(work_, size);
+Work* Turn::take(int64_t size, Join joins) {
+  if (line_ && work_.kind.object) taken_ = line_->take(work_, size, joins);
   return taken_;
 }
 

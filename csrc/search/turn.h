@@ -8,15 +8,13 @@
 #include <condition_variable>
 #include <cstdint>
 
-#include "knnfast/index.h"
-
 namespace knnfast {
 
-// Work of one kind can be done together.
+// What can be done together is of one kind.
 struct Kind {
   const void* object = nullptr;  // null: only its own caller does it
   int64_t k = 0;
-  SearchOptions among;  // the same memory, not equal memory, which would have to be read to know
+  uint64_t filter = 0;  // a digest of it: `Join` knows
 };
 
 // What a caller waits in line with. Another whose turn comes first may do it along with its own.
@@ -31,6 +29,9 @@ struct Work {
   Work* next = nullptr;
   std::condition_variable wake;
 };
+
+// Whether work of one kind is what can be done together, and no digest that happens to be the same.
+using Join = bool (*)(const Work&, const Work&);
 
 // While it lives, and does not give way, its owner works; first come, first served.
 class Turn {
@@ -49,11 +50,11 @@ class Turn {
   // Between parts of long work that no other may do: whoever waits goes first. Whether one did.
   bool give_way();
 
-  // Takes work of the same kind out of the line, those that came first, up to `size` in all, but
-  // where several are at work at once no more than its share of what waits; returns it as a list.
-  // Its callers wait on. Where the last turn had more callers, it waits a little for them. Once a
-  // turn.
-  Work* take(int64_t size);
+  // Takes work of the same kind that `joins` out of the line, those that came first, up to `size`
+  // in all, but where several are at work at once no more than its share of what waits; returns it
+  // as a list. Its callers wait on. Where the last turn had more callers, it waits a little for
+  // them. Once a turn.
+  Work* take(int64_t size, Join joins);
   void finish();     // all of it is done
   void give_back();  // it is not: each stands where it stood, now for its own caller
 

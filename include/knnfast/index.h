@@ -83,8 +83,7 @@ class KNNFAST_API Index {
   // The k best rows of each of m queries: [m, k] scores and ids, best first; missing: id -1 with
   // -inf (l2: +inf). `exact`: [m, k] scores before they are rounded to FP32, or null; they decide
   // the order, so answers of several indexes can be merged by them. Calls that wait for one another
-  // are answered together where k is the same, and the memory of the filters, which must not change
-  // before they return.
+  // are answered together where k and the rows that filters leave are the same.
   void search(const void* queries, DType dtype, int64_t m, int64_t k, float* scores, int64_t* ids,
               const SearchOptions& options = {}, int64_t stride = 0, double* exact = nullptr) const;
 

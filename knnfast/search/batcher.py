@@ -42,11 +42,10 @@ class Batcher:
 
     The first caller of a kind (same k, same filter objects) leads: it waits up to the deadline for
     others, then until the search before it has ended, and searches for all who came meanwhile.
-    There is no thread of its own, and one search at a time. Searches that `Index.search` joins by
-    itself are handed on, with neither deadline nor max_batch: those of a large CPU index whose
-    filters it reads in place (none, or flat arrays of uint8 or int64). Answers are
-    `Index.search`'s, bit for bit, and so are errors: a bad call raises in its own thread and
-    disturbs nobody.
+    There is no thread of its own, and one search at a time. Searches of a large CPU index are
+    handed on, with neither deadline nor max_batch: `Index.search` joins them by itself, up to 32
+    queries. Answers are `Index.search`'s, bit for bit, and so are errors: a bad call raises in its
+    own thread and disturbs nobody.
 
     Args:
         index: what is searched; it may grow and shrink meanwhile.
@@ -103,7 +102,7 @@ class Batcher:
                 raise RuntimeError("the batcher is closed")
             self._inside += 1
         try:
-            if interop.in_place(allow) and interop.in_place(deny) and self.index._joins:
+            if self.index._joins:
                 return self.index.search(queries, k, allow, deny)
             return self._collect(queries, k, allow, deny)
         finally:

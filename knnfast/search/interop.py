@@ -117,20 +117,12 @@ def as_ids(given: Any, name: str) -> np.ndarray:
 _FILTERS = np.dtype(np.int64), np.dtype(np.uint8)
 
 
-def in_place(given: Any) -> bool:
-    """Whether a search reads this filter where it lies, so that it knows the same one again."""
-    return given is None or (
-        type(given) is np.ndarray
-        and given.dtype in _FILTERS
-        and given.ndim == 1
-        and given.flags.c_contiguous
-    )
-
-
 def as_filter(given: Any, name: str) -> np.ndarray | None:
     """`allow` or `deny`: ids, or a packed little-endian bitset over ids (uint8)."""
-    if in_place(given):
-        return given
+    if given is None:
+        return None
+    if type(given) is np.ndarray and given.dtype in _FILTERS and given.ndim == 1:
+        return np.ascontiguousarray(given)
     kind = str(getattr(given, "dtype", "")).removeprefix("torch.")
     if kind == "bool":
         raise TypeError(
