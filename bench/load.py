@@ -369,13 +369,16 @@ def not_denied(n: int) -> np.ndarray:
 
 def main() -> None:
     args = options()
+    try:
+        faiss = faiss_module()
+    except ImportError as error:
+        raise SystemExit(f"load.py: {error}") from None
     index = Index(args.d)
     vectors, queries = make_rows(args.n, args.d)
     index.add(vectors)
     allowed = not_denied(args.n)
     denied = np.packbits(~allowed, bitorder="little")
     lock = threading.Lock()
-    faiss = faiss_module()
     report: dict[str, Any] = {
         "kind": "load", "machine": machine(),
         "command": shlex.join(["python", "bench/load.py", *sys.argv[1:]]),

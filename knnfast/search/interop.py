@@ -105,6 +105,10 @@ def as_ids(given: Any, name: str) -> np.ndarray:
     array = _host_array(given, name)
     if array.size == 0 and array.dtype.kind == "f":  # an empty list
         array = array.astype(np.int64)
+    if array.dtype.kind == "O":  # numpy found no number in it, or one that is none of its own
+        raise TypeError(
+            f"{name} must be a sequence of integers within int64, got {type(given).__name__}"
+        )
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must hold integers, got {array.dtype}")
     if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
