@@ -8,7 +8,7 @@ server does, the clients serve as its threads, and a query's latency counts from
 (nothing is left out when the server is late). Servers: `Index.search` (searches take turns and
 share all cores; those that wait are answered together), the same and FAISS with one thread a search
 (a server per core), `Index.search` with a filter that denies a row of a hundred; in closed loops
-alone `knnfast.Batcher`, which hands on to it, and what 16 callers would get from searches that none
+alone `knnfast.Batcher`, which hands on to it, and what as many clients get from searches that none
 joins, one at a time. FAISS, which serves less, is offered shares of what it serves itself and those
 of our rates that it can serve, for a round of `--peer-least` queries.
 
