@@ -73,11 +73,11 @@ class Batcher:
         self.deadline_ms = deadline_ms
         self.max_batch = max_batch
         self._groups: dict[_Kind, _Group] = {}  # those that still take requests
-        self._lock = threading.Lock()  # of everything here
+        self._lock = threading.Lock()  # of everything here but _calls
         self._idle = threading.Condition(self._lock)
         self._turn = threading.Lock()  # held by the one that searches
         self._closed = False
-        self._inside = 0
+        self._calls: set[object] = set()  # that are not answered
         self._stats = {"requests": 0, "queries": 0, "searches": 0}
 
     @property
@@ -97,18 +97,20 @@ class Batcher:
             and on the device of the queries.
         Raises: what `Index.search` raises; RuntimeError when the batcher is closed.
         """
-        with self._lock:
+        # What is handed on takes no lock: a set's add and remove are atomic. The call is in it
+        # before it looks at _closed, which `close` sets before it looks at the set.
+        call = object()
+        self._calls.add(call)
+        try:
             if self._closed:
                 raise RuntimeError("the batcher is closed")
-            self._inside += 1
-        try:
             if self.index._joins:
                 return self.index.search(queries, k, allow, deny)
             return self._collect(queries, k, allow, deny)
         finally:
-            with self._lock:
-                self._inside -= 1
-                if not self._inside:
+            self._calls.remove(call)
+            if self._closed:
+                with self._lock:
                     self._idle.notify_all()
 
     def _collect(self, queries: Any, k: int, allow: Any, deny: Any) -> tuple[Any, Any]:
@@ -182,7 +184,7 @@ class Batcher:
             self._closed = True
             for group in self._groups.values():
                 group.full.set()
-            while self._inside:
+            while self._calls:
                 self._idle.wait()
 
     def __enter__(self) -> Batcher:
