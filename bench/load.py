@@ -34,7 +34,6 @@ with the least of it, and `rounds` holds the stolen share, p99 and p99 over the 
 from __future__ import annotations
 
 import argparse
-import heapq
 import json
 import os
 import shlex
@@ -48,15 +47,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from answers import Answer, Expected, Search
+from loops import closed_loop, open_loop
 from options import above, at_least, check_json
+from queueing import poisson, queue, service_under_load
 from run import tidy
 
 from knnfast import _C, Batcher, Index, _files
 from knnfast.benchmark.machine import machine, stolen_seconds
-from knnfast.benchmark.topk import CPU_PEERS, Peer, Truth, faiss_module, make_rows
-
-Search = Callable[[np.ndarray], Any]  # one query [d] -> its answer
-Answer = tuple[int, Any]  # a query's number, and what a search said
+from knnfast.benchmark.topk import CPU_PEERS, Peer, faiss_module, make_rows
 
 
 def percentiles(latencies: np.ndarray) -> dict[str, Any]:
@@ -64,106 +63,8 @@ def percentiles(latencies: np.ndarray) -> dict[str, Any]:
     return {"p50_ms": p50, "p99_ms": p99, "p999_ms": p999, "queries": len(latencies)}
 
 
-def in_threads(clients: int, work: Callable[[int], None]) -> None:
-    """Runs work(i) in as many threads; the first exception is raised here."""
-    errors: list[BaseException] = []
-
-    def run(i: int) -> None:
-        try:
-            work(i)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-
-
-def closed_loop(
-    search: Search, queries: np.ndarray, clients: int, seconds: float
-) -> tuple[np.ndarray, float, list[Answer]]:
-    """Latencies in seconds, queries per second, and the answers."""
-    latencies: list[list[float]] = [[] for _ in range(clients)]
-    answers: list[list[Answer]] = [[] for _ in range(clients)]
-    end = time.perf_counter() + seconds
-
-    def work(i: int) -> None:
-        at = i
-        while (begin := time.perf_counter()) < end or not latencies[i]:
-            answer = search(queries[at % len(queries)])
-            latencies[i].append(time.perf_counter() - begin)
-            answers[i].append((at % len(queries), answer))
-            at += clients
-
-    start = time.perf_counter()
-    in_threads(clients, work)
-    seconds = time.perf_counter() - start
-    every = np.concatenate([np.array(each) for each in latencies])
-    return every, len(every) / seconds, [answer for each in answers for answer in each]
-
-
-def open_loop(
-    search: Search, queries: np.ndarray, clients: int, arrivals: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, list[Answer]]:
-    """Latencies in seconds, counted from the arrivals (seconds from the start).
-
-    Also when each search began and ended, [queries, 2], and the answers.
-    """
-    spans = np.full((len(arrivals), 2), np.nan)
-    answers: list[Answer] = []
-    lock = threading.Lock()
-    todo = iter(range(len(arrivals)))
-    start = time.perf_counter() + 0.05
-
-    def work(_: int) -> None:
-        while True:
-            with lock:
-                i = next(todo, None)
-            if i is None:
-                return
-            due = start + arrivals[i]
-            if (early := due - time.perf_counter()) > 0:
-                time.sleep(early)
-            spans[i, 0] = time.perf_counter()
-            answer = search(queries[i % len(queries)])
-            spans[i, 1] = time.perf_counter()
-            answers.append((i % len(queries), answer))
-
-    in_threads(clients, work)
-    return spans[:, 1] - start - arrivals, spans, answers
-
-
 def cores() -> int:
     return os.cpu_count() or 1
-
-
-def poisson(rate: float, seconds: float, seed: int) -> np.ndarray:
-    """Arrival times of a Poisson process."""
-    rng = np.random.default_rng(seed)
-    return np.cumsum(rng.exponential(1 / rate, max(1, int(rate * seconds))))
-
-
-def queue(arrivals: np.ndarray, service: float, servers: int) -> np.ndarray:
-    """Latencies of an M/D/c queue, first come first served, for these arrivals."""
-    free = [0.0] * servers
-    latencies = np.empty(len(arrivals))
-    for i, arrival in enumerate(arrivals):
-        end = max(arrival, heapq.heappop(free)) + service
-        heapq.heappush(free, end)
-        latencies[i] = end - arrival
-    return latencies
-
-
-def service_under_load(spans: np.ndarray, servers: int) -> float:
-    """Median seconds of the searches that found a server free; NaN where none did."""
-    begins, ends = np.sort(spans, axis=0).T
-    others = np.searchsorted(begins, spans[:, 0]) - np.searchsorted(ends, spans[:, 0], "right")
-    free = (spans[:, 1] - spans[:, 0])[others < servers]
-    return float(np.median(free)) if len(free) else float("nan")
 
 
 @contextmanager
@@ -174,58 +75,6 @@ def one_thread_a_search() -> Iterator[None]:
         yield
     finally:
         _C.set_num_threads(before)
-
-
-class Expected:
-    """The answers to all queries: those of searches alone, which FP64 agrees with.
-
-    Args:
-        among: the rows that may be found, as a mask; all by default.
-    """
-
-    def __init__(
-        self,
-        search: Search,
-        rows: np.ndarray,
-        queries: np.ndarray,
-        k: int,
-        among: np.ndarray | None = None,
-    ) -> None:
-        self.place = np.arange(len(rows))  # of a row among those that may be found
-        if among is not None:
-            self.place = np.where(among, np.cumsum(among) - 1, -1)
-        self.truth = Truth(rows[self.place >= 0], queries, k, check=len(queries))
-        answers = [search(q) for q in queries]
-        self.scores = np.stack([scores for scores, _ in answers])
-        self.ids = np.stack([ids for _, ids in answers])
-        self.verdicts: dict[tuple[int, ...], bool] = {}
-        close = np.allclose(self.scores, self.truth.best, rtol=1e-6, atol=1e-6)
-        if not (close and self.truth.judge(self.place[self.ids])["exact"]):
-            raise SystemExit("a search alone is not exact: nothing is measured")
-
-    def same(self, answers: list[Answer]) -> bool:
-        """Ends the script at an answer with other ids or other bits of a score."""
-        for at, (scores, ids) in answers:
-            if not ((ids == self.ids[at]).all() and (scores == self.scores[at]).all()):
-                raise SystemExit(
-                    f"a wrong answer under load, query {at}: rows {ids.tolist()}, scores "
-                    f"{scores.tolist()}; alone {self.ids[at].tolist()}, {self.scores[at].tolist()}"
-                )
-        return True
-
-    def best(self, answers: list[Answer]) -> bool:
-        """Whether all answers, ids [1, k], are the best rows in any order."""
-        return all(self._best(at, ids.reshape(-1)) for at, ids in answers)
-
-    def _best(self, at: int, ids: np.ndarray) -> bool:
-        key = (at, *sorted(ids.tolist()))
-        if key not in self.verdicts:
-            answer = self.ids.copy()
-            answer[at] = ids
-            self.verdicts[key] = self.truth.judge(np.where(answer < 0, -1, self.place[answer]))[
-                "exact"
-            ]
-        return self.verdicts[key]
 
 
 @dataclass

@@ -22,13 +22,15 @@ import regression
 import run
 import topk_cpu
 import torch
+from answers import Expected
 from case import Case, Rival, pick
 from cases import cases, topk
 from cases.plain import posterior
 from gpu import PYTHON, Stage
 from graph import Graph, eager
-from load import open_loop, poisson, queue, service_under_load
+from loops import open_loop
 from nsight import commands
+from queueing import poisson, queue, service_under_load
 from regression import CLOCK, slowed
 
 import knnfast
@@ -123,7 +125,7 @@ def test_answers_under_load_are_those_of_a_search_alone():
     for among, search in (
         (None, lambda q: index.search(q, 3)), (allowed, lambda q: index.search(q, 3, allow=bits)),
     ):  # fmt: skip
-        right = load.Expected(search, rows, queries, 3, among)
+        right = Expected(search, rows, queries, 3, among)
         scores, ids = search(queries[1])
         assert right.same([(1, (scores, ids))])
         for wrong in ((scores, ids[::-1]), (np.nextafter(scores, 9), ids)):
@@ -133,41 +135,28 @@ def test_answers_under_load_are_those_of_a_search_alone():
         assert not right.best([(1, ids[None]), (1, np.array([[*ids[:2], 6]]))])
         assert not right.best([(1, np.array([[*ids[:2], -1]]))])
     with pytest.raises(SystemExit, match="a search alone is not exact"):
-        load.Expected(lambda q: index.search(-q, 3), rows, queries, 3)
+        Expected(lambda q: index.search(-q, 3), rows, queries, 3)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("script", "words", "message"),
     [
-        (["--clients", "0"], "--clients must be at least 1, got 0"),
-        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
-        (["--peer-least", "0"], "--peer-least must be at least 1, got 0"),
-        (["--seconds", "nan"], "--seconds must be above 0, got nan"),
-        (["--loads", "0.5", "1.5"], "--loads must be above 0 and at most 1, got 1.5"),
-        (["--n", "50", "--k", "51"], "--k must be at most the "),
-        (["--json", "/dev/null/x.json"], "--json must be a file in a folder that can be made"),
+        (load, ["--clients", "0"], "--clients must be at least 1, got 0"),
+        (load, ["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (load, ["--peer-least", "0"], "--peer-least must be at least 1, got 0"),
+        (load, ["--seconds", "nan"], "--seconds must be above 0, got nan"),
+        (load, ["--loads", "0.5", "1.5"], "--loads must be above 0 and at most 1, got 1.5"),
+        (load, ["--n", "50", "--k", "51"], "--k must be at most the "),
+        (load, ["--json", "/dev/null/x.json"], "--json must be a file in a folder that can be"),
+        (regression, ["--runs", "0"], "--runs must be at least 1, got 0"),
+        (regression, ["--threshold", "1"], "--threshold must be above 1, got 1"),
+        (regression, ["--json", "/dev/null/x.json"], "--json must be a file in a folder that can"),
     ],
 )
-def test_load_names_a_wrong_option(words, message, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["load.py", *words])
+def test_scripts_name_a_wrong_option(script, words, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [script.__name__, *words])
     with pytest.raises(SystemExit) as ended:
-        load.main()
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--runs", "0"], "--runs must be at least 1, got 0"),
-        (["--threshold", "1"], "--threshold must be above 1, got 1"),
-        (["--json", "/dev/null/x.json"], "--json must be a file in a folder that can be made"),
-    ],
-)
-def test_the_gate_names_a_wrong_option(words, message, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["regression.py", *words])
-    with pytest.raises(SystemExit) as ended:
-        regression.main()
+        script.main()
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
 
