@@ -32,11 +32,11 @@ test: $(READY)  ## everything that needs no GPU
 	OMP_WAIT_POLICY=passive $(BIN)pytest -q -n auto --maxprocesses 4 --dist loadfile --benchmark-disable
 	TRITON_INTERPRET=0 $(BIN)pytest -q -m compile tests/test_compile.py
 
-# BUDGET=540: so many seconds from here; ONLY=build,tests names stages; TRAIN=1 trains the stickers, too.
+# BUDGET=540: so many seconds from here; ONLY=build,tests names stages; TRAIN=1 trains the sticker denoiser, too.
 gpu: $(READY)  ## what a machine with a GPU can do, into out/gpu and out/gpu.tar.gz
 	$(BIN)python3 bench/gpu.py $(BUDGET:%=--budget %) $(ONLY:%=--only %) $(if $(TRAIN),--train)
 
-regressions: $(READY)  ## no op slower than at BASE, both measured in one run
+regressions: $(READY)  ## no op slower than at BASE_REF, both measured in one run
 	PYTHONPATH=. $(BIN)pytest -q bench --base $(BASE_REF) --threshold $(THRESHOLD)
 
 measure: $(READY)  ## every figure of README's and docs/performance.md's tables, on this machine

@@ -6,7 +6,7 @@ Stages, the most telling first: build for this machine's GPU alone; the tests ma
 others of the index; the search kernels' own times; the benchmark of top-k and of every other op,
 each beginning with the shapes that are meant for a GPU, with whichever peers import; what its
 Triton makes of the kernels, in registers and spills; compute-sanitizer on the search kernels;
-`knnfast bench`; training of the sticker models when it is asked for. Each has a time limit, is
+`knnfast bench`; training of the sticker denoiser when it is asked for. Each has a time limit, is
 skipped with a reason where it cannot run or no longer fits into the budget, and the script goes on.
 All of it lands in one folder of small files, `summary.json` first, and in one archive beside it,
 out/gpu.tar.gz, both written before anything else, anew before each stage and at the end. SIGTERM
@@ -245,7 +245,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu")
-    parser.add_argument("--train", action="store_true", help="train the sticker models, too")
+    parser.add_argument("--train", action="store_true", help="train the sticker denoiser, too")
     parser.add_argument(
         "--only", type=lambda names: names.split(","), metavar="STAGE,...",
         help="these stages alone",

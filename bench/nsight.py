@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# One short program for every tool: two images, so that the first can be the warm-up.
+# One short program for every tool: two calls, so that the first can be the warm-up.
 PROGRAM = """
 import sys
 from knnfast import KNNDiffusion

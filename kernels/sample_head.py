@@ -2,11 +2,11 @@
 
 logits[r] = features[rows[r]] W^T + b for r < count                    (reference.sample_head)
 
-Three launches, no host synchronisation: a fixed grid goes through the rows that the first lists.
-Bytes: count * D + K * D; FLOPs: 2 count K D, which bind an H200 above about 200 rows. From L2 pass
-the weights once for BLOCK_R rows and the features once for BLOCK_K classes: 43 FLOPs a byte in
-FP16, so that L2 binds the kernel. FP32 accumulation, FP32 logits to the drawing kernel of
-transition_step.py. Scratch is [B L, K] FP32, of which count rows are touched.
+Three launches, four with guidance, no host synchronisation: a fixed grid goes through the rows that
+the first lists. Bytes: count * D + K * D; FLOPs: 2 count K D, which bind an H200 above about 200
+rows. From L2 pass the weights once for BLOCK_R rows and the features once for BLOCK_K classes: 43
+FLOPs a byte in FP16, so that L2 binds the kernel. FP32 accumulation, FP32 logits to the drawing
+kernel of transition_step.py. Scratch is [B L, K] FP32, of which count rows are touched.
 """
 
 from __future__ import annotations

@@ -14,8 +14,16 @@ import triton
 import triton.language as tl
 
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+# Streams of random numbers (knnfast/ops/philox.py).
+CHOICE = tl.constexpr(0)
 GUMBEL = tl.constexpr(1)
 PURITY = tl.constexpr(3)
+# Columns of a step's weights (knnfast/ops/reference.py).
+MASK_P = tl.constexpr(1)
+MASK_U = tl.constexpr(2)
+REAL_P = tl.constexpr(3)
+REAL_U0 = tl.constexpr(4)
+REAL_U1 = tl.constexpr(5)
 
 
 def row_block(K, configs):

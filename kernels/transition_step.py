@@ -15,7 +15,13 @@ import torch
 import triton
 import triton.language as tl
 from knnfast.kernels.tiles import (
+    CHOICE,
+    MASK_P,
+    MASK_U,
     PURITY,
+    REAL_P,
+    REAL_U0,
+    REAL_U1,
     below,
     class_waits,
     gumbel,
@@ -25,6 +31,8 @@ from knnfast.kernels.tiles import (
     unit52,
     words_at,
 )
+
+from knnfast.ops import reference
 
 # (largest BLOCK_K, warps): a row stays in registers, 32 classes a thread; above 8,192, where a
 # thread has 128 registers, some of it spills.
@@ -69,11 +77,11 @@ def transition_choose_kernel(
     t = tl.load(w_ptr, mask=inside, other=0.0).to(tl.int32)
     masked = x_t == K
 
-    w0, w1, w2, w3 = words_at(seed, position * 0, position, image, t, 0)
+    w0, w1, w2, w3 = words_at(seed, position * 0, position, image, t, CHOICE)
     u = unit52(w0, w1)
-    w_p = tl.load(w_ptr + tl.where(masked, 1, 3), mask=inside, other=0.0)
-    u0 = tl.load(w_ptr + tl.where(masked, 2, 4), mask=inside, other=0.0)
-    u1 = tl.load(w_ptr + tl.where(masked, 2, 5), mask=inside, other=0.0)
+    w_p = tl.load(w_ptr + tl.where(masked, MASK_P, REAL_P), mask=inside, other=0.0)
+    u0 = tl.load(w_ptr + tl.where(masked, MASK_U, REAL_U0), mask=inside, other=0.0)
+    u1 = tl.load(w_ptr + tl.where(masked, MASK_U, REAL_U1), mask=inside, other=0.0)
     least = w_p + tl.minimum(u0, u1)
     most = w_p + tl.maximum(u0, u1)
 
@@ -120,9 +128,9 @@ def transition_step_kernel(
         else:
             x_t = tl.load(x_t_ptr + flat)
             masked = x_t == K
-            w0, w1, w2, w3 = words_at(seed, zero, position, image, t, 0)
+            w0, w1, w2, w3 = words_at(seed, zero, position, image, t, CHOICE)
             u = unit52(w0, w1)
-            w_p = tl.where(masked, tl.load(w_ptr + 1), tl.load(w_ptr + 3))
+            w_p = tl.where(masked, tl.load(w_ptr + MASK_P), tl.load(w_ptr + REAL_P))
             from_p = u < w_p
             sharp = 1.0
             if MODE == PURE:
@@ -134,8 +142,8 @@ def transition_step_kernel(
                 # Who loses to underflow cannot win: the noise spans 26.
                 x_s = tl.argmax(e / class_waits(seed, position, image, t, BLOCK_K), 0).to(tl.int64)
             else:
-                u0 = tl.where(masked, tl.load(w_ptr + 2), tl.load(w_ptr + 4))
-                u1 = tl.where(masked, u0, tl.load(w_ptr + 5))
+                u0 = tl.where(masked, tl.load(w_ptr + MASK_U), tl.load(w_ptr + REAL_U0))
+                u1 = tl.where(masked, u0, tl.load(w_ptr + REAL_U1))
                 e_i = tl.sum(tl.where(tl.arange(0, BLOCK_K) == x_t, e, 0.0), 0).to(tl.float64)
                 p_i = e_i / tl.sum(e, 0).to(tl.float64)
                 replaced = u < w_p + u0 * (1.0 - p_i) + u1 * p_i
@@ -220,7 +228,7 @@ def launch_transition_step(
     best = torch.zeros((B, L), device=x_t.device)
     out = x_t.clone()
     _launch(*args, out, *_listed(masked), mode=SCORE, score=score, best=best)
-    n = (masked.sum(-1) - torch.round(L * weights[..., 6])).clamp(min=0)
+    n = (masked.sum(-1) - torch.round(L * weights[..., reference.KEEP])).clamp(min=0)
     bad = score.isnan()
     order = score.nan_to_num(nan=float("-inf"), neginf=float("-inf"))
     order = order.sort(dim=-1, descending=True, stable=True)[1]

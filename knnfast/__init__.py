@@ -19,6 +19,7 @@ _PUBLIC = {
     "encoders": "knnfast.encoders",
     "faiss_reference": "knnfast.benchmark.faiss_reference",
     "faiss_api": "knnfast.faiss_api",
+    "num_threads": "knnfast.search",
     "ops": "knnfast.ops",
     "reference": "knnfast.ops.reference",
     "search": "knnfast.search",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -91,6 +91,15 @@ def sha256_file(path: Path) -> str:
     with open(path, "rb") as f:
         while block := f.read(1 << 20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Hash a network's weights (names and FP32 bytes), to tell which checkpoint was measured."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -67,7 +67,7 @@ def _page(
         "Made by `knnfast evaluate MODEL --ablation NAME|all`. Every setting generates the same "
         "names with the same seeds; the names of a batch share their noise. Score: cosine of the "
         "image with its own name. R@n: its own name is among the n nearest of all names. CMMD: "
-        "distance to the held-out real stickers, smaller is better. Nearest: distance to the "
+        "distance to the held-out real pictures, smaller is better. Nearest: distance to the "
         "nearest picture of the database, 0 for a copy (judge: 1 - cosine; pixels: root mean "
         "square). A claim is compared by the judge's score, image by image: agrees or disagrees "
         "when the 95 % bootstrap interval of the difference leaves out 0, undecided when not. The "

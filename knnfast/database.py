@@ -9,14 +9,16 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from knnfast import _files
-from knnfast.images import THUMBNAILS, Thumbnails, list_images, printable, read_image
+from knnfast._checks import check_range
+from knnfast.images import READ_ERRORS, THUMBNAILS, Thumbnails, list_images, printable, read_image
 from knnfast.search import Index
 
 if TYPE_CHECKING:
@@ -37,6 +39,16 @@ class Item:
     """What one row of the index is."""
 
     id: int
+    name: str
+    group: str
+    source: str
+
+
+class Unread(NamedTuple):
+    """A picture to be read, and what its row will be called."""
+
+    path: Path  # as it is told when it cannot be read
+    read: Callable[[], Image.Image]
     name: str
     group: str
     source: str
@@ -116,8 +128,7 @@ class Database(Collection):
     """
 
     def __init__(self, encoder: EncoderCard, thumbnail_size: int = 64) -> None:
-        if thumbnail_size < 1:
-            raise ValueError(f"thumbnail_size: must be at least 1, got {thumbnail_size}")
+        check_range("thumbnail_size", thumbnail_size, 1)
         self.encoder = encoder
         self.pictures: Path | None = None
         self.index = Index(encoder.dim, metric="cosine")
@@ -148,41 +159,94 @@ class Database(Collection):
         Raises:
             FileNotFoundError: `folder` is no folder. ValueError: it holds no readable image.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
         root = Path(folder)
-        paths = list_images(root)
         db = cls(encoder.card, thumbnail_size)
-        db.pictures = root.resolve()
-        images: list[Image.Image] = []
-        kept: list[Path] = []
-
-        def flush() -> None:
-            if images:
-                db.add(
-                    encoder.encode_images(images),
-                    images,
-                    names=[printable(p.stem) for p in kept],
-                    groups=[printable(p.parent.relative_to(root).as_posix()) for p in kept],
-                    sources=[p.relative_to(root).as_posix() for p in kept],
-                )
-            images.clear()
-            kept.clear()
-
-        for path in _progress(paths, progress, "embedding"):
-            try:
-                images.append(read_image(path))
-            except ValueError as e:
-                if on_skip is not None:
-                    on_skip(path, str(e))
-                continue
-            kept.append(path)
-            if len(images) == batch_size:
-                flush()
-        flush()
+        db.add_folder(root, encoder, batch_size=batch_size, progress=progress, on_skip=on_skip)
         if not len(db):
             raise ValueError(f"{root}: no readable image (png, jpg, webp) below it")
         return db
+
+    def add_folder(
+        self,
+        folder: str | Path,
+        encoder: Encoder,
+        *,
+        batch_size: int = 64,
+        progress: bool = False,
+        on_skip: Callable[[Path, str], None] | None = None,
+    ) -> np.ndarray:
+        """Embed the images below `folder` that are not there yet, as `build` does.
+
+        An image is there when an item's source is its file. Of a folder outside of `pictures`,
+        sources are whole paths.
+
+        Returns:
+            Their ids, [N] int64. What was embedded before an exception stays.
+
+        Raises:
+            FileNotFoundError: `folder` is no folder. ValueError: embeddings of another encoder.
+        """
+        self.check_encoder(encoder.card)
+        check_range("batch_size", batch_size, 1)
+        given, root = Path(folder), Path(folder).resolve()
+        found = list_images(given)
+        if not len(self) and self.pictures is None:
+            self.pictures = root
+        base = (self.pictures or Path()).resolve()
+        inside = self.pictures is not None and root.is_relative_to(base)
+        there = {base / item.source for item in self if item.source}
+        paths = [path for path in found if root / path.relative_to(given) not in there]
+
+        def unread(path: Path) -> Unread:
+            whole = root / path.relative_to(given)
+            place = whole.relative_to(base if inside else root)
+            source, group = (place if inside else whole), printable(place.parent.as_posix())
+            read = partial(read_image, path)
+            return Unread(path, read, printable(path.stem), group, source.as_posix())
+
+        shown = _progress(paths, progress, "embedding")
+        return self.add_unread(map(unread, shown), encoder, batch_size, on_skip)
+
+    def add_unread(
+        self,
+        pictures: Iterable[Unread],
+        encoder: Encoder,
+        batch_size: int = 64,
+        on_skip: Callable[[Path, str], None] | None = None,
+    ) -> np.ndarray:
+        """Read, embed and add pictures, `batch_size` at a time; returns the ids, [N] int64.
+
+        What cannot be read as an image is left out and reported to `on_skip(path, reason)`.
+        """
+        check_range("batch_size", batch_size, 1)
+        ids = [np.empty(0, np.int64)]
+        read: list[tuple[Image.Image, Unread]] = []
+
+        def flush() -> None:
+            if read:
+                images = [image for image, _ in read]
+                ids.append(
+                    self.add(
+                        encoder.encode_images(images, batch_size),
+                        images,
+                        names=[each.name for _, each in read],
+                        groups=[each.group for _, each in read],
+                        sources=[each.source for _, each in read],
+                    )
+                )
+            read.clear()
+
+        for each in pictures:
+            try:
+                read.append((each.read(), each))
+            except READ_ERRORS as e:
+                if on_skip is not None:
+                    on_skip(each.path, str(e))
+                continue
+            if len(read) == batch_size:
+                flush()
+        flush()
+        return np.concatenate(ids)
 
     def add(
         self,
@@ -224,6 +288,7 @@ class Database(Collection):
                 self.index.remove(ids)
                 for i in ids.tolist():
                     self._items.pop(i, None)
+                    self._thumbnails.drop(i)
                 raise
         return ids
 
@@ -342,7 +407,7 @@ class Database(Collection):
 
     def vectors(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Stored embeddings of these rows, [n, dim] float32."""
-        return np.asarray(self.index.vectors(np.asarray(ids, np.int64))).astype(np.float32)
+        return np.asarray(self.index.vectors(ids)).astype(np.float32)
 
     # ---- files ------------------------------------------------------------------------------
 

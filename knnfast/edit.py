@@ -28,11 +28,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from knnfast._calls import Clock, check_number, check_range, choose_neighbours
+from knnfast._calls import Clock, choose_neighbours
+from knnfast._checks import check_number, check_range
 from knnfast.database import Database, Item, Neighbour
 from knnfast.diffusion.denoiser import Denoiser
 from knnfast.diffusion.pairs import ConditionConfig
-from knnfast.diffusion.schedule import Schedule
 from knnfast.encoders import Embeddings, pixels
 from knnfast.images import pictures_of, read_image, upright
 from knnfast.mixture import Mixture
@@ -144,7 +144,7 @@ def edit(
     """
     if not (isinstance(self.denoiser, Denoiser) and self.denoiser.config.source):
         raise ValueError('model: is no editor; load one, for example "stickers-edit"')
-    check_keeps(self.denoiser.schedule)
+    self.denoiser.schedule.check_keeps()
     if not isinstance(prompt, str | Query):
         raise TypeError(f"prompt: expected text, got {type(prompt).__name__}")
     if isinstance(prompt, str) and not prompt.strip():
@@ -223,15 +223,6 @@ def edit(
     return EditOutput(
         edits, original, float(scores[0]), region.numpy(), neighbours, timings, seed, text.label
     )
-
-
-def check_keeps(schedule: Schedule) -> None:
-    """Refuse a schedule that replaces codes: an edit could not keep those it does not redraw."""
-    if schedule.B[1:].any():
-        raise ValueError(
-            f"schedule: an editor needs 'mask', which keeps a code once it is drawn, "
-            f"got {schedule.name!r}"
-        )
 
 
 def cells_of(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from knnfast import _files
+from knnfast._checks import check_range
 from knnfast.metrics import (
     bootstrap_interval,
     cmmd,
@@ -29,7 +30,6 @@ from knnfast.metrics import (
 
 if TYPE_CHECKING:
     from PIL import Image
-    from torch import nn
 
     from knnfast.database import Database, Neighbour
     from knnfast.encoders import Encoder
@@ -51,15 +51,6 @@ def held_out(name: str, share: float = 0.1) -> bool:
     """
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:4], "big") < share * 2**32
-
-
-def weights_hash(module: nn.Module) -> str:
-    """Hash a network's weights (names and FP32 bytes), to tell which checkpoint was measured."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().float().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def databases_of(
@@ -106,7 +97,7 @@ class _Real:
 
 
 class _View:
-    """One encoder's embeddings of all names and all real stickers."""
+    """One encoder's embeddings of all names and all real pictures."""
 
     def __init__(self, encoder: Encoder, real: _Real):
         self.encoder = encoder
@@ -118,7 +109,7 @@ class _View:
 
 
 class Panel:
-    """What generated images are measured against: all real stickers, as two encoders see them.
+    """What generated images are measured against: all real pictures, as two encoders see them.
 
     Args:
         pipe: a model.
@@ -164,7 +155,7 @@ class Panel:
         self._pixels = _pixels(self.real.images, self.size)
 
     def choose(self, prompts: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of names to generate: of trained stickers, and half of held-out ones (or fewer)."""
+        """Rows of names to generate: of trained pictures, and half of held-out ones (or fewer)."""
         unseen = rng.permutation(self.held_out)[: prompts // 2]
         free = np.flatnonzero(self.real.training & ~self.real.held_out)
         return rng.permutation(free)[: prompts - len(unseen)], unseen
@@ -271,7 +262,7 @@ def evaluate(
             that is no number.
         FileNotFoundError, ImportError: `inception` is given and cannot be used.
     """
-    from knnfast._calls import DEFAULT_K, check_range
+    from knnfast._calls import DEFAULT_K
 
     check_range("prompts", prompts, 4)
     check_range("other_prompts", other_prompts, 2)
@@ -323,25 +314,7 @@ def evaluate(
 
     def measure(images: list[Image.Image]) -> dict[str, Any]:
         """Measure images of the chosen prompts, one each."""
-        measured = panel.values(images, chosen)
-        out: dict[str, Any] = {}
-        for label in views:
-            per_image = measured[label]
-            values: dict[str, Any] = {}
-            for metric in ("r_precision@1", "r_precision@10"):
-                found = per_image[metric]
-                values[metric] = float(found.mean())
-                values[f"{metric}_interval"] = list(bootstrap_interval(found))
-                values[f"{metric}_training"] = float(found[~is_unseen].mean())
-                if len(unseen):
-                    values[f"{metric}_held_out"] = float(found[is_unseen].mean())
-            values["score"] = float(per_image["score"].mean())
-            if len(panel.held_out):
-                values["cmmd_to_held_out"] = per_image["cmmd_to_held_out"]
-            values["nearest_distance"] = float(per_image["nearest_distance"].mean())
-            out[label] = values
-        pixels = measured["pixels"]["nearest_pixel_distance"]
-        return {**out, "nearest_pixel_distance": float(pixels.mean())}
+        return _means(panel.values(images, chosen), is_unseen, bool(len(panel.held_out)))
 
     images = {mode: generate(chosen, 1, training, mode) for mode in MODES}
     generated = {mode: measure(pictures) for mode, pictures in images.items()}
@@ -351,7 +324,7 @@ def evaluate(
     own = [real.images[row] for row in chosen]
     shuffled = np.roll(chosen, len(chosen) // 2 + 1)
     bounds: dict[str, Any] = {
-        "nearest_sticker": measure(nearest),
+        "nearest_picture": measure(nearest),
         "tokenizer": measure(_reconstruct(pipe, own)),
         "real": measure(own),
     }
@@ -366,27 +339,11 @@ def evaluate(
 
     unseen_kind: dict[str, Any] = {}
     if other is not None:
-        shares: dict[str, np.ndarray] = {}
-        for database in (other, training):
-            rows = judge.encode_images(
-                generate(foreign, other_samples, database, DEFAULT_MODE)
-            ).vectors
-            nearest_rows = (rows @ views["judge"].real.T).argmax(1)
-            shares[database] = (~real.training[nearest_rows]).reshape(-1, other_samples).mean(1)
-        difference = shares[other] - shares[training]
-        unseen_kind["out_of_distribution"] = {
-            "prompts": len(foreign),
-            "samples": other_samples,
-            "share_by_database": {
-                name: {"mean": float(values.mean()), "interval": list(bootstrap_interval(values))}
-                for name, values in shares.items()
-            },
-            "difference": {
-                "mean": float(difference.mean()),
-                "interval": list(bootstrap_interval(difference)),
-            },
-            "note": "the generator has seen none of them; encoder, judge and tokenizer have",
+        pictures = {
+            database: generate(foreign, other_samples, database, DEFAULT_MODE)
+            for database in (other, training)
         }
+        unseen_kind["out_of_distribution"] = _unseen_kind(panel, pictures, other_samples)
     return {
         "settings": {
             "prompts_training": len(seen),
@@ -400,7 +357,7 @@ def evaluate(
             "batch": batch,
             "encoder": pipe.encoder.card.to_dict(),
             "judge": judge.card.to_dict(),
-            "denoiser_sha256": weights_hash(pipe.denoiser),
+            "denoiser_sha256": _files.weights_hash(pipe.denoiser),
         },
         "chance": {"r_precision@1": 1 / len(real.names), "r_precision@10": 10 / len(real.names)},
         "own_picture": own_picture,
@@ -410,6 +367,61 @@ def evaluate(
         "fid": _fids(images, panel, inception),
         "seconds": time.perf_counter() - start,
     }
+
+
+def _means(
+    measured: Mapping[str, Mapping[str, Any]], unseen: np.ndarray, held_out: bool
+) -> dict[str, Any]:
+    """What `Panel.values` gave, over all images and over those of names (un)seen in training."""
+    out: dict[str, Any] = {}
+    for label, per_image in measured.items():
+        if label == "pixels":
+            continue
+        values: dict[str, Any] = {}
+        for metric in (f"r_precision@{k}" for k in RANKS):
+            found = per_image[metric]
+            values[metric] = float(found.mean())
+            values[f"{metric}_interval"] = list(bootstrap_interval(found))
+            values[f"{metric}_training"] = float(found[~unseen].mean())
+            if unseen.any():
+                values[f"{metric}_held_out"] = float(found[unseen].mean())
+        values["score"] = float(per_image["score"].mean())
+        if held_out:
+            values["cmmd_to_held_out"] = per_image["cmmd_to_held_out"]
+        values["nearest_distance"] = float(per_image["nearest_distance"].mean())
+        out[label] = values
+    pixels = measured["pixels"]["nearest_pixel_distance"]
+    return {**out, "nearest_pixel_distance": float(pixels.mean())}
+
+
+def _unseen_kind(
+    panel: Panel, pictures: Mapping[str, list[Image.Image]], samples: int
+) -> dict[str, Any]:
+    """How often names that training has never seen give a picture of their kind.
+
+    Args:
+        panel: has both kinds.
+        pictures: `samples` for each name, drawn from the database that they are in, then from that
+            of the training.
+        samples: pictures of a name.
+    """
+    shares: dict[str, np.ndarray] = {}
+    for database, drawn in pictures.items():
+        rows = panel.judge.encode_images(drawn).vectors
+        nearest = (rows @ panel.views["judge"].real.T).argmax(1)
+        shares[database] = (~panel.real.training[nearest]).reshape(-1, samples).mean(1)
+    own, training = shares.values()
+    return {
+        "prompts": len(own),
+        "samples": samples,
+        "share_by_database": {name: _mean(values) for name, values in shares.items()},
+        "difference": _mean(own - training),
+        "note": "the generator has seen none of them; encoder, judge and tokenizer have",
+    }
+
+
+def _mean(values: np.ndarray) -> dict[str, Any]:
+    return {"mean": float(values.mean()), "interval": list(bootstrap_interval(values))}
 
 
 def _fids(

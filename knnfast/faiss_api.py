@@ -87,7 +87,7 @@ class IDSelectorBatch(IDSelector):
     """Those in a list."""
 
     def __init__(self, ids: Any) -> None:
-        self._ids = np.array(ids, np.int64)
+        self._ids = interop.as_ids(ids, "ids").copy()
 
     def members(self, ids: np.ndarray) -> np.ndarray:
         """A bool for each id."""
@@ -398,6 +398,8 @@ class IndexIDMap(_Flat):
         Raises: ValueError for a label that is not there.
         """
         count = self.ntotal - n0 if ni == -1 else ni
+        if n0 < 0 or count < 0:
+            raise ValueError(f"n0 and ni: labels [{n0}, {n0 + count}) of {self.ntotal} rows")
         return self.reconstruct_batch(np.arange(n0, n0 + count), x)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from numbers import Real
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from knnfast._checks import check_number
 from knnfast.database import Collection, Database, Item, Neighbour
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ class Mixture(Collection):
         if not weights:
             raise ValueError("database: a mix needs at least one database, got none")
         for database, weight in weights.items():
-            if isinstance(weight, bool) or not isinstance(weight, Real):
-                raise TypeError(f"database: a weight must be a number, got {weight!r}")
+            check_number("database: a weight", weight)
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"database: a weight must be at least 0, got {weight}")
             database.check_encoder(next(iter(weights)).encoder)

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from knnfast import _files
-from knnfast._calls import Clock, check_flag, check_number, check_range, choose_neighbours, scaled
+from knnfast._calls import Clock, choose_neighbours, scaled
+from knnfast._checks import check_flag, check_number, check_range
 from knnfast._device import check_torch_device
 from knnfast.database import Collection, Database, Item, Neighbour
 from knnfast.diffusion.backbone import Backbone
@@ -95,6 +96,9 @@ class KNNDiffusion:
     ) -> None:
         if not databases:
             raise ValueError("databases: at least one is needed, got none")
+        for name, database in databases.items():
+            if not isinstance(database, Database):
+                raise TypeError(f"databases: {name!r} must be a Database, got {database!r}")
         sizes = denoiser.config
         for name, own, part, wanted in (
             ("num_codes", sizes.num_codes, "the tokenizer's", tokenizer.codebook_size),
@@ -201,11 +205,19 @@ class KNNDiffusion:
         Databases are searched where they were: `Database.to` moves one.
 
         Raises:
-            ValueError: a device that is not there.
+            ValueError: a device that is not there. RuntimeError: it has no room for them; they stay
+                where they were.
         """
         check_torch_device("device", device)
-        for network in (self.encoder, self.tokenizer, self.denoiser):
-            network.to(device)
+        before, moved = self.device, []
+        try:
+            for network in (self.encoder, self.tokenizer, self.denoiser):
+                moved.append(network)
+                network.to(device)
+        except BaseException:
+            for network in moved:
+                network.to(before)
+            raise
         self._graphs = SamplingGraphs()
         return self
 
@@ -238,7 +250,7 @@ class KNNDiffusion:
         return {name: current, **self.databases}
 
     def find_database(self, value: Databases | None) -> Database | Mixture:
-        """The database that a name, a folder or {database: weight} stands for; None: the default.
+        """The database that a name, a folder or {database: weight} stands for; None: the current.
 
         Raises:
             ValueError: no such name or folder, or it was made with another encoder.
@@ -271,7 +283,29 @@ class KNNDiffusion:
         value.check_encoder(self.encoder.card)
         return value
 
-    # ---- generation -------------------------------------------------------------------------
+    # ---- retrieval and generation -----------------------------------------------------------
+
+    def search(
+        self,
+        prompt: str | Query | Sequence[str | Query] | None = None,
+        *,
+        image: Picture | Sequence[Picture] | None = None,
+        image_weight: float | None = None,
+        embedding: np.ndarray | Embeddings | None = None,
+        k: int | None = None,
+        database: Databases | None = None,
+        groups: Sequence[str] | None = None,
+        where: Callable[[Item], bool] | None = None,
+    ) -> list[list[Neighbour]]:
+        """What a call with these arguments would be conditioned on; nothing is drawn.
+
+        Args, Raises: as of a call.
+        Returns: one list for each query, nearest first.
+        """
+        queries = as_queries(prompt, image, image_weight, embedding, self.encoder)
+        db = self.find_database(database)
+        k, allow = choose_neighbours(db, k, groups, where)
+        return db.search(embed(queries, self.encoder), k, allow=allow)
 
     def __call__(
         self,
@@ -316,7 +350,8 @@ class KNNDiffusion:
             seed: 0 ... 2^64 - 1, same seed, same images on one machine with one
                 number of threads; None draws one.
             database: which one to search: a name, a folder or a `Database`; a mix as {database:
-                weight}, each giving its share of the k neighbours; None: the default.
+                weight}, each giving its share of the k neighbours; None: the current one,
+                `database`.
             groups: search only these groups of the database.
             where: search only the items for which this is true.
             use_query: condition on the query's embedding.

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from knnfast._calls import check_number, check_range
+from knnfast._checks import check_number, check_range
 from knnfast.encoders import Embeddings, Encoder
 from knnfast.images import check_size, read_image
 

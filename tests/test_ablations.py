@@ -220,10 +220,23 @@ def test_rejects(tmp_path):
         (["--ablation", "depth"], "--ablation: must be one of neighbours"),
         (["--ablation", "k", "--steps", "5"], "--steps: an ablation has its own settings"),
         (["--quick"], "--quick: goes with --ablation"),
+        (["--ablation", "k", "--continuous", "stickers"], "k does not compare backbones"),
     ):
         result = CliRunner().invoke(main, ["evaluate", "stickers", *arguments])
         assert result.exit_code == 2
         assert message in result.stderr
+
+
+def test_the_continuous_model_is_loaded_where_it_is_compared(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    given = []
+    monkeypatch.setattr("knnfast.ablations.run", lambda *a, **o: given.append(o) or [])
+    for name, code in (("k", 0), ("backbone", 2), ("all", 2)):
+        words = ["evaluate", "stickers", "--ablation", name, "--out", str(tmp_path)]
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == code, result.output
+        assert ("pip install 'knnfast[diffusion]'" in result.stderr) == bool(code)
+    assert [options["continuous"] for options in given] == [None]
 
 
 def test_without_matplotlib_nothing_is_generated(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -177,6 +178,35 @@ def test_a_database_of_a_model_is_saved_anew(folder, tmp_path):
     merged = invoke("database", "merge", own, more, "--out", own, "--replace")
     assert merged.exit_code == 0, merged.output
     assert len(KNNDiffusion.from_pretrained(root).database) == 1725 + 3
+
+
+def test_database_add_and_search(folder, tmp_path):
+    out = tmp_path / "db"
+    (folder / "blue-2.png").rename(tmp_path / "later.png")
+    assert invoke("database", "build", folder, "--encoder", "stickers", "--out", out).exit_code == 0
+    (tmp_path / "later.png").rename(folder / "blue-2.png")
+    added = invoke("database", "add", out, folder, "--encoder", "stickers")
+    assert f"{out}: 1 image added, now 3, 1 damaged file skipped" in added.output
+    again = invoke("database", "add", out, folder, "--encoder", "stickers", "--json")
+    assert json.loads(again.stdout)["added"] == 0
+    words = ("database", "search", out, "--encoder", "stickers", "--image", folder / "blue-2.png")
+    found = json.loads(invoke(*words, "--k", 2, "--json").stdout)
+    assert found["labels"] == ["image 1"]
+    best = found["neighbours"][0][0]
+    assert (best["name"], best["score"]) == ("blue-2", pytest.approx(1, abs=1e-3))
+    lines = invoke("database", "search", "stickers", "pizza", "a red heart", "--k", 3).output
+    assert lines.splitlines()[0] == "pizza:"
+    assert "pizza" in lines.splitlines()[1]
+    assert "a red heart:" in lines
+    for words, message in (
+        ((out, "pizza"), "--encoder: needed for a database"),
+        (("stickers",), "prompt: give a prompt, an image"),
+        (("stickers", "--image", folder), "--image: must be a file"),
+        ((tmp_path / "none", "pizza"), "none"),
+    ):
+        refused = invoke("database", "search", *words)
+        assert refused.exit_code == 2
+        assert message in refused.stderr
 
 
 def test_database_build_info_merge(folder, tmp_path):
@@ -441,12 +471,12 @@ def test_options_of_train_arrive(folder, tmp_path, monkeypatch):
     assert config.condition == replace(
         ConditionConfig(k=3).preset("lafite", 0.5), semantic=config.condition.semantic
     )
-    assert (seen["worlds"], seen["augmentation"], seen["crop"]) == (4, STICKERS, "center")
+    assert (seen["versions"], seen["augmentation"], seen["crop"]) == (4, STICKERS, "center")
     assert isinstance(seen["start"], Denoiser)
     assert seen["model"] is None  # as it starts
     seen = keywords(monkeypatch, call, "train", folder, "--out", tmp_path / "run", "--k", 3,
                     "--backbone", "continuous", "--precision", "fp32")  # fmt: skip
-    assert (seen["config"].lr, seen["config"].bf16, seen["start"]) == (1e-3, False, None)
+    assert (seen["config"].lr, seen["config"].bf16, seen["start"]) == (None, False, None)
     assert (seen["augmentation"], seen["crop"]) == (PHOTOS, None)
     assert isinstance(seen["model"], UNetConfig)
 
@@ -519,7 +549,7 @@ def test_the_choices_of_train():
     assert module.CROPS == data.CROPS
 
 
-def test_train_an_editor_then_edit(folder, tmp_path):
+def test_train_an_editor_then_edit(folder, tmp_path, monkeypatch):
     pytest.importorskip("cv2")
     (folder / "broken.png").unlink()
     Image.new("RGB", (48, 32), "white").save(folder / "white.png")
@@ -527,6 +557,9 @@ def test_train_an_editor_then_edit(folder, tmp_path):
     train = ("train", folder, "--editor", "--steps", 1, "--batch", 4, "--versions", 2, "--k", 2,
              "--out", out)  # fmt: skip
     assert "--editor: needs --from" in invoke(*train).stderr
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "cv2", None)
+        assert "pip install 'knnfast[edit]'" in invoke(*train, "--from", "stickers").stderr
     assert not out.exists()
     result = invoke(*train, "--from", "stickers")
     assert result.exit_code == 0, result.output
@@ -551,7 +584,7 @@ def test_options_of_evaluate_arrive(monkeypatch):
     }  # fmt: skip
     seen = keywords(monkeypatch, "knnfast.evaluate.evaluate", *words)
     assert {name: seen[name] for name in wanted} == wanted
-    words = ["evaluate", "stickers", "--ablation", "k", "--judge", "judge", "--prompts", 7,
+    words = ["evaluate", "stickers", "--ablation", "backbone", "--judge", "judge", "--prompts", 7,
              "--seed", 9, "--continuous", "other"]  # fmt: skip
     monkeypatch.setattr(KNNDiffusion, "from_pretrained", lambda name, **options: (name, options))
     seen = keywords(monkeypatch, "knnfast.ablations.run", *words)

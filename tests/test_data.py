@@ -222,8 +222,10 @@ def test_more_codes_than_pairs_hold(monkeypatch) -> None:
         data.make_pairs([torch.zeros(1, 3, 8, 8, dtype=torch.uint8)], Colours(), tokenizer())
 
 
-def encoded(collection, out: Path, worlds: int = 2, seed: int = 0, **options):
-    return encode(collection, out, Colours(), tokenizer(), worlds, seed, progress=False, **options)
+def encoded(collection, out: Path, versions: int = 2, seed: int = 0, **options):
+    return encode(
+        collection, out, Colours(), tokenizer(), versions, seed, progress=False, **options
+    )
 
 
 def test_encoding_in_parts(folder: Path, tmp_path: Path, monkeypatch) -> None:
@@ -251,7 +253,7 @@ def test_encoding_in_parts(folder: Path, tmp_path: Path, monkeypatch) -> None:
     parts = out / "pairs.parts"
     assert len(list(parts.glob("0*.safetensors"))) == 2
     for change, message in (
-        ({"worlds": 3}, "worlds = 2, now it is 3"),
+        ({"versions": 3}, "versions = 2, now it is 3"),
         ({"crop": "center"}, "crop = 'pad', now it is 'center'"),
         ({"augmentation": STICKERS}, "augmentation = "),
     ):
@@ -260,7 +262,7 @@ def test_encoding_in_parts(folder: Path, tmp_path: Path, monkeypatch) -> None:
     # Two processes: each does its own parts (0 and 2, 1 and 3) of those still missing.
     monkeypatch.setattr(data, "make_pairs", made)
     (parts / "000001.safetensors").unlink()
-    share = (folder, parts, Colours(), tokenizer(), "pad", partial(data.worlds_of, count=2), 0)
+    share = (folder, parts, Colours(), tokenizer(), "pad", partial(data.versions_of, count=2), 0)
     data._encode_parts(*share, Processes(1, 2), False)
     assert sorted(p.name[:6] for p in parts.glob("0*")) == ["000000", "000001", "000003"]
     again = encoded(folder, out)
@@ -287,8 +289,8 @@ def test_encoding_in_parts(folder: Path, tmp_path: Path, monkeypatch) -> None:
 def test_seeds(folder: Path, tmp_path: Path) -> None:
     """Every seed of 64 bits is one of its own, in every part and version."""
     seeds = (0, 20261130, 2**64 - 1)
-    made = [encoded(folder, tmp_path / str(seed), worlds=3, seed=seed) for seed in seeds]
-    versions = [pairs.embeddings[world] for pairs in made for world in (1, 2)]
+    made = [encoded(folder, tmp_path / str(seed), versions=3, seed=seed) for seed in seeds]
+    versions = [pairs.embeddings[version] for pairs in made for version in (1, 2)]
     for i, one in enumerate(versions):
         assert not any(torch.equal(one, other) for other in versions[:i])
 

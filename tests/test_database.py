@@ -104,6 +104,69 @@ def test_build_names_groups_and_sources(built):
     assert built.groups == {"cold": 1, "cold/deep": 1, "warm": 2}
 
 
+def test_add_folder_takes_in_what_is_new(folder, built, tmp_path, monkeypatch):
+    """By a file's place: whichever path leads to it, and at any depth of the folder."""
+    encoder, before = ColourEncoder(), {item.source for item in built}
+    assert len(built.add_folder(folder, encoder)) == 0
+    Image.new("RGB", (8, 8), "green").save(folder / "cold" / "deep" / "green.png")
+    monkeypatch.chdir(folder / "cold")
+    skipped = []
+    (folder / "cold" / "deep" / "broken.png").write_bytes(b"no image")
+    added = built.add_folder("deep", encoder, on_skip=lambda path, reason: skipped.append(path))
+    (green,) = (built[i] for i in added.tolist())
+    assert (green.name, green.group, green.source) == ("green", "cold/deep", "cold/deep/green.png")
+    assert skipped == [Path("deep/broken.png")]
+    outside = tmp_path / "outside" / "bright"
+    outside.mkdir(parents=True)
+    Image.new("RGB", (8, 8), "yellow").save(outside / "yellow.png")
+    for times in (1, 0):  # the second time it is there
+        added = built.add_folder(outside.parent, encoder, batch_size=2)
+        assert len(added) == times
+        if times:
+            yellow = built[int(added[0])]
+            assert (yellow.name, yellow.group) == ("yellow", "bright")
+            assert built.file(yellow) == outside / "yellow.png"
+    built.save(tmp_path / "db")
+    opened = Database.open(tmp_path / "db")
+    assert len(opened.add_folder(folder, encoder)) == 0
+    assert {item.source for item in opened} > before
+    assert len(opened) == len(built) == 6
+    (found,) = opened.search(query("yellow"), 1)
+    assert found[0].item.name == "yellow"
+
+
+def test_add_folder_refuses(folder, built):
+    other = ColourEncoder()
+    other.card = EncoderCard(name="other", dim=4, sha256="0" * 64, image_size=8)
+    with pytest.raises(ValueError, match="embeddings of encoder 'other'"):
+        built.add_folder(folder, other)
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        built.add_folder("nowhere", ColourEncoder())
+    with pytest.raises(TypeError, match="batch_size: expected a whole number, got '8'"):
+        built.add_folder(folder, ColourEncoder(), batch_size="8")
+    with pytest.raises(TypeError, match="thumbnail_size: expected a whole number, got '64'"):
+        Database(ColourEncoder.card, thumbnail_size="64")
+    assert len(built) == 4
+
+
+def test_batch_size_reaches_the_encoder(folder):
+    class Counts(ColourEncoder):
+        def encode_images(self, images, batch_size=64):
+            seen.append((len(images), batch_size))
+            return super().encode_images(images)
+
+    seen = []
+    Database.build(folder, Counts(), batch_size=3)
+    assert seen == [(3, 3), (1, 3)]
+
+
+def test_vectors_are_of_ids_alone(built):
+    for ids, kind in (([True, False], "bool"), ([1.7], "float64")):
+        with pytest.raises(TypeError, match=f"ids must hold integers, got {kind}"):
+            built.vectors(ids)
+    assert built.vectors([]).shape == (0, 4)
+
+
 def test_search_finds_the_nearest_colour(built):
     (found,) = built.search(query("darkred"), 2)
     assert [n.item.name for n in found] == ["red", "orange"]

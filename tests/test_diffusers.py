@@ -68,8 +68,10 @@ def test_strided_steps_visit_the_whole_chain(n):
         ours.step(torch.zeros(1, K, L), 100, x)
     ours.set_timesteps(timesteps=[99, 10, 3])
     assert ours.timesteps.tolist() == [99, 10, 3]
-    with pytest.raises(ValueError, match="fall"):
-        ours.set_timesteps(timesteps=[3, 10])
+    for wrong in ([3, 10], [], [100, 0], [3, -1]):
+        with pytest.raises(ValueError, match="timesteps: must fall"):
+            ours.set_timesteps(timesteps=wrong)
+    assert ours.timesteps.tolist() == [99, 10, 3]
     for wrong in (0, 101, None):
         with pytest.raises(ValueError, match=r"num_inference_steps: must be in \[1, 100\], got"):
             ours.set_timesteps(wrong)

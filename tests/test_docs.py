@@ -106,7 +106,7 @@ def test_examples_of_training(tmp_path, monkeypatch):
         lambda **options: quick(**{**options, "steps": 1, "batch": 2}),
     )
     record = run("docs/training.md")["record"]
-    assert (record["worlds"], record["config"]["condition"]["noise"]) == (4, 0.0)
+    assert (record["versions"], record["config"]["condition"]["noise"]) == (4, 0.0)
     made = KNNDiffusion.from_pretrained("run/model")
     assert len(made.databases["mine"]) == 11
     text = (ROOT / "docs/training.md").read_text(encoding="utf-8")

@@ -1,5 +1,6 @@
 """Training an editor: alignment, regions, manipulated pictures, windows, the copying gate."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
+from knnfast.diffusion.edit_data import encode_edits
 from knnfast.diffusion.editing import (
     EditConfig,
     EditObjective,
@@ -71,7 +73,7 @@ def pictures(count: int = 12) -> torch.Tensor:
 def made() -> tuple[EditPairs, VQTokenizer]:
     pytest.importorskip("cv2")
     tok = tokenizer()
-    pairs, share = make_edit_pairs(pictures(), MeanColour(), tok, worlds=2, neighbours=2)
+    pairs, share = make_edit_pairs(pictures(), MeanColour(), tok, versions=2, neighbours=2)
     assert 0 < share <= 1
     return pairs, tok
 
@@ -116,10 +118,10 @@ def test_regions_lie_where_pictures_differ(size: int) -> None:
 
 
 def test_aligned_neighbours_share_their_pictures_changes(made) -> None:
-    """In every world an image and its neighbours are augmented in one way."""
+    """In every version an image and its neighbours are augmented in one way."""
     pairs, _ = made
     alone = pictures()
-    pairs_again, _ = make_edit_pairs(alone, MeanColour(), tokenizer(), worlds=2, neighbours=2)
+    pairs_again, _ = make_edit_pairs(alone, MeanColour(), tokenizer(), versions=2, neighbours=2)
     for name in ("images", "aligned", "codes"):
         assert torch.equal(getattr(pairs, name), getattr(pairs_again, name))
     white = (pairs.images[1] == 255).all(1).float().mean((1, 2))
@@ -234,11 +236,23 @@ def test_near_duplicates_are_no_neighbours() -> None:
     rows[:50] = rows[0] + 0.05 * rows[:50]
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     near = nearest_others(rows, 3)
+    assert (nearest_others(rows, 3, near=2.0)[:, 0] == np.arange(60)).all()
     scores = rows @ rows.T
     scores[scores >= 0.95] = -2
     np.testing.assert_array_equal(near, np.argsort(-scores, axis=1, kind="stable")[:, :3])
     with pytest.raises(ValueError, match="picture 0 has fewer than 11 that are no near-dup"):
         nearest_others(rows, 11)
+
+
+def test_without_opencv_nothing_is_read(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    for call in (
+        lambda: encode_edits(tmp_path / "none", tmp_path / "out", MeanColour(), tokenizer(), 2, 0),
+        lambda: make_edit_pairs(pictures(), MeanColour(), tokenizer()),
+    ):
+        with pytest.raises(ImportError, match=r"needs OpenCV .* pip install 'knnfast\[edit\]'"):
+            call()
+    assert not (tmp_path / "out").exists()
 
 
 def test_make_edit_pairs_rejects() -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from knnfast import _files
 from knnfast.encoders import Embeddings, Encoder, EncoderCard
-from knnfast.evaluate import evaluate, held_out, report, weights_hash
+from knnfast.evaluate import evaluate, held_out, report
 from knnfast.fid import fid
 from knnfast.metrics import (
     bootstrap_interval,
@@ -258,7 +259,7 @@ def test_a_perfect_generator():
             assert values[label]["score"] == pytest.approx(1)
             assert values[label]["nearest_distance"] == pytest.approx(0, abs=1e-6)
         assert values["nearest_pixel_distance"] == pytest.approx(0, abs=1e-6)
-    for bound in ("nearest_sticker", "tokenizer", "real"):
+    for bound in ("nearest_picture", "tokenizer", "real"):
         assert result["bounds"][bound]["judge"]["r_precision@1"] == 1
     real = result["bounds"]["real"]["judge"]
     assert real["score"] > real["score_shuffled"] + 0.5
@@ -425,10 +426,10 @@ def test_result_is_json_and_prints():
 
 def test_the_measured_checkpoint_is_named():
     result, pipe = run(lambda number, database, neighbours: number)
-    assert result["settings"]["denoiser_sha256"] == weights_hash(pipe.denoiser)
+    assert result["settings"]["denoiser_sha256"] == _files.weights_hash(pipe.denoiser)
     with torch.no_grad():
         pipe.denoiser.bias[0] = 1
-    assert result["settings"]["denoiser_sha256"] != weights_hash(pipe.denoiser)
+    assert result["settings"]["denoiser_sha256"] != _files.weights_hash(pipe.denoiser)
 
 
 def test_evaluate_rejects():

@@ -107,6 +107,10 @@ def test_faiss_names_with_bad_input():
         flat.search(np.ones(4), 1)
     with pytest.raises(ValueError, match=r"n0 and ni: rows \[2, 4\) of 3"):
         flat.reconstruct_n(2, 2)
+    named = faiss_api.IndexIDMap(faiss_api.IndexFlatL2(4))
+    named.add_with_ids(np.ones((3, 4)), np.arange(3))
+    with pytest.raises(ValueError, match=r"n0 and ni: labels \[4, 3\) of 3 rows"):
+        named.reconstruct_n(4)
     with pytest.raises(ValueError, match=r"I must have shape \(1, 2\), got \(2, 1\)"):
         flat.search(np.ones((1, 4)), 2, I=np.zeros((2, 1), np.int64))
     with pytest.raises(TypeError, match="I must be an array of int64, got uint8"):
@@ -184,6 +188,8 @@ def test_selectors_keep_what_they_were_given():
         (lambda: faiss_api.IDSelectorOr(faiss_api.IDSelectorAll(), 1), TypeError, "rhs must be"),
         (lambda: faiss_api.IDSelectorRange(1.5, 3), TypeError, "imin must be a whole number"),
         (lambda: faiss_api.IDSelectorRange(0, 2**64), ValueError, "imax"),
+        (lambda: faiss_api.IDSelectorBatch([1.5]), TypeError, "ids must hold integers, got float"),
+        (lambda: faiss_api.IDSelectorBatch([True]), TypeError, "ids must hold integers, got bool"),
         (lambda: faiss_api.IDSelectorBitmap(np.zeros((2, 2), np.uint8)), ValueError, "bitmap must"),
     ],
 )

@@ -13,7 +13,7 @@ import torch
 from helpers import compile_c, compile_cpp
 
 from knnfast import _C, reference
-from knnfast.search import Index, set_num_threads
+from knnfast.search import Index, num_threads, set_num_threads
 
 
 @pytest.fixture
@@ -99,6 +99,7 @@ def one_buffer(x):
         (lambda i, x: i.plan("a", 1), TypeError, "batch must be a whole number, got 'a'"),
         (lambda i, x: i.plan(1, 2.5), TypeError, "k must be a whole number, got 2.5"),
         (lambda i, x: i.remove("a"), TypeError, "ids must hold integers"),
+        (lambda i, x: "a" in i, TypeError, "id must be a whole number, got 'a'"),
         (lambda i, x: i.vectors(None), TypeError, "ids must be a sequence of .*, got NoneType"),
         (lambda i, x: i.search(x, 2, deny={1, 2}), TypeError, "sequence of .* int64, got set"),
         (lambda i, x: i.search(x, 2, deny=[2**64]), TypeError, "sequence of .* int64, got list"),
@@ -182,6 +183,36 @@ def test_padding():
     scores, ids = index.search(np.zeros(4, np.float32), 2)
     assert ids.tolist() == [0, -1]
     assert scores.tolist() == [4, np.inf]
+
+
+def test_which_ids_are_in_it(tmp_path):
+    """Automatic ones, after a removal, of one's own in any order, and in a mapped file."""
+    x = np.ones((5, 4), np.float32)
+    automatic, own = Index(4), Index(4)
+    automatic.add(x)
+    automatic.remove([2])
+    own.add(x, [40, 7, 2**62, 0, 9])
+    own.remove([7])
+    own.save(tmp_path / "own")
+    for index, there in (
+        (automatic, {0, 1, 3, 4}),
+        (own, {40, 2**62, 0, 9}),
+        (Index.open(tmp_path / "own"), {40, 2**62, 0, 9}),
+        (Index(4), set()),
+    ):
+        asked = [-1, 0, 1, 2, 3, 4, 5, 7, 9, 40, 2**62, np.int64(3)]
+        assert {id for id in asked if id in index} == there
+
+
+def test_threads_are_asked_for_and_given_back():
+    before = num_threads()
+    try:
+        set_num_threads(3)
+        assert num_threads() == 3
+        set_num_threads(None)
+        assert num_threads() == len(os.sched_getaffinity(0))
+    finally:
+        set_num_threads(before)
 
 
 def test_negative_ids_are_nobodys():

@@ -202,6 +202,35 @@ def test_moves_all_of_its_networks(pipe, monkeypatch):
     assert gone.device == gone.encoder.device == torch.device("meta")
 
 
+def test_a_move_that_fails_is_taken_back(monkeypatch):
+    pipe = KNNDiffusion.from_pretrained("stickers")
+
+    def full(device):
+        if str(device) == "meta":
+            raise torch.OutOfMemoryError("no room")
+        return pipe.denoiser
+
+    monkeypatch.setattr("knnfast.pipeline.check_torch_device", lambda *_: None)
+    monkeypatch.setattr(pipe.denoiser, "to", full)
+    monkeypatch.setattr(pipe.tokenizer, "to", full)
+    monkeypatch.setattr(pipe.encoder, "to", lambda device: moves.append(str(device)))
+    moves = []
+    with pytest.raises(torch.OutOfMemoryError):
+        pipe.to("meta")
+    assert moves == ["meta", "cpu"]
+
+
+def test_search_finds_what_a_call_is_conditioned_on(pipe):
+    chosen = {"k": 4, "database": {"stickers": 1, "animals": 1}, "where": lambda i: "e" in i.name}
+    called = pipe(["a cat", "pizza"], steps=1, seed=0, **chosen).neighbours
+    assert pipe.search(["a cat", "pizza"], **chosen) == called
+    animals = pipe.databases["animals"]
+    (found,) = pipe.search(image=animals.thumbnail(int(animals.ids[5])), database="animals")
+    assert (len(found), found[0].item) == (10, animals[int(animals.ids[5])])
+    with pytest.raises(ValueError, match="prompt: give a prompt, an image"):
+        pipe.search()
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

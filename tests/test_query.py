@@ -181,7 +181,7 @@ def test_mixture_rejects():
     ):
         with pytest.raises(ValueError, match=message):
             Mixture(weights)
-    with pytest.raises(TypeError, match="database: a weight must be a number, got 'x'"):
+    with pytest.raises(TypeError, match="database: a weight: expected a number, got 'x'"):
         Mixture({a: "x"})
 
 

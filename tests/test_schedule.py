@@ -121,5 +121,5 @@ def test_rejects() -> None:
 
 
 def test_weights_are_of_the_schedules_codes() -> None:
-    with pytest.raises(ValueError, match="num_codes: the schedule is of 4, got 5"):
+    with pytest.raises(ValueError, match="schedule: is of 4 codes, not of 5"):
         reference.transition_weights(Schedule("mask", 10, 4), 5, 4, 5)

@@ -362,7 +362,7 @@ def test_pictures_of_samples_index_nothing_anew(
     config = replace(QUICK, candidates=candidates, checkpoint_every=1)
     train(pairs(), tmp_path, tokenizer(), model=TINY, config=config, progress=False)
     assert len(list((tmp_path / "grids").glob("*.png"))) == 6
-    assert len(made) == 2  # the two worlds
+    assert len(made) == 2  # the two versions
 
 
 def test_presets() -> None:
@@ -458,6 +458,14 @@ def test_new_files_have_the_rights_of_the_umask(
     assert modes == {"x.json": 0o640, "x.safetensors": 0o640, "folder": 0o750}
 
 
+def test_the_rate_that_none_stands_for() -> None:
+    assert denoiser_trainer(TINY, replace(QUICK, lr=None), pairs()).config.lr == 3e-3
+    assert denoiser_trainer(TINY, replace(QUICK, lr=0.5), pairs()).config.lr == 0.5
+    trainer = denoiser_trainer(TINY, QUICK, pairs())
+    with pytest.raises(ValueError, match=r"config\.lr: must be a number"):
+        Trainer(trainer.objective, TrainConfig(), trainer.sampler)
+
+
 def test_rejects() -> None:
     for name in ("steps", "batch", "accumulate", "group", "log_every"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
@@ -468,5 +476,8 @@ def test_rejects() -> None:
     for ema in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match=r"ema must be in \[0, 1\), got"):
             TrainConfig(ema=ema)
+    for lr in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="lr must be a finite number above 0, got"):
+            TrainConfig(lr=lr)
     with pytest.raises(ValueError, match="candidates must be 0 or at least k = 10, got 9"):
         TrainConfig(candidates=9)

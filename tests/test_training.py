@@ -40,11 +40,11 @@ QUICK = TrainConfig(
 )  # fmt: skip
 
 
-def pairs(worlds: int = 2) -> Pairs:
+def pairs(versions: int = 2) -> Pairs:
     g = torch.Generator().manual_seed(0)
     return Pairs(
-        torch.randint(K, (worlds, N, 16), generator=g).short(),
-        F.normalize(torch.randn(worlds, N, E, generator=g), dim=-1).half(),
+        torch.randint(K, (versions, N, 16), generator=g).short(),
+        F.normalize(torch.randn(versions, N, E, generator=g), dim=-1).half(),
         torch.arange(0, 30),
         torch.arange(5, 40),
     )
@@ -114,22 +114,22 @@ def test_trainer_loss(name: str) -> None:
 # ---- conditions ---------------------------------------------------------------------------------
 
 
-def drawn(config: ConditionConfig, count: int = 200, seed: int = 0, worlds: int = 2):
-    p = pairs(worlds)
+def drawn(config: ConditionConfig, count: int = 200, seed: int = 0, versions: int = 2):
+    p = pairs(versions)
     g = torch.Generator().manual_seed(seed)
     sampler = ConditionSampler(p, config)
     parts = [sampler.draw(count // 4, g) for _ in range(4)]
     return p, *(torch.cat(columns) for columns in zip(*parts, strict=True))
 
 
-def world_and_ids(p: Pairs, rows: torch.Tensor) -> torch.Tensor:
-    """(world, id) of each embedding row [n, E]."""
+def version_and_ids(p: Pairs, rows: torch.Tensor) -> torch.Tensor:
+    """(version, id) of each embedding row [n, E]."""
     flat = p.embeddings.reshape(-1, E).float()
     at = torch.cdist(rows, flat).argmin(1)
     return torch.stack([at // N, at % N], 1)
 
 
-def test_neighbours_are_the_nearest_of_the_same_world() -> None:
+def test_neighbours_are_the_nearest_of_the_same_version() -> None:
     plain = ConditionConfig(
         k=4, vary_k=0, text_like=0, noise=0, exclude=1, near=2.0, subset=0, original=0.5,
         no_query=0, no_neighbours=0, null=0,
@@ -138,11 +138,11 @@ def test_neighbours_are_the_nearest_of_the_same_world() -> None:
     assert mask.all()
     flat = p.codes.reshape(-1, 16).long()
     target = torch.tensor([int((flat == c).all(1).nonzero()[0, 0]) for c in codes])
-    world, ids = target // N, target % N
+    version, ids = target // N, target % N
     assert set(ids.tolist()) <= set(p.targets.tolist())
-    assert {0, 1} == set(world.tolist())
+    assert {0, 1} == set(version.tolist())
     for i in range(len(codes)):
-        rows = p.embeddings[world[i]].float()
+        rows = p.embeddings[version[i]].float()
         torch.testing.assert_close(cond[i, 0], F.normalize(rows[ids[i]], dim=0))
         scores = rows @ rows[ids[i]]
         scores[ids[i]] = -2.0  # itself is excluded
@@ -243,7 +243,8 @@ def test_settings_of_json() -> None:
         ({"steps": "7"}, "steps must be int, got '7'"),
         ({"steps": True}, "steps must be int, got True"),
         ({"bf16": 0}, "bf16 must be bool, got 0"),
-        ({"lr": None}, "lr must be float, got None"),
+        ({"ema": None}, "ema must be float, got None"),
+        ({"lr": "1"}, r"lr must be float \| None, got '1'"),
     ):
         with pytest.raises(ValueError, match=message):
             TrainConfig.from_dict(raw)
@@ -315,9 +316,16 @@ def test_trains_on_a_folder_of_images_alone(tmp_path: Path) -> None:
     (folder / "damaged.png").write_bytes(b"no picture")
     with pytest.warns(UserWarning, match=r"skipped .*damaged\.png"):
         record = train(
-            folder, tmp_path / "out", tokenizer(), Colours(), TINY, QUICK, worlds=2, progress=False
+            folder,
+            tmp_path / "out",
+            tokenizer(),
+            Colours(),
+            TINY,
+            QUICK,
+            versions=2,
+            progress=False,
         )
-    assert (record["targets"], record["worlds"]) == (9, 2)
+    assert (record["targets"], record["versions"]) == (9, 2)
     assert record["model"]["embed_dim"] == 12
     assert record == json.loads((tmp_path / "out" / "training.json").read_text())
     model = Denoiser.from_folder(tmp_path / "out" / "denoiser")
@@ -434,6 +442,10 @@ def test_tokenizer_rejects(tmp_path: Path, name: str) -> None:
         train_tokenizer(images, images, tmp_path / "out", tokenizer().config, **{name: 0})
     with pytest.raises(ValueError, match=r"seed must be in \[0, 2\^64\), got 18446744073709551616"):
         train_tokenizer(images, images, tmp_path / "out", tokenizer().config, seed=2**64)
+    for bad in (images.float() / 255, images[..., :4], images[:0]):
+        for pair, which in (((bad, images), "images"), ((images, bad), "held_out")):
+            with pytest.raises(ValueError, match=rf"{which}: must be uint8 \[N, 3, 8, 8\], N > 0"):
+                train_tokenizer(*pair, tmp_path / "out", tokenizer().config)
     assert not (tmp_path / "out").exists()
 
 

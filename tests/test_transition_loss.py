@@ -388,7 +388,7 @@ def test_rejects():
         bad[1, 2, where] = value
         with pytest.raises(ValueError, match=r"NaN, \+inf or no finite class in 1 rows"):
             ops.transition_loss(bad, x_0, x_t, t, schedule)
-    with pytest.raises(ValueError, match="schedule: is of 9 codes, logits of 8"):
+    with pytest.raises(ValueError, match="schedule: is of 9 codes, not of 8"):
         ops.transition_loss(logits, x_0, x_t, t, Schedule("mask", 100, 9))
     with pytest.raises(ValueError, match=r"at least one position, got shape \[4, 0, 8\]"):
         ops.transition_loss(logits[:, :0], x_0[:, :0], x_t[:, :0], t, schedule)

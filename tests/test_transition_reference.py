@@ -8,6 +8,7 @@ import torch
 from transition_helpers import SCHEDULES, brute_force, levels, random_logits
 
 from knnfast import _C, reference
+from knnfast.diffusion.schedule import Schedule
 from knnfast.ops import philox
 
 
@@ -189,6 +190,30 @@ def test_loss_equals_brute_force():
         if name == "vq_diffusion":  # at t = 1 the KL is -log p(x_0)
             nll = -np.log(p[0, np.arange(L), x_0[0].numpy()]).mean()
             assert float(kl[0]) == pytest.approx(nll, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"schedule": None}, TypeError, "schedule: must have A, B and C, got None"),
+        ({"num_codes": 5}, ValueError, "schedule: is of 4 codes, not of 5"),
+        ({"t": 0}, ValueError, r"t: must be in \[1, 100\], got 0"),
+        ({"t": -1}, ValueError, r"t: must be in \[1, 100\], got -1"),
+        ({"t": 101}, ValueError, r"t: must be in \[1, 100\], got 101"),
+        ({"t": 2.0}, TypeError, "t: must be an integer, got 2.0"),
+        ({"seed": 2**63}, ValueError, "seed: must be in"),
+        ({"seed": 1.5}, TypeError, "seed: must be an integer, got 1.5"),
+        ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, "seed: must have one element"),
+        ({"image_indices": torch.zeros(3, dtype=torch.int64)}, ValueError, "image_indices: shape"),
+    ],
+)
+def test_prior_rejects(changed, error, message):
+    given = {"schedule": Schedule("vq_diffusion", 100, 4), "t": 100, "num_codes": 4, "seed": 0}
+    given |= changed
+    with pytest.raises(error, match=message):
+        reference.sample_prior(
+            given.pop("schedule"), given.pop("t"), given.pop("num_codes"), (2, 3), **given
+        )
 
 
 def test_attention_equals_projections_and_sdpa():

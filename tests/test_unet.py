@@ -253,7 +253,7 @@ def test_guidance():
     [
         ({"steps": 0}, r"steps must be in \[1, 50\]"),
         ({"steps": 51}, r"steps must be in \[1, 50\]"),
-        ({"steps": [40, 0]}, "takes a number"),
+        ({"guidance": float("nan")}, "guidance must be finite, got nan"),
         ({"solver": "euler"}, "solver: must be one of dpm, ddim"),
         ({"seed": 2**64}, "seed"),
     ],
@@ -267,6 +267,9 @@ def test_sample_rejects(options, message):
 
 
 def test_steps_are_any_whole_number():
+    for steps in ([40, 0], 2.0, True):
+        with pytest.raises(TypeError, match="the continuous backbone takes a number"):
+            made().check(steps, 3.0)
     net, seen = made(), condition(1)
     drawn = [net.sample(*seen, steps=n, guidance=1.0) for n in (3, np.int64(3))]
     assert torch.equal(*drawn)
@@ -335,10 +338,10 @@ QUICK = TrainConfig(
 )  # fmt: skip
 
 
-def pairs(worlds=2, count=40):
+def pairs(versions=2, count=40):
     """Pictures that their embeddings describe: codes by the signs of an embedding's numbers."""
     g = torch.Generator().manual_seed(0)
-    rows = F.normalize(torch.randn(worlds, count, 12, generator=g), dim=-1)
+    rows = F.normalize(torch.randn(versions, count, 12, generator=g), dim=-1)
     bits = (rows[..., :3] > 0).long() @ torch.tensor([1, 2, 4])
     codes = (bits[..., None] + torch.arange(16) // 8) % 11
     return Pairs(codes.short(), rows.half(), torch.arange(30), torch.arange(5, 40))
@@ -441,6 +444,11 @@ def test_a_start_brings_its_vectors_of_the_same_codes(tmp_path):
     run("same")
     trained = load_file(tmp_path / "same" / STATE_FILE)
     assert torch.equal(trained["net.codebook"], start.codebook)
+
+
+def test_the_rate_that_none_stands_for():
+    trainer = unet_trainer(TINY, replace(QUICK, lr=None), pairs(), torch.randn(11, 3))
+    assert trainer.config.lr == 1e-3
 
 
 def test_another_architecture_does_not_resume(tmp_path):

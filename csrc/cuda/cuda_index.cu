@@ -360,6 +360,11 @@ int64_t CudaIndex::remove(const int64_t* ids, int64_t n) {
   return static_cast<int64_t>(gone.size());
 }
 
+bool CudaIndex::contains(int64_t id) const {
+  const std::lock_guard<std::mutex> writer(writer_);
+  return find(id) >= 0;
+}
+
 std::vector<int64_t> CudaIndex::ids() const {
   const std::lock_guard<std::mutex> writer(writer_);
   return live_ids();

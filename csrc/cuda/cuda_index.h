@@ -4,8 +4,8 @@
 //
 // Threads: any number may search while one writes. A search sees one snapshot: the rows of finished
 // adds, without those of finished removes. `add`, `remove`, `compact` and everything that returns
-// host memory wait for the device; `search` and `Plan::run` only enqueue. `vectors`, `ids` and
-// `each_piece` wait for a writer, and it for them.
+// host memory wait for the device; `search` and `Plan::run` only enqueue. `vectors`, `ids`,
+// `contains` and `each_piece` wait for a writer, and it for them.
 // Errors: std::invalid_argument (a bad argument), CudaError (the runtime's own, by name).
 #pragma once
 #include <cstdint>
@@ -106,6 +106,7 @@ class CudaIndex {
   void compact();
   // FP16 rows of these ids to device or host memory, [n, dim].
   void vectors(const int64_t* ids, int64_t n, uint16_t* out, bool to_device, void* stream) const;
+  bool contains(int64_t id) const;
   std::vector<int64_t> ids() const;  // live ids in row order
   // As knnfast::Index's, by way of host memory.
   using Piece = std::function<void(const int64_t* ids, const uint16_t* rows, int64_t n)>;
@@ -127,8 +128,6 @@ class CudaIndex {
     Plan(std::shared_ptr<const CudaIndex> index, int batch, int k);
     void run(const Queries& queries, void* stream);
     const Results& results() const { return results_; }
-    int batch() const { return batch_; }
-    int k() const { return k_; }
     const TopkPlan& plan() const { return plan_; }
     Scan scan() const { return view_.scan; }  // of this shape
 
@@ -156,7 +155,7 @@ class CudaIndex {
   void quantize(const Segments& segments, const Memory& mean, int64_t begin, int64_t end,
                 void* stream) const;
   std::shared_ptr<Memory> recentre(Segments& segments, int64_t rows, void* stream) const;
-  // `ids` and `vectors` for who holds `writer_`.
+  // `ids`, `vectors` for who holds `writer_`.
   std::vector<int64_t> live_ids() const;
   void gather(const int64_t* ids, int64_t n, uint16_t* out, bool to_device, void* stream) const;
   int64_t find(int64_t id) const;  // position, or -1

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Exact top-k on a CUDA device: plain structs and four functions. No CUDA, torch or Python header
+// Exact top-k on a CUDA device: plain structs and a few functions. No CUDA, torch or Python header
 // is needed to call them; every pointer is device memory unless it says otherwise, every function
 // only enqueues work on the caller's stream and returns a cudaError_t as int (0: fine).
 // csrc/cuda/topk_cuda.cu tells how the launches fit together.

@@ -5,9 +5,8 @@
 // - Every bin with upper >= threshold is opened, the highest upper first: each row is bounded again
 //   with the unrounded query (FP32 dot product with the FP16 row or its codes), and the rows that
 //   still reach the threshold are rescored. It rises to a block's own k-th best.
-// - Canonical score, FP64: lane l = 0..31 sums j = l, l+32, ..., lanes combine by the tree 16, 8,
-// 4,
-//   2, 1; ip Σ x·q, l2 Σ (q-x)², cosine dot/(√xx·√qq), 0 if a norm is 0. No contraction.
+// - Canonical score, FP64: lane l = 0..31 sums j = l, l+32, ..., lanes combine by the tree
+//   16, 8, 4, 2, 1; ip Σ x·q, l2 Σ (q-x)², cosine dot/(√xx·√qq), 0 if a norm is 0. No contraction.
 // - Order: score, then the lower id; rounding to FP32 comes last.
 //
 // Bytes: lower once, upper once, 128·slices·32 for an open bin, 2d for a rescored row (found in

@@ -15,6 +15,14 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+struct Tiles {  // the thread's, while it lives
+  Tiles() {
+    const TileConfig config;
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
 // The blocks that come next go to the second cache: the first one is full of queries and codes.
 // They are asked for in kStreams places at a time, as the hardware follows streams, none past a
 // page.
@@ -175,13 +183,11 @@ void scan_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* 
     tests[q / FirstTest::kQueries].start(
         queries + q, nq - q < FirstTest::kQueries ? nq - q : FirstTest::kQueries);
   Found found;
-  const TileConfig config;
-  _tile_loadconfig(&config);
+  const Tiles tiles;
   uint32_t b = begin;
   for (; b + 2 <= end; b += 2)
     amx_blocks<L2, 2>(rows, b, (b - begin) & 2, queries, nq, tests, found, sink);
   for (; b < end; ++b) amx_blocks<L2, 1>(rows, b, false, queries, nq, tests, found, sink);
-  _tile_release();
 }
 
 void scan_int8_amx(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,

@@ -109,7 +109,7 @@ struct Kernels {
   // The same sums of one FP16 row as it lies: with a query, and with itself.
   double (*dot_row)(const uint16_t* x, const double* q, int dim);
   double (*l2_row)(const uint16_t* x, const double* q, int dim);
-  double (*norm2_row)(const uint16_t* x, const double*, int dim);
+  double (*norm2_row)(const uint16_t* x, const double* unused, int dim);
   // Conversions. to_half returns false if a value is NaN or beyond ±65504 after rounding.
   bool (*to_half)(const float* x, uint16_t* out, int64_t n);
   void (*to_float)(const uint16_t* x, float* out, int64_t n);

@@ -11,7 +11,8 @@ namespace knnfast {
 enum OpDType { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
 constexpr int kPad = 64;  // scratch rows are padded to a multiple of this
 
-// How a row of logits becomes p: guidance, temperature, truncation (DESIGN: the transition step).
+// How a row of logits becomes p: guidance, temperature, truncation (class_scores in
+// knnfast/ops/reference.py).
 struct RowRule {
   int K, dtype;
   float guidance, temperature;
@@ -25,8 +26,8 @@ struct RowPlace {
 };
 
 // One image's step in the loss, for rows at MASK (i < 0 in the kernel) or real (i = x_t):
-//   Q_j = u (delta_j + e0), P_j = u (p_j + e) for j != i;  Q_i = v (delta_i + f0), P_i = v (p_i +
-//   f)
+//   Q_j = u (delta_j + e0), P_j = u (p_j + e) for j != i
+//   Q_i = v (delta_i + f0), P_i = v (p_i + f)
 struct LossStep {
   double A_t, B_t, A_s, B_s;
   double mask_u;  // c A_s / C_t

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python module: the only file that knows pybind11. It checks nothing that knnfast/ has
-// checked.
+// The Python module; bindings_cuda.cpp is the part of CUDA builds. It checks nothing that knnfast/
+// has checked.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -35,27 +35,18 @@ struct Rows {  // [m, d] or [d], last stride 1
   py::array hold;  // whose memory it is: the given array, or a copy where one was needed
 };
 
-DType dtype_of(const py::array& a, bool bf16, const char* name) {
-  const py::dtype t = a.dtype();
+DType dtype_of(const py::array& a, bool bf16) {
   if (bf16) return DType::bf16;
-  if (t.kind() == 'f' && t.itemsize() == 4) return DType::f32;
-  if (t.kind() == 'f' && t.itemsize() == 2) return DType::f16;
-  throw py::type_error(std::string(name) + " must be float16, bfloat16 or float32, got " +
-                       py::str(t).cast<std::string>());
+  return a.itemsize() == 4 ? DType::f32 : DType::f16;
 }
 
 py::array contiguous(const py::array& a) {
   return py::array::ensure(py::module_::import("numpy").attr("array")(a, py::arg("order") = "C"));
 }
 
-bool native(const py::array& a) {
-  const char order = a.dtype().byteorder();
-  return order == '=' || order == '|';
-}
-
 // `bf16`: the array's 16-bit words are bfloat16.
 Rows rows_of(const py::array& given, bool bf16, int64_t dim, const char* name) {
-  const DType dtype = dtype_of(given, bf16, name);
+  const DType dtype = dtype_of(given, bf16);
   const int64_t rank = given.ndim();
   if ((rank != 1 && rank != 2) || given.shape(rank - 1) != dim)
     throw py::value_error(std::string(name) + " must have shape [n, " + std::to_string(dim) +
@@ -63,7 +54,6 @@ Rows rows_of(const py::array& given, bool bf16, int64_t dim, const char* name) {
                           py::str(given.attr("shape")).cast<std::string>());
   py::array hold = given;
   const int64_t size = hold.itemsize();
-  if (!native(hold)) hold = hold.attr("astype")(hold.dtype().attr("newbyteorder")("="));
   const bool direct =
       (dim == 1 || hold.strides(rank - 1) == size) &&
       (rank == 1 || hold.shape(0) < 2 || (hold.strides(0) > 0 && hold.strides(0) % size == 0));
@@ -97,9 +87,6 @@ py::tuple search(const Index& ix, const py::array& queries, int64_t k, bool bf16
                  const py::object& allow, const py::object& deny, const py::object& out,
                  const py::object& exact) {
   const Rows q = rows_of(queries, bf16, ix.dim(), "queries");
-  if (k < 1 || k > INT32_MAX)  // before memory is asked for
-    throw py::value_error("k must be 1 to " + std::to_string(INT32_MAX) + ", got " +
-                          std::to_string(k));
   py::object hold_allow, hold_deny;
   const knnfast::SearchOptions options{id_set(allow, hold_allow), id_set(deny, hold_deny)};
   py::tuple pair;  // (scores, ids)
@@ -230,6 +217,7 @@ void bind_search(py::module_& m) {
              }
              return Int64s(static_cast<py::ssize_t>(ids.size()), ids.data());
            })
+      .def("contains", &Index::contains, release())
       .def("remove",
            [](Index& ix, const Int64s& ids) {
              const int64_t* from = ids.data();
@@ -250,6 +238,7 @@ void bind_search(py::module_& m) {
       .def("stats", stats);
   m.def("set_num_threads", knnfast::set_num_threads);
   m.def("num_threads", knnfast::num_threads);
+  m.def("cores", knnfast::cores);
   m.def("isa", knnfast::isa);
   // What a scan cannot beat without reading less: the benchmarks' floor.
   // So many streams side by side: some memory answers four faster than one, some does not.

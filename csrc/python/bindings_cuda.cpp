@@ -70,7 +70,6 @@ void bind_cuda(py::module_& m) {
   py::register_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
   m.def("cuda_device_count", device_count, "CUDA devices a search can use; 0 without a driver");
   m.attr("cuda_max_k") = kMaxK;
-  m.attr("cuda_max_dim") = kMaxDim;
   // Without the GIL too: making an index, and freeing its memory, which waits for kernels. A guard
   // of the call would be too wide: pybind11 registers what a factory returns.
   const py::release_gil_before_calling_cpp_dtor release_at_end;
@@ -135,6 +134,7 @@ void bind_cuda(py::module_& m) {
              const Unlocked unlocked;
              ix.vectors(from, n, at<uint16_t>(out), to_device, at<void>(stream));
            })
+      .def("contains", &CudaIndex::contains, release())
       .def("remove",
            [](CudaIndex& ix, const Int64s& ids) {
              const int64_t* from = ids.data();
@@ -153,7 +153,8 @@ void bind_cuda(py::module_& m) {
              return to_array(ids);
            })
       .def_property_readonly("dim", &CudaIndex::dim)
-      .def_property_readonly("device", &CudaIndex::device)
+      .def_property_readonly("metric", [](const CudaIndex& ix) { return int(ix.metric()); })
+      .def_property_readonly("scan", [](const CudaIndex& ix) { return int(ix.scan()); })
       .def_property_readonly("size", &CudaIndex::size)
       .def_property_readonly("nbytes", &CudaIndex::nbytes);
   m.def("copy_rows", copy_rows<knnfast::Index, CudaIndex>, release());

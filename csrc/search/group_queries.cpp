@@ -10,15 +10,6 @@ namespace {
 
 constexpr double kSpeck = 1e-30;  // over everything that underflows in a scan
 
-// Σ q·q in the canonical order.
-double canonical_norm2(const double* q, int64_t dim) {
-  double lanes[32] = {};
-  for (int64_t j = 0; j < dim; ++j) lanes[j % 32] += q[j] * q[j];
-  for (int stride = 16; stride > 0; stride /= 2)
-    for (int l = 0; l < stride; ++l) lanes[l] += lanes[l + stride];
-  return lanes[0];
-}
-
 }  // namespace
 
 void GroupSearch::prepare(const float* queries) {
@@ -40,7 +31,9 @@ void GroupSearch::prepare(const float* queries) {
     }
     Query& query = s_.queries[static_cast<size_t>(i)];
     query.q = q;
-    query.norm = std::sqrt(canonical_norm2(q, dim_));
+    double norm2;
+    kernels_.dot(q, 1, q, 1, pad_, static_cast<int>(dim_), &norm2);
+    query.norm = std::sqrt(norm2);
     int exponent = 0;
     std::frexp(top, &exponent);
     if (task_.metric == Metric::ip) {

@@ -158,7 +158,7 @@ void GroupSearch::start(Worker& w, size_t k, const double* radius) {
   w.hold = 0;
   w.patience = 8;
   w.stop.start();
-  w.trusted = true;
+  w.pays = true;
   w.trust = trust_;
   w.seen = 0;
   w.stats = Stats();
@@ -188,10 +188,10 @@ void GroupSearch::scan_chunk(Worker& w, const Chunk& chunk) {
   w.chunk_segment = chunk.segment;
   if (w.hold > 0 && --w.hold == 0) {
     w.level = kInt8;
-    w.trusted = false;
+    w.pays = false;
   }
   for (uint32_t begin = chunk.begin, end; begin < chunk.end; begin = end) {
-    end = w.trusted ? chunk.end : std::min(chunk.end, begin + kTrial);
+    end = w.pays ? chunk.end : std::min(chunk.end, begin + kTrial);
     if (mask) end = live_run(mask, begin, end);
     if (begin < end) scan_blocks(w, begin, end);
   }
@@ -256,10 +256,10 @@ void GroupSearch::scan_blocks(Worker& w, uint32_t begin, uint32_t end) {
   if (task_.scan != Scan::automatic || w.seen < kWarmUp * k_) return;
   const double share = static_cast<double>(w.opened) / static_cast<double>(pairs) -
                        static_cast<double>(kOpening * k_) / static_cast<double>(w.seen);
-  w.trusted = share <= (level == kFp16 ? 0.5 : n_ < 4 ? 0.2 : 0.08);
-  if (!w.trusted) {
+  w.pays = share <= (level == kFp16 ? 0.5 : n_ < 4 ? 0.2 : 0.08);
+  if (!w.pays) {
     w.level = level + 1;
-    w.trusted = w.level == kCanonical;
+    w.pays = w.level == kCanonical;
     w.hold = w.patience;
     w.patience = std::min(w.patience * 2, 256);
   }

@@ -32,14 +32,14 @@ struct Worker : Sink {
   const ScanQuery* queries = nullptr;  // of the scan that runs, and what their errors multiply
   const uint32_t* bounds = nullptr;    // of codes
   const float *errors = nullptr, *norms = nullptr;
-  float trust = 0;  // so much of the bounds' distance is kept
+  float trust = 0;  // so much of the bounds' distance is kept by floors
   std::vector<Collector> collectors;
   uint32_t chunk_segment = 0;
   int64_t opened = 0;  // in these blocks, by queries that had a threshold
   int64_t seen = 0;    // rows
   int level = kInt8, hold = 0, patience = 8;
-  StopChoice stop;      // the first one that is tested
-  bool trusted = true;  // the level has paid since it was taken
+  StopChoice stop;   // the first one that is tested
+  bool pays = true;  // the level has paid since it was taken
   Stats stats;
 };
 

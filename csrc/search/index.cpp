@@ -64,6 +64,11 @@ void Index::vectors(const int64_t* ids, int64_t n, uint16_t* out) const {
   }
 }
 
+bool Index::contains(int64_t id) const {
+  std::shared_lock<std::shared_mutex> lock(impl_->state);
+  return impl_->find(*impl_->current, id) != IdMap::kMissing;
+}
+
 std::vector<int64_t> Index::ids() const {
   const std::shared_ptr<const Snapshot> snapshot = impl_->snapshot();
   std::vector<int64_t> out;

@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <system_error>
 
+#include "common/exact_floats.h"
 #include "common/file.h"
 #include "common/json.h"
 #include "common/thread_pool.h"
@@ -209,6 +210,7 @@ bool saved_anew(const std::string& folder, const std::vector<FileEntry>& files) 
 }  // namespace
 
 Index Index::open(const std::string& folder, bool map) {
+  const ExactFloats mode;
   const std::string path = folder + "/" + kManifest;
   const auto once = [&] {
     const Json j = read_manifest(path);

@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 from knnfast import _files
 from knnfast.edit_metrics import changed_region, pixels_of, psnr_outside
 from knnfast.encoders import Encoder, load_encoder
-from knnfast.evaluate import bootstrap_interval, held_out, weights_hash
+from knnfast.evaluate import bootstrap_interval, held_out
 from knnfast.images import pictures_of
 from knnfast.pipeline import KNNDiffusion, find_model
 
@@ -225,8 +225,8 @@ def main() -> None:
                 "settings": {
                     "pairs": len(rows), "of": len(pairs), "seed": SEED,
                     "stickers": "training" if args.seen else "held out", "options": options,
-                    "denoiser_sha256": weights_hash(pipe.denoiser), "judge": "stickers-judge",
-                    "threshold": 0.1, "dilate": 2,
+                    "denoiser_sha256": _files.weights_hash(pipe.denoiser),
+                    "judge": "stickers-judge", "threshold": 0.1, "dilate": 2,
                 },
                 "summary": {m: summary(rows, m) for m in METHODS if any(m in r for r in rows)},
                 "score_before": float(np.mean([row["score_before"] for row in rows])),

@@ -15,8 +15,9 @@ import json
 import sys
 from pathlib import Path
 
+from knnfast import _files
 from knnfast.diffusion.backbone import Backbone
-from knnfast.evaluate import report, weights_hash
+from knnfast.evaluate import report
 from knnfast.pipeline import BACKBONES, KNNDiffusion, write_manifest
 
 WHOLE, FILE = 64e6, 16e6  # bytes at most
@@ -68,7 +69,7 @@ def write_card(bundle: Path) -> None:
     lines.append(
         "`nearest` and `pixels` are distances to the nearest database picture: 0 is a copy, "
         "the tokenizer's row is what a picture drawn from its own codes gets. Where a model's "
-        "rows come close to `nearest_sticker`, it mostly redraws what it has retrieved."
+        "rows come close to `nearest_picture`, it mostly redraws what it has retrieved."
     )
     for kind in kinds:
         lines += ["", f"### The {kind.backbone} backbone", "", *quality(bundle, kind)]
@@ -87,7 +88,7 @@ def quality(bundle: Path, kind: type[Backbone]) -> list[str]:
     if not evaluation:
         return ["Not measured."]
     measured = evaluation["settings"].pop("denoiser_sha256")
-    now = weights_hash(kind.from_folder(bundle / kind.folder))
+    now = _files.weights_hash(kind.from_folder(bundle / kind.folder))
     settings = {k: v for k, v in evaluation["settings"].items() if not isinstance(v, dict)}
     lines = [f"Settings: {json.dumps(settings)}."]
     if measured != now:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from knnfast import _files
 from knnfast.diffusion.denoiser import Denoiser
-from knnfast.evaluate import weights_hash
 from knnfast.pipeline import KNNDiffusion, write_part_manifest
 
 FILE = 16e6  # bytes at most
@@ -59,7 +58,8 @@ def write_card(bundle: Path) -> None:
     if file.is_file():
         found = json.loads(file.read_text(encoding="utf-8"))
         settings = found["settings"]
-        if settings["denoiser_sha256"] != weights_hash(Denoiser.from_folder(bundle / "denoiser")):
+        now = _files.weights_hash(Denoiser.from_folder(bundle / "denoiser"))
+        if settings["denoiser_sha256"] != now:
             lines.append("These figures are of an **earlier checkpoint**.")
         lines += [
             f"{settings['pairs']} pairs of a {settings['stickers']} sticker and a text, judged by "

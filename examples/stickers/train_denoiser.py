@@ -29,7 +29,7 @@ from knnfast.diffusion.training import train
 from knnfast.encoders import load_encoder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WORLDS = 12
+VERSIONS = 12
 CONDITION = ConditionConfig(
     k=10,
     semantic=256,  # what a text embedding fills; the other half describes a picture's looks
@@ -53,11 +53,11 @@ TRIAL = replace(
 )  # fmt: skip
 
 
-def worlds(stickers: Stickers, count: int) -> Iterator[Tensor]:
+def versions(stickers: Stickers, count: int) -> Iterator[Tensor]:
     """The stickers as they are, then augmented; there 7 in 10 people get another skin tone."""
     yield stickers.pixels
-    for world in range(1, count):
-        rng, g = np.random.default_rng(world), torch.Generator().manual_seed(1000 + world)
+    for version in range(1, count):
+        rng, g = np.random.default_rng(version), torch.Generator().manual_seed(1000 + version)
         images = stickers.pixels.clone()
         for i in range(len(stickers)):
             if i in stickers.variants and rng.random() < 0.7:
@@ -98,7 +98,7 @@ def main() -> None:
         free = [not row["animal"] and not row["held_out"] for row in stickers.rows]
         seen = torch.tensor(free).nonzero()[:, 0]
         encoder = load_encoder(args.data / "encoder")
-        pairs = make_pairs(worlds(stickers, WORLDS), encoder, tokenizer, seen, seen)
+        pairs = make_pairs(versions(stickers, VERSIONS), encoder, tokenizer, seen, seen)
         pairs.save(file)
     if args.trial:
         start = Denoiser.from_folder(args.bundle)

@@ -93,6 +93,7 @@ class KNNFAST_API Index {
 
   // The stored FP16 rows of these ids, [n, dim]. std::invalid_argument names one that is missing.
   void vectors(const int64_t* ids, int64_t n, uint16_t* out) const;
+  bool contains(int64_t id) const;
   std::vector<int64_t> ids() const;               // live ids, in row order
   int64_t remove(const int64_t* ids, int64_t n);  // how many were found; others are passed over
   void compact();                                 // forget the removed rows

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from knnfast.database import Neighbour
 
 
 def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -32,6 +37,18 @@ def check_folder(option: str, folder: Path) -> None:
         raise ValueError(f"{option}: {folder} cannot be a folder: {place} is a file") from None
     except OSError as e:
         raise ValueError(f"{option}: {folder} cannot be written ({e.strerror})") from None
+
+
+def check_files(option: str, paths: Sequence[str]) -> None:
+    """Refuse a folder where a picture is meant."""
+    for path in paths:
+        if Path(path).is_dir():
+            raise ValueError(f"{option}: must be a file, {path} is a folder")
+
+
+def neighbours_of(row: Sequence[Neighbour]) -> list[dict[str, Any]]:
+    """What a query has found, for JSON."""
+    return [{**asdict(near.item), "score": near.score} for near in row]
 
 
 class Bar:

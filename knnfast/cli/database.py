@@ -1,4 +1,4 @@
-"""`knnfast database`: build, describe and merge."""
+"""`knnfast database`: build, add to, search, describe and merge."""
 
 from __future__ import annotations
 
@@ -9,8 +9,19 @@ from typing import Any
 
 import click
 
-from knnfast.cli._shared import check_folder, device_option, find_encoder
+from knnfast.cli._shared import (
+    check_files,
+    check_folder,
+    device_option,
+    find_encoder,
+    neighbours_of,
+)
 
+_encoder = click.option(
+    "--encoder",
+    required=True,
+    help="A model or an encoder's folder, a bundle (stickers), or open_clip:MODEL/PRETRAINED.",
+)
 _replace = click.option("--replace", is_flag=True, help="Write over a database that is there.")
 
 
@@ -38,18 +49,31 @@ def _databases(path: Path) -> list[Path]:
     return databases_of(root)
 
 
+class Skipped:
+    """Counts files that cannot be read as images, and tells them."""
+
+    def __init__(self, hidden: bool) -> None:
+        self.hidden = hidden
+        self.files: list[dict[str, str]] = []
+
+    def __call__(self, path: Path, reason: str) -> None:
+        """Take the next one."""
+        self.files.append({"file": str(path), "reason": reason})
+        if not self.hidden:
+            click.echo(f"skipped {reason}", err=True)
+
+    def __str__(self) -> str:
+        return f"{len(self.files):,} damaged {'file' if len(self.files) == 1 else 'files'} skipped"
+
+
 @click.group()
 def database() -> None:
-    """Build, describe and merge retrieval databases."""
+    """Build, add to, search, describe and merge retrieval databases."""
 
 
 @database.command("build")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option(
-    "--encoder",
-    required=True,
-    help="A model or an encoder's folder, a bundle (stickers), or open_clip:MODEL/PRETRAINED.",
-)
+@_encoder
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @_replace
 @click.option("--batch-size", default=64, show_default=True)
@@ -71,23 +95,52 @@ def database_build(
     # Wrong paths are told before an encoder is loaded.
     list_images(folder)
     _check_out(out, replace)
-    skipped: list[dict[str, str]] = []
-
-    def on_skip(path: Path, reason: str) -> None:
-        skipped.append({"file": str(path), "reason": reason})
-        if not as_json:
-            click.echo(f"skipped {reason}", err=True)
-
+    skipped = Skipped(hidden=as_json)
     db = Database.build(
         folder, find_encoder(encoder, device), batch_size=batch_size,
-        progress=not as_json and sys.stderr.isatty(), on_skip=on_skip,
+        progress=not as_json and sys.stderr.isatty(), on_skip=skipped,
     )  # fmt: skip
     db.save(out)
     if as_json:
-        click.echo(json.dumps({"path": str(out), "images": len(db), "skipped": skipped}, indent=1))
+        result = {"path": str(out), "images": len(db), "skipped": skipped.files}
+        click.echo(json.dumps(result, indent=1))
     else:
-        files = "file" if len(skipped) == 1 else "files"
-        click.echo(f"{out}: {len(db):,} images, {len(skipped):,} damaged {files} skipped")
+        click.echo(f"{out}: {len(db):,} images, {skipped}")
+
+
+@database.command("add")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@_encoder
+@click.option("--batch-size", default=64, show_default=True)
+@device_option
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def database_add(
+    path: Path, folder: Path, encoder: str, batch_size: int, device: str, as_json: bool
+) -> None:
+    """Embed what is below FOLDER and not yet in the database PATH, and save it there.
+
+    An image is in it when it was built from that very file. Images that are gone stay in it.
+    """
+    from knnfast.database import Database
+    from knnfast.images import list_images
+
+    list_images(folder)
+    check_folder("path", path)
+    db = Database.open(path)
+    skipped = Skipped(hidden=as_json)
+    added = db.add_folder(
+        folder, find_encoder(encoder, device), batch_size=batch_size,
+        progress=not as_json and sys.stderr.isatty(), on_skip=skipped,
+    )  # fmt: skip
+    if len(added):
+        db.save(path)
+    if as_json:
+        result = {"path": str(path), "images": len(db), "added": len(added)}
+        click.echo(json.dumps({**result, "skipped": skipped.files}, indent=1))
+    else:
+        images = "image" if len(added) == 1 else "images"
+        click.echo(f"{path}: {len(added):,} {images} added, now {len(db):,}, {skipped}")
 
 
 @database.command("info")
@@ -119,6 +172,50 @@ def database_info(path: Path, as_json: bool) -> None:
             click.echo(f"{count:8,}  {group or '(no group)'}")
     if as_json:
         click.echo(json.dumps(found[0] if len(found) == 1 else found, indent=1))
+
+
+@database.command("search")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("prompts", nargs=-1)
+@click.option("--encoder", help="That of the database; a model PATH has its own.")
+@click.option("--image", "images", multiple=True, type=click.Path(), help="Query by picture.")
+@click.option("--image-weight", type=float, help="Share of the picture beside a prompt; 0.5.")
+@click.option("--k", type=int, help="Neighbours; 10, or as many as there are, when not given.")
+@click.option("--group", "groups", multiple=True, help="Search only this group (repeatable).")
+@device_option
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def database_search(
+    path: Path, prompts: tuple[str, ...], encoder: str | None, images: tuple[str, ...],
+    image_weight: float | None, k: int | None, groups: tuple[str, ...], device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Find the images nearest to PROMPTS, to pictures (--image), or to both.
+
+    PATH is a database, or a model (a bundle's name or a folder), whose first database it is.
+    """
+    from knnfast._calls import choose_neighbours
+    from knnfast.database import Database
+    from knnfast.query import as_queries, embed
+
+    check_files("--image", images)
+    folder = _databases(path)[0]
+    db = Database.open(folder)
+    if encoder is None and folder == path:
+        raise ValueError("--encoder: needed for a database, the one that it was built with")
+    found = find_encoder(encoder or str(path), device)
+    db.check_encoder(found.card)
+    queries = as_queries(list(prompts) or None, list(images) or None, image_weight, None, found)
+    count, allow = choose_neighbours(db, k, list(groups) or None, None)
+    rows = db.search(embed(queries, found), count, allow=allow)
+    if as_json:
+        click.echo(json.dumps({
+            "labels": [q.label for q in queries], "neighbours": list(map(neighbours_of, rows)),
+        }, indent=1))  # fmt: skip
+        return
+    for query, row in zip(queries, rows, strict=True):
+        click.echo(f"{query.label}:")
+        for near in row:
+            group = f"  ({near.item.group})" if near.item.group else ""
+            click.echo(f"{near.score:8.3f}  {near.item.name}{group}")
 
 
 @database.command("merge")

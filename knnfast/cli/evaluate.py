@@ -82,10 +82,14 @@ def evaluate(
     if prompts is None:
         prompts = ablations.QUICK_PROMPTS if quick else ablations.PROMPTS
     pipe = KNNDiffusion.from_pretrained(model, device=device, backbone="discrete")
+    settings = [setting for name in names for setting in ablations.ABLATIONS[name].settings]
+    compared = {setting.backbone for setting in settings}
+    if continuous is not None and "continuous" not in compared:
+        raise ValueError(f"--continuous: the ablation {ablation} does not compare backbones")
     if continuous is None and "continuous" in backbones_of(model):
         continuous = model
     other = None
-    if continuous is not None:
+    if continuous is not None and "continuous" in compared:
         other = KNNDiffusion.from_pretrained(continuous, device=device, backbone="continuous")
     with Bar("evaluating", hidden=as_json) as bar:
         results = ablations.run(

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from knnfast.cli._shared import Bar, check_folder, device_option
+from knnfast.cli._shared import Bar, check_files, check_folder, device_option, neighbours_of
 
 
 @click.command()
@@ -64,9 +64,7 @@ def generate(
 
     check_folder("--out", out)
     _check_sheet(sheet)
-    for file in images:
-        if Path(file).is_dir():
-            raise ValueError(f"--image: must be a file, {file} is a folder")
+    check_files("--image", images)
     pipe = KNNDiffusion.from_pretrained(model, device=device, backbone=backbone)
     if database is not None:
         pipe.database = database
@@ -100,11 +98,7 @@ def generate(
     sheet = sheet or out / f"{stems[0]}-sheet.png"
     _save_pngs([*files, sheet], [*result.images, contact_sheet(result, pipe.database)])
     if as_json:
-        neighbours = [
-            [{"id": x.item.id, "name": x.item.name, "group": x.item.group,
-              "source": x.item.source, "score": x.score} for x in row]
-            for row in result.neighbours
-        ]  # fmt: skip
+        neighbours = list(map(neighbours_of, result.neighbours))
         report = {
             "files": [str(f) for f in files], "sheet": str(sheet), "seed": result.seed,
             "labels": result.labels, "neighbours": neighbours, "seconds": result.timings,

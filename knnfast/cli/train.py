@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from knnfast.cli._shared import check_folder, device_option, find_encoder
+
+if TYPE_CHECKING:
+    from knnfast.database import Database
 
 # What knnfast.diffusion.pairs, .augment and .data have, without importing torch.
 CONDITIONS = ("robust", "paper", "lafite", "no_neighbours")
@@ -99,24 +102,22 @@ def train(
     """
     from knnfast.database import Database
     from knnfast.diffusion.augment import KINDS
-    from knnfast.diffusion.data import build_database, shards
+    from knnfast.diffusion.data import build_database
     from knnfast.diffusion.distributed import has_bf16, processes
     from knnfast.diffusion.edit_data import encode_edits
-    from knnfast.diffusion.editing import EditConfig, editor_from, train_editor
+    from knnfast.diffusion.editing import EditConfig, editor_from, import_cv2, train_editor
     from knnfast.diffusion.pairs import ConditionConfig
     from knnfast.diffusion.tokenizer import VQTokenizer
     from knnfast.diffusion.trainer import TrainConfig
     from knnfast.diffusion.training import train as run
-    from knnfast.images import list_images
     from knnfast.pipeline import BACKBONES, KNNDiffusion
-
-    def given(name: str) -> bool:
-        return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
     if versions < 1:
         raise ValueError(f"--versions: must be at least 1, got {versions}")
     if editor and (start is None or backbone != "discrete"):
         raise ValueError("--editor: needs --from, a model with a discrete denoiser to begin with")
+    if editor:
+        import_cv2()
     settings = SettingsFile(file)
     if start is not None and "model" in settings.sections:
         raise ValueError(f"{file}: model: --from has sizes of its own")
@@ -129,28 +130,21 @@ def train(
         shown = replace(shown, noise=preset.noise, least_noise=preset.least_noise)
     if k is not None:
         shown = replace(shown, k=k)
-    options |= {
-        "bf16": precision == "bf16" or (precision == "auto" and has_bf16(device)),
-        "lr": lr if lr is not None else 3e-3 if backbone == "discrete" and not editor else 1e-3,
-    }
+    bf16 = precision == "bf16" or (precision == "auto" and has_bf16(device))
+    options |= {"bf16": bf16, "lr": lr}
     config = settings.changed("train", TrainConfig(**options, condition=shown))
-    won = {**{n: n for n in options}, "bf16": "precision"}
-    config = replace(config, **{n: options[n] for n, option in won.items() if given(option)})
+    won = {
+        name for name in options
+        if _given(ctx, "precision" if name == "bf16" else name)
+    }  # fmt: skip
+    config = replace(config, **{name: options[name] for name in won})
     if (out / "model").exists():
         raise ValueError(f"--out: {out / 'model'} exists already; that run is finished")
     if out.resolve().is_relative_to(data.resolve()):
         raise ValueError(f"--out: {out} lies inside DATA; its pictures would be trained on")
     check_folder("--out", out)
-    saved = (data / "database.json").is_file()
-    source = Database.open(data) if saved else data
-    if pictures is not None:
-        if not isinstance(source, Database) or not pictures.is_dir():
-            raise ValueError(f"--pictures: must be a folder, and DATA a database, got {pictures}")
-        source.pictures = pictures
-    if saved or not shards(data):  # a wrong path is told before a model is loaded
-        found = len(source) if isinstance(source, Database) else len(list_images(data))
-        if found < 2:
-            raise ValueError(f"data: needs at least two readable images, found {found}")
+    source, found = _collection(data, pictures)
+    if found is not None:
         if k is None and "k" not in settings.sections.get("condition", {}):
             shown = replace(shown, k=min(shown.k, found - 1))
             config = replace(config, condition=shown)
@@ -173,8 +167,9 @@ def train(
         try:
             if editor:
                 edits = encode_edits(
-                    source, out, embed, codes, versions, config.seed, these, augmentation, crop
-                )
+                    source, out, embed, codes, versions, config.seed, these, augmentation, crop,
+                    near=shown.near,
+                )  # fmt: skip
                 record = train_editor(
                     edits, out, begin if begin.config.source else editor_from(begin), embed, codes,
                     config, device=device, progress=not as_json,
@@ -182,7 +177,7 @@ def train(
             else:
                 record = run(
                     source, out, codes, embed, model=sizes if begin is None else None,
-                    start=begin, worlds=versions, augmentation=augmentation, crop=crop,
+                    start=begin, versions=versions, augmentation=augmentation, crop=crop,
                     device=device, config=config, progress=not as_json,
                 )  # fmt: skip
         except KeyboardInterrupt:
@@ -227,6 +222,32 @@ class SettingsFile:
             return settings.updated(self.sections.get(name, {}))
         except (ValueError, TypeError) as e:
             raise ValueError(f"{self.file}: {name}: {e}") from None
+
+
+def _given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def _collection(data: Path, pictures: Path | None) -> tuple[Database | Path, int | None]:
+    """What DATA is, and how many images it holds; None of shards, which are not counted.
+
+    A wrong path is told here, before a model is loaded.
+    """
+    from knnfast.database import Database
+    from knnfast.diffusion.data import shards
+    from knnfast.images import list_images
+
+    source = Database.open(data) if Database.is_at(data) else data
+    if pictures is not None:
+        if not isinstance(source, Database) or not pictures.is_dir():
+            raise ValueError(f"--pictures: must be a folder, and DATA a database, got {pictures}")
+        source.pictures = pictures
+    if not isinstance(source, Database) and shards(data):
+        return source, None
+    found = len(source) if isinstance(source, Database) else len(list_images(data))
+    if found < 2:
+        raise ValueError(f"data: needs at least two readable images, found {found}")
+    return source, found
 
 
 def _semantic(encoder: Any) -> int | None:

@@ -1,1 +1,1 @@
-"""Wing 3: schedule, denoiser, tokenizer, sampler and training of the diffusion model."""
+"""The diffusion model: schedule, denoiser, tokenizer, sampler and training."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from knnfast import _files
-from knnfast.database import Database
+from knnfast.database import Database, Unread
 from knnfast.diffusion.augment import PHOTOS, AugmentConfig, augmented
 from knnfast.diffusion.cache import check_recipe, load_cache, save_cache
 from knnfast.diffusion.distributed import Processes
@@ -30,7 +30,6 @@ from knnfast.diffusion.pairs import Pairs
 from knnfast.diffusion.tokenizer import VQTokenizer
 from knnfast.diffusion.trainer import generator
 from knnfast.encoders import pixels
-from knnfast.evaluate import weights_hash
 from knnfast.images import READ_ERRORS, SUFFIXES, flatten, list_images, printable, read_image
 
 if TYPE_CHECKING:
@@ -227,38 +226,29 @@ def build_database(data: str | Path, encoder: Encoder, batch: int = 64) -> Datab
     """
     if not shards(data):
         return Database.build(data, encoder)
+
+    def unread(item: Picture) -> Unread:
+        path = PurePosixPath(item.member)
+        name = printable(path.name.partition(".")[0] or path.name)
+        group = printable(path.parent.as_posix())
+        return Unread(Path(item.name), item.read, name, group, f"{item.shard}/{item.member}")
+
     db = Database(encoder.card)
-    stream = pictures(data)
-    while items := list(islice(stream, batch)):
-        images, kept = [], []
-        for item in items:
-            try:
-                images.append(item.read())
-            except READ_ERRORS:  # `encode` has warned of it
-                continue
-            kept.append((f"{item.shard}/{item.member}", PurePosixPath(item.member)))
-        if images:
-            db.add(
-                encoder.encode_images(images),
-                images,
-                names=[printable(path.name.partition(".")[0] or path.name) for _, path in kept],
-                groups=[printable(path.parent.as_posix()) for _, path in kept],
-                sources=[source for source, _ in kept],
-            )
+    db.add_unread(map(unread, pictures(data)), encoder, batch)  # `encode` has warned of bad ones
     return db
 
 
 # ---- encoding -----------------------------------------------------------------------------------
 
 
-def worlds_of(
+def versions_of(
     images: Tensor, count: int, seed: Sequence[int], augmentation: AugmentConfig = PHOTOS
 ) -> Iterator[Tensor]:
     """The images as they are, then `count` - 1 times with every image augmented in its own way.
 
     Args:
         images: [N, 3, S, S], uint8.
-        count: number of worlds.
+        count: how many.
         seed: numbers that fix the augmentations.
         augmentation: how the images are changed.
 
@@ -266,12 +256,12 @@ def worlds_of(
         [N, 3, S, S], uint8.
     """
     yield images
-    for world in range(1, count):
-        yield augmented(images, generator(*seed, world), augmentation)
+    for version in range(1, count):
+        yield augmented(images, generator(*seed, version), augmentation)
 
 
 def make_pairs(
-    worlds: Iterable[Tensor],
+    versions: Iterable[Tensor],
     encoder: ImageEncoder,
     tokenizer: VQTokenizer,
     targets: Tensor | None = None,
@@ -279,16 +269,16 @@ def make_pairs(
     batch: int = 64,
     known: Tensor | None = None,
 ) -> Pairs:
-    """Encode every world of a collection: codes and embeddings.
+    """Encode every version of a collection: codes and embeddings.
 
     Args:
-        worlds: the collection in one or more versions, each [N, 3, S, S] uint8.
+        versions: the collection, one or more times, each [N, 3, S, S] uint8.
         encoder: gives embeddings of PIL images; nothing else of it is used.
         tokenizer: gives codes.
         targets: ids that may be targets, [n] int64; None: all.
         database: ids that may be neighbours, [m] int64; None: all.
         batch: images at a time.
-        known: the first world's embeddings [N, E], where its images were larger.
+        known: the first version's embeddings [N, E], where its images were larger.
 
     Raises:
         ValueError: the tokenizer has more codes than fit.
@@ -300,7 +290,7 @@ def make_pairs(
     device = next(tokenizer.parameters()).device
     codes: list[Tensor] = []
     embeddings = [] if known is None else [known]
-    for images in worlds:
+    for images in versions:
         if len(embeddings) == len(codes):
             shown = [Image.fromarray(x.numpy()) for x in images.permute(0, 2, 3, 1)]
             embeddings.append(torch.from_numpy(_embed(shown, encoder, batch)))
@@ -320,7 +310,7 @@ def encode(
     folder: Path,
     encoder: ImageEncoder,
     tokenizer: VQTokenizer,
-    worlds: int,
+    versions: int,
     seed: int,
     processes: Processes | None = None,
     progress: bool = True,
@@ -341,8 +331,8 @@ def encode(
     recipe = {
         "data": identity(data),
         "encoder": encoder.card.sha256,
-        "tokenizer": weights_hash(tokenizer),
-        "worlds": worlds,
+        "tokenizer": _files.weights_hash(tokenizer),
+        "versions": versions,
         "augmentation": augmentation.to_dict(),
         "crop": crop,
         "seed": seed,
@@ -355,7 +345,7 @@ def encode(
         _files.write_json(made_from, recipe)
     processes.wait()
     if parts.is_dir():
-        made = partial(worlds_of, count=worlds, augmentation=augmentation)
+        made = partial(versions_of, count=versions, augmentation=augmentation)
         _encode_parts(data, parts, encoder, tokenizer, crop, made, seed, processes, progress)
         processes.wait()
         if processes.main:
@@ -368,7 +358,7 @@ def encode(
 
 def _encode_parts(
     data: str | Path | Database, folder: Path, encoder: ImageEncoder, tokenizer: VQTokenizer,
-    crop: str, worlds: Callable[..., Iterator[Tensor]], seed: int, processes: Processes,
+    crop: str, versions: Callable[..., Iterator[Tensor]], seed: int, processes: Processes,
     progress: bool,
 ) -> None:  # fmt: skip
     """Write this process's share of the parts."""
@@ -388,8 +378,9 @@ def _encode_parts(
             for line in skipped:
                 warnings.warn(f"skipped {line}", stacklevel=2)
             if len(images):
-                versions = worlds(images, seed=(seed, number))
-                made = make_pairs(versions, encoder, tokenizer, known=known)
+                made = make_pairs(
+                    versions(images, seed=(seed, number)), encoder, tokenizer, known=known
+                )
                 _files.save_tensors(part, {"codes": made.codes, "embeddings": made.embeddings})
         bar.update(len(items))
         number += 1

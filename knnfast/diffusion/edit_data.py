@@ -6,13 +6,14 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from knnfast import _files
 from knnfast.diffusion.augment import PHOTOS, AugmentConfig
 from knnfast.diffusion.cache import load_cache, save_cache
 from knnfast.diffusion.data import ImageEncoder, identity, load_images, own_crop, pictures
 from knnfast.diffusion.distributed import Processes
-from knnfast.diffusion.editing import EditPairs, make_edit_pairs
+from knnfast.diffusion.editing import EditPairs, import_cv2, make_edit_pairs
+from knnfast.diffusion.pairs import ConditionConfig
 from knnfast.diffusion.tokenizer import VQTokenizer
-from knnfast.evaluate import weights_hash
 
 if TYPE_CHECKING:
     from knnfast.database import Database
@@ -25,31 +26,34 @@ def encode_edits(
     folder: Path,
     encoder: ImageEncoder,
     tokenizer: VQTokenizer,
-    worlds: int,
+    versions: int,
     seed: int,
     processes: Processes | None = None,
     augmentation: AugmentConfig = PHOTOS,
     crop: str | None = None,
     neighbours: int = 3,
+    near: float = ConditionConfig.near,
 ) -> EditPairs:
     """Read a collection and align each image's neighbours once; later calls read the result.
 
-    All pixels stay in memory: worlds (1 + neighbours) 3 S^2 bytes an image. The arguments are
+    All pixels stay in memory: versions (1 + neighbours) 3 S^2 bytes an image. The arguments are
     those of `data.encode` and `make_edit_pairs`.
 
     Raises:
         ValueError: too few readable images, or `folder` holds another collection's result.
         ImportError: OpenCV is not installed.
     """
+    import_cv2()
     processes = processes or Processes()
     crop = crop or own_crop(encoder)
     file = folder / EDITS_FILE
     recipe = {
         "data": identity(data),
         "encoder": encoder.card.sha256,
-        "tokenizer": weights_hash(tokenizer),
-        "worlds": worlds,
+        "tokenizer": _files.weights_hash(tokenizer),
+        "versions": versions,
         "neighbours": neighbours,
+        "near": near,
         "augmentation": augmentation.to_dict(),
         "crop": crop,
         "seed": seed,
@@ -59,7 +63,7 @@ def encode_edits(
         for line in loaded.skipped:
             warnings.warn(f"skipped {line}", stacklevel=2)
         pairs, _ = make_edit_pairs(
-            loaded.squares, encoder, tokenizer, worlds, neighbours, seed, augmentation
+            loaded.squares, encoder, tokenizer, versions, neighbours, seed, augmentation, near
         )
         folder.mkdir(parents=True, exist_ok=True)
         # Two tensors of a file may not share their memory.

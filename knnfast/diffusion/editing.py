@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from knnfast import _files
 from knnfast.diffusion.augment import PHOTOS, AugmentConfig, augmented
 from knnfast.diffusion.data import ImageEncoder, make_pairs
 from knnfast.diffusion.denoiser import Denoiser
@@ -28,8 +29,6 @@ from knnfast.diffusion.pairs import SPARE, ConditionConfig, ConditionSampler, Pa
 from knnfast.diffusion.tokenizer import VQTokenizer
 from knnfast.diffusion.trainer import TrainConfig, Trainer, fit
 from knnfast.diffusion.training import CodesObjective, corrupt
-from knnfast.edit import check_keeps
-from knnfast.evaluate import weights_hash
 from knnfast.images import pictures_of
 from knnfast.search import Index
 
@@ -54,8 +53,7 @@ def align(moving: np.ndarray, fixed: np.ndarray, iterations: int = 50) -> tuple[
     Raises:
         ImportError: OpenCV is not installed.
     """
-    import cv2
-
+    cv2 = import_cv2()
     template, grey = (
         cv2.cvtColor(x, cv2.COLOR_RGB2GRAY).astype(np.float32) / 255 for x in (fixed, moving)
     )
@@ -75,6 +73,17 @@ def align(moving: np.ndarray, fixed: np.ndarray, iterations: int = 50) -> tuple[
     return cv2.warpAffine(moving, warp, size, flags=flags, borderValue=(255, 255, 255)), True
 
 
+def import_cv2() -> Any:
+    """Import OpenCV when pictures are aligned: nothing else needs it."""
+    try:
+        import cv2
+    except ImportError as e:
+        raise ImportError(
+            f"training an editor needs OpenCV ({e}); install it with: pip install 'knnfast[edit]'"
+        ) from e
+    return cv2
+
+
 @dataclass(frozen=True)
 class EditPairs(Pairs):
     """Pairs with their pictures, and beside each picture its nearest neighbours, aligned to it.
@@ -92,10 +101,11 @@ def make_edit_pairs(
     images: Tensor,
     encoder: ImageEncoder,
     tokenizer: VQTokenizer,
-    worlds: int = 6,
+    versions: int = 6,
     neighbours: int = 3,
     seed: int = 0,
     augmentation: AugmentConfig = PHOTOS,
+    near: float = ConditionConfig.near,
 ) -> tuple[EditPairs, float]:
     """Encode a collection for an editor, its neighbours aligned.
 
@@ -103,71 +113,75 @@ def make_edit_pairs(
         images: [N, 3, S, S] uint8, N > neighbours.
         encoder: gives embeddings of PIL images.
         tokenizer: gives codes.
-        worlds: versions of the collection: the first as it is, the others augmented, each image
+        versions: of the collection: the first as it is, the others augmented, each image
             and the neighbours aligned to it in the same way.
         neighbours: of each image: the nearest that are no near-duplicates of it.
         seed: of the augmentations.
         augmentation: how the images of the other versions are changed.
+        near: cosine from which an image counts as a near-duplicate.
 
     Returns:
         The pairs, and the share of the alignments that converged.
 
     Raises:
-        ValueError: an image has not so many neighbours.
+        ValueError: an image has not so many neighbours. ImportError: OpenCV is not installed.
     """
     if not 1 <= neighbours < len(images):
         raise ValueError(f"neighbours: must be 1 ... {len(images) - 1}, got {neighbours}")
+    import_cv2()
     channels_last = images.permute(0, 2, 3, 1).numpy()
     pictures = [Image.fromarray(x) for x in channels_last]
-    near = nearest_others(np.asarray(encoder.encode_images(pictures).vectors), neighbours)
+    rows = np.asarray(encoder.encode_images(pictures).vectors)
+    lent_by = nearest_others(rows, neighbours, near)
     aligned = torch.empty(neighbours, *images.shape, dtype=torch.uint8)
     converged = 0
-    for i, ids in enumerate(near):
+    for i, ids in enumerate(lent_by):
         for n, j in enumerate(ids):
             picture, found = align(channels_last[j], channels_last[i])
             aligned[n, i] = torch.from_numpy(picture).permute(2, 0, 1)
             converged += found
-    versions, lent = [images], [aligned]
-    for world in range(1, worlds):
+    shown, lent = [images], [aligned]
+    for version in range(1, versions):
         g, changed = torch.Generator(), []
         for x in (images, *aligned):  # an image and what is aligned to it change in one way
-            g.manual_seed((seed * 1_000_003 + world) % 2**64)
+            g.manual_seed((seed * 1_000_003 + version) % 2**64)
             changed.append(augmented(x, g, augmentation))
-        versions.append(changed[0])
+        shown.append(changed[0])
         lent.append(torch.stack(changed[1:]))
-    plain = make_pairs(versions, encoder, tokenizer)
-    pairs = EditPairs(**vars(plain), images=torch.stack(versions), aligned=torch.stack(lent))
-    return pairs, converged / near.size
+    plain = make_pairs(shown, encoder, tokenizer)
+    pairs = EditPairs(**vars(plain), images=torch.stack(shown), aligned=torch.stack(lent))
+    return pairs, converged / lent_by.size
 
 
-def nearest_others(rows: np.ndarray, count: int) -> np.ndarray:
+def nearest_others(rows: np.ndarray, count: int, near: float = ConditionConfig.near) -> np.ndarray:
     """The nearest other pictures of each picture that are no near-duplicates of it, [N, count].
 
     Args:
         rows: embeddings, [N, E] float32, unit rows.
         count: of neighbours.
+        near: cosine from which a picture counts as a near-duplicate.
 
     Raises:
         ValueError: a picture has not so many.
     """
     index = Index(rows.shape[1], metric="ip")
     index.add(rows)
-    near = np.empty((len(rows), count), np.int64)
+    nearest = np.empty((len(rows), count), np.int64)
     rest, wide = np.arange(len(rows)), count + SPARE
     while len(rest):
         scores, ids = index.search(rows[rest], min(wide, len(rows)))
-        other = scores < ConditionConfig.near  # the picture itself is not, either
+        other = scores < near  # the picture itself is not, either
         enough = other.sum(1) >= count
         first = np.argsort(~other, axis=1, kind="stable")[enough, :count]
-        near[rest[enough]] = np.take_along_axis(ids[enough], first, 1)
+        nearest[rest[enough]] = np.take_along_axis(ids[enough], first, 1)
         rest = rest[~enough]
         if len(rest) and wide >= len(rows):
             raise ValueError(
                 f"neighbours: picture {rest[0]} has fewer than {count} that are no near-duplicates "
-                f"of it (cosine below {ConditionConfig.near})"
+                f"of it (cosine below {near})"
             )
         wide *= 4
-    return near
+    return nearest
 
 
 @dataclass(frozen=True)
@@ -254,13 +268,13 @@ class EditSampler(ConditionSampler):
         def chance(p: float) -> Tensor:
             return torch.rand(count, generator=g) < p
 
-        world, drawn = self._pick(count, g)
+        version, drawn = self._pick(count, g)
         targets = pairs.targets[drawn]
-        own = pairs.embeddings[world][targets].float()
-        codes = pairs.codes[world][targets].long()
-        image = pairs.images[world, targets].float() / 255
+        own = pairs.embeddings[version][targets].float()
+        codes = pairs.codes[version][targets].long()
+        image = pairs.images[version, targets].float() / 255
         rank = torch.randint(pairs.aligned.shape[1], (count,), generator=g)
-        other = pairs.aligned[world, rank, targets].float() / 255
+        other = pairs.aligned[version, rank, targets].float() / 255
         region = regions((image - other).abs().mean(1), cfg.least, cfg.most, g)
         whole = chance(cfg.whole)
         region[whole] = 1.0
@@ -273,7 +287,7 @@ class EditSampler(ConditionSampler):
         if len(rest):
             rows = self.encoder.encode_images(pictures_of(part[rest])).vectors
             about[rest] = torch.from_numpy(np.asarray(rows))
-        cond, mask = self._condition(about, own, world, drawn, g)
+        cond, mask = self._condition(about, own, version, drawn, g)
 
         # The tokenizer's normalisation carries a change into codes far away: only the codes of the
         # cells that the region touches, and of the cells around them, are taken over.
@@ -316,7 +330,7 @@ def editor_from(denoiser: Denoiser, gate: float = 6.0) -> Denoiser:
     Raises:
         ValueError: its schedule replaces codes.
     """
-    check_keeps(denoiser.schedule)
+    denoiser.schedule.check_keeps()
     editor = Denoiser(replace(denoiser.config, source=True))
     editor.load_state_dict({**editor.state_dict(), **denoiser.state_dict()})
     torch.nn.init.constant_(editor.source_gate.bias, gate)
@@ -350,9 +364,10 @@ def train_editor(
     condition = config.condition
     if not isinstance(condition, EditConfig):
         raise TypeError("config.condition: must be an EditConfig")
-    check_keeps(start.schedule)
+    start.schedule.check_keeps()
     if pairs.codes.shape[-1] != start.config.length:
         raise ValueError("the pairs' codes do not have the editor's sizes")
+    config = config.with_lr(1e-3)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     with processes(device) as these:
@@ -362,11 +377,11 @@ def train_editor(
         made_from = {
             "data": pairs.digest(),
             "encoder": encoder.card.sha256,
-            "tokenizer": weights_hash(tokenizer),
+            "tokenizer": _files.weights_hash(tokenizer),
         }
         trainer = Trainer(objective, config, sampler, these, made_from=made_from)
         trainer.start_from(start)
-        about = {"targets": len(pairs.targets), "worlds": len(pairs.codes)}
+        about = {"targets": len(pairs.targets), "versions": len(pairs.codes)}
 
         def draw(trainer: Trainer) -> Image.Image:
             return draw_edits(trainer.averaged(), sampler, config.seed)

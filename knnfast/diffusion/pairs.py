@@ -25,12 +25,12 @@ SPARE = 32  # neighbours looked up beyond k, to fill places of near-duplicates
 
 @dataclass(frozen=True)
 class Pairs:
-    """Images as (codes, embedding), in several versions ("worlds") of the same collection.
+    """Images as (codes, embedding), in several versions of the same collection.
 
-    World 0 holds the images as they are; in each other world every image is augmented in its own
+    Version 0 holds the images as they are; in each other one every image is augmented in its own
     way, *and the embeddings are those of the augmented images*. Neighbours are always taken from
-    the target's own world, so what a neighbour's embedding says about its picture is true in every
-    world, and reading it is the only way to know the picture.
+    the target's own version, so what a neighbour's embedding says about its picture is true in all
+    of them, and reading it is the only way to know the picture.
 
     Attributes:
         codes: [W, N, L] int16.
@@ -100,7 +100,7 @@ class ConditionConfig(Settings):
         near: cosine similarity from which an image counts as a near-duplicate of the target.
         subset: probability that only a random part of the database is searched (farther
             neighbours, as in a swapped or small database).
-        original: probability of world 0.
+        original: probability of version 0.
         no_query: probability that only neighbours are shown.
         no_neighbours: probability that only the query is shown.
         null: probability that nothing is shown (classifier-free guidance).
@@ -181,17 +181,17 @@ def nearest(pairs: Pairs, count: int, batch: int = 4096) -> Tensor:
         batch: targets searched at a time.
 
     Returns:
-        Ids, [W, n, min(count, m)] int32, best first, in each world.
+        Ids, [W, n, min(count, m)] int32, best first, in each version.
     """
     count = min(count, len(pairs.database))
     out = torch.empty(len(pairs.codes), len(pairs.targets), count, dtype=torch.int32)
-    for world, rows in enumerate(pairs.embeddings):
+    for version, rows in enumerate(pairs.embeddings):
         index = Index(rows.shape[1], metric="ip")
         index.add(rows[pairs.database], ids=pairs.database)
         for start in range(0, len(pairs.targets), batch):
             part = pairs.targets[start : start + batch]
             found = index.search(rows[part].float().numpy(), count)[1]
-            out[world, start : start + batch] = torch.from_numpy(found)
+            out[version, start : start + batch] = torch.from_numpy(found)
     return out
 
 
@@ -226,7 +226,7 @@ class ConditionSampler:
         return other
 
     def draw(self, count: int, g: torch.Generator) -> tuple[Tensor, ...]:
-        """Draw images of one world whose neighbours come from one search.
+        """Draw images of one version whose neighbours come from one search.
 
         Args:
             count: images.
@@ -235,34 +235,34 @@ class ConditionSampler:
         Returns:
             codes [count, L] int64, cond [count, k+1, E] float32, mask [count, k+1] bool.
         """
-        world, drawn = self._pick(count, g)
+        version, drawn = self._pick(count, g)
         targets = self.pairs.targets[drawn]
-        own = self.pairs.embeddings[world][targets].float()
-        cond, mask = self._condition(own, own, world, drawn, g)
-        return self.pairs.codes[world][targets].long(), cond, mask
+        own = self.pairs.embeddings[version][targets].float()
+        cond, mask = self._condition(own, own, version, drawn, g)
+        return self.pairs.codes[version][targets].long(), cond, mask
 
     def _pick(self, count: int, g: torch.Generator) -> tuple[int, Tensor]:
-        """A world, and places of targets in `pairs.targets`, [count]."""
-        worlds, world = len(self.pairs.codes), 0
-        if worlds > 1 and not _chance(self.config.original, 1, g):
-            world = int(torch.randint(1, worlds, (1,), generator=g))
-        return world, torch.randint(len(self.pairs.targets), (count,), generator=g)
+        """A version, and places of targets in `pairs.targets`, [count]."""
+        versions, version = len(self.pairs.codes), 0
+        if versions > 1 and not _chance(self.config.original, 1, g):
+            version = int(torch.randint(1, versions, (1,), generator=g))
+        return version, torch.randint(len(self.pairs.targets), (count,), generator=g)
 
     def _condition(
-        self, about: Tensor, own: Tensor, world: int, drawn: Tensor, g: torch.Generator
+        self, about: Tensor, own: Tensor, version: int, drawn: Tensor, g: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Condition embeddings [count, k+1, E], and which of them are on.
 
         Args:
             about: embeddings that the queries are made of, [count, E].
             own: the targets' embeddings, which tell their near-duplicates.
-            world: of the targets.
+            version: of the targets.
             drawn: their places in `pairs.targets`.
             g: source of every random choice.
         """
         cfg, pairs, count = self.config, self.pairs, len(drawn)
-        targets, rows = pairs.targets[drawn], pairs.embeddings[world]
-        query = self._query(about, world, _chance(cfg.text_like, count, g), g)
+        targets, rows = pairs.targets[drawn], pairs.embeddings[version]
+        query = self._query(about, version, _chance(cfg.text_like, count, g), g)
 
         ids = torch.full((count, cfg.k), -1)
         if cfg.shows_neighbours:
@@ -272,7 +272,7 @@ class ConditionSampler:
                 keep = torch.rand(len(pairs.database), generator=g) < share
                 keep |= torch.isin(pairs.database, targets)
                 allowed = pairs.database[keep]
-            found = self._found(query, drawn, world, allowed)
+            found = self._found(query, drawn, version, allowed)
             ids = self._neighbours(found, targets, own, rows, _chance(cfg.exclude, count, g))
 
         cond = torch.cat([query[:, None], rows[ids.clamp_min(0)].float()], 1)
@@ -286,7 +286,7 @@ class ConditionSampler:
         mask = torch.cat([use_query, on & use_neighbours], 1)
         return cond * mask[..., None], mask
 
-    def _query(self, own: Tensor, world: int, text_like: Tensor, g: torch.Generator) -> Tensor:
+    def _query(self, own: Tensor, version: int, text_like: Tensor, g: torch.Generator) -> Tensor:
         """The query embedding: the image's own, cut and disturbed to resemble a prompt's."""
         cfg, count = self.config, len(own)
         semantic = cfg.semantic or own.shape[1]
@@ -296,17 +296,17 @@ class ConditionSampler:
         length = cfg.least_noise + (cfg.noise - cfg.least_noise) * torch.rand(count, 1, generator=g)
         noise = noise * length
         if cfg.confuse:
-            near = self._index(world, semantic).search(query[:, :semantic].numpy(), RIVALS)[1]
+            near = self._index(version, semantic).search(query[:, :semantic].numpy(), RIVALS)[1]
             known = min(RIVALS, len(self.pairs.database))
             one = torch.randint(known, (count, 1), generator=g)
             id = torch.from_numpy(near).gather(1, one)[:, 0]
-            rival = F.normalize(self.pairs.embeddings[world][id, :semantic].float(), dim=1)
+            rival = F.normalize(self.pairs.embeddings[version][id, :semantic].float(), dim=1)
             rival = rival * torch.rand(count, 1, generator=g) * cfg.confuse
             noise = noise + F.pad(rival, (0, own.shape[1] - semantic)) * text_like[:, None]
         exact = ~text_like & (torch.rand(count, generator=g) < cfg.exact)
         return F.normalize(query + noise * (~exact)[:, None], dim=1)
 
-    def _found(self, query: Tensor, drawn: Tensor, world: int, allowed: Tensor | None) -> Tensor:
+    def _found(self, query: Tensor, drawn: Tensor, version: int, allowed: Tensor | None) -> Tensor:
         """Ids of the allowed images nearest to the queries [n, more than k], -1 behind the last."""
         if self.candidates is None:
             # Enough to fill k places when near-duplicates of the target are taken out.
@@ -314,10 +314,10 @@ class ConditionSampler:
             allow = None if allowed is None else allowed.numpy()
             rows = self.pairs.embeddings.shape[-1]
             return torch.from_numpy(
-                self._index(world, rows).search(query.numpy(), count, allow=allow)[1]
+                self._index(version, rows).search(query.numpy(), count, allow=allow)[1]
             )
-        ids = self.candidates[world][drawn].long()
-        score = torch.einsum("ne,nce->nc", query, self.pairs.embeddings[world][ids].float())
+        ids = self.candidates[version][drawn].long()
+        score = torch.einsum("ne,nce->nc", query, self.pairs.embeddings[version][ids].float())
         if allowed is not None:
             some = torch.zeros(self.pairs.codes.shape[1], dtype=torch.bool)
             some[allowed] = True
@@ -338,14 +338,14 @@ class ConditionSampler:
         ids = torch.where(drop, -1, found).gather(1, order)
         return F.pad(ids, (0, k - ids.shape[1]), value=-1)
 
-    def _index(self, world: int, dim: int) -> Index:
-        """The first `dim` numbers of a world's database, indexed on first use."""
-        if (world, dim) not in self._indexes:
-            rows = self.pairs.embeddings[world][self.pairs.database, :dim]
+    def _index(self, version: int, dim: int) -> Index:
+        """The first `dim` numbers of a version's database, indexed on first use."""
+        if (version, dim) not in self._indexes:
+            rows = self.pairs.embeddings[version][self.pairs.database, :dim]
             index = Index(dim, metric="cosine" if dim < self.pairs.embeddings.shape[-1] else "ip")
             index.add(rows, ids=self.pairs.database)
-            self._indexes[world, dim] = index
-        return self._indexes[world, dim]
+            self._indexes[version, dim] = index
+        return self._indexes[version, dim]
 
 
 def _chance(p: float, count: int, g: torch.Generator) -> Tensor:

@@ -59,6 +59,14 @@ class Schedule:
         for array in (self.A, self.B, self.C):
             array.setflags(write=False)
 
+    def check_keeps(self) -> None:
+        """Refuse what replaces codes: an edit could not keep those that it does not redraw."""
+        if self.B[1:].any():
+            raise ValueError(
+                f"schedule: an editor needs 'mask', which keeps a code once it is drawn, "
+                f"got {self.name!r}"
+            )
+
     def levels(self, steps: int | Sequence[int], top: int | None = None) -> list[int]:
         """Levels a sampler visits, from T, or a lower `top`, down to 0.
 

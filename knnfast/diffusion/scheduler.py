@@ -97,7 +97,7 @@ class VQDiffusionScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             levels = even_levels(T, n)
         else:
             levels = [t + 1 for t in timesteps] + [0]
-            if any(a <= b for a, b in pairwise(levels)) or levels[0] > T:
+            if len(levels) < 2 or any(a <= b for a, b in pairwise(levels)) or levels[0] > T:
                 raise ValueError(f"timesteps: must fall and lie in [0, {T - 1}], got {timesteps}")
         self.num_inference_steps = len(levels) - 1
         self.timesteps = torch.tensor([t - 1 for t in levels[:-1]], device=device)

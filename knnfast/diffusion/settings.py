@@ -9,7 +9,8 @@ from typing import Any
 from typing_extensions import Self
 
 TYPES: dict[str, Any] = {
-    "bool": bool, "int": int, "int | None": int | None, "float": int | float, "str": str,
+    "bool": bool, "int": int, "int | None": int | None, "float": int | float,
+    "float | None": int | float | None, "str": str,
 }  # fmt: skip
 
 

@@ -20,7 +20,6 @@ from knnfast import _files
 from knnfast.diffusion.augment import PHOTOS, AugmentConfig, augment
 from knnfast.diffusion.cache import check_recipe, digest
 from knnfast.diffusion.tokenizer import NormSiLU, TokenizerConfig, VQTokenizer
-from knnfast.evaluate import weights_hash
 
 STATE_FILE = "state.safetensors"
 
@@ -155,6 +154,59 @@ def redundant(codebook: Tensor, counts: Tensor, error: float) -> Tensor:
     return ((distance < error) & (rank[None, :] < rank[:, None])).any(1)
 
 
+class _Codebook:
+    """A codebook that follows the latents: moving averages of those that chose each code.
+
+    Args:
+        codes: [K, dim]; written to.
+        decay: of the averages.
+
+    Attributes:
+        counts: how often each code is chosen, [K].
+        sums: of the latents that chose it, [K, dim].
+    """
+
+    def __init__(self, codes: Tensor, decay: float) -> None:
+        self.codes, self.decay = codes, decay
+        self.counts, self.sums = torch.ones(len(codes), device=codes.device), codes.clone()
+
+    def begin(self, rows: Tensor, g: torch.Generator) -> None:
+        """The first codes: k-means of latents."""
+        self.codes.copy_(kmeans(rows, len(self.codes), 15, g))
+        self.sums.copy_(self.codes)
+
+    def entropy(self) -> float:
+        """Of the codes' use, in nats."""
+        return float(torch.special.entr(self.counts / self.counts.sum()).sum())
+
+    @torch.no_grad()
+    def follow(
+        self, rows: Tensor, nearest: Tensor, g: torch.Generator, thorough: bool, revive: bool
+    ) -> None:
+        """Move the codes to the latents that chose them.
+
+        Args:
+            rows: latents, [N, dim].
+            nearest: the code of each, [N].
+            g: draws the latents that unused codes move to.
+            thorough: codes that stand by a more used one count as unused, too.
+            revive: move unused codes.
+        """
+        k = len(self.codes)
+        used = torch.bincount(nearest, minlength=k).float()
+        total = torch.zeros_like(self.codes).index_add_(0, nearest, rows)
+        self.counts.lerp_(used, 1 - self.decay)
+        self.sums.lerp_(total, 1 - self.decay)
+        error_of = (rows - self.codes[nearest]).square().sum(1)
+        dead = self.counts < 0.02 * len(rows) / k
+        if thorough:
+            dead |= redundant(self.codes, self.counts, float(error_of.mean()))
+        if revive and dead.any():
+            chosen = error_of.cpu().multinomial(int(dead.sum()), generator=g)
+            self.counts[dead], self.sums[dead] = len(rows) / k, rows[chosen] * (len(rows) / k)
+        self.codes.copy_(self.sums / self.counts[:, None].clamp_min(1e-6))
+
+
 class _State:
     """Everything a run needs to go on, in one file.
 
@@ -163,18 +215,17 @@ class _State:
         recipe: what the run is; another one is refused.
         model: the autoencoder.
         optimizer: of its trained parameters.
-        counts: moving average of how often each code is chosen, [K].
-        sums: moving sum of the latents that chose it, [K, dim].
+        codebook: what moves its codes.
         g: the run's random numbers.
     """
 
     def __init__(
         self, path: Path, recipe: dict[str, Any], model: VQTokenizer,
-        optimizer: torch.optim.Optimizer, counts: Tensor, sums: Tensor, g: torch.Generator,
+        optimizer: torch.optim.Optimizer, codebook: _Codebook, g: torch.Generator,
     ) -> None:  # fmt: skip
         self.path, self.recipe = path, json.loads(json.dumps(recipe))
         self.model, self.optimizer, self.g = model, optimizer, g
-        self.tensors = {"counts": counts, "sums": sums}
+        self.tensors = {"counts": codebook.counts, "sums": codebook.sums}
         self.tensors |= {f"net.{n}": p.detach() for n, p in model.named_parameters()}
 
     def save(self, step: int, history: list[dict[str, Any]]) -> None:
@@ -261,11 +312,18 @@ def train_tokenizer(
         The record that is also written to `training.json`.
 
     Raises:
-        ValueError: a setting out of range, or `out` holds the checkpoint of a run with other images
-            or settings.
+        ValueError: images of another type or size, a setting out of range, or `out` holds the
+            checkpoint of a run with other images or settings.
         FloatingPointError: the loss or its gradient is no longer finite; the last checkpoint is
             from before that.
     """
+    size = config.sample_size
+    for name, given in (("images", images), ("held_out", held_out)):
+        if given.dtype != torch.uint8 or given.shape[1:] != (3, size, size) or not len(given):
+            raise ValueError(
+                f"{name}: must be uint8 [N, 3, {size}, {size}], N > 0, got {given.dtype} "
+                f"{list(given.shape)}"
+            )
     for name, value in (("steps", steps), ("batch", batch), ("eval_every", eval_every)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -276,7 +334,7 @@ def train_tokenizer(
         "steps": steps, "batch": batch, "lr": lr, "warmup": warmup, "commitment": commitment,
         "codebook_decay": codebook_decay, "augmented": augmented,
         "augmentation": augmentation.to_dict(), "eval_every": eval_every, "seed": seed,
-        "start": start and weights_hash(start),
+        "start": start and _files.weights_hash(start),
     }  # fmt: skip
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -288,13 +346,12 @@ def train_tokenizer(
     if start is not None:
         model.load_state_dict(start.state_dict())
         warmup = 0
-    codebook = model.quantize.embedding.weight.requires_grad_(False)
+    codes = model.quantize.embedding.weight.requires_grad_(False)
+    codebook = _Codebook(codes, codebook_decay)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    k = config.num_vq_embeddings
-    counts, sums = torch.ones(k, device=codebook.device), codebook.clone()
     record: dict[str, Any] = {"steps": steps, "batch": batch, "seed": seed, "history": []}
-    state = _State(folder / STATE_FILE, recipe, model, optimizer, counts, sums, g)
+    state = _State(folder / STATE_FILE, recipe, model, optimizer, codebook, g)
     first, record["history"] = state.load()
     seconds = record["history"][-1]["seconds"] if first else 0.0
     started = time.perf_counter() - seconds
@@ -322,31 +379,17 @@ def train_tokenizer(
         if step == warmup and start is None:
             pool = [rows_of(z.detach())]
             with torch.no_grad(), autocast:
-                for _ in range(1 + 40 * k // pool[0].shape[0]):
+                for _ in range(1 + 40 * len(codes) // pool[0].shape[0]):
                     y = images[torch.randint(len(images), (batch,), generator=g)].float() / 255
                     pool.append(rows_of(model.latents(y.to(device)).float()))
-            codebook.copy_(kmeans(torch.cat(pool), k, 15, g))
-            sums.copy_(codebook)
+            codebook.begin(torch.cat(pool), g)
         pull = torch.zeros((), device=z.device)
         if step >= warmup:
             rows = rows_of(z)
             nearest = model.quantize.nearest(rows.detach())
-            q = codebook[nearest].reshape(z.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+            q = codes[nearest].reshape(z.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
             pull = (z - q).square().mean()
-            with torch.no_grad():
-                used = torch.bincount(nearest, minlength=k).float()
-                total = torch.zeros_like(codebook).index_add_(0, nearest, rows.detach())
-                counts.lerp_(used, 1 - codebook_decay)
-                sums.lerp_(total, 1 - codebook_decay)
-                error_of = (rows.detach() - codebook[nearest]).square().sum(1)
-                dead = counts < 0.02 * len(rows) / k
-                if step % 20 == 0:
-                    dead |= redundant(codebook, counts, float(error_of.mean()))
-                if dead.any() and step < 0.8 * steps:
-                    chosen = error_of.cpu().multinomial(int(dead.sum()), generator=g)
-                    fresh = rows.detach()[chosen]
-                    counts[dead], sums[dead] = len(rows) / k, fresh * (len(rows) / k)
-                codebook.copy_(sums / counts[:, None].clamp_min(1e-6))
+            codebook.follow(rows.detach(), nearest, g, step % 20 == 0, step < 0.8 * steps)
             z = z + (q - z).detach()
         with autocast:
             y = model.pixels(z)
@@ -373,8 +416,8 @@ def train_tokenizer(
                 "loss": round(float(loss.detach()), 4),
                 "grad": round(float(norm), 3),
                 "psnr_held_out": round(float(psnr(model, held_out).mean()), 2),
-                "code_entropy": round(float(torch.special.entr(counts / counts.sum()).sum()), 3),
-                "codes_used": int((counts > 0.02 * batch).sum()),
+                "code_entropy": round(codebook.entropy(), 3),
+                "codes_used": int((codebook.counts > 0.02 * batch).sum()),
             }
             fuse_norms(model, True, compile)
             record["history"].append(row)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from knnfast import _files
 from knnfast.diffusion.augment import PHOTOS, AugmentConfig
 from knnfast.diffusion.backbone import Backbone
 from knnfast.diffusion.cache import digest, load_cache, save_cache
@@ -25,7 +26,6 @@ from knnfast.diffusion.tokenizer import VQTokenizer
 from knnfast.diffusion.trainer import Objective, TrainConfig, Trainer, fit
 from knnfast.diffusion.unet import UNetConfig
 from knnfast.diffusion.unet_training import unet_trainer
-from knnfast.evaluate import weights_hash
 from knnfast.ops import transition_loss
 
 if TYPE_CHECKING:
@@ -117,10 +117,9 @@ class CodesObjective(Objective):
         with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.bf16):
             features = self.features(x_t, t, *inputs)
             if self.schedule.B[1:].any():
-                logits = self.net.head(features).float()
                 loss, kl = transition_loss(
-                    logits, x0, x_t, t, self.schedule, weight=steps * factor,
-                    auxiliary=self.auxiliary,
+                    self.net.head(features), x0, x_t, t, self.schedule, weight=steps * factor,
+                    auxiliary=self.auxiliary, inplace=True,
                 )  # fmt: skip
                 return loss, steps * kl
             rows = x_t == self.schedule.num_codes
@@ -178,7 +177,7 @@ def train(
     encoder: ImageEncoder | None = None,
     model: DenoiserConfig | UNetConfig | None = None,
     config: TrainConfig | None = None,
-    worlds: int = 8,
+    versions: int = 8,
     augmentation: AugmentConfig = PHOTOS,
     crop: str | None = None,
     start: Backbone | None = None,
@@ -203,7 +202,7 @@ def train(
         model: sizes, and with their type the backbone; what the tokenizer and the embeddings fix
             is filled in. None: those of `start`, or the discrete backbone's defaults.
         config: how to train.
-        worlds: versions of the collection: the first as it is, the others augmented.
+        versions: of the collection: the first as it is, the others augmented.
         augmentation: how the pictures of the others are changed.
         crop: of pictures that are no squares: `center`, `pad` (the whole on white), or None, as
             the encoder does.
@@ -231,7 +230,7 @@ def train(
             raise ValueError("encoder: needed to encode images")
         else:
             pairs = encode(
-                data, folder, encoder, tokenizer, worlds, config.seed, these, progress,
+                data, folder, encoder, tokenizer, versions, config.seed, these, progress,
                 augmentation, crop,
             )  # fmt: skip
         model = replace(
@@ -254,11 +253,11 @@ def train(
             trainer.start_from(start)
             if isinstance(model, UNetConfig):
                 trainer.net.check_codebook(codebook)
-        trainer.made_from["tokenizer"] = weights_hash(tokenizer)
+        trainer.made_from["tokenizer"] = _files.weights_hash(tokenizer)
         about = {
             "targets": len(pairs.targets),
             "database": len(pairs.database),
-            "worlds": len(pairs.codes),
+            "versions": len(pairs.codes),
         }
 
         def draw(trainer: Trainer) -> Image.Image:
@@ -282,6 +281,7 @@ def denoiser_trainer(
         candidates: what `nearest` returned for these pairs; None searches at every step.
     """
     pairs.check_sizes(model.length, model.embed_dim)
+    config = config.with_lr(3e-3)
     torch.manual_seed(config.seed)
     objective = CodesObjective(Denoiser(model), config.auxiliary, config.bf16, config.compile)
     sampler = ConditionSampler(pairs, config.condition, candidates)

@@ -263,8 +263,10 @@ class UNetDenoiser(Backbone):
         return torch.einsum("bk,bkchw->bchw", share, cond.paintings)
 
     def check(self, steps: int | Sequence[int], guidance: float, *, solver: str = "dpm") -> None:
-        """Refuse steps or a solver out of range."""
+        """Refuse steps, guidance or a solver out of range."""
         self._count(steps)
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance must be finite, got {guidance}")
         self.solver(solver)
 
     def _count(self, steps: Any) -> int:
@@ -274,7 +276,7 @@ class UNetDenoiser(Backbone):
                 raise TypeError
             count = operator.index(steps)
         except TypeError:
-            raise ValueError(
+            raise TypeError(
                 f"steps: the continuous backbone takes a number, got {steps!r}"
             ) from None
         if not 1 <= count <= self.config.num_steps:

@@ -53,7 +53,7 @@ def begin(
 ) -> None:
     """Give a new network what needs no gradient steps: its code vectors and its paintings.
 
-    What an embedding paints begins as the ridge regression of x_0 on embeddings, over every world
+    What an embedding paints begins as the ridge regression of x_0 on embeddings, over every version
     of the targets, and s^2 as the mean square of what that leaves.
 
     Args:
@@ -64,24 +64,24 @@ def begin(
         batch: targets that are in memory at a time.
     """
     cfg = net.config
-    worlds = range(len(pairs.codes))
-    parts = [(world, ids) for world in worlds for ids in pairs.targets.split(batch)]
+    versions = range(len(pairs.codes))
+    parts = [(version, ids) for version in versions for ids in pairs.targets.split(batch)]
     used = torch.zeros(cfg.num_codes, dtype=torch.int64)
-    for world, ids in parts:
-        used += torch.bincount(pairs.codes[world, ids].flatten(), minlength=cfg.num_codes)
+    for version, ids in parts:
+        used += torch.bincount(pairs.codes[version, ids].flatten(), minlength=cfg.num_codes)
     net.set_codebook(codebook, used)
     inputs = 1 + cfg.embed_dim
     gram = torch.zeros(inputs, inputs, dtype=torch.float64)
     cross = torch.zeros(inputs, cfg.code_dim * cfg.length, dtype=torch.float64)
     square = 0.0
-    for world, ids in parts:
-        rows = pairs.embeddings[world, ids].double() * math.sqrt(cfg.embed_dim)
+    for version, ids in parts:
+        rows = pairs.embeddings[version, ids].double() * math.sqrt(cfg.embed_dim)
         x = torch.cat([torch.ones(len(rows), 1, dtype=torch.float64), rows], 1)
-        y = net.vectors(pairs.codes[world, ids].long()).flatten(1).double()
+        y = net.vectors(pairs.codes[version, ids].long()).flatten(1).double()
         gram += x.T @ x
         cross += x.T @ y
         square += float(y.square().sum())
-    count = len(worlds) * len(pairs.targets)
+    count = len(versions) * len(pairs.targets)
     penalty = torch.full((inputs,), ridge * count, dtype=torch.float64)
     penalty[0] = 0.0
     fitted = torch.linalg.solve(gram + penalty.diag(), cross)
@@ -107,6 +107,7 @@ def unet_trainer(
         candidates: what `nearest` returned for these pairs; None searches at every step.
     """
     pairs.check_sizes(model.length, model.embed_dim)
+    config = config.with_lr(1e-3)
     if config.compile:
         raise ValueError("compile: of the discrete backbone alone")
     torch.manual_seed(config.seed)

@@ -1,4 +1,4 @@
-"""Wing 2: the fused ops, one file each; `reference` holds their FP64 definitions."""
+"""The fused ops, one file each; `reference` holds their FP64 definitions."""
 
 # Imported eagerly: an op and its file share a name, and the function must be what stays bound.
 from knnfast.ops.neighbour_attention import Unfolded, fold_neighbours, neighbour_attention

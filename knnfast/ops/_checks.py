@@ -14,7 +14,7 @@ LOGIT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _NUMBERS = (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat)
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
-# The one torch.library fragment of the wing; each op file defines its own ops in it.
+# The one torch.library fragment of the ops; each op file defines its own ops in it.
 library = torch.library.Library("knnfast", "FRAGMENT")
 
 
@@ -54,6 +54,30 @@ def check_shape(name: str, x: Tensor, shape: Sequence[int | None]) -> None:
     ):
         wanted = ", ".join("*" if s is None else str(s) for s in shape)
         raise ValueError(f"{name}: shape must be [{wanted}], got {list(x.shape)}")
+
+
+def check_schedule(schedule: object, num_codes: int) -> None:
+    """Raise TypeError unless it has A, B and C, ValueError if it is of other codes."""
+    if not all(hasattr(schedule, name) for name in "ABC"):
+        raise TypeError(f"schedule: must have A, B and C, got {schedule!r}")
+    check_whole("num_codes", num_codes)
+    codes = getattr(schedule, "num_codes", num_codes)
+    if codes != num_codes:
+        raise ValueError(f"schedule: is of {codes} codes, not of {num_codes}")
+
+
+def check_seed(seed: object, device: torch.device) -> None:
+    """Raise unless it is the int64 of a Philox key: a number, or a tensor of one on the device."""
+    if isinstance(seed, Tensor):
+        check_dtype("seed", seed, (torch.int64,))
+        check_device("seed", seed, device)
+        if seed.numel() != 1:
+            raise ValueError(f"seed: must have one element, got {seed.numel()}")
+        return
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(f"seed: must be an integer, got {seed!r}")
+    if not -(2**63) <= seed.__index__() < 2**63:
+        raise ValueError(f"seed: must be in [-2^63, 2^63), got {seed}")
 
 
 def check_device(name: str, x: Tensor, device: torch.device) -> None:

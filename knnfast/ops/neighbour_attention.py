@@ -152,7 +152,8 @@ def neighbour_attention(
     Returns:
         y: like x, contiguous. An image whose mask is all off keeps y = x (0 without residual).
     Raises: ValueError shape or device; TypeError dtype.
-    Numerics: accumulates in FP32, variance about a mean.  Backends: triton, cpu, reference.
+    Numerics: accumulates in FP32, variance about a mean.
+    Backends: Triton on CUDA, C++ on the CPU; defined by `reference.neighbour_attention`.
     Memory: y, and on the CPU the packed weights.  Deterministic: yes.
     Differentiable: in x, the folded weights, scale and shift.
     """

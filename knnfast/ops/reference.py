@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from knnfast.ops import philox
-from knnfast.ops._checks import check_whole
+from knnfast.ops._checks import check_dtype, check_schedule, check_seed, check_shape, check_whole
 
 # ---------------------------------------------------------------------------------------------
 # Neighbour attention
@@ -117,7 +117,7 @@ class Schedule(Protocol):
 
 
 # Columns of a step's weights, FP64. The first is the level t, for the random counters.
-T, MASK_P, MASK_U, REAL_P, REAL_U0, REAL_U1, KEEP = range(7)
+MASK_P, MASK_U, REAL_P, REAL_U0, REAL_U1, KEEP = range(1, 7)
 WEIGHTS = 7
 
 
@@ -130,17 +130,13 @@ def transition_weights(
     p(x_s | x_t = i)    = REAL_P p + (REAL_U0 (1 - p_i) + REAL_U1 p_i) uniform + rest at i
     KEEP = C_s is the share of positions that purity sampling leaves masked.
     """
-    if not all(hasattr(schedule, name) for name in "ABC"):
-        raise TypeError(f"schedule: must have A, B and C, got {schedule!r}")
-    for name, value in (("t", t), ("s", s), ("num_codes", num_codes)):
+    check_schedule(schedule, num_codes)
+    for name, value in (("t", t), ("s", s)):
         check_whole(name, value)
     A, B, C = ([float(v) for v in getattr(schedule, name)] for name in "ABC")
     if not 0 <= s < t < len(A):
         raise ValueError(f"levels must satisfy 0 <= s < t <= {len(A) - 1}, got t={t}, s={s}")
     K = num_codes
-    codes = getattr(schedule, "num_codes", K)
-    if codes != K:
-        raise ValueError(f"num_codes: the schedule is of {codes}, got {K}")
     _, b, c = stride(A, B, C, t, s)
     mask_p = c * A[s] / C[t] if C[t] > 0 else 0.0
     mask_u = c * K * B[s] / C[t] if C[t] > 0 else 0.0
@@ -334,7 +330,26 @@ def sample_prior(
     image_indices: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Draw x_t [B, L] from the schedule's own prior: MASK with C / (C + K B), else uniform."""
+    """Draw x_t [B, L] from the schedule's own prior: MASK with C / (C + K B), else uniform.
+
+    Args:
+        schedule: cumulative A, B, C for levels 0..T.
+        t: the level, in [1, T].
+        num_codes: K.
+        shape: (B, L).
+        seed: the Philox key, in [-2^63, 2^63), or an int64 tensor of one element.
+        image_indices: [B] int64, each image's place in the random counters; 0..B-1 when None.
+        device: of the tokens.
+    Raises: ValueError range; TypeError type.
+    """
+    check_schedule(schedule, num_codes)
+    check_whole("t", t)
+    if not 1 <= t < len(schedule.A):
+        raise ValueError(f"t: must be in [1, {len(schedule.A) - 1}], got {t}")
+    check_seed(seed, seed.device if isinstance(seed, Tensor) else torch.device(device))
+    if image_indices is not None:
+        check_dtype("image_indices", image_indices, (torch.int64,))
+        check_shape("image_indices", image_indices, shape[:1])
     B, C = float(schedule.B[t]), float(schedule.C[t])
     x = torch.full(shape, num_codes, dtype=torch.int64, device=device)
     level = torch.full((1,), float(t), dtype=torch.float64, device=device)

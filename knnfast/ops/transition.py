@@ -19,6 +19,7 @@ from knnfast.ops._checks import (
     check_device,
     check_dtype,
     check_number,
+    check_seed,
     check_shape,
     check_whole,
     library,
@@ -72,7 +73,8 @@ def transition_step(
         drawn; TypeError dtype. On CUDA nothing synchronises: a token of such a row is -1, one
         outside [0, K] counts as a code of probability 0.
     Numerics: choices in FP64; p in FP32, for the same seed perturbed scores agree with FP64 within
-        1e-5.  Backends: triton, cpu, reference.
+        1e-5.
+    Backends: Triton on CUDA, C++ on the CPU; defined by `reference.transition_step`.
     Memory: O(B L).  Deterministic: yes.  Differentiable: no.
     """
     check_dtype("logits", logits, LOGIT_TYPES)
@@ -129,7 +131,8 @@ def sample_head(
         x_s: [B, L] int64.
     Raises: as `transition_step`; on CUDA K is at most 65,536 in both.
     Memory: for each pass FP32 logits [n, K] of the n rows that are drawn (3 % at 100 steps); with a
-        weight on CUDA, where the host does not know n, of all [B L, K].  Backends: triton, cpu.
+        weight on CUDA, where the host does not know n, of all [B L, K].
+    Backends: Triton on CUDA, C++ on the CPU; defined by `reference.sample_head`.
     Numerics: FP32 logits from sums in one order, so that a token depends on its own row alone.
     A callable head on CUDA synchronises once, to learn n; a weight does not.
     """
@@ -237,16 +240,8 @@ def _check_step(
         check_dtype("image_indices", image_indices, (torch.int64,))
         check_shape("image_indices", image_indices, (B,))
         check_device("image_indices", image_indices, like.device)
-    if isinstance(seed, Tensor):
-        check_dtype("seed", seed, (torch.int64,))
-        check_device("seed", seed, like.device)
-        if seed.numel() != 1:
-            raise ValueError(f"seed: must have one element, got {seed.numel()}")
-    elif not hasattr(seed, "__index__"):
-        raise TypeError(f"seed: must be an integer, got {seed!r}")
-    elif not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: must be in [-2^63, 2^63), got {seed}")
-    else:
+    check_seed(seed, like.device)
+    if not isinstance(seed, Tensor):
         seed = torch.full((1,), seed, dtype=torch.int64, device=like.device)
     return x_t, weights, image_indices, seed.reshape(1)
 

@@ -15,6 +15,7 @@ from knnfast.ops._checks import (
     check_device,
     check_dtype,
     check_number,
+    check_schedule,
     check_shape,
     library,
     pointer,
@@ -64,7 +65,7 @@ def transition_loss(
         nothing synchronises: a level outside [1, T] makes the loss and its image's gradient NaN;
         tokens are not looked at.
     Numerics: FP32 per class, FP64 per row; an FP16 gradient is scaled in FP32.
-    Backends: triton, cpu, reference.
+    Backends: Triton on CUDA, C++ on the CPU; defined by `reference.transition_loss`.
     Memory: the gradient, and where the backward pass scales it (on CUDA always) another; with
         inplace neither.  Deterministic: yes.
     Differentiable: once, in logits.
@@ -78,9 +79,7 @@ def transition_loss(
         check_device(name, x, logits.device)
     if inplace and torch.is_grad_enabled() and logits.requires_grad and logits.is_leaf:
         raise ValueError("inplace: logits is a leaf that requires grad, it cannot be overwritten")
-    codes = getattr(schedule, "num_codes", K)
-    if codes != K:
-        raise ValueError(f"schedule: is of {codes} codes, logits of {K}")
+    check_schedule(schedule, K)
     if L < 1:
         raise ValueError(f"logits: at least one position, got shape {list(logits.shape)}")
     check_number("auxiliary", auxiliary)

@@ -11,7 +11,7 @@ import numpy as np
 from knnfast import _C
 from knnfast._device import device_number, is_cuda
 from knnfast.search import interop
-from knnfast.search.index import METRICS, SCANS, Index
+from knnfast.search.index import SCANS, Index, check_kind
 
 _DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 
@@ -65,26 +65,12 @@ class CudaIndex(Index):
         scan: str = "auto",
         segment_rows: int = 0,
     ) -> None:
-        if metric not in METRICS:
-            raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
-        if scan not in SCANS:
-            raise ValueError(f"scan must be one of {SCANS}, got {scan!r}")
+        kind = check_kind(metric, scan)
         dim = interop.as_int(dim, "dim")
+        if not is_cuda("device", device):
+            raise ValueError(f"device: must be cuda or cuda:N, got {device!r}")
         self._number = _number_of(device)
-        self._metric, self._scan = metric, scan
-        self._core = _C.CudaIndex(
-            dim, METRICS.index(metric), SCANS.index(scan), self._number, segment_rows
-        )
-
-    @property
-    def metric(self) -> str:
-        """`ip`, `cosine` or `l2`."""
-        return self._metric
-
-    @property
-    def scan(self) -> str:
-        """`fp16`, `int8` or `auto`."""
-        return self._scan
+        self._core = _C.CudaIndex(dim, *kind, self._number, segment_rows)
 
     @property
     def _joins(self) -> bool:
@@ -149,6 +135,7 @@ class CudaIndex(Index):
         return results if out is None else tuple(out)
 
     def _search_exact(self, queries: Any, k: int, allow: Any, deny: Any) -> tuple[Any, Any]:
+        k = interop.as_k(k, _C.cuda_max_k, " on a CUDA device")
         q = self._rows(queries, "queries")
         scores, ids = _empty(q.hold, (q.n, k))
         exact = scores.double()
@@ -266,11 +253,10 @@ class CudaPlan:
     """
 
     def __init__(self, index: CudaIndex, batch: int, k: int) -> None:
-        batch, k = interop.as_int(batch, "batch"), interop.as_int(k, "k")
-        if batch < 1 or not 1 <= k <= _C.cuda_max_k:
-            raise ValueError(
-                f"batch must be at least 1 and k 1 to {_C.cuda_max_k}, got {batch} and {k}"
-            )
+        batch = interop.as_int(batch, "batch")
+        k = interop.as_k(k, _C.cuda_max_k, " on a CUDA device")
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
         self._index, self._shape = index, (batch, k)
         self._core = _C.CudaPlan(index._core, batch, k)
         self.scores = _wrap(self._core, index._number, self._core.scores, (batch, k), "<f4")

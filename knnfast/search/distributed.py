@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from knnfast.search import interop
 from knnfast.search.index import METRICS, Index
 
 
@@ -47,8 +49,13 @@ class ShardedIndex:
         Raises: what `Index.search` raises; ValueError for an id that two processes hold (on a CUDA
             device, where that would cost a synchronisation, it is not looked for).
         """
-        numpy = not isinstance(queries, Tensor)
-        q = torch.as_tensor(queries)
+        rows = None
+        if isinstance(queries, Tensor):
+            q = queries
+        else:
+            rows = interop.as_rows(queries, "queries")
+            q = torch.from_numpy(np.array(rows.array, order="C"))
+            q = q.view(torch.bfloat16) if rows.bf16 else q
         home = q.device
         single = q.ndim == 1
         if single:
@@ -70,7 +77,9 @@ class ShardedIndex:
         if single:
             scores, found = scores[0], found[0]
         scores, found = scores.to(home), found.to(home)
-        return (scores.numpy(), found.numpy()) if numpy else (scores, found)
+        if rows is None:
+            return scores, found
+        return rows.back(scores.numpy()), rows.back(found.numpy())
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, device=self._index.device)

@@ -17,14 +17,28 @@ SCANS = ("fp16", "int8", "auto")
 DamagedFile = _C.DamagedFile
 
 
-def set_num_threads(n: int) -> None:
-    """Use at most n threads for a search, an add, an op on the CPU; by default one for each core.
+def set_num_threads(n: int | None) -> None:
+    """Use at most n threads for a search, an add, an op on the CPU.
 
     Args:
-        n: 1 to 1024.
+        n: 1 to 1024; None: one for each core, as in the beginning.
     Raises: ValueError another number; TypeError no whole number.
     """
-    _C.set_num_threads(interop.as_int(n, "n"))
+    _C.set_num_threads(_C.cores() if n is None else interop.as_int(n, "n"))
+
+
+def num_threads() -> int:
+    """How many threads a search, an add, an op on the CPU uses at most."""
+    return _C.num_threads()
+
+
+def check_kind(metric: str, scan: str) -> tuple[int, int]:
+    """Metric and scan as numbers; a ValueError where there are no such."""
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
+    if scan not in SCANS:
+        raise ValueError(f"scan must be one of {SCANS}, got {scan!r}")
+    return METRICS.index(metric), SCANS.index(scan)
 
 
 class Index:
@@ -58,12 +72,8 @@ class Index:
     def __init__(
         self, dim: int, metric: str = "ip", device: str = "cpu", scan: str = "auto"
     ) -> None:
-        if metric not in METRICS:
-            raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
-        if scan not in SCANS:
-            raise ValueError(f"scan must be one of {SCANS}, got {scan!r}")
-        dim = interop.as_int(dim, "dim")
-        self._core: Any = _C.Index(dim, METRICS.index(metric), SCANS.index(scan))
+        kind = check_kind(metric, scan)
+        self._core: Any = _C.Index(interop.as_int(dim, "dim"), *kind)
 
     @classmethod
     def _wrap(cls, core: Any) -> Index:
@@ -120,9 +130,14 @@ class Index:
     def __len__(self) -> int:
         return self._core.size
 
+    def __contains__(self, id: object) -> bool:
+        """Whether a row has this id."""
+        return self._core.contains(interop.as_int(id, "id"))
+
     def __repr__(self) -> str:
         return (
-            f"Index(dim={self.dim}, metric={self.metric!r}, scan={self.scan!r}, rows={len(self)})"
+            f"Index(dim={self.dim}, metric={self.metric!r}, device={self.device!r}, "
+            f"scan={self.scan!r}, rows={len(self)})"
         )
 
     def add(self, vectors: Any, ids: Any = None) -> np.ndarray:
