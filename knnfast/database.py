@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -134,6 +134,8 @@ class Database(Collection):
         self.index = Index(encoder.dim, metric="cosine")
         self._items: dict[int, Item] = {}
         self._thumbnails = Thumbnails(thumbnail_size)
+        self._opened: tuple[Path, Any] | None = None  # from where, and which state of it this is
+        self._folders = threading.Lock()  # one adds a folder at a time
         self._writing = threading.Lock()  # one adds or saves at a time
         self._adding = threading.Lock()  # rows and items come together
 
@@ -189,23 +191,24 @@ class Database(Collection):
         self.check_encoder(encoder.card)
         check_range("batch_size", batch_size, 1)
         given, root = Path(folder), Path(folder).resolve()
-        found = list_images(given)
-        if not len(self) and self.pictures is None:
-            self.pictures = root
-        base = (self.pictures or Path()).resolve()
-        inside = self.pictures is not None and root.is_relative_to(base)
-        there = {base / item.source for item in self if item.source}
-        paths = [path for path in found if root / path.relative_to(given) not in there]
+        with self._folders:
+            found = list_images(given)
+            if found and not len(self) and self.pictures is None:
+                self.pictures = root
+            base = Path(self.pictures or "").resolve()
+            there = {base / item.source for item in self if item.source}
+            paths = [path for path in found if root / path.relative_to(given) not in there]
 
-        def unread(path: Path) -> Unread:
-            whole = root / path.relative_to(given)
-            place = whole.relative_to(base if inside else root)
-            source, group = (place if inside else whole), printable(place.parent.as_posix())
-            read = partial(read_image, path)
-            return Unread(path, read, printable(path.stem), group, source.as_posix())
+            def unread(path: Path) -> Unread:
+                whole = root / path.relative_to(given)
+                inside = self.pictures is not None and whole.is_relative_to(base)
+                place = whole.relative_to(base if inside else root)
+                source, group = (place if inside else whole), printable(place.parent.as_posix())
+                read = partial(read_image, path)
+                return Unread(path, read, printable(path.stem), group, source.as_posix())
 
-        shown = _progress(paths, progress, "embedding")
-        return self.add_unread(map(unread, shown), encoder, batch_size, on_skip)
+            shown = _progress(paths, progress, "embedding")
+            return self.add_unread(map(unread, shown), encoder, batch_size, on_skip)
 
     def add_unread(
         self,
@@ -438,8 +441,9 @@ class Database(Collection):
         new one. Files of other names stay.
 
         Raises:
-            ValueError: something else is there. OSError: it could not be written (a full disk,
-                say); then nothing of it is left, and the old database is.
+            ValueError: something else is there, or the very database that this one was opened from,
+                saved anew by others since. OSError: it could not be written (a full
+                disk, say); then nothing of it is left, and the old database is.
         """
         root = Path(path)
         self.check_place(root)
@@ -448,6 +452,7 @@ class Database(Collection):
         with self._writing, _files.locked(root):
             try:
                 self.check_place(root)
+                self._check_same(root)
                 atlases = self._write(root, generation)
             except BaseException:
                 if _names(root, generation):  # Ctrl-C behind the last step: it is saved
@@ -458,11 +463,22 @@ class Database(Collection):
                     with suppress(OSError):  # others put something there
                         root.rmdir()
                 raise
+            if self._opened and self._opened[0] == root.resolve():
+                self._opened = root.resolve(), _files.stamp(root / "database.json")
             if self._thumbnails.lies_in(root):  # in files that go now
                 self._thumbnails.lend(self.ids.tolist(), atlases)
             for old in root.iterdir():
                 if _PARTS.fullmatch(old.name) and generation not in old.name:
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+    def _check_same(self, root: Path) -> None:
+        """Refuse to write over what others have saved where this database comes from."""
+        now = _files.stamp(root / "database.json")
+        if self._opened and now and root.resolve() == self._opened[0] and now != self._opened[1]:
+            raise ValueError(
+                f"{root}: others have saved this database since it was opened here; what they "
+                "changed would be lost: open it again"
+            )
 
     def _write(self, root: Path, generation: str) -> list[tuple[Path, str]]:
         """Write the files of one generation, the manifest last; the thumbnails with SHA-256."""
@@ -526,7 +542,9 @@ class Database(Collection):
         while True:
             before = _files.stamp(root / "database.json")
             try:
-                return cls._open(root, device)
+                db = cls._open(root, device)
+                db._opened = root.resolve(), before
+                return db
             except FileNotFoundError:
                 if before is None or _files.stamp(root / "database.json") == before:
                     raise
@@ -547,7 +565,7 @@ class Database(Collection):
             db = cls.__new__(cls)
             db.encoder = card
             db.pictures = Path(manifest["pictures"]) if manifest.get("pictures") else None
-            db._writing, db._adding = threading.Lock(), threading.Lock()
+            db._writing, db._adding, db._folders = (threading.Lock() for _ in range(3))
             _files.check_sha256(items_path, sha256[items_path.name])
             columns = _files.read_json(items_path)
             rows = zip(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 import unicodedata
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,12 +36,27 @@ READ_ERRORS = (
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """All png, jpg and webp files below `folder`, sorted; the thumbnails of databases are none."""
+    """All png, jpg and webp files below `folder`, sorted; the thumbnails of databases are none.
+
+    A warning tells of a folder that cannot be listed. Links to folders are not followed.
+    """
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
-    files = (p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+
+    def lost(error: OSError) -> None:
+        warnings.warn(f"skipped {error.filename}: {error.strerror}", stacklevel=3)
+
+    paths = (Path(at, name) for at, _, names in os.walk(root, onerror=lost) for name in names)
+    files = (p for p in paths if p.suffix.lower() in SUFFIXES and _may_be_file(p))
     return sorted(p for p in files if not _is_thumbnails(p))
+
+
+def _may_be_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # in a folder that cannot be entered: opening it will tell
+        return True
 
 
 def _is_thumbnails(path: Path) -> bool:

@@ -549,6 +549,14 @@ def test_the_choices_of_train():
     assert module.CROPS == data.CROPS
 
 
+def test_a_missing_library_is_told_before_pictures_are_read(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    result = invoke("train", folder, "--backbone", "continuous", "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "pip install 'knnfast[diffusion]'" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_train_an_editor_then_edit(folder, tmp_path, monkeypatch):
     pytest.importorskip("cv2")
     (folder / "broken.png").unlink()

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -133,6 +134,71 @@ def test_add_folder_takes_in_what_is_new(folder, built, tmp_path, monkeypatch):
     assert len(opened) == len(built) == 6
     (found,) = opened.search(query("yellow"), 1)
     assert found[0].item.name == "yellow"
+
+
+def test_add_folder_of_a_parent_and_by_two_threads(folder, built):
+    """What lies below `pictures` is inside, whichever folder is asked for; each is added once."""
+    Image.new("RGB", (8, 8), "green").save(folder / "cold" / "green.png")
+    Image.new("RGB", (8, 8), "pink").save(folder.parent / "pink.png")
+    with ThreadPoolExecutor(4) as threads:
+        adding = [
+            threads.submit(built.add_folder, folder.parent, ColourEncoder()) for _ in range(4)
+        ]
+        assert sorted(len(each.result()) for each in adding) == [0, 0, 0, 2]
+    new = {item.name: (item.group, item.source) for item in list(built)[4:]}
+    assert new["green"] == ("cold", "cold/green.png")
+    assert new["pink"] == (".", str(folder.parent / "pink.png"))
+
+
+def test_what_cannot_be_listed_or_entered_is_told(folder, monkeypatch):
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "deep":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.warns(UserWarning, match=r"skipped .*deep: Permission denied"):
+        assert len(Database.build(folder, ColourEncoder())) == 3
+    monkeypatch.undo()
+
+    def is_file(path):
+        if path.name == "red.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return path.exists()
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    skipped = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("knnfast.database.read_image", lambda path: is_file(path) and flat(path))
+        db = Database.build(folder, ColourEncoder(), on_skip=lambda path, _: skipped.append(path))
+    assert (len(db), [path.name for path in skipped]) == (3, ["red.png"])
+
+
+def flat(path):
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def test_a_database_that_others_saved_is_not_written_over(built, tmp_path):
+    """Two that opened the same one: the second to save would undo what the first one added."""
+    built.save(tmp_path / "db")
+    one, other = Database.open(tmp_path / "db"), Database.open(tmp_path / "db")
+    pink = Image.new("RGB", (8, 8), "pink")
+    for db in (one, other):
+        [db.thumbnail(i) for i in db.ids.tolist()]
+        db.add(query("pink"), [pink], names=["pink"])
+    for _ in range(2):
+        one.save(tmp_path / "db")
+    with pytest.raises(ValueError, match="others have saved this database since it was opened"):
+        other.save(tmp_path / "db")
+    assert len(Database.open(tmp_path / "db")) == 5
+    other.save(tmp_path / "elsewhere")
+    again = Database.open(tmp_path / "db")
+    built.save(tmp_path / "db")  # built anew, not opened there: it is meant to replace it
+    with pytest.raises(ValueError, match="open it again"):
+        again.save(tmp_path / "db")
 
 
 def test_add_folder_refuses(folder, built):

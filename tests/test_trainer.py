@@ -458,6 +458,24 @@ def test_new_files_have_the_rights_of_the_umask(
     assert modes == {"x.json": 0o640, "x.safetensors": 0o640, "folder": 0o750}
 
 
+def test_a_stop_while_samples_are_drawn_loses_nothing(tmp_path: Path, monkeypatch) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def run() -> dict:
+        return train(pairs(), tmp_path, tokenizer(), model=TINY, config=QUICK, progress=False)
+
+    for step in (2, 4, 6):
+        with monkeypatch.context() as patched:
+            patched.setattr("knnfast.diffusion.training.draw_grid", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                run()
+        with safe_open(tmp_path / STATE_FILE, "pt") as f:
+            assert json.loads(f.metadata()["step"]) == step
+    assert run()["steps"] == 6
+    assert (tmp_path / "denoiser" / "model.safetensors").is_file()
+
+
 def test_the_rate_that_none_stands_for() -> None:
     assert denoiser_trainer(TINY, replace(QUICK, lr=None), pairs()).config.lr == 3e-3
     assert denoiser_trainer(TINY, replace(QUICK, lr=0.5), pairs()).config.lr == 0.5

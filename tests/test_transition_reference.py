@@ -1,6 +1,7 @@
 """The FP64 definitions against independent brute force: everything else is measured by them."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -204,16 +205,29 @@ def test_loss_equals_brute_force():
         ({"seed": 2**63}, ValueError, "seed: must be in"),
         ({"seed": 1.5}, TypeError, "seed: must be an integer, got 1.5"),
         ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, "seed: must have one element"),
+        ({"t": torch.tensor(4)}, TypeError, "t: must be an integer, got tensor"),
+        ({"shape": (2,)}, ValueError, r"shape: must be \(B, L\), got \(2,\)"),
+        ({"shape": (-1, 3)}, ValueError, "shape: must not be negative"),
         ({"image_indices": torch.zeros(3, dtype=torch.int64)}, ValueError, "image_indices: shape"),
     ],
 )
 def test_prior_rejects(changed, error, message):
     given = {"schedule": Schedule("vq_diffusion", 100, 4), "t": 100, "num_codes": 4, "seed": 0}
-    given |= changed
+    given |= {"shape": (2, 3), **changed}
     with pytest.raises(error, match=message):
-        reference.sample_prior(
-            given.pop("schedule"), given.pop("t"), given.pop("num_codes"), (2, 3), **given
-        )
+        reference.sample_prior(**given)
+
+
+def test_prior_of_no_token():
+    schedule = Schedule("mask", 10, 4)
+    for shape in ((0, 5), (3, 0)):
+        assert reference.sample_prior(schedule, 10, 4, shape, seed=0).shape == shape
+
+
+def test_a_schedule_has_as_many_of_each():
+    broken = SimpleNamespace(A=[1.0, 0.5], B=[0.0, 0.0], C=[0.0])
+    with pytest.raises(ValueError, match=r"A, B and C must be of levels .* got \[2, 2, 1\]"):
+        reference.transition_weights(broken, 1, 0, 4)
 
 
 def test_attention_equals_projections_and_sdpa():

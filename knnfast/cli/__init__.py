@@ -30,6 +30,8 @@ class _Group(click.Group):
             with warnings.catch_warnings():
                 warnings.showwarning = _warn
                 return super().invoke(ctx)
+        except BrokenPipeError:  # who reads has enough: click knows
+            raise
         except BAD_INPUT as e:
             if ctx.params.get("debug"):
                 raise

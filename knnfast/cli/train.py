@@ -110,6 +110,7 @@ def train(
     from knnfast.diffusion.tokenizer import VQTokenizer
     from knnfast.diffusion.trainer import TrainConfig
     from knnfast.diffusion.training import train as run
+    from knnfast.diffusion.unet import import_diffusers
     from knnfast.pipeline import BACKBONES, KNNDiffusion
 
     if versions < 1:
@@ -118,6 +119,8 @@ def train(
         raise ValueError("--editor: needs --from, a model with a discrete denoiser to begin with")
     if editor:
         import_cv2()
+    if backbone == "continuous":
+        import_diffusers()
     settings = SettingsFile(file)
     if start is not None and "model" in settings.sections:
         raise ValueError(f"{file}: model: --from has sizes of its own")

@@ -482,12 +482,12 @@ def fit(
             if log is not None:
                 log.row(row)
         if checkpoint and log is not None:
+            trainer.averaged().save(folder / name)
+            _files.write_json(folder / "training.json", {**trainer.record(), **(about or {})})
+            trainer.save(folder)  # after what goes with it, before what takes long
             picture = draw(trainer)
             picture.save(folder / "grids" / f"{trainer.step:06d}.png")
             log.picture("samples", picture, trainer.step)
-            trainer.averaged().save(folder / name)
-            _files.write_json(folder / "training.json", {**trainer.record(), **(about or {})})
-            trainer.save(folder)
             lap = time.perf_counter()
     bar.close()
     if log is not None:

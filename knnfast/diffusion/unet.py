@@ -114,7 +114,7 @@ class UNetDenoiser(Backbone):
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        diffusers = _import_diffusers()
+        diffusers = import_diffusers()
         from knnfast.diffusion.scheduler import NeighbourAttnProcessor
 
         cfg = self.config = config
@@ -156,7 +156,7 @@ class UNetDenoiser(Backbone):
 
     def solver(self, name: str) -> Any:
         """A diffusers scheduler for this network: "dpm" (DPM-Solver++, 2nd order) or "ddim"."""
-        diffusers = _import_diffusers()
+        diffusers = import_diffusers()
         common = {
             "num_train_timesteps": self.config.num_steps,
             "beta_schedule": self.config.beta_schedule,
@@ -366,7 +366,7 @@ def initial_noise(shape: tuple[int, ...], seed: int, image_indices: Tensor) -> T
     return normal(*words).float().view(len(image_indices), *shape)
 
 
-def _import_diffusers() -> Any:
+def import_diffusers() -> Any:
     """Import diffusers when a U-Net is made: nothing else here needs it."""
     try:
         import diffusers

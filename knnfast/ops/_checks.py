@@ -42,7 +42,7 @@ def check_number(name: str, value: float) -> None:
 
 def check_whole(name: str, value: int) -> None:
     """Raise TypeError unless the value is a whole number."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: must be an integer, got {value!r}")
 
 
@@ -60,6 +60,9 @@ def check_schedule(schedule: object, num_codes: int) -> None:
     """Raise TypeError unless it has A, B and C, ValueError if it is of other codes."""
     if not all(hasattr(schedule, name) for name in "ABC"):
         raise TypeError(f"schedule: must have A, B and C, got {schedule!r}")
+    lengths = [len(getattr(schedule, name)) for name in "ABC"]
+    if len(set(lengths)) > 1 or lengths[0] < 2:
+        raise ValueError(f"schedule: A, B and C must be of levels 0..T, T > 0, got {lengths}")
     check_whole("num_codes", num_codes)
     codes = getattr(schedule, "num_codes", num_codes)
     if codes != num_codes:

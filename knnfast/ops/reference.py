@@ -336,7 +336,7 @@ def sample_prior(
         schedule: cumulative A, B, C for levels 0..T.
         t: the level, in [1, T].
         num_codes: K.
-        shape: (B, L).
+        shape: (B, L), each at least 0.
         seed: the Philox key, in [-2^63, 2^63), or an int64 tensor of one element.
         image_indices: [B] int64, each image's place in the random counters; 0..B-1 when None.
         device: of the tokens.
@@ -346,12 +346,20 @@ def sample_prior(
     check_whole("t", t)
     if not 1 <= t < len(schedule.A):
         raise ValueError(f"t: must be in [1, {len(schedule.A) - 1}], got {t}")
+    if len(shape) != 2:
+        raise ValueError(f"shape: must be (B, L), got {shape}")
+    for size in shape:
+        check_whole("shape", size)
+        if size < 0:
+            raise ValueError(f"shape: must not be negative, got {shape}")
     check_seed(seed, seed.device if isinstance(seed, Tensor) else torch.device(device))
     if image_indices is not None:
         check_dtype("image_indices", image_indices, (torch.int64,))
         check_shape("image_indices", image_indices, shape[:1])
     B, C = float(schedule.B[t]), float(schedule.C[t])
     x = torch.full(shape, num_codes, dtype=torch.int64, device=device)
+    if not x.numel():
+        return x
     level = torch.full((1,), float(t), dtype=torch.float64, device=device)
     t_, position, image, seed = _coordinates(x, level, image_indices, seed)
     w = philox.philox(
