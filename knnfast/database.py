@@ -442,8 +442,8 @@ class Database(Collection):
 
         Raises:
             ValueError: something else is there, or the very database that this one was opened from,
-                saved anew by others since. OSError: it could not be written (a full
-                disk, say); then nothing of it is left, and the old database is.
+                saved anew by others since. OSError: it could not be written (a full disk, say);
+                then nothing of it is left, and the old database is.
         """
         root = Path(path)
         self.check_place(root)

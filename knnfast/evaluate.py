@@ -314,7 +314,7 @@ def evaluate(
 
     def measure(images: list[Image.Image]) -> dict[str, Any]:
         """Measure images of the chosen prompts, one each."""
-        return _means(panel.values(images, chosen), is_unseen, bool(len(panel.held_out)))
+        return _means(panel.values(images, chosen), is_unseen)
 
     images = {mode: generate(chosen, 1, training, mode) for mode in MODES}
     generated = {mode: measure(pictures) for mode, pictures in images.items()}
@@ -369,9 +369,7 @@ def evaluate(
     }
 
 
-def _means(
-    measured: Mapping[str, Mapping[str, Any]], unseen: np.ndarray, held_out: bool
-) -> dict[str, Any]:
+def _means(measured: Mapping[str, Mapping[str, Any]], unseen: np.ndarray) -> dict[str, Any]:
     """What `Panel.values` gave, over all images and over those of names (un)seen in training."""
     out: dict[str, Any] = {}
     for label, per_image in measured.items():
@@ -386,7 +384,7 @@ def _means(
             if unseen.any():
                 values[f"{metric}_held_out"] = float(found[unseen].mean())
         values["score"] = float(per_image["score"].mean())
-        if held_out:
+        if "cmmd_to_held_out" in per_image:
             values["cmmd_to_held_out"] = per_image["cmmd_to_held_out"]
         values["nearest_distance"] = float(per_image["nearest_distance"].mean())
         out[label] = values

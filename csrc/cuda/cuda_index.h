@@ -155,7 +155,7 @@ class CudaIndex {
   void quantize(const Segments& segments, const Memory& mean, int64_t begin, int64_t end,
                 void* stream) const;
   std::shared_ptr<Memory> recentre(Segments& segments, int64_t rows, void* stream) const;
-  // `ids`, `vectors` for who holds `writer_`.
+  // `ids` and `vectors` for who holds `writer_`.
   std::vector<int64_t> live_ids() const;
   void gather(const int64_t* ids, int64_t n, uint16_t* out, bool to_device, void* stream) const;
   int64_t find(int64_t id) const;  // position, or -1

@@ -77,19 +77,19 @@ def evaluate(
     if unknown := set(names) - set(ablations.ABLATIONS):
         allowed = ", ".join(ablations.ABLATIONS)
         raise ValueError(f"--ablation: must be one of {allowed} or all, got {unknown.pop()!r}")
+    settings = [setting for name in names for setting in ablations.ABLATIONS[name].settings]
+    compares = any(setting.backbone == "continuous" for setting in settings)
+    if continuous is not None and not compares:
+        raise ValueError(f"--continuous: the ablation {ablation} does not compare backbones")
     require_plots()
     check_folder("--out", out)
     if prompts is None:
         prompts = ablations.QUICK_PROMPTS if quick else ablations.PROMPTS
     pipe = KNNDiffusion.from_pretrained(model, device=device, backbone="discrete")
-    settings = [setting for name in names for setting in ablations.ABLATIONS[name].settings]
-    compared = {setting.backbone for setting in settings}
-    if continuous is not None and "continuous" not in compared:
-        raise ValueError(f"--continuous: the ablation {ablation} does not compare backbones")
-    if continuous is None and "continuous" in backbones_of(model):
+    if compares and continuous is None and "continuous" in backbones_of(model):
         continuous = model
     other = None
-    if continuous is not None and "continuous" in compared:
+    if continuous is not None:
         other = KNNDiffusion.from_pretrained(continuous, device=device, backbone="continuous")
     with Bar("evaluating", hidden=as_json) as bar:
         results = ablations.run(

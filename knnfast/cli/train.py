@@ -136,10 +136,9 @@ def train(
     bf16 = precision == "bf16" or (precision == "auto" and has_bf16(device))
     options |= {"bf16": bf16, "lr": lr}
     config = settings.changed("train", TrainConfig(**options, condition=shown))
-    won = {
-        name for name in options
-        if _given(ctx, "precision" if name == "bf16" else name)
-    }  # fmt: skip
+    source_of = {name: ctx.get_parameter_source(name) for name in options}
+    source_of["bf16"] = ctx.get_parameter_source("precision")
+    won = (n for n in options if source_of[n] is click.core.ParameterSource.COMMANDLINE)
     config = replace(config, **{name: options[name] for name in won})
     if (out / "model").exists():
         raise ValueError(f"--out: {out / 'model'} exists already; that run is finished")
@@ -225,10 +224,6 @@ class SettingsFile:
             return settings.updated(self.sections.get(name, {}))
         except (ValueError, TypeError) as e:
             raise ValueError(f"{self.file}: {name}: {e}") from None
-
-
-def _given(ctx: click.Context, name: str) -> bool:
-    return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 def _collection(data: Path, pictures: Path | None) -> tuple[Database | Path, int | None]:

@@ -117,7 +117,7 @@ class CodesObjective(Objective):
         with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.bf16):
             features = self.features(x_t, t, *inputs)
             if self.schedule.B[1:].any():
-                loss, kl = transition_loss(
+                loss, kl = transition_loss(  # in place: nobody reads the logits again
                     self.net.head(features), x0, x_t, t, self.schedule, weight=steps * factor,
                     auxiliary=self.auxiliary, inplace=True,
                 )  # fmt: skip
