@@ -400,9 +400,11 @@ class Database(Collection):
             allow: int64 ids to search among (see `ids_of`).
         """
         self.check_encoder(queries.card)
+        known = self._items  # grows with `add`; `remove` puts another in its place
         scores, ids = self.index.search(queries.vectors, k, allow=allow)
         with self._adding:  # an `add` whose rows were found has their items by now, or is undone
-            items = {i: self._items[i] for i in ids.ravel().tolist() if i in self._items}
+            known = known | self._items if known is not self._items else known
+            items = {i: known[i] for i in ids.ravel().tolist() if i in known}
         return [
             [Neighbour(items[i], s) for s, i in zip(row_s, row_i, strict=True) if i in items]
             for row_s, row_i in zip(scores.tolist(), ids.tolist(), strict=True)

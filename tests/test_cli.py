@@ -16,6 +16,7 @@ from knnfast import _C, KNNDiffusion
 from knnfast.cli import main
 from knnfast.cli import train as module
 from knnfast.cli._shared import find_encoder
+from knnfast.database import Database
 from knnfast.diffusion import augment, data, pairs
 from knnfast.diffusion.augment import PHOTOS, STICKERS
 from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
@@ -207,6 +208,27 @@ def test_database_add_and_search(folder, tmp_path):
         refused = invoke("database", "search", *words)
         assert refused.exit_code == 2
         assert message in refused.stderr
+
+
+def test_an_interrupted_database_add_keeps_what_it_embedded(folder, tmp_path, monkeypatch):
+    from knnfast.encoders.small import SmallEncoder
+
+    out, first = tmp_path / "db", tmp_path / "first"
+    first.mkdir()
+    (folder / "blue-2.png").rename(first / "blue-2.png")
+    assert invoke("database", "build", first, "--encoder", "stickers", "--out", out).exit_code == 0
+    encode, calls = SmallEncoder.encode_images, iter([False, True])
+
+    def then_interrupt(self, images, batch_size):
+        if next(calls):
+            raise KeyboardInterrupt
+        return encode(self, images, batch_size)
+
+    monkeypatch.setattr(SmallEncoder, "encode_images", then_interrupt)
+    added = invoke("database", "add", out, folder, "--encoder", "stickers", "--batch-size", 1)
+    assert added.exit_code == 1
+    assert "interrupted: 1 of the images stay added" in added.stderr
+    assert len(Database.open(out)) == 2
 
 
 def test_database_build_info_merge(folder, tmp_path):

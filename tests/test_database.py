@@ -661,6 +661,20 @@ def test_remove(built, tmp_path):
     assert len(built) == 3
 
 
+def test_a_search_gives_what_is_removed_meanwhile(built, monkeypatch):
+    search = built.index.search
+
+    def then_remove(*args, **options):
+        found = search(*args, **options)
+        built.remove([0, 1])
+        return found
+
+    monkeypatch.setattr(built.index, "search", then_remove)
+    (found,) = built.search(query("darkred"), 3)
+    assert len(found) == 3
+    assert len(built) == 2
+
+
 def test_rows_without_their_items_are_not_saved(built, tmp_path):
     built.save(tmp_path / "db")
     before = list(built)

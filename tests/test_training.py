@@ -248,6 +248,15 @@ def test_settings_of_json() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             TrainConfig.from_dict(raw)
+    for given, message in (
+        ({"lr": "x"}, r"lr must be float \| None, got 'x'"),
+        ({"steps": 1.5}, "steps must be int, got 1.5"),
+        ({"compile": 1}, "compile must be bool, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TrainConfig(**given)
+    with pytest.raises(ValueError, match=r"grid must be tuple\[int, int\], got 4"):
+        replace(TINY, grid=4)
     for noise in (float("nan"), -1.0):
         with pytest.raises(ValueError, match="noise must be at least 0"):
             ConditionConfig(noise=noise)

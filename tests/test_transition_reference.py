@@ -1,6 +1,8 @@
 """The FP64 definitions against independent brute force: everything else is measured by them."""
 
 import itertools
+import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 from transition_helpers import SCHEDULES, brute_force, levels, random_logits
 
-from knnfast import _C, reference
+from knnfast import _C, ops, reference
 from knnfast.diffusion.schedule import Schedule
 from knnfast.ops import philox
 
@@ -228,6 +230,19 @@ def test_a_schedule_has_as_many_of_each():
     broken = SimpleNamespace(A=[1.0, 0.5], B=[0.0, 0.0], C=[0.0])
     with pytest.raises(ValueError, match=r"A, B and C must be of levels .* got \[2, 2, 1\]"):
         reference.transition_weights(broken, 1, 0, 4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -1e-9, 1.5, math.inf])
+def test_a_schedule_holds_probabilities(bad):
+    given = SimpleNamespace(A=[1.0, 0.5], B=[0.0, bad], C=[0.0, 0.5])
+    message = re.escape(f"schedule: B must be in [0, 1] at all levels, got {bad}")
+    with pytest.raises(ValueError, match=message):
+        reference.transition_weights(given, 1, 0, 4)
+    with pytest.raises(ValueError, match=message):
+        reference.sample_prior(given, 1, 4, (2, 3), seed=0)
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        ops.transition_loss(torch.zeros(2, 3, 4), tokens, tokens, torch.tensor([1, 1]), given)
 
 
 def test_attention_equals_projections_and_sdpa():

@@ -120,7 +120,8 @@ def database_add(
 ) -> None:
     """Embed what is below FOLDER and not yet in the database PATH, and save it there.
 
-    An image is in it when it was built from that very file. Images that are gone stay in it.
+    An image is in it when it was built from that very file. Images that are gone stay in it. What
+    was embedded before Ctrl-C is saved, too.
     """
     from knnfast.database import Database
     from knnfast.images import list_images
@@ -128,19 +129,25 @@ def database_add(
     list_images(folder)
     check_folder("path", path)
     db = Database.open(path)
-    skipped = Skipped(hidden=as_json)
-    added = db.add_folder(
-        folder, find_encoder(encoder, device), batch_size=batch_size,
-        progress=not as_json and sys.stderr.isatty(), on_skip=skipped,
-    )  # fmt: skip
-    if len(added):
-        db.save(path)
+    skipped, before, found = Skipped(hidden=as_json), len(db), find_encoder(encoder, device)
+    try:
+        db.add_folder(
+            folder, found, batch_size=batch_size,
+            progress=not as_json and sys.stderr.isatty(), on_skip=skipped,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        click.echo(f"interrupted: {len(db) - before:,} of the images stay added", err=True)
+        raise
+    finally:
+        added = len(db) - before
+        if added:
+            db.save(path)
     if as_json:
-        result = {"path": str(path), "images": len(db), "added": len(added)}
+        result = {"path": str(path), "images": len(db), "added": added}
         click.echo(json.dumps({**result, "skipped": skipped.files}, indent=1))
     else:
-        images = "image" if len(added) == 1 else "images"
-        click.echo(f"{path}: {len(added):,} {images} added, now {len(db):,}, {skipped}")
+        images = "image" if added == 1 else "images"
+        click.echo(f"{path}: {added:,} {images} added, now {len(db):,}, {skipped}")
 
 
 @database.command("info")

@@ -41,6 +41,7 @@ class AugmentConfig(Settings):
     fill: str = "mirror"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         limits = {"mirror": 1, "move": 1, "scale": 0.9, "turn": 180, "hue": 1, "light": 0.9}
         for name, high in limits.items():
             if not 0 <= getattr(self, name) <= high:

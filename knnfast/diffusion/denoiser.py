@@ -63,12 +63,13 @@ class DenoiserConfig(Settings):
     source: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_sizes(
             self, "num_codes", "grid", "patch", "width", "depth", "heads", "cross_heads",
             "mlp_width", "canvas_width", "canvas_heads", "code_width", "embed_dim", "time_width",
             "num_steps",
         )  # fmt: skip
-        if not isinstance(self.grid, tuple | list) or len(self.grid) != 2:
+        if len(self.grid) != 2:
             raise ValueError(f"grid must be rows and columns, got {self.grid!r}")
         if self.time_width % 2:
             raise ValueError(f"time_width must be even, got {self.time_width}")

@@ -123,6 +123,7 @@ class ConditionConfig(Settings):
     null: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, value in self.to_dict().items():
             low, high = {"k": (1, None), "semantic": (1, None), "near": (-1, None)}.get(
                 name, (0, None if name in ("noise", "least_noise", "confuse") else 1)

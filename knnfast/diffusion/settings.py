@@ -16,7 +16,24 @@ TYPES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """A frozen dataclass of numbers, names and lists of them, each with a default."""
+    """A frozen dataclass of numbers, names and lists of them, each with a default.
+
+    Raises:
+        ValueError: a value of another type than its field's.
+    """
+
+    def __post_init__(self) -> None:
+        for name, kind in self._types().items():
+            value = getattr(self, name)
+            wanted = TYPES.get(kind, tuple)
+            number = isinstance(value, bool) and wanted is not bool  # to Python True is 1
+            if number or not isinstance(value, wanted):
+                raise ValueError(f"{name} must be {kind}, got {value!r}")
+
+    @classmethod
+    def _types(cls) -> dict[str, str]:
+        types = {f.name: str(f.type) for f in fields(cls)}
+        return {k: v for k, v in types.items() if v in TYPES or v.startswith("tuple")}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
@@ -29,17 +46,11 @@ class Settings:
         Raises:
             ValueError: an unknown name, or a value of another type.
         """
-        types = {f.name: str(f.type) for f in fields(self)}
-        types = {k: v for k, v in types.items() if v in TYPES or v.startswith("tuple")}
+        types = self._types()
         if unknown := sorted(set(raw) - set(types)):
             raise ValueError(
                 f"unknown settings {unknown}; {type(self).__name__} has {', '.join(types)}"
             )
-        for name, value in raw.items():
-            wanted = TYPES.get(types[name], list | tuple)
-            number = isinstance(value, bool) and wanted is not bool  # to Python True is 1
-            if number or not isinstance(value, wanted):
-                raise ValueError(f"{name} must be {types[name]}, got {value!r}")
         return replace(self, **{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
 
     def to_dict(self) -> dict[str, Any]:

@@ -87,6 +87,7 @@ class TrainConfig(Settings):
     condition: ConditionConfig = field(default_factory=ConditionConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in (
             "steps", "batch", "accumulate", "group", "warmup", "checkpoint_every", "log_every",
         ):  # fmt: skip

@@ -56,11 +56,12 @@ class UNetConfig(Settings):
     affinity: float = 80.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_sizes(
             self, "num_codes", "grid", "code_dim", "embed_dim", "widths", "blocks", "groups",
             "heads", "cond_width", "num_steps",
         )  # fmt: skip
-        if not isinstance(self.grid, tuple | list) or len(self.grid) != 2:
+        if len(self.grid) != 2:
             raise ValueError(f"grid must be rows and columns, got {self.grid!r}")
         if len(self.widths) < 2:
             raise ValueError(f"widths: at least two resolutions, got {self.widths}")

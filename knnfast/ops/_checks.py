@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +68,15 @@ def check_schedule(schedule: object, num_codes: int) -> None:
     codes = getattr(schedule, "num_codes", num_codes)
     if codes != num_codes:
         raise ValueError(f"schedule: is of {codes} codes, not of {num_codes}")
+
+
+def probabilities(schedule: Any) -> tuple[tuple[float, ...], ...]:
+    """A, B and C of a schedule; ValueError where one is no probability."""
+    found = tuple(tuple(float(v) for v in getattr(schedule, name)) for name in "ABC")
+    for name, values in zip("ABC", found, strict=True):
+        if bad := [v for v in values if not 0 <= v <= 1]:  # NaN, too
+            raise ValueError(f"schedule: {name} must be in [0, 1] at all levels, got {bad[0]}")
+    return found
 
 
 def check_seed(seed: object, device: torch.device) -> None:

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from knnfast.ops import philox
-from knnfast.ops._checks import check_dtype, check_schedule, check_seed, check_shape, check_whole
+from knnfast.ops._checks import (
+    check_dtype,
+    check_schedule,
+    check_seed,
+    check_shape,
+    check_whole,
+    probabilities,
+)
 
 # ---------------------------------------------------------------------------------------------
 # Neighbour attention
@@ -133,7 +140,7 @@ def transition_weights(
     check_schedule(schedule, num_codes)
     for name, value in (("t", t), ("s", s)):
         check_whole(name, value)
-    A, B, C = ([float(v) for v in getattr(schedule, name)] for name in "ABC")
+    A, B, C = probabilities(schedule)
     if not 0 <= s < t < len(A):
         raise ValueError(f"levels must satisfy 0 <= s < t <= {len(A) - 1}, got t={t}, s={s}")
     K = num_codes
@@ -356,7 +363,7 @@ def sample_prior(
     if image_indices is not None:
         check_dtype("image_indices", image_indices, (torch.int64,))
         check_shape("image_indices", image_indices, shape[:1])
-    B, C = float(schedule.B[t]), float(schedule.C[t])
+    _, B, C = (of_level[t] for of_level in probabilities(schedule))
     x = torch.full(shape, num_codes, dtype=torch.int64, device=device)
     if not x.numel():
         return x

@@ -19,6 +19,7 @@ from knnfast.ops._checks import (
     check_shape,
     library,
     pointer,
+    probabilities,
     row_stride,
     rows,
 )
@@ -146,7 +147,7 @@ def _table(schedule: reference.Schedule, K: int, device: torch.device) -> tuple[
 
     Row 0, from which no step leads on, is NaN.
     """
-    A, B, C = (tuple(float(v) for v in getattr(schedule, name)) for name in "ABC")
+    A, B, C = probabilities(schedule)
     return _cached_table(A, B, C, str(device)), len(A) - 1
 
 
