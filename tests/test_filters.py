@@ -58,7 +58,12 @@ def search_reference(queries, rows, ids, kept, k):
 
 @pytest.mark.parametrize(
     ("scan", "own"),
-    [pytest.param("auto", False, marks=pytest.mark.isa), ("auto", True), ("fp16", True)],
+    [
+        pytest.param("auto", False, marks=pytest.mark.isa),
+        pytest.param("int8", False, marks=pytest.mark.isa),
+        ("auto", True),
+        ("fp16", True),
+    ],
 )
 def test_filters_of_few_rows(rows, queries, tmp_path, scan, own):
     """Lists and bitsets, also of fewer bits than ids, allowed and denied, for 1, 3 and 70 queries;
@@ -95,16 +100,43 @@ def test_filters_of_few_rows(rows, queries, tmp_path, scan, own):
 
 
 def test_a_filter_of_few_rows_scans_few(rows, queries):
-    index = Index(D)
-    index.add(rows)
-    index.search(queries[:2], 3, allow=KEPT["one"])
-    assert index.stats["rows_scanned"] <= 2 * 16
-    index.search(queries[:1], 3, allow=bitset(KEPT["every 100th"], N))
-    assert index.stats["rows_scanned"] <= 2 * 16 + 16 * len(KEPT["every 100th"])
+    scans = {scan: Index(D, scan=scan) for scan in ("auto", "int8")}
+    for index in scans.values():
+        index.add(rows)
+        index.search(queries[:2], 3, allow=KEPT["one"])
+        index.search(queries[:1], 3, allow=bitset(KEPT["every 100th"], N))
+    few = 2 + len(KEPT["every 100th"])
+    assert scans["auto"].stats["rows_scanned"] == few  # not the blocks that they lie in
+    assert few < scans["int8"].stats["rows_scanned"] <= 16 * few
+    assert scans["int8"].stats["chunks_canonical"] == 0
+    index = scans["auto"]
     index.remove(np.arange(1600, N))
     before = index.stats["rows_scanned"]
     index.search(queries[:1], 3)
     assert index.stats["rows_scanned"] - before == 1600
+
+
+@pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
+@pytest.mark.parametrize("own", [False, True])
+def test_filters_of_all_densities(rows, queries, metric, own):
+    """Where rows begin to be read themselves, and chunks to be joined; with equal rows of which the
+    filter leaves some."""
+    x = np.concatenate([rows, rows[:700], np.repeat(rows[:1], 300, 0)])
+    ids = np.random.default_rng(4).permutation(len(x)) if own else np.arange(len(x))
+    order = np.argsort(ids)
+    index = Index(D, metric)
+    index.add(x, ids if own else None)
+    draw = np.random.default_rng(5).random(len(x))
+    for share in (0.3, 0.2, 0.13, 0.1, 0.08, 0.06, 0.03, 0.01, 0.002):
+        kept = order[draw[order] < share]  # by id, as ties are
+        tensors = torch.from_numpy(queries), torch.from_numpy(x[kept])
+        scores, found = (part.numpy() for part in reference.topk(*tensors, 9, metric=metric))
+        for m in (1, 7, 8, 70):
+            got = index.search(queries[:m], 9, allow=bitset(ids[kept], len(x)))
+            np.testing.assert_array_equal(got[1], ids[kept][found[:m]])
+            np.testing.assert_array_equal(got[0], scores[:m])
+    assert index.stats["chunks_canonical"] > 0
+    assert index.stats["chunks_int8"] > 0
 
 
 def test_a_range_of_few_rows(rows, queries):
@@ -128,7 +160,7 @@ def test_scans_between_few_rows_learn_to_stop():
     x = (x + 0.1 * rng.standard_normal(x.shape)).astype(np.float16)
     index = Index(256)
     index.add(x)
-    allowed = np.arange(0, len(x), 100)
+    allowed = np.flatnonzero(np.arange(len(x)) // 16 % 6 == 0)
     index.search(centres[:8], 3, allow=allowed)
     stats = index.stats
     assert stats["rows_scanned"] < 8 * len(x) / 4

@@ -145,20 +145,16 @@ void Collector::rescore_first(size_t count) {
   const TraceRange range("knnfast.rescore");
   // Rows lie anywhere in memory, so they are asked for ahead: all lines a few rows before a row is
   // summed, and one line long before that, since what waits for a page's address (a miss of the
-  // TLB) holds up all that is asked for after it. They come to the second cache (2): the first one
-  // has fewer lines on their way.
+  // TLB) holds up all that is asked for after it.
   constexpr size_t kPage = 16, kRow = 4;
-  // Inlined always: GCC takes a function that only prefetches for one without effect, and drops it.
-  const auto fetch = [&](const Candidate& c, int bytes) __attribute__((always_inline)) {
-    const char* x = reinterpret_cast<const char*>(
-        segments_[c.segment].segment->rows.as<uint16_t>() + static_cast<size_t>(c.row) * keys_.dim);
-    for (int line = 0; line < bytes; line += 64) __builtin_prefetch(x + line, 0, 2);
+  const size_t row_bytes = static_cast<size_t>(keys_.dim) * 2;
+  const auto fetch = [&](const Candidate& c, size_t bytes) __attribute__((always_inline)) {
+    fetch_row(segments_[c.segment].segment->rows.as<char>() + c.row * row_bytes, bytes);
   };
-  const int row_bytes = std::min(keys_.dim * 2, 4096);
   for (size_t i = 0; i < count + kPage; ++i) {
     if (i < count) fetch(pending_[i], 1);
     const size_t row = i - (kPage - kRow), now = i - kPage;  // not yet: beyond count
-    if (row < count) fetch(pending_[row], row_bytes);
+    if (row < count) fetch(pending_[row], std::min<size_t>(row_bytes, kFetched));
     if (now < count && pending_[now].upper >= tau_)
       rescore(pending_[now].segment, pending_[now].row);
     if (now < count && now % 64 == 63) raise();

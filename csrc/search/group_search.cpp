@@ -16,9 +16,10 @@ namespace {
 // while the others wait, of a large index larger ones, as each has a beginning.
 constexpr size_t kLeastChunk = 256 << 10, kMostChunk = 1 << 20;  // bytes
 constexpr size_t kChunks = 64;                                   // a thread's, between these
-constexpr int64_t kWarmUp = 32;   // times k rows, before a scan is judged
-constexpr int64_t kOpening = 8;   // times k are opened of as many rows as went before
-constexpr uint32_t kDeadRun = 2;  // blocks without a live row that a scan steps over
+constexpr int64_t kWarmUp = 32;    // times k rows, before a scan is judged
+constexpr int64_t kOpening = 8;    // times k are opened of as many rows as went before
+constexpr uint32_t kDeadRun = 2;   // blocks without a live row that a scan steps over
+constexpr size_t kFew = 64 << 10;  // bytes of live rows, to which chunks are joined
 
 Scratch& scratch() {
   thread_local Scratch s;
@@ -43,6 +44,22 @@ float floor_of(const Worker& w, int query, size_t row, float upper) {
       2 * (q.err[kStops] * error + q.err_norm[kStops] * n + q.slack - 0x1p-18f * q.sq * n * n);
   const float floor = upper - w.trust * spread * (1 + 0x1p-20f);
   return floor - std::fabs(floor) * 0x1p-22f;
+}
+
+// Counts a chunk's live rows and their blocks: without branches, and without an instruction that
+// counts bits, which not every processor has, this is a few vectors.
+void count_live(const uint16_t* mask, Chunk& chunk) {
+  uint32_t rows = 0, blocks = 0;
+  for (uint32_t block = chunk.begin; block < chunk.end; ++block) {
+    uint16_t v = mask[block];
+    blocks += v != 0;
+    v = static_cast<uint16_t>(v - (v >> 1 & 0x5555));
+    v = static_cast<uint16_t>((v & 0x3333) + (v >> 2 & 0x3333));
+    v = static_cast<uint16_t>((v + (v >> 4)) & 0x0f0f);
+    rows += (v + (v >> 8)) & 0x1f;
+  }
+  chunk.rows = rows;
+  chunk.blocks = blocks;
 }
 
 // Moves `begin` to the next block with a live row, and returns where the scan from there may end:
@@ -145,8 +162,25 @@ void GroupSearch::plan_chunks() {
   s_.chunks.clear();
   for (uint32_t i = 0; i < task_.snapshot->size(); ++i) {
     const uint32_t blocks = (*task_.snapshot)[i].blocks();
-    for (uint32_t b = 0; b < blocks; b += step)
-      s_.chunks.push_back({i, b, std::min(blocks, b + step)});
+    const uint16_t* mask = live(i);
+    const uint32_t few = static_cast<uint32_t>(kFew / (static_cast<size_t>(dim_) * 2));
+    bool joins = false;  // the next chunk with the last one
+    for (uint32_t b = 0; b < blocks; b += step) {
+      Chunk chunk{i, b, std::min(blocks, b + step)};
+      if (mask) {
+        count_live(mask, chunk);
+        if (chunk.rows == 0) continue;
+        if (joins && s_.chunks.back().rows + chunk.rows <= few) {
+          Chunk& last = s_.chunks.back();
+          last.end = chunk.end;
+          last.rows += chunk.rows;
+          last.blocks += chunk.blocks;
+          continue;
+        }
+        joins = true;
+      }
+      s_.chunks.push_back(chunk);
+    }
   }
 }
 
@@ -180,10 +214,21 @@ const uint16_t* GroupSearch::live(uint32_t segment) const {
   return view.live ? view.live->data() : nullptr;
 }
 
+// Whether so few rows of a chunk are live that they themselves are read and scored sooner than the
+// blocks of codes that they lie in.
+bool GroupSearch::sparse(const Chunk& chunk) const {
+  return task_.scan == Scan::automatic && 3 * chunk.rows <= (n_ < 8 ? 6 : 4) * chunk.blocks;
+}
+
 // A scan that has failed before is tried on a few blocks first.
 void GroupSearch::scan_chunk(Worker& w, const Chunk& chunk) {
   constexpr uint32_t kTrial = 4;
   const uint16_t* mask = live(chunk.segment);
+  if (mask && sparse(chunk)) {
+    ++w.stats.chunks_canonical;
+    w.stats.rows_scanned += int64_t{chunk.rows} * n_;
+    return canonical_rows(w, chunk.segment, chunk.begin * kBlockRows, chunk.end * kBlockRows);
+  }
   if (w.segment != chunk.segment) fill_queries(w, chunk.segment);
   w.chunk_segment = chunk.segment;
   if (w.hold > 0 && --w.hold == 0) {
@@ -269,36 +314,48 @@ void GroupSearch::scan_blocks(Worker& w, uint32_t begin, uint32_t end) {
 // rows (where nothing came, all zeros) the first one is summed for all.
 void GroupSearch::canonical_rows(Worker& w, uint32_t segment, uint32_t begin, uint32_t end) {
   constexpr int kRuns = 6;
+  constexpr size_t kAhead = 8;  // rows, which may lie anywhere, are asked for so long before
   const SegmentView& view = (*task_.snapshot)[segment];
-  const size_t bytes = static_cast<size_t>(dim_) * 2;
+  const size_t bytes = static_cast<size_t>(dim_) * 2, fetched = std::min(bytes, kFetched);
   const char* rows = view.segment->rows.as<char>();
   const uint16_t* mask = live(segment);
-  const auto alive = [mask](uint32_t row) {
-    return !mask || (mask[row / kBlockRows] >> (row % kBlockRows) & 1);
-  };
-  w.wide.resize(kRuns * pad_);
-  uint32_t run[kRuns + 1];
-  double keys[kRuns * kGroup];
-  for (uint32_t row = begin; row < end;) {
-    int count = 0;
-    while (count < kRuns && row < end) {
-      if (!alive(row)) {
-        ++row;
+  std::vector<uint32_t>& alive = w.alive;
+  alive.clear();
+  for (uint32_t first = begin; first < end; first += kBlockRows) {
+    constexpr uint32_t kFour = 4 * kBlockRows;
+    uint64_t four;
+    if (mask && end - first >= kFour) {
+      std::memcpy(&four, mask + first / kBlockRows, sizeof(four));
+      if (!four) {
+        first += kFour - kBlockRows;
         continue;
       }
-      const char* x = rows + row * bytes;
+    }
+    for (uint32_t bits = mask ? mask[first / kBlockRows] : 0xffff; bits; bits &= bits - 1) {
+      const uint32_t row = first + static_cast<uint32_t>(__builtin_ctz(bits));
+      if (row < end) alive.push_back(row);
+    }
+  }
+  w.wide.resize(kRuns * pad_);
+  size_t run[kRuns + 1];
+  double keys[kRuns * kGroup];
+  for (size_t i = 0; i < alive.size();) {
+    int count = 0;
+    while (count < kRuns && i < alive.size()) {
+      const char* x = rows + alive[i] * bytes;
+      if (i + kAhead < alive.size()) fetch_row(rows + alive[i + kAhead] * bytes, fetched);
       kernels_.widen(reinterpret_cast<const uint16_t*>(x), static_cast<int>(dim_),
                      w.wide.data() + static_cast<size_t>(count) * pad_);
-      run[count++] = row++;
-      while (row < end && std::memcmp(x, rows + row * bytes, bytes) == 0) ++row;
+      run[count++] = i++;
+      while (i < alive.size() && std::memcmp(x, rows + alive[i] * bytes, bytes) == 0) ++i;
     }
-    run[count] = row;
+    run[count] = i;
     keys_(w.wide.data(), count, s_.queries.get(), static_cast<int>(n_), keys);
     for (int64_t q = 0; q < n_; ++q) {
       Collector& c = w.collectors[static_cast<size_t>(q)];
       for (int r = 0; r < count; ++r)
-        for (uint32_t i = run[r]; i < run[r + 1]; ++i)
-          if (alive(i)) c.offer(keys[r * n_ + q], [&] { return view.id(i); });
+        for (size_t j = run[r]; j < run[r + 1]; ++j)
+          c.offer(keys[r * n_ + q], [&] { return view.id(alive[j]); });
     }
   }
   for (int64_t q = 0; q < n_; ++q) w.collectors[static_cast<size_t>(q)].raise();

@@ -19,7 +19,8 @@ namespace knnfast {
 enum Level { kInt8, kFp16, kCanonical };  // of a scan, the coarsest first
 
 struct Chunk {
-  uint32_t segment, begin, end;  // blocks
+  uint32_t segment, begin, end;   // blocks
+  uint32_t rows = 0, blocks = 0;  // with a mask: live ones, and the blocks they lie in
 };
 
 // What a thread of a search has of its own.
@@ -28,6 +29,7 @@ struct Worker : Sink {
   CodedQueries centred;                // l2: less its mean
   const Rotation* rotation = nullptr;  // of its codes
   AlignedVector<double> wide;          // rows as doubles
+  std::vector<uint32_t> alive;         // rows that are scored canonically
   int64_t segment = -1;
   const ScanQuery* queries = nullptr;  // of the scan that runs, and what their errors multiply
   const uint32_t* bounds = nullptr;    // of codes
@@ -80,6 +82,7 @@ class GroupSearch {
   void plan_chunks();
   void start(Worker& w, size_t k, const double* radius);
   const uint16_t* live(uint32_t segment) const;
+  bool sparse(const Chunk& chunk) const;
   void scan_chunk(Worker& w, const Chunk& chunk);
   void scan_blocks(Worker& w, uint32_t begin, uint32_t end);
   void canonical_rows(Worker& w, uint32_t segment, uint32_t begin, uint32_t end);
