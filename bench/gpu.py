@@ -188,11 +188,11 @@ def stages(train: bool, scale: float) -> list[Stage]:
               ["sh", "-c", '"$0" setup.py -q build_ext --inplace && "$0" -c "$1"', PYTHON,
                "from knnfast import _C; assert _C.cuda_device_count() > 0, 'no CUDA device'"], 240,
               (no_gpu, no_nvcc), lambda: {"KNNFAST_CUDA": "ON"} | architecture()),
-        Stage("tests", pytest("-m", "gpu"), 240, (no_gpu,), lambda: FEW_THREADS),
-        Stage("tests-index", pytest("-m", "not gpu", "tests/test_cuda_index.py"), 120, (no_gpu,),
-              lambda: FEW_THREADS),
         Stage("bench-kernels", [PYTHON, "bench/kernels.py", "--json", "{out}/kernels.json"], 90,
               (no_gpu,)),
+        Stage("tests-index", pytest("-m", "not gpu", "tests/test_cuda_index.py"), 120, (no_gpu,),
+              lambda: FEW_THREADS),
+        Stage("tests", pytest("-m", "gpu"), 240, (no_gpu,), lambda: FEW_THREADS),
         *(
             Stage(f"bench-{op}", bench(op), LIMITS.get(op, 120), (no_gpu,))
             for op in SHAPES  # topk is the first

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from answers import Answer, Search
@@ -27,6 +28,34 @@ def in_threads(clients: int, work: Callable[[int], None]) -> None:
         thread.join()
     if errors:
         raise errors[0]
+
+
+class Joiner:
+    """Joins the searches of many threads: while one batch runs, the next one gathers.
+
+    Args:
+        search: queries [m, d] -> an answer for each, which can be indexed.
+    """
+
+    def __init__(self, search: Callable[[np.ndarray], Any]) -> None:
+        self._search = search
+        self._turn = threading.Lock()  # held by the one that searches
+        self._lock = threading.Lock()  # of what waits
+        self._waiting: list[tuple[np.ndarray, list[Any]]] = []
+
+    def search(self, query: np.ndarray) -> Any:
+        """The answer to one query [d], found with those of others that wait."""
+        answer: list[Any] = []
+        with self._lock:
+            self._waiting.append((query, answer))
+        with self._turn:
+            if not answer:  # nobody took it along
+                with self._lock:
+                    batch, self._waiting = self._waiting, []
+                found = self._search(np.stack([query for query, _ in batch]))
+                for (_, each), one in zip(batch, found, strict=True):
+                    each.append(one)
+        return answer[0]
 
 
 def closed_loop(

@@ -31,7 +31,7 @@ MADE = Path("out") / "measure"  # in ROOT
 # What Python runs; {json} is the file to write, and what does not name it prints the result.
 MEASUREMENTS = {
     "faiss-reference": "-m knnfast bench --n 1000000 --d 512 --batch 1,16,64 --k 10 "
-                       "--plot none --json",
+                       "--seconds 240 --plot none --json",
     "topk-cpu": "bench/topk_cpu.py --json {json}",
     "load": "bench/load.py --json {json}",
     **{
@@ -43,7 +43,7 @@ MEASUREMENTS = {
               "--json {json}",
     "sample-1024": "bench/run.py --op sample --shape sampling-1024 --turns 3 --json {json}",
     "end_to_end": "bench/run.py --op end_to_end --shape stickers --turns 5 --json {json}",
-    "gate": "bench/regression.py --runs 20 --json {json}",
+    "gate": "bench/regression.py --runs 20 --slowed 5 --json {json}",
 }  # fmt: skip
 
 

@@ -140,14 +140,18 @@ def faiss_section(result: dict[str, Any], picture: str) -> str:
     )  # fmt: skip
 
 
+def noted(ratio: float, beside: float | None, ours: float) -> str:
+    """A ratio, with our time in the turns that it is of where that was another one."""
+    if beside is None or 0.8 < beside / ours < 1.25:
+        return times(ratio)
+    return f"{times(ratio)}; ours took {ms(beside)} then"
+
+
 def rival(name: str, peer: dict[str, Any], ours: float) -> str:
     """A peer in a row's last cell; with our time beside it where that was another one."""
     if "ratio" not in peer:
         return f"{name}: {peer['skipped']}"
-    beside = peer.get("ours_p50_ms", ours)
-    notes = [times(peer["ratio"])]
-    if not 0.8 < beside / ours < 1.25:
-        notes.append(f"ours took {ms(beside)} then")
+    notes = [noted(peer["ratio"], peer.get("ours_p50_ms"), ours)]
     if peer.get("answers") == "differ":
         notes.append("other answers")
     return f"{name} {ms(peer['p50_ms'])} ({'; '.join(notes)})"
@@ -183,7 +187,8 @@ def ops_section(result: dict[str, Any]) -> str:
 
 def search_targets_section(result: dict[str, Any]) -> str:
     rows = [
-        [part, body["machine"]["commit"], target["target"], f"{target['value']:.4g}",
+        [part, body["machine"]["commit"], target["target"],
+         f"{target['value']:.4g}" + paces(body["times"], target["target"]),
          target["limit"], "yes" if target["met"] else "**no**"]
         for part, body in result["parts"].items() for target in body["targets"]
     ]  # fmt: skip
@@ -194,6 +199,15 @@ def search_targets_section(result: dict[str, Any]) -> str:
             table(["part", "commit", "target", "measured", "limit", "met"], rows),
         ]
     )
+
+
+def paces(cells: dict[str, Any], target: str) -> str:
+    """Behind a ratio to a peer: both times of the turns that it is of, and how the peer ran."""
+    found = re.fullmatch(r"\S+ batch (\d+): (\S+) / knnfast", target)
+    cell = cells.get(f"{found[2]}/{found[1]}/10", {}) if found else {}
+    if "ours_p50_ms" not in cell:
+        return ""
+    return f" ({ms(cell['p50_ms'])} over {ms(cell['ours_p50_ms'])} ms; {way(cell)} threads)"
 
 
 def joins(result: dict[str, Any]) -> bool:
@@ -222,16 +236,47 @@ def at_half(result: dict[str, Any]) -> str:
         f"{r['p99_over_queue']:.2f}" if "p99_over_queue" in r else "no prediction"
         for r in row["rounds"]
     ]
-    each = ", ".join(
-        f"{value} with {r['stolen_share']:.1%} stolen"
-        for value, r in zip(over, row["rounds"], strict=True)
-    )
-    return f" (Index.search at half of the queue's rate, p99 over the queue's in each: {each})"
+    return f" (Index.search at half of the queue's rate, p99 over the queue's: {', '.join(over)})"
 
 
 # Queues other than the one that serves as long as searches take back to back, and how their service
 # was measured; the first is of older results.
 OTHER_SERVICES = {"paced_queue": "after pauses", "loaded_queue": "under that load"}
+
+
+def legend(result: dict[str, Any], peers: bool) -> list[str]:
+    """What the columns of a service under load mean, as a list."""
+    shape = result["shape"]
+    middle = shape.get("round") == "middle"
+    return [
+        "- `a thread each`: with `set_num_threads(1)`, a search on each core. `one at a time`: a "
+        "lock keeps searches from being joined. `joined`: a few lines of Python answer those that "
+        "wait with one search of FAISS.",
+        "- The clients, in Python, run on the same cores as the searches.",
+        f"- Each open loop is run {shape['rounds']} times; the table has the one "
+        + ("in the middle by p99 over the queue's" if middle else
+           "in which `stolen` was least, of equals the first (an older run)")
+        + f"{at_half(result)}.",
+        "- `stolen`: the part of the cores' time that this virtual machine's host says it gave to "
+        "others meanwhile. Where it is always 0 the host may not tell.",
+        "- The M/D/c queue has a server for all cores, or one a thread, and serves the same "
+        "arrivals one by one, each for as long as a search takes back to back "
+        + ("between the stretches of the loop (the median)" if middle else
+           "just before and just after its stretch")
+        + "; `busy` follows from that service. The queue's rate is what so many clients got back "
+        "to back, once before all loops. Where more is offered than it can serve it predicts "
+        "nothing"
+        + (", while searches that wait are answered together." if joins(result) else "."),
+        "- Between arrivals the rows leave the caches that they hardly fit into, so a search takes "
+        "longer than back to back: the last column has the queue of such searches.",
+        "- Every stretch begins with an empty queue, which at high load makes its p99 less than "
+        "that of an endless one.",
+        "- " + ("FAISS is offered shares of its own saturation, and of our rates those that it can "
+                "serve, for one round, with no queue beside it." if peers else
+                "In this older run FAISS's clients had all of OpenMP's threads each, for which it "
+                "is slower."),
+        "- p99 is of 100 queries or more, p99.9 of 1,000.",
+    ]  # fmt: skip
 
 
 def load_section(result: dict[str, Any], picture: str) -> str:
@@ -273,27 +318,7 @@ def load_section(result: dict[str, Any], picture: str) -> str:
                    "p50 ms", "p99", "p99.9", "stolen", "share of the queue's rate",
                    "M/D/c predicts p99 (ours over it)", f"with the service {OTHER_SERVICES[own]}"],
                   rows),
-            "`a thread each`: with `set_num_threads(1)`, a search on each core. `one at a time`: "
-            "searches that none joins. `stolen`: the part "
-            "of the cores' time that this virtual machine's host gave to others meanwhile; no "
-            f"queue knows of it, so each open loop is that one of {shape['rounds']} rounds in "
-            f"which it was least, of equals the first{at_half(result)}; of memory and caches, "
-            "which others use, too, it says nothing. The M/D/c queue has a server for all cores, "
-            "or one a thread. They serve the same arrivals one by one, each as long as a search "
-            "takes back to back just before and after its stretch. Its rate is what so many "
-            "clients got back to back, once before all loops; how busy it was, follows from the "
-            "services of its stretches. Where one of them offers more than it can serve, it "
-            "predicts nothing"
-            + (", while searches that wait are answered together" if joins(result) else "")
-            + ". Every stretch begins with an empty queue, which at high load makes its p99 less "
-            "than that of an endless one. "
-            + ("FAISS is offered shares of its own saturation, and of our rates those that it can "
-               "serve, for one round, with no queue beside it. " if peers else
-               "In this older run FAISS's clients had all of OpenMP's threads each, for which it "
-               "is slower. ")
-            + "p99 is of 100 queries or more, p99.9 of 1,000. Between arrivals the rows leave the "
-            "caches that they hardly fit into, so a search takes longer than back to back: the "
-            "last column has the queue of such searches.",
+            "\n".join(legend(result, peers)),
             f"![p99 against offered load]({picture})",
         ]
     )  # fmt: skip
@@ -313,6 +338,10 @@ def gate_section(result: dict[str, Any]) -> str:
     ci = float(re.search(r"THRESHOLD=([\d.]+)", CI.read_text())[1])
     heard = [slower(ratios, ci) for run in result["slowed"] for ratios in run.values()]
     bound = 1 - 0.05 ** (1 / runs)
+    at = [slower(ratios, threshold) for run in result["slowed"] for ratios in run.values()]
+    found, sure = sum(at), ""
+    if all(at):
+        sure = f", which bounds the rate of those missed at about {1 - 0.05 ** (1 / len(at)):.0%}"
     false = false_alarms(result)
     rate = "a false alarm."
     if not false:
@@ -323,7 +352,8 @@ def gate_section(result: dict[str, Any]) -> str:
             f"of up to {result['measurements']} measurements of ours over the base, each with new "
             f"processes, exceed {threshold:g}. Below, the medians of the runs of the unchanged "
             f"tree, then of those slowed down by {result['slowdown'] - 1:.0%}. {false} of "
-            f"{runs} unchanged runs gave {rate} CI allows {ci:g}: above that are {sum(heard)} of "
+            f"{runs} unchanged runs gave {rate} Of the {len(heard)} slowed ops {found} gave the "
+            f"alarm{sure}. CI allows {ci:g}: above that are {sum(heard)} of "
             f"the {len(heard)} slowed ops. An op is timed at its small shape, in one thread's CPU "
             f"time: what is lost by waiting or by threads the gate does not see.  \n"
             f"{where(result)}.",

@@ -45,7 +45,9 @@ class Target:
         if not known:
             return [text, "", "not measured"]
         worst = min(known)
-        met = "no" if worst < self.least else "yes" if known == values else "not all measured"
+        seen = {row["shape"] for row in rows if self.judges(row)}
+        whole = known == values and seen == set(self.shapes)
+        met = "no" if worst < self.least else "yes" if whole else "not all measured"
         return [text, f"{worst:{self.unit}}", met]
 
 
@@ -99,7 +101,7 @@ GPU_TARGETS = (
            0.85, of_ceiling, ".0%", ("batch 1,", "batch 8,", "batch 16,")),
     Target("neighbour attention at B 16 and 64: at least 65 % of its floor",
            "neighbour_attention", "graph fused", ("gpu-16", "gpu-64"), 0.65, of_ceiling, ".0%"),
-    Target("transition step at B 16 and 64: at least 80 % of one pass over logits it draws from",
+    Target("transition step at B 16 and 64: at least 80 % of one pass over the logits",
            "transition_step", "graph dense", ("gpu-16", "gpu-64"), 0.80, of_ceiling, ".0%"),
 )  # fmt: skip
 
@@ -140,7 +142,10 @@ WHY_MISSED = (
     "VNNI and somewhat less with AVX2, times what the peer needs beside its products; AMX "
     "multiplies int8 another four times as fast. On clustered rows and on embeddings stops spare "
     "two thirds of that, and a larger k costs more of it: k rows near a query must have been seen "
-    "before any can be passed over. Rows near a few directions, as embeddings are, are coded in "
+    "before any can be passed over; the embeddings are of about 58 versions of each sticker, so "
+    "the 100th neighbour is another sticker. A filter that allows a thousandth is made into a mask "
+    "of all rows first, which takes longer than the search: FAISS's array selector visits the "
+    "listed rows alone. Rows near a few directions, as embeddings are, are coded in "
     "rotated coordinates: d multiplications for each of d coordinates of every row."
 )
 
@@ -197,9 +202,16 @@ def load_targets(result: dict[str, Any]) -> list[list[str]]:
         callers, batched = (closed[server] for server in servers)
         joined = closed["Index.search", clients]
         rows.append([
-            f"Batcher at least doubles the throughput of batch-1 callers at saturation, {isa}",
-            f"{batched / callers:.2f}x of {clients} callers whose searches run one at a time; "
-            f"search, which it hands them on to, joins them by itself: {joined / callers:.2f}x",
+            f"Batcher: at least twice the throughput of {clients} threads that call Index.search "
+            f"with a query each, {isa}",
+            f"{batched / joined:.2f}x ({batched:,.0f}/s and {joined:,.0f}/s): search answers those "
+            "that wait together by itself, and on a large CPU index the Batcher hands on to it",
+            "yes" if batched >= 2 * joined else "no",
+        ])  # fmt: skip
+        rows.append([
+            f"Batcher: at least twice that of {clients} threads whose searches of a query each run "
+            f"one at a time ({callers:,.0f}/s), {isa}",
+            f"{batched / callers:.2f}x; Index.search without a Batcher {joined / callers:.2f}x",
             "yes" if batched >= 2 * callers else "no",
         ])  # fmt: skip
     return rows

@@ -161,12 +161,29 @@ def test_faiss_may_use_blas_whatever_its_own_limit():
     before = faiss.cvar.distance_compute_blas_threshold
     with threads_for_all(None):
         ways = [(c.threads, c.options) for c in peer.choices(2, 1)]
-        assert sorted(ways) == [(1, ""), (1, "BLAS"), (2, ""), (2, "BLAS")]
+        assert sorted(ways) == [
+            (1, ""), (1, "BLAS"), (2, ""), (2, "2 shards"), (2, "2 shards BLAS"), (2, "BLAS"),
+        ]  # fmt: skip
         for choice in peer.choices(2, 40):
             choice.set()
             assert faiss.cvar.distance_compute_blas_threshold == 0
             assert Truth(rows, queries, 5).judge(peer.search(queries, 5))["recall"] > 0.9
     assert faiss.cvar.distance_compute_blas_threshold == before
+
+
+@pytest.mark.parametrize("name", CPU_PEERS)
+def test_every_way_to_run_a_peer_finds_the_rows(name):
+    rows, queries = make_rows(70_001, 24, queries=40)
+    truth = Truth(rows, queries, 7)
+    (_, peer), *_ = build_peers([name], rows, "ip")
+    assert isinstance(peer, Peer), peer
+    with threads_for_all(None):
+        for batch in (1, 40):
+            ways = [(c.threads, c.options) for c in peer.choices(2, batch)]
+            assert len(set(ways)) == len(ways) >= 2
+            for choice in peer.choices(2, batch):
+                choice.set()
+                assert truth.judge(peer.search(queries[:batch], 7))["regret"] < 1e-3, choice
 
 
 def test_interleave_tells_twice_as_slow():

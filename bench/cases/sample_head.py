@@ -17,7 +17,7 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
     run = record(size, device)
     steps = list(zip(run.tokens, run.weights, strict=True))
     K, D = run.weight.shape
-    drawn = drawn_rows(run, K)
+    drawn = sum(drawn_rows(run, K))
 
     def ours() -> list[torch.Tensor]:
         with torch.inference_mode():

@@ -146,8 +146,8 @@ class Truth:
 class Peer(NamedTuple):
     """Another library over the same rows."""
 
-    search: Callable[[Any, int], np.ndarray]  # (queries, k) -> ids [m, k] on the host
-    call: Callable[[Any, int], Any]  # the same without bringing the ids home: what is timed
+    search: Callable[..., np.ndarray]  # (queries, k) -> ids [m, k] on the host
+    call: Callable[..., Any]  # the same without bringing the ids home: what is timed
     # (threads, batch) -> the ways to run it, of which the fastest is measured; none: as it is
     choices: Callable[[int, int], list[Choice]] = lambda threads, batch: []
     capturable: bool = False  # as a CUDA graph: it works on torch's stream alone
@@ -206,36 +206,56 @@ def _faiss_cpu(
     rows: np.ndarray, metric: str, index: Callable[[Any, int, int], Any], blas: bool = False
 ) -> Peer:
     faiss = faiss_module()
-    built = index(faiss, rows.shape[1], _metric(faiss, metric))
-    built.is_trained = True  # FP16 codes have nothing to learn
-    for block in _blocks(rows):
-        built.add(block)
+    dim = rows.shape[1]
 
-    def search(q: np.ndarray, k: int) -> np.ndarray:
-        return built.search(q, k)[1]
+    def make(part: np.ndarray) -> Any:
+        made = index(faiss, dim, _metric(faiss, metric))
+        made.is_trained = True  # FP16 codes have nothing to learn
+        for block in _blocks(part):
+            made.add(block)
+        return made
 
-    if not blas:
-        return Peer(search, search, _threads(faiss.omp_set_num_threads))
+    whole = make(rows)
+    current = [whole]
+    shards: list[Any] = []  # and the index over them, which does not own them
 
-    def choose(threads: int, batches_from: int) -> None:
+    def search(q: np.ndarray, k: int, **options: Any) -> np.ndarray:
+        return current[0].search(q, k, **options)[1]
+
+    def choose(threads: int, batches_from: int, sharded: bool) -> None:
+        current[0] = shards[0] if sharded else whole
         faiss.omp_set_num_threads(threads)
         faiss.cvar.distance_compute_blas_threshold = batches_from
 
     def choices(threads: int, batch: int) -> list[Choice]:
-        paths = {"BLAS": 0, "": 1 << 30}  # FAISS 1.15 itself takes BLAS from 128,000 queries on
-        if batch > 32:
+        # FAISS 1.15 itself takes BLAS from 128,000 queries on.
+        paths = {"BLAS": 0, "": 1 << 30} if blas else {"": 1 << 30}
+        if batch > 32 and blas:
             del paths[""]  # many times slower
+        ways = [(n, name, False) for name in paths for n in sorted({1, threads})]
+        if batch < threads and len(rows) >= threads:
+            # Its loops share out queries: of fewer than threads each has a core of its own, unless
+            # the rows lie in as many indexes, searched side by side.
+            if not shards:
+                shards.append(faiss.IndexShards(dim, True, True))
+                for part in np.array_split(rows, threads):
+                    shards.append(make(part))
+                    shards[0].add_shard(shards[-1])
+            ways += [(threads, name, True) for name in paths]
         return [
-            Choice(partial(choose, n, batches_from), n, name)
-            for name, batches_from in paths.items()
-            for n in sorted({1, threads})
+            Choice(
+                partial(choose, n, paths[name], sharded),
+                n,
+                f"{threads} shards {name}".strip() if sharded else name,
+            )
+            for n, name, sharded in ways
         ]
 
     return Peer(search, search, choices)
 
 
 def faiss_flat(rows: np.ndarray, metric: str) -> Peer:
-    """FAISS IndexFlat: FP32 rows, with BLAS or without, whichever is faster."""
+    """FAISS IndexFlat: FP32 rows, with BLAS or without, one or as many shards as threads."""
     return _faiss_cpu(rows, metric, lambda faiss, d, m: faiss.IndexFlat(d, m), blas=True)
 
 
@@ -264,17 +284,44 @@ def usearch_exact(rows: np.ndarray, metric: str) -> Peer:
 
 
 def torch_topk(rows: np.ndarray, metric: str) -> Peer:
-    """Torch on the CPU: FP32 matmul, then topk."""
+    """Torch on the CPU: FP32 matmul, then topk, of all rows at once or by blocks of 65,536."""
     import torch
 
     if metric != "ip":
         raise ValueError("written for ip")
     x = torch.from_numpy(rows).float()
+    block = [len(rows)]
 
     def search(q: np.ndarray, k: int) -> np.ndarray:
-        return (torch.from_numpy(q) @ x.T).topk(k, dim=1).indices.numpy()
+        wide = torch.from_numpy(q)
+        return _by_blocks(wide, x, min(block[0], len(rows)), k).numpy()
 
-    return Peer(search, search, _threads(torch.set_num_threads))
+    def choose(threads: int, size: int) -> None:
+        torch.set_num_threads(threads)
+        block[0] = size
+
+    def choices(threads: int, batch: int) -> list[Choice]:
+        return [
+            Choice(partial(choose, n, size), n, name)
+            for name, size in {"": len(rows), "by blocks": 1 << 16}.items()
+            for n in sorted({1, threads})
+        ]
+
+    return Peer(search, search, choices)
+
+
+def _by_blocks(q: Any, x: Any, block: int, k: int) -> Any:
+    """Ids of the k best rows of x by matmul and topk of `block` rows at a time, merged."""
+    import torch
+
+    scores, ids = [], []
+    for i, part in enumerate(x.split(block)):
+        best, at = (q @ part.T).topk(min(k, len(part)))
+        scores.append(best)
+        ids.append(at + i * block)
+    if len(scores) == 1:
+        return ids[0]
+    return torch.cat(ids, 1).gather(1, torch.cat(scores, 1).topk(k)[1])
 
 
 def _on_gpu(call: Callable[[Any, int], Any], capturable: bool = False) -> Peer:
@@ -292,18 +339,7 @@ def torch_gpu(rows: np.ndarray, metric: str) -> Peer:
         raise ValueError("written for ip")
     x = torch.from_numpy(rows).cuda()
 
-    def call(q: Any, k: int) -> Any:
-        scores, ids, first = [], [], 0
-        for part in x.split(1 << 20):
-            s, i = (q.half() @ part.T).topk(min(k, len(part)))
-            scores.append(s)
-            ids.append(i + first)
-            first += len(part)
-        if len(scores) == 1:
-            return ids[0]
-        return torch.cat(ids, 1).gather(1, torch.cat(scores, 1).topk(k)[1])
-
-    return _on_gpu(call, capturable=True)
+    return _on_gpu(lambda q, k: _by_blocks(q.half(), x, 1 << 20, k), capturable=True)
 
 
 def faiss_gpu(rows: np.ndarray, metric: str) -> Peer:
