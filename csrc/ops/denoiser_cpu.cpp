@@ -3,6 +3,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "common/exact_floats.h"
 #include "common/thread_pool.h"
 #include "knnfast/index.h"
 #include "ops/denoiser.h"
@@ -106,6 +107,7 @@ PackedCondition::PackedCondition(const PackedDenoiser& denoiser, const Tensors& 
 bool PackedDenoiser::features(const int64_t* codes,
                               const std::vector<const PackedCondition*>& conditions, bool guided,
                               const float* modulation, float* out) const {
+  const ExactFloats mode;
   const OpsKernels& k = ops_kernels();
   const int64_t B = int64_t(conditions.size()), L = int64_t(net_.N) * net_.patch * net_.patch;
   for (int64_t i = 0; i < B * L; ++i)

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/exact_floats.h"
 #include "common/thread_pool.h"
 #include "knnfast/index.h"
 #include "ops/ops_cpu.h"
@@ -12,6 +13,7 @@
 namespace knnfast {
 
 void neighbour_attention(const AttentionCall& c) {
+  const ExactFloats mode;
   const OpsKernels& k = ops_kernels();
   const int64_t size = c.shape.dtype == kFloat64 ? 8 : c.shape.dtype == kFloat32 ? 4 : 2;
   const size_t packed_bytes = (k.packed_size(c.shape) + 63) / 64 * 64;

@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "common/exact_floats.h"
 #include "common/thread_pool.h"
 #include "ops/ops_cpu.h"
 #include "ops/philox.h"
@@ -96,11 +97,12 @@ int64_t transition_choose(const StepGrid& g, const int64_t* x_t, int64_t* x_s, i
 
 void head_rows(const HeadShape& s, const void* features, const int64_t* rows, int64_t count,
                const void* weight, const void* bias, float* logits) {
+  const ExactFloats mode;
   const OpsKernels& k = ops_kernels();
   const int64_t whole = (count + k.block_rows - 1) / k.block_rows * k.block_rows;
   std::vector<float> gathered(size_t(whole * s.D));  // zeros beyond the rows
   for (int64_t i = 0; i < count; ++i)
-    k.widen(at_row(features, rows[i], s.D, s.dtype), s.dtype, &gathered[size_t(i * s.D)], s.D);
+    k.widen(at_row(features, rows[i], s.D, s.dtype), s.dtype, gathered.data() + i * s.D, s.D);
   parallel_for((s.K + k.head_classes - 1) / k.head_classes, [&](int, int64_t panel) {
     static thread_local std::vector<char>
         store;  // kept: fresh pages would cost more than the panel
@@ -114,6 +116,7 @@ int64_t transition_rows(const StepGrid& g, const RowRule& rule, const void* logi
                         const void* null, int64_t stride, int64_t null_stride, bool compact,
                         const int64_t* x_t, const int64_t* rows, int64_t count, int64_t* x_s) {
   if (const int64_t why = refused(g, x_t)) return why;
+  const ExactFloats mode;
   const OpsKernels& k = ops_kernels();
   std::atomic<int64_t> bad{0};
   auto work = [&](int, int64_t task) {
@@ -148,6 +151,7 @@ int64_t transition_purity(const StepGrid& g, const RowRule& rule, double purity,
                           const void* null, int64_t stride, int64_t null_stride, const int64_t* x_t,
                           int64_t* x_s) {
   if (const int64_t why = refused(g, x_t)) return why;
+  const ExactFloats mode;
   const OpsKernels& k = ops_kernels();
   const int64_t total = g.B * g.L;
   std::vector<double> score(size_t(total), -INFINITY);

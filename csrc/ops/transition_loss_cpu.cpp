@@ -3,6 +3,7 @@
 #include <atomic>
 #include <vector>
 
+#include "common/exact_floats.h"
 #include "common/thread_pool.h"
 #include "ops/ops_cpu.h"
 
@@ -12,6 +13,7 @@ int64_t transition_loss(int64_t B, int64_t L, int K, int dtype, const void* logi
                         const int64_t* x_0, const int64_t* x_t, const double* steps,
                         const double* weight, const double* auxiliary, void* grad,
                         int64_t grad_stride, double* loss, double* kl) {
+  const ExactFloats mode;
   const OpsKernels& kernels = ops_kernels();
   constexpr int64_t kChunk = 16;
   const int64_t size = dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
