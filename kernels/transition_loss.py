@@ -66,15 +66,18 @@ def transition_loss_kernel(
     rest = tl.where(rest < 0.5, rest, 1.0 - p_i)
 
     ratio = B_s / A_s
-    full = (ratio > 0.0) & (u > 0.0)
+    spread = ratio > 0.0  # any class may be that of the level before
+    full = spread & (u > 0.0)  # and the shared classes count in the loss
     safe_B = tl.where(B_t > 0.0, B_t, 1.0)
     G = tl.where(B_t > 0.0, (A_t + B_t) / safe_B, 1.0)
     S_p = tl.where(real, rest + p_i / G, 1.0)
     S_0 = tl.where(same, 1.0 / G, 1.0)
     e0, e = ratio * S_0, ratio * S_p
     f0, f = e0 * G, e * G
-    # Where B_s = 0 the shared terms vanish: any positive constant keeps the logarithms finite.
-    e_safe = tl.where(full, e, 1.0)
+    # FP32 holds neither an e of nearly 0 nor its inverse; beside p it is nothing. Where B_s = 0 the
+    # shared terms vanish: any positive constant keeps the logarithms finite.
+    e = tl.maximum(e, 1e-33)
+    e_safe = tl.where(spread, e, 1.0)
     es = e_safe.to(tl.float32)
     q = p + es
     r = 1.0 / q
@@ -89,25 +92,25 @@ def transition_loss_kernel(
     # The loss: shared classes, x_0, then i.
     log_ratio = tl.log(tl.where(full, e0 / e_safe, one))
     kl = tl.where(full, u * e0 * (count * log_ratio - logs), 0.0)
-    q_0 = tl.where(full, p_0 + e, one)
-    log_q0 = tl.where(full, tl.log(q_0), -nll)
+    q_0 = tl.where(spread, p_0 + e, one)
+    log_q0 = tl.where(spread, tl.log(q_0), -nll)
     kl += tl.where(same, 0.0, u * (1.0 + e0) * (tl.log(one + e0) - log_q0))
     kept = real & (v > 0.0)
     drop = rest * (1.0 - ratio * (G - 1.0))
-    log_qi_same = tl.where(full, tl.log(one - drop / (1.0 + f0)), -nll - tl.log(one + f0))
+    log_qi_same = tl.where(spread, tl.log(one - drop / (1.0 + f0)), -nll - tl.log(one + f0))
     kl += tl.where(kept & same, -v * (1.0 + f0) * log_qi_same, 0.0)
-    q_i = tl.where(full, p_i + f, one)
-    moved = kept & full & (x_0 != x_t)
+    q_i = tl.where(spread, p_i + f, one)
+    moved = kept & spread & (x_0 != x_t)
     kl += tl.where(moved, v * f0 * (tl.log(tl.where(moved, f0, one)) - tl.log(q_i)), 0.0)
 
     # The gradient in p, through the softmax.
     rho_0 = tl.where(same, 0.0, (1.0 + e0) / q_0)
-    share_0 = tl.where(same, 0.0, tl.where(full, rho_0 * p_0, 1.0))
+    share_0 = tl.where(same, 0.0, tl.where(spread, rho_0 * p_0, 1.0))
     rho_i = tl.where(kept, tl.where(same, 1.0 + f0, f0) / q_i, 0.0)
-    share_i = tl.where(full, rho_i * p_i, tl.where(kept & same, 1.0, 0.0))
+    share_i = tl.where(spread, rho_i * p_i, tl.where(kept & same, 1.0, 0.0))
     slope = ratio * A_t
     through = p_i * slope * (u * (e0 * inverses + rho_0) / (A_t + B_t) + v * rho_i / safe_B)
-    through = tl.where(real & full, through, 0.0)
+    through = tl.where(kept & spread, through, 0.0)
     shared = tl.where(full, e0 * shares, 0.0)
     G_p = -u * (shared + share_0) - v * share_i + through
     alpha = weight * (auxiliary - G_p)
@@ -145,5 +148,5 @@ def launch_transition_loss(logits, out, x_0, x_t, steps, weight, auxiliary):
             # Not stride(-2), which may be anything where L = 1, of contiguous logits too.
             stride_row=K, stride_grad=K, BLOCK_K=block_k, num_warps=warps,
         )  # fmt: skip
-    loss = (weight * (kl + auxiliary[:, None] * nll).mean(-1)).mean()
+    loss = (weight * (kl + auxiliary[:, None] * nll).mean(-1)).sum() / max(B, 1)
     return loss.float(), kl.mean(-1).float(), out

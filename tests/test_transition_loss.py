@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from cases.transition_loss import closed_form_loss
-from transition_helpers import SCHEDULES, levels, random_logits, within_twice
+from transition_helpers import SCHEDULES, Levels, levels, random_logits, within_twice
 
 from knnfast import ops, reference
 from knnfast.diffusion.schedule import Schedule
@@ -106,6 +107,40 @@ def test_gradcheck(name):
     torch.autograd.gradcheck(
         lambda l: ops.transition_loss(l, x_0, x_t, t, schedule, auxiliary=0.1)[0], logits
     )
+
+
+@pytest.mark.isa
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize(
+    "B", [[0.0, 0.0625, 0.03125], [0.0, 1e-20, 2e-20], [0.0, 1e-25, 1e-19]], ids=str
+)
+def test_levels_between_which_next_to_nothing_is_replaced(monkeypatch, backend, B):
+    """Where b = 0 < B a real token was the same one level before, whatever the logits say. And
+    where FP32 does not hold B, or its square where p_i = 1."""
+    if backend == "triton":
+        if torch.cuda.is_available():
+            pytest.skip("compiled in this process; the gpu tests cover it")
+        from knnfast.kernels.transition_loss import launch_transition_loss
+
+        monkeypatch.setattr(
+            torch.ops.knnfast, "transition_loss", lambda l, *v: launch_transition_loss(l, None, *v)
+        )
+    A = [1.0, 0.5, 0.25]
+    C = [1 - a - 4 * b for a, b in zip(A, B, strict=True)]
+    assert (reference.stride(A, B, C, 2, 1)[1] == 0) == (B[1] > 1e-3)
+    x_0 = torch.tensor([[1, 0, 2, 3], [1, 0, 2, 3]])
+    x_t = torch.tensor([[0, 0, 4, 3], [0, 0, 4, 3]])
+    args = x_0, x_t, torch.tensor([1, 2]), Levels(np.array(A), np.array(B), np.array(C))
+    peaked = -60 * (torch.arange(4) > 0).float().expand(2, 4, -1)
+    for logits in (torch.zeros(2, 4, 4), random_logits((2, 4, 4)), peaked.clone()):
+        exact, exact_kl, grad = truth(logits, *args, auxiliary=0.0)
+        leaf = logits.requires_grad_()
+        loss, kl = ops.transition_loss(leaf, *args, auxiliary=0.0)
+        loss.backward()
+        assert float(loss.detach()) == pytest.approx(float(exact), rel=1e-5)
+        torch.testing.assert_close(kl.double(), exact_kl, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(leaf.grad.double(), grad, rtol=1e-4, atol=1e-7)
 
 
 def test_inplace_writes_the_gradient_over_the_logits():
@@ -392,6 +427,58 @@ def test_rejects():
         ops.transition_loss(logits, x_0, x_t, t, Schedule("mask", 100, 9))
     with pytest.raises(ValueError, match=r"at least one position, got shape \[4, 0, 8\]"):
         ops.transition_loss(logits[:, :0], x_0[:, :0], x_t[:, :0], t, schedule)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's
+def test_no_image(device):
+    """The loss of nothing is 0."""
+    from knnfast.kernels.transition_loss import launch_transition_loss
+
+    *made, schedule = make("mask", 8)
+    logits, *rest = (v[:0].to(device) for v in made)
+    leaf = logits.requires_grad_()
+    loss, kl = ops.transition_loss(leaf, *rest, schedule)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert kl.shape == (0,)
+    assert leaf.grad.shape == leaf.shape
+    none = torch.zeros(0, dtype=torch.float64, device=device)
+    args = *rest[:2], none.view(0, 7), none, none
+    assert float(launch_transition_loss(logits.detach(), None, *args)[0]) == 0
+
+
+def test_inplace_rejects_before_it_writes():
+    """A refused argument leaves the logits and their version; a bad row does not."""
+    logits, x_0, x_t, t, schedule = make("mask", 8)
+    logits = logits.requires_grad_() * 1.0
+    version = logits._version
+    for bad in ((x_0 + 8, x_t, t), (x_0, x_t - 9, t), (x_0, x_t, t - 1)):
+        with pytest.raises(ValueError, match=r"x_0|x_t|t: must"):
+            ops.transition_loss(logits, *bad, schedule, inplace=True)
+        assert logits._version == version
+    logits = logits.masked_fill(torch.arange(8) == 3, math.nan)
+    version = logits._version
+    with pytest.raises(ValueError, match="in 120 rows"):
+        ops.transition_loss(logits, x_0, x_t, t, schedule, inplace=True)
+    assert logits._version > version
+
+
+@pytest.mark.isa
+def test_subnormal_numbers_count():
+    """Whatever the caller's mode, with which the threads of the pool do not compute."""
+    made = make("mask_replace", 64, scale=30.0)
+    weight = torch.full((4,), 1e-36)
+    results = []
+    for flush in (False, True):
+        leaf = made[0].clone().requires_grad_()
+        torch.set_flush_denormal(flush)
+        try:
+            ops.transition_loss(leaf, *made[1:], weight=weight)[0].backward()
+        finally:
+            torch.set_flush_denormal(False)
+        results.append(leaf.grad)
+    assert torch.equal(*results)
+    assert ((results[0] != 0) & (results[0].abs() < torch.finfo(torch.float32).tiny)).any()
 
 
 def test_inplace_rejects_rows_that_are_not_evenly_spaced():

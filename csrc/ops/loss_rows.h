@@ -80,6 +80,8 @@ static bool loss_row_of(const LossStep& k, const void* row, int dtype, int K, in
     f0 = e0 * G;
     f = e * G;
   }
+  // FP32 holds neither an e of nearly 0 nor its inverse; beside p it is nothing.
+  if (sizeof(S) == sizeof(float) && e > 0) e = e > 1e-33 ? e : 1e-33;
 
   const S inverse = S(1 / total);
   // Sums over all classes but x_0 and i: log(q / e), 1 / q and p / q, q = p + e.
@@ -129,8 +131,8 @@ static bool loss_row_of(const LossStep& k, const void* row, int dtype, int K, in
   const double rho_0 = x_0 != i ? (1 + e0) / (e > 0 ? q_0 : 1) : 0;  // times p_0 below when e = 0
   const double share_0 = x_0 != i ? (e > 0 ? rho_0 * p_0 : 1.0) : 0;
   const double share_i = real && v > 0 ? (e > 0 ? rho_i * p_i : (x_0 == i ? 1.0 : 0.0)) : 0;
-  double through = 0;  // p_i times the derivative through S
-  if (real && e > 0 && u > 0) {
+  double through = 0;  // p_i times the derivative through S, which f has where u = 0, too
+  if (real && e > 0 && v > 0) {
     const double sum_rho = e0 * R + (x_0 != i ? rho_0 : 0);
     const double slope = ratio * k.A_t;
     through = p_i * (slope / (k.A_t + k.B_t) * u * sum_rho + slope / k.B_t * v * rho_i);

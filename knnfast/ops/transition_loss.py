@@ -55,11 +55,11 @@ def transition_loss(
         auxiliary: factor of -log p_theta(x_0).
         adaptive: f(t) = 2 - (t - 1) / T, else 1.
         inplace: write the gradient (in FP16 a multiple of it) over the logits: their values are
-            lost; only when the backward pass of whatever made them does not need them. The graph
-            can then be passed back once.
+            lost, also where a row of them is then refused; only when the backward pass of whatever
+            made them does not need them. The graph can then be passed back once.
 
     Returns:
-        loss: scalar, fp32 (fp64 for fp64 logits).
+        loss: scalar, fp32 (fp64 for fp64 logits); of no image 0.
         kl: [B], each image's mean KL, without gradient, for importance sampling.
     Raises: ValueError shape, device, and on the CPU a token or level out of range, NaN, +inf or no
         finite class in a row of logits, a weight that is not finite; TypeError dtype. On CUDA
@@ -187,6 +187,8 @@ def _run_cpu(logits, grad, x_0, x_t, steps, weight, auxiliary):
         raise ValueError("t: must be a level from 1 to the schedule's last")
     if not bool(weight.isfinite().all()):
         raise ValueError("weight: must be finite")
+    if grad is logits:
+        _changed(logits)
     loss = torch.zeros((), dtype=torch.float64)
     kl = torch.empty(B, dtype=torch.float64)
     bad = _C.transition_loss(
@@ -219,7 +221,6 @@ def _changed(logits):
 def _loss_inplace_cpu(logits, *args):
     if rows(logits).data_ptr() != logits.data_ptr() or row_stride(logits) < logits.shape[-1]:
         raise ValueError("inplace: logits must have last stride 1 and evenly spaced rows")
-    _changed(logits)
     return _run_cpu(logits, logits, *args)
 
 
