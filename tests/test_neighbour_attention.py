@@ -258,6 +258,91 @@ def test_exact_on_integers():
     assert torch.equal(got, x + C[:, :, 0] + 1)
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("where", [0, 1, 4])
+def test_nan_scores(where, dtype):
+    """NaN in an embedding's scores reaches its image's tokens, unless the embedding is off."""
+    x, n, layer, options, ada = make(3, 9, 64, 4, 5, dtype)
+    options["mask"] = torch.ones(3, 5, dtype=torch.bool)
+    options["mask"][1, where] = False
+    folded = ops.fold_neighbours(n, *layer, **options, fold=True)
+    expected = ops.neighbour_attention(x, folded, **ada)
+    folded.A[:2, 3, where, 1] = float("nan")
+    got = ops.neighbour_attention(x, folded, **ada)
+    assert got[0].isnan().all()
+    assert torch.equal(got[1:], expected[1:])
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_heads(dtype):
+    """The empty sum is 0, not what the scratch held: y = x + b."""
+    parts = torch.ones(2, 64, 3, 0), torch.ones(2, 3, 0), torch.ones(2, 3, 0, 64), torch.randn(64)
+    folded = ops.Folded(*(v.to(dtype) for v in parts), torch.ones(2, 3, dtype=torch.bool))
+    x = torch.randn(2, 9, 64, dtype=dtype)
+    assert torch.equal(ops.neighbour_attention(x, folded), x + folded.bias)
+
+
+@pytest.mark.isa
+def test_subnormal_numbers_count():
+    """Whatever the caller's mode, with which the threads of the pool do not compute."""
+    x, n, layer, options, _ = make(2, 9, 64, 4, 5)
+    options["mask"][0] = False
+    folded = ops.fold_neighbours(n, *layer, **options, fold=True)
+    x[0] = 1e-40
+    torch.set_flush_denormal(True)
+    try:
+        got = ops.neighbour_attention(x, folded)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(got[0], x[0])
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_autocast_rounds_as_torch_does(norm, scale, device):
+    """The normalised tokens and the weights, not digits of a mean that the norm takes off."""
+    x, n, layer, options, ada = tree_map(
+        lambda v: v.to(device) if torch.is_tensor(v) else v,
+        make(2, 64, 64, 4, 5, mean=100.0 if norm else 0.0),
+    )
+    ada = {name: scale * v for name, v in ada.items()} | {"norm": norm}
+    exact = reference.neighbour_attention(
+        x.double(), reference.fold_neighbours(n.double(), *wide(layer), **options),
+        **{name: v.double() for name, v in ada.items() if name != "norm"}, norm=norm,
+    )  # fmt: skip
+    with torch.autocast(device, torch.bfloat16):
+        got, plain = (
+            ops.neighbour_attention(x, ops.fold_neighbours(n, *layer, **options, fold=fold), **ada)
+            for fold in (True, False)
+        )
+    within_twice(got - x, plain - x, exact - x.double(), torch.bfloat16)
+
+
+def test_autocast_leaves_fp64():
+    x, n, layer, options, ada = make(2, 9, 64, 4, 5, torch.float64)
+    folded = ops.fold_neighbours(n, *layer, **options, fold=True)
+    expected = ops.neighbour_attention(x, folded, **ada)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = ops.fold_neighbours(n, *layer, **options, fold=True)
+        assert torch.equal(ops.neighbour_attention(x, again, **ada), expected)
+        with pytest.raises(TypeError, match=r"folded\.A: dtype must be one of float64"):
+            ops.neighbour_attention(x, folded._replace(A=folded.A.float()), **ada)
+
+
+def test_gradients_inside_an_autocast_region():
+    """The backward pass is FP32's, wherever it is called."""
+    x, n, layer, options, ada = make(2, 9, 64, 4, 5)
+    folded = ops.fold_neighbours(n, *layer, **options, fold=True)
+    leaves = [v.requires_grad_() for v in (x, *folded[:4], *ada.values())]
+    y = ops.neighbour_attention(x, folded, **ada).square().sum()
+    expected = torch.autograd.grad(y, leaves, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(y, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 @pytest.mark.parametrize("norm", [True, False])
 def test_gradients(norm):
     x, n, layer, fold, ada = make(2, 3, 8, 2, 3, dtype=torch.float64)

@@ -89,8 +89,11 @@ static void tile_part(const S* a, int lda, const S* panel, int first, int last, 
 
 template <class S, int NV>
 static void tile(const S* a, int lda, const S* panel, int depth, S* out, int ldo) {
-  for (int k = 0; k < depth; k += kDepth)
+  int k = 0;
+  do {  // at depth 0, too: then out is 0
     tile_part<S, NV>(a, lda, panel, k, k + kDepth < depth ? k + kDepth : depth, out, ldo);
+    k += kDepth;
+  } while (k < depth);
 }
 
 template <class S>
@@ -228,7 +231,8 @@ static void attend_of(const AttentionShape& s, const S* packed, const S* scale, 
     product(z, at.Dp, packed + at.A, s.D, score, at.HNp);
     for (int r = 0; r < rows; ++r) {
       S* row = score + size_t(r) * at.HNp;
-      for (int j = 0; j < at.HN; ++j) row[j] += packed[at.a + size_t(j)];
+      const S* add = packed + at.a;  // -inf where the embedding is off, whatever its score is
+      for (int j = 0; j < at.HN; ++j) row[j] = add[j] == S(-INFINITY) ? add[j] : row[j] + add[j];
       softmax(row, s.N, s.H, top, top + s.H);
     }
     product(score, at.HNp, packed + at.C, at.HN, out, at.Dp);

@@ -84,10 +84,10 @@ KF_INLINE S max_lane(Vec<S> v) {
 KF_INLINE vf as_float(vi v) { return (vf)v; }
 KF_INLINE vi as_int(vf v) { return (vi)v; }
 
-// e^x for x <= 88, relative error below 2e-7; 0 below -87.3.
+// e^x for x <= 88, relative error below 2e-7; 0 below -87.3, NaN of NaN (as max's second).
 KF_INLINE vf exp(vf x) {
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vf y = max<float>(x, splat(-88.0f));
+  const vf y = max<float>(splat(-88.0f), x);
   const vf t = y * 1.44269504088896341f + magic;
   const vf n = t - magic;
   const vf r = (y - n * 0.693359375f) + n * 2.12194440e-4f;

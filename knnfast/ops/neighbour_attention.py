@@ -152,7 +152,8 @@ def neighbour_attention(
     Returns:
         y: like x, contiguous. An image whose mask is all off keeps y = x (0 without residual).
     Raises: ValueError shape or device; TypeError dtype.
-    Numerics: accumulates in FP32, variance about a mean.
+    Numerics: accumulates in FP32, variance about a mean. Under autocast the folded weights, scale,
+        shift and x (less its mean where there is a norm) are rounded to its type, FP64 is not.
     Backends: Triton on CUDA, C++ on the CPU; defined by `reference.neighbour_attention`.
     Memory: y, and on the CPU the packed weights.  Deterministic: yes.
     Differentiable: in x, the folded weights, scale and shift.
@@ -182,12 +183,14 @@ def neighbour_attention(
     check_shape("folded.bias", bias, (D,))
     check_shape("folded.mask", mask, (B, N))
     _check_like(x, "folded.", {"A": A, "a": a, "C": C, "bias": bias})
-    if torch.is_autocast_enabled(x.device.type):
-        # The products in autocast's type, the residual stream in its own.
+    if _autocast(x):
+        # The products in autocast's type, the residual stream in its own. The norm takes the mean
+        # off: rounded with it, numbers far from 0 would lose the digits that are left.
         low = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
+            z = x - x.mean(-1, keepdim=True) if norm and x.dtype != low else x
             out = neighbour_attention(
-                x.to(low), Folded(A.to(low), a.to(low), C.to(low), bias.to(low), mask),
+                z.to(low), Folded(A.to(low), a.to(low), C.to(low), bias.to(low), mask),
                 scale=scale, shift=shift, norm=norm, eps=eps, residual=False,
             )  # fmt: skip
         return x + out if residual else out
@@ -199,9 +202,14 @@ def neighbour_attention(
     return torch.ops.knnfast.neighbour_attention(*args)
 
 
+def _autocast(x: Tensor) -> bool:
+    """Whether autocast lowers x; torch's leaves FP64."""
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+
+
 def _check_like(like: Tensor, prefix: str, parts: dict[str, Tensor | None]) -> None:
     """Raise unless all lie where `like` does, in its type; under autocast in any that it takes."""
-    types = _TYPES if torch.is_autocast_enabled(like.device.type) else (like.dtype,)
+    types = _TYPES if _autocast(like) else (like.dtype,)
     for name, v in parts.items():
         if v is not None:
             check_dtype(prefix + name, v, types)
@@ -242,6 +250,11 @@ class _NeighbourAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
+        with torch.autocast(dy.device.type, enabled=False):  # wherever the pass is called
+            return _NeighbourAttention._gradients(ctx, dy)
+
+    @staticmethod
+    def _gradients(ctx, dy):
         x, A, a, C, mask, scale, shift = ctx.saved_tensors
         types = x.dtype, A.dtype
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
