@@ -262,6 +262,29 @@ def test_empty(shape, device):
         assert x_s.device == x_t.device
 
 
+@pytest.mark.isa
+def test_no_features():
+    """Logits of the bias alone, not of what the scratch held."""
+    bias, x_t = torch.randn(100), torch.full((1, 40), 100)
+    weights = weights_of("mask", 100, 50, 0)
+    ops.sample_head(torch.ones(1, 40, 24), torch.randn(100, 24), bias, x_t, weights, seed=3)
+    got = ops.sample_head(torch.zeros(1, 40, 0), torch.zeros(100, 0), bias, x_t, weights, seed=3)
+    assert torch.equal(got, ops.transition_step(bias.expand(1, 40, -1), x_t, weights, seed=3))
+
+
+@pytest.mark.isa
+def test_subnormal_numbers_count():
+    """Whatever the caller's mode, with which the threads of the pool do not compute."""
+    _, _, weight, bias, x_t = make(100)
+    args = torch.full((2, 40, 24), 5e-39), weight * 1e38, bias, x_t, weights_of("mask", 100, 50, 0)
+    expected = ops.sample_head(*args, seed=3)
+    torch.set_flush_denormal(True)
+    try:
+        assert torch.equal(ops.sample_head(*args, seed=3), expected)
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.parametrize("token", [-1, 9])
 def test_rejects_tokens_out_of_range(token):
     features, _null, weight, bias, x_t = make(8)

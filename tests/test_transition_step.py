@@ -5,6 +5,7 @@ quantile, so that a correct implementation fails one of the about 110 with proba
 """
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transition_helpers import SCHEDULES, levels, random_logits, weights_of
 from knnfast import ops, reference
 from knnfast.ops import philox
 from knnfast.ops._checks import pointer
+from knnfast.ops.transition import _step_cuda
 
 # Outputs hold NaN before a kernel writes them. torch's own CUDA ops warn when that mode finds them
 # in another order than they promise.
@@ -37,8 +39,6 @@ RULES = {
 
 def interpreted(logits, x_t, weights, *, seed, image_indices=None, null_logits=None, **rule):
     """Call the Triton kernel on CPU tensors through the interpreter."""
-    from knnfast.ops.transition import _step_cuda
-
     if image_indices is None:
         image_indices = torch.arange(len(x_t))
     rule = {"guidance": 1.0, "temperature": 1.0, "top_r": 1.0, "top_k": 0, "purity": None} | rule
@@ -426,6 +426,22 @@ def test_bad_rows(run, dtype, bad):
                 run(*step, **rule)
 
 
+@pytest.mark.parametrize("cond", [float("nan"), float("inf")])
+def test_the_definition_refuses_the_same_rows(cond):
+    logits, null = torch.zeros(1, 40, 4), torch.zeros(1, 40, 4)
+    logits[..., 1], null[..., 1] = cond, float("-inf")  # also where the other pass excludes
+    masked, real = torch.full((1, 40), 4), torch.full((1, 40), 2)
+    # t, MASK_P, MASK_U, REAL_P, REAL_U0, REAL_U1, KEEP: without P a row is read only between the Us
+    read, unread = (torch.tensor([50, 0, 0.5, 0, 0.2, u1, 0]).double() for u1 in (0.7, 0.2))
+    rule = {"seed": 3, "null_logits": null, "guidance": 2.0}
+    for step in (reference.transition_step, ops.transition_step):
+        with pytest.raises(ValueError, match="NaN, \\+inf or no finite class"):
+            step(logits, real, read, **rule)
+    for x_t, weights in ((masked, read), (real, unread)):
+        got = ops.transition_step(logits, x_t, weights, **rule)
+        assert torch.equal(got, reference.transition_step(logits, x_t, weights, **rule))
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
 @BOTH
 def test_rows_at_any_distance(run):
@@ -569,6 +585,33 @@ def test_rejects(change, error, match):
     logits, x_t, weights = call.pop("logits"), call.pop("x_t"), call.pop("weights")
     with pytest.raises(error, match=match):
         ops.transition_step(logits, x_t, weights, **call)
+
+
+@pytest.mark.isa
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy runs both sides of tl.where
+@BOTH
+@pytest.mark.parametrize(
+    ("strange", "usual"),
+    [
+        ({"temperature": 1e-40}, {"temperature": 2.0**-100}),
+        ({"temperature": 1e39}, {"temperature": 2.0**100}),
+        ({"purity": 1e39}, {"purity": 2.0**100}),
+        ({"top_k": sys.maxsize}, {}),
+        ({"top_k": 2**80, "top_r": 0.8}, {"top_r": 0.8}),
+    ],
+)
+def test_settings_beyond_the_kernels_types(monkeypatch, run, strange, usual):
+    """As the definition has it: the best class, any class, all classes."""
+    if run is interpreted:
+        monkeypatch.setattr(torch.ops.knnfast, "transition_step", _step_cuda)
+    logits, x_t, _ = make(13, 2, 40, {}, masked=1.0)
+    logits[..., 3] = float("-inf")
+    weights = weights_of("mask", 13, 50, 0)
+    got = ops.transition_step(logits, x_t, weights, seed=3, **strange)
+    assert torch.equal(got, ops.transition_step(logits, x_t, weights, seed=3, **usual))
+    if strange.get("temperature", 1) < 1 or "purity" in strange:
+        assert torch.equal(got, logits.argmax(-1))
+    assert not (got == 3).any()
 
 
 @pytest.mark.isa

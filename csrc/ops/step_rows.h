@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Transition step, one row: logits -> scores -> (sum, draw). Six passes at most, all in L1.
+// Transition step, one row: logits -> scores -> (sum, draw). Six passes at most, and with
+// truncation about 35, all in L1.
 #pragma once
 
 #include "ops/convert.h"

@@ -187,9 +187,10 @@ def class_scores(
     cond = logits.double()
     if null_logits is not None:
         null = null_logits.double()
-        excluded = torch.isneginf(cond) | torch.isneginf(null)
+        inf = float("inf")
+        excluded, bad = (cond == -inf) | (null == -inf), ~((cond < inf) & (null < inf))
         cond = null + guidance * (cond - null)
-        cond = cond.masked_fill(excluded, float("-inf"))
+        cond = cond.masked_fill(excluded, -inf).masked_fill(bad, float("nan"))
     logp = torch.log_softmax(cond / temperature, -1)
     if top_r < 1.0 or top_k:
         ordered, order = logp.sort(dim=-1, descending=True, stable=True)
@@ -255,9 +256,12 @@ def transition_step(
     u = philox.unit52(w[0], w[1])
     p_i = logp.gather(-1, x_t.clamp(max=K - 1)[..., None])[..., 0].exp()
     w_p, w_u = _branches(p_i, masked, weights)
+    _, at_0 = _branches(torch.zeros_like(u), masked, weights)
+    _, at_1 = _branches(torch.ones_like(u), masked, weights)
     from_p = u < w_p
-    replaced = ~from_p & (u < w_p + w_u)
-    read = from_p | replaced
+    certain = u < w_p + torch.minimum(at_0, at_1)  # whatever p_i is
+    replaced = ~from_p & (certain | (u < w_p + w_u))
+    read = from_p | (~certain & (u < w_p + torch.maximum(at_0, at_1)))
     if purity is not None:
         read = masked
         from_p = purity_positions(logp, masked, weights, position, image, t, seed)
@@ -345,9 +349,11 @@ def sample_prior(
         num_codes: K.
         shape: (B, L), each at least 0.
         seed: the Philox key, in [-2^63, 2^63), or an int64 tensor of one element.
-        image_indices: [B] int64, each image's place in the random counters; 0..B-1 when None.
+        image_indices: [B] int64 in [0, 2^32), each image's place in the random counters; 0..B-1
+            when None.
         device: of the tokens.
-    Raises: ValueError range; TypeError type.
+    Raises: ValueError range, of image indices on the CPU alone (elsewhere their low 32 bits count);
+        TypeError type.
     """
     check_schedule(schedule, num_codes)
     check_whole("t", t)
@@ -363,6 +369,9 @@ def sample_prior(
     if image_indices is not None:
         check_dtype("image_indices", image_indices, (torch.int64,))
         check_shape("image_indices", image_indices, shape[:1])
+        # Elsewhere looking would synchronise.
+        if image_indices.device.type == "cpu" and (image_indices >> 32).any():
+            raise ValueError("image_indices: must be in [0, 2^32)")
     _, B, C = (of_level[t] for of_level in probabilities(schedule))
     x = torch.full(shape, num_codes, dtype=torch.int64, device=device)
     if not x.numel():
@@ -385,7 +394,7 @@ def _coordinates(
         image_indices = torch.arange(B, device=x_t.device)
     if not isinstance(seed, Tensor):
         seed = torch.full((), seed, dtype=torch.int64, device=x_t.device)
-    return weights[..., :1].long(), position, image_indices[:, None], seed
+    return weights[..., :1].long(), position, image_indices[:, None] & 0xFFFFFFFF, seed
 
 
 # ---------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from knnfast.ops._checks import (
 
 _BAD = "logits: NaN, +inf or no finite class in {} of the rows that are drawn"
 _SEED_MASK = (1 << 64) - 1
+_LARGEST = 2.0**100  # of a sharpness, purity's or 1 / temperature: at inf the best class is NaN
 
 
 def transition_step(
@@ -61,10 +62,11 @@ def transition_step(
             when None.
         null_logits: the unconditional pass, like logits: l = null + guidance (logits - null).
         guidance: 1 means none, and is all there can be without null_logits.
-        temperature: > 0, divides the logits.
+        temperature: > 0, divides the logits; what is outside [2^-100, 2^100] counts as its end.
         top_r: keep the classes that hold this mass; 1 keeps all.
         top_k: keep this many classes; 0 keeps all.
-        purity: sharpness r >= 0 of purity sampling, which sets the purest masked positions.
+        purity: sharpness r >= 0 of purity sampling, which sets the purest masked positions; above
+            2^100 it counts as that.
 
     Returns:
         x_s: [B, L] int64.
@@ -73,7 +75,8 @@ def transition_step(
         drawn; TypeError dtype. On CUDA nothing synchronises: a token of such a row is -1, one
         outside [0, K] counts as a code of probability 0.
     Numerics: choices in FP64; p in FP32, for the same seed perturbed scores agree with FP64 within
-        1e-5.
+        1e-5, or 1e-6 |guidance (logits - null_logits)| / temperature (their maxima taken off) where
+        that is more.
     Backends: Triton on CUDA, C++ on the CPU; defined by `reference.transition_step`.
     Memory: O(B L).  Deterministic: yes.  Differentiable: no.
     """
@@ -92,9 +95,10 @@ def transition_step(
         check_number("purity", purity)
         if purity < 0:
             raise ValueError(f"purity: must be >= 0, got {purity}")
+        purity = min(float(purity), _LARGEST)
     return torch.ops.knnfast.transition_step(
         logits, null_logits, x_t, weights, image_indices, seed,
-        float(guidance), float(temperature), float(top_r), int(top_k), purity,
+        *_rule(K, guidance, temperature, top_r, top_k), purity,
     )  # fmt: skip
 
 
@@ -163,7 +167,7 @@ def sample_head(
         top_k,
     )  # fmt: skip
     _check_null("null_features", null_features, guidance)
-    options = float(guidance), float(temperature), float(top_r), int(top_k)
+    options = _rule(num_codes, guidance, temperature, top_r, top_k)
     if isinstance(weight, Tensor):
         return torch.ops.knnfast.sample_head(
             features, null_features, weight, bias, x_t, weights, image_indices, seed, *options
@@ -249,6 +253,14 @@ def _check_step(
 def _check_null(name: str, null: Tensor | None, guidance: float) -> None:
     if null is None and guidance != 1:
         raise ValueError(f"guidance: must be 1 without {name}, got {guidance}")
+
+
+def _rule(
+    K: int, guidance: float, temperature: float, top_r: float, top_k: int
+) -> tuple[float, float, float, int]:
+    """What the kernels take: numbers that their types hold."""
+    temperature = min(max(float(temperature), 1 / _LARGEST), _LARGEST)
+    return float(guidance), temperature, float(top_r), min(int(top_k), K)
 
 
 # ---------------------------------------------------------------------------------------------
