@@ -29,6 +29,17 @@ def test_same_configuration_and_interface():
     assert again.step(torch.zeros(1, 8, 4), 49, x, return_dict=False)[0].dtype == torch.int64
 
 
+def test_rounding_replaces_no_code():
+    """Where alpha + gamma = 1 a decided code stays, whatever rounding leaves of the difference."""
+    ours = VQDiffusionScheduler(
+        9, 100, alpha_cum_start=0.99, alpha_cum_end=0.01, gamma_cum_start=0.01, gamma_cum_end=0.99
+    )
+    assert not ours._schedule.B.any()
+    x = torch.randint(0, 8, (4, 64))
+    for t in ours.timesteps:
+        assert torch.equal(ours.step(torch.randn(4, 8, 64), t, x).prev_sample, x)
+
+
 def test_one_step_draws_from_their_posterior(seed):
     K, L, t = 4, 400_000, 30
     ours, theirs = VQDiffusionScheduler(K + 1), diffusers.VQDiffusionScheduler(K + 1)

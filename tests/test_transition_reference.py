@@ -211,6 +211,8 @@ def test_loss_equals_brute_force():
         ({"shape": (2,)}, ValueError, r"shape: must be \(B, L\), got \(2,\)"),
         ({"shape": (-1, 3)}, ValueError, "shape: must not be negative"),
         ({"image_indices": torch.zeros(3, dtype=torch.int64)}, ValueError, "image_indices: shape"),
+        ({"image_indices": torch.tensor([0, -1])}, ValueError, r"must be in \[0, 2\^32\)"),
+        ({"image_indices": torch.tensor([2**32, 0])}, ValueError, r"must be in \[0, 2\^32\)"),
     ],
 )
 def test_prior_rejects(changed, error, message):
@@ -218,6 +220,18 @@ def test_prior_rejects(changed, error, message):
     given |= {"shape": (2, 3), **changed}
     with pytest.raises(error, match=message):
         reference.sample_prior(**given)
+
+
+def test_a_schedules_rounding_noise_is_none():
+    """What 1 - A - C leaves below 0 or above 1 counts as 0 and 1."""
+    clean = SimpleNamespace(A=[1.0, 0.5, 0.0], B=[0.0, 0.0, 0.0], C=[0.0, 0.5, 1.0])
+    noisy = SimpleNamespace(A=[1 + 1e-16, 0.5, -1e-17], B=[-1e-17] * 3, C=[0.0, 0.5, 1 + 1e-10])
+    weights = [reference.transition_weights(s, 2, 1, 4) for s in (clean, noisy)]
+    assert torch.equal(*weights)
+    tokens = torch.zeros(1, 3, dtype=torch.int64)
+    args = torch.zeros(1, 3, 4), tokens, tokens + 4, torch.tensor([2])
+    losses = [ops.transition_loss(*args, s)[0] for s in (clean, noisy)]
+    assert torch.equal(*losses)
 
 
 def test_prior_of_no_token():
@@ -232,7 +246,7 @@ def test_a_schedule_has_as_many_of_each():
         reference.transition_weights(broken, 1, 0, 4)
 
 
-@pytest.mark.parametrize("bad", [math.nan, -1e-9, 1.5, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, -1e-6, 1 + 1e-6, 1.5, math.inf])
 def test_a_schedule_holds_probabilities(bad):
     given = SimpleNamespace(A=[1.0, 0.5], B=[0.0, bad], C=[0.0, 0.5])
     message = re.escape(f"schedule: B must be in [0, 1] at all levels, got {bad}")

@@ -70,7 +70,9 @@ class VQDiffusionScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         T = num_train_timesteps
         A = np.r_[1.0, np.linspace(alpha_cum_start, alpha_cum_end, T)]
         C = np.r_[0.0, np.linspace(gamma_cum_start, gamma_cum_end, T)]
-        self._schedule = _Levels(A, np.maximum(0.0, 1 - A - C) / self.mask_class, C)
+        replaced = 1 - A - C
+        replaced[replaced < 1e-12] = 0.0  # rounding's: where A + C = 1 no code is replaced
+        self._schedule = _Levels(A, replaced / self.mask_class, C)
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(T - 1, -1, -1)
         self._next = {t: t - 1 for t in range(1, T + 1)}

@@ -71,12 +71,12 @@ def check_schedule(schedule: object, num_codes: int) -> None:
 
 
 def probabilities(schedule: Any) -> tuple[tuple[float, ...], ...]:
-    """A, B and C of a schedule; ValueError where one is no probability."""
+    """A, B and C of a schedule, in [0, 1]; ValueError where one is out of it by over 1e-9."""
     found = tuple(tuple(float(v) for v in getattr(schedule, name)) for name in "ABC")
     for name, values in zip("ABC", found, strict=True):
-        if bad := [v for v in values if not 0 <= v <= 1]:  # NaN, too
+        if bad := [v for v in values if not -1e-9 <= v <= 1 + 1e-9]:  # NaN, too
             raise ValueError(f"schedule: {name} must be in [0, 1] at all levels, got {bad[0]}")
-    return found
+    return tuple(tuple(min(max(v, 0.0), 1.0) for v in values) for values in found)
 
 
 def check_seed(seed: object, device: torch.device) -> None:
