@@ -188,7 +188,7 @@ def ops_section(result: dict[str, Any]) -> str:
 def search_targets_section(result: dict[str, Any]) -> str:
     rows = [
         [part, body["machine"]["commit"], target["target"],
-         f"{target['value']:.4g}" + paces(body["times"], target["target"]),
+         f"{target['value']:.4g}" + behind(body["times"], target["target"]),
          target["limit"], "yes" if target["met"] else "**no**"]
         for part, body in result["parts"].items() for target in body["targets"]
     ]  # fmt: skip
@@ -201,8 +201,12 @@ def search_targets_section(result: dict[str, Any]) -> str:
     )
 
 
-def paces(cells: dict[str, Any], target: str) -> str:
-    """Behind a ratio to a peer: both times of the turns that it is of, and how the peer ran."""
+def behind(cells: dict[str, Any], target: str) -> str:
+    """What is behind a figure: of a ratio to a peer both times of the turns that it is of, and how
+    the peer ran; of an index' size what its process grew by."""
+    how, _, rest = target.partition(": ")
+    if rest.startswith("bytes a row"):
+        return f" (its process grew by {cells[how]['rss_per_row']:,.0f})"
     found = re.fullmatch(r"\S+ batch (\d+): (\S+) / knnfast", target)
     cell = cells.get(f"{found[2]}/{found[1]}/10", {}) if found else {}
     if "ours_p50_ms" not in cell:

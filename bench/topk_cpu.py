@@ -389,7 +389,6 @@ def memory() -> dict[str, Any]:
                     f"{how}: bytes a row, but for means and rotation", cell["bytes_per_row"], limit
                 ),
                 target(f"{how}: peak while adding / end", cell["peak"], 1.15),
-                target(f"{how}: bytes a row by which the process grew", cell["rss_per_row"], limit),
                 target(f"{how}: seconds to add 1M x 512", cell["add_s"], 3),
                 target(
                     f"{how}: the same to memory that nobody used lately", cell["fresh_add_s"], 3
