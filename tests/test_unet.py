@@ -164,6 +164,37 @@ def test_solvers_reach_the_data(solver):
         assert torch.equal(net.sample(*condition(1), steps=steps, solver=solver), codes)
 
 
+@pytest.mark.parametrize("solver", ["dpm", "ddim"])
+def test_levels_of_any_number_of_steps(solver):
+    net = made(replace(TINY, num_steps=130))
+    told, seen = [], []
+
+    def forward(x_t, t, *_):
+        seen.append(int(t[0]))
+        return torch.zeros_like(x_t)
+
+    net.forward = forward
+    for steps in range(1, 131):
+        told.clear(), seen.clear()
+        net.sample(*condition(1), steps=steps, solver=solver, callback=lambda *a: told.append(a))
+        assert told == [(n, steps) for n in range(1, steps + 1)]
+        assert seen == [round(130 * n / steps) - 1 for n in range(steps, 0, -1)]
+
+
+def test_ddim_steps_to_the_next_level():
+    net = made()
+    noise = initial_noise((3, 4, 4), 5, torch.arange(1)).double()
+    net.forward = lambda x_t, t, *_: 0.3 * x_t
+    alpha, sigma = net.alpha.double(), net.sigma.double()
+    levels, x = [49, 36, 24, 11], noise  # of 4 steps
+    for t, after in zip(levels, [*levels[1:], None], strict=True):
+        x0 = alpha[t] * x - sigma[t] * 0.3 * x
+        eps = alpha[t] * 0.3 * x + sigma[t] * x
+        x = x0 if after is None else alpha[after] * x0 + sigma[after] * eps
+    (*_, got) = net._run(noise.float(), condition(1), 4, 1.0, "ddim")
+    torch.testing.assert_close(got.double(), x, atol=1e-4, rtol=1e-4)
+
+
 def test_an_image_does_not_depend_on_its_batch():
     net = made()
     cond, mask = condition(4)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from knnfast.diffusion.backbone import Backbone, check_sizes
 from knnfast.diffusion.sampler import signed
+from knnfast.diffusion.schedule import even_levels
 from knnfast.diffusion.settings import Settings
 from knnfast.ops.philox import NOISE, counter, normal, philox
 
-SOLVERS = ("dpm", "ddim")
+SOLVERS = {"dpm": 2, "ddim": 1}  # and their orders: DDIM is DPM-Solver++'s first
 
 
 @dataclass(frozen=True)
@@ -152,23 +153,19 @@ class UNetDenoiser(Backbone):
 
     def _levels(self) -> tuple[Tensor, Tensor]:
         """Alpha and sigma of each of the T levels."""
-        kept = self.solver("ddim").alphas_cumprod.double()
+        kept = self.solver("dpm").alphas_cumprod.double()
         return kept.sqrt().float(), (1 - kept).sqrt().float()
 
     def solver(self, name: str) -> Any:
-        """A diffusers scheduler for this network: "dpm" (DPM-Solver++, 2nd order) or "ddim"."""
-        diffusers = import_diffusers()
-        common = {
-            "num_train_timesteps": self.config.num_steps,
-            "beta_schedule": self.config.beta_schedule,
-            "prediction_type": "v_prediction",
-            "timestep_spacing": "trailing",
-        }
-        if name == "dpm":
-            return diffusers.DPMSolverMultistepScheduler(**common)
-        if name == "ddim":
-            return diffusers.DDIMScheduler(**common, clip_sample=False)
-        raise ValueError(f"solver: must be one of {', '.join(SOLVERS)}, got {name!r}")
+        """A diffusers scheduler for this network: DPM-Solver++ of order 2 ("dpm") or 1 ("ddim")."""
+        if name not in SOLVERS:
+            raise ValueError(f"solver: must be one of {', '.join(SOLVERS)}, got {name!r}")
+        return import_diffusers().DPMSolverMultistepScheduler(
+            num_train_timesteps=self.config.num_steps,
+            beta_schedule=self.config.beta_schedule,
+            prediction_type="v_prediction",
+            solver_order=SOLVERS[name],
+        )
 
     # ---- codes and their vectors --------------------------------------------------------------
 
@@ -301,8 +298,8 @@ class UNetDenoiser(Backbone):
         """Draw codes; the arguments are those of `Backbone.sample`.
 
         Args:
-            solver: "dpm" (DPM-Solver++, 2nd order) or "ddim"; both are deterministic, so that
-                an image's noise comes from its seed and index alone.
+            solver: "dpm" (DPM-Solver++, 2nd order) or "ddim" (its 1st); both are deterministic, so
+                that an image's noise comes from its seed and index alone.
 
         Raises:
             ValueError: steps, seed or solver out of range.
@@ -334,7 +331,9 @@ class UNetDenoiser(Backbone):
     ) -> Iterator[Tensor]:
         """Every x_t of a sampling run, from x_T [B, C, h, w] to x_0."""
         scheduler = self.solver(solver)
-        scheduler.set_timesteps(steps)  # on the host, where the solver's tables are
+        levels = even_levels(self.config.num_steps, steps)[:-1]
+        # On the host, where the solver's tables are; its own spacing gives some counts a step more.
+        scheduler.set_timesteps(timesteps=[level - 1 for level in levels])
         guided = guidance != 1.0
         if guided:
             cond, mask = condition
