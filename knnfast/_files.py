@@ -65,6 +65,18 @@ def stamp(path: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
+def is_plain_name(name: object) -> bool:
+    """Whether `name` is one of a file in a folder, and no path out of it."""
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..")
+
+
+def plain_name(name: object) -> str:
+    """A plain name that was read from a file; TypeError for another."""
+    if not is_plain_name(name):
+        raise TypeError(f"not a plain file name: {name!r}")
+    return str(name)
+
+
 def read_json(path: Path, expected_format: str | None = None) -> dict[str, Any]:
     """Read a JSON object; `expected_format` is compared with its "format" entry.
 

@@ -561,8 +561,8 @@ class Database(Collection):
         manifest = _files.read_json(manifest_path, FORMAT)
         try:
             card = EncoderCard.from_dict(manifest["encoder"])
-            items_path = root / _plain_name(manifest["items"])
-            atlas_paths = [root.absolute() / _plain_name(n) for n in manifest["thumbnails"]]
+            items_path = root / _files.plain_name(manifest["items"])
+            atlas_paths = [root.absolute() / _files.plain_name(n) for n in manifest["thumbnails"]]
             sha256 = {str(k): str(v) for k, v in manifest["sha256"].items()}
             db = cls.__new__(cls)
             db.encoder = card
@@ -577,7 +577,7 @@ class Database(Collection):
             db._items = {int(i): Item(int(i), str(n), str(g), str(s)) for i, n, g, s in rows}
             db._thumbnails = Thumbnails(int(manifest["thumbnail_size"]))
             db._thumbnails.lend(list(db._items), [(p, sha256[p.name]) for p in atlas_paths])
-            index_path = root / _plain_name(manifest["index"])
+            index_path = root / _files.plain_name(manifest["index"])
         except (KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{manifest_path}: incomplete or malformed ({e!r})") from None
         db.index = Index.open(index_path, device)
@@ -593,13 +593,6 @@ def _names(root: Path, generation: str) -> bool:
     """Whether the manifest is that of a generation."""
     manifest = root / "database.json"
     return manifest.is_file() and generation.encode() in manifest.read_bytes()
-
-
-def _plain_name(name: object) -> str:
-    """A file name inside the database's own folder, never a path out of it."""
-    if not isinstance(name, str) or not name or Path(name).name != name or name in (".", ".."):
-        raise TypeError(f"not a plain file name: {name!r}")
-    return name
 
 
 def _progress(items: Sequence[Path], shown: bool, label: str) -> Iterable[Path]:

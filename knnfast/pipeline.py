@@ -175,8 +175,8 @@ class KNNDiffusion:
 
         Raises:
             ValueError: another dtype than float32, float16 or bfloat16; there is something already;
-                the current database is a mix. OSError: it could not be written (a full disk, say);
-                then nothing of it is left.
+                the current database is a mix; one's name is a path. OSError: it could not be
+                written (a full disk, say); then nothing of it is left.
         """
         check_dtype(dtype, "discrete")
         databases = self._named_databases()
@@ -244,6 +244,8 @@ class KNNDiffusion:
                 "database: a mix is not saved; assign one of its databases, or their "
                 "`Database.merge`, first"
             )
+        if paths := [name for name in self.databases if not _files.is_plain_name(name)]:
+            raise ValueError(f"databases: {paths[0]!r} cannot be the name of a folder in a model")
         own = (name for name, database in self.databases.items() if database is current)
         new = ("database", *(f"database-{n}" for n in range(2, len(self.databases) + 3)))
         name = next(own, None) or next(x for x in new if x not in self.databases)
@@ -541,7 +543,7 @@ def _read_model(name_or_path: str | Path) -> _Model:
     try:
         recorded = [(root, manifest)]
         if "base" in manifest:
-            base = root.resolve().parent / Path(manifest["base"]["folder"]).name
+            base = root.resolve().parent / _files.plain_name(manifest["base"]["folder"])
             shared = _files.read_json(base / "model.json", FORMAT)
             recorded += [(base, shared), (base, manifest["base"])]
         encoder = str(shared["encoder"])
@@ -549,7 +551,7 @@ def _read_model(name_or_path: str | Path) -> _Model:
             root,
             base,
             str(base / encoder) if (base / encoder).is_dir() else encoder,
-            {str(name): base / "databases" / str(name) for name in shared["databases"]},
+            {name: base / "databases" / _files.plain_name(name) for name in shared["databases"]},
             [str(name) for name in manifest.get("backbones", ["discrete"])],
             [(at / name, str(value)) for at, x in recorded for name, value in x["sha256"].items()],
         )

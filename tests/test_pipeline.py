@@ -1,5 +1,6 @@
 """KNNDiffusion on the embedded bundle: seeds, batches, databases, files, bad input."""
 
+import json
 import shutil
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from knnfast import Database, KNNDiffusion
 from knnfast.diffusion.denoiser import Denoiser, DenoiserConfig
-from knnfast.pipeline import find_model
+from knnfast.pipeline import databases_of, find_model
 from knnfast.sheet import contact_sheet
 
 
@@ -146,6 +147,25 @@ def test_the_current_database_is_saved_as_the_default(pipe, tmp_path):
     with pytest.raises(ValueError, match="database: a mix is not saved"):
         thrice.save_pretrained(tmp_path / "mix")
     assert not (tmp_path / "mix").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"databases": ["../../db"]}, {"databases": ["/db"]}, {"base": {"folder": ".."}}]
+)
+def test_a_model_does_not_reach_out_of_its_folder(tmp_path, change):
+    shutil.copytree(find_model("stickers"), tmp_path / "model")
+    file = tmp_path / "model" / "model.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=r"model\.json.*not a plain file name"):
+        databases_of(tmp_path / "model")
+
+
+def test_a_database_is_not_saved_out_of_its_model(pipe, tmp_path):
+    model = with_animals_alone(pipe)
+    model.databases["../../animals"] = model.databases["animals"]
+    with pytest.raises(ValueError, match=r"databases: '\.\./\.\./animals' cannot be the name"):
+        model.save_pretrained(tmp_path / "model")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_denoiser_is_saved_in_fp16_or_as_it_is(pipe, tmp_path):
