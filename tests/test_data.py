@@ -105,6 +105,19 @@ def test_a_database_is_read_from_its_pictures(folder: Path, tmp_path: Path, monk
     assert sorted(numbers_of(Database.open(tmp_path / "db"))) == list(range(10))
 
 
+@pytest.mark.filterwarnings("ignore:10 of 10 pictures come from the database's thumbnails")
+def test_what_was_made_of_thumbnails_is_not_taken_for_that_of_pictures(folder, tmp_path) -> None:
+    db = Database.build(folder, ColoursWithCard(), thumbnail_size=4)
+    folder.rename(tmp_path / "moved")
+    lost, rows = identity(db), identity(db, files=False)
+    encoded(db, tmp_path / "out")
+    db.pictures = tmp_path / "moved"
+    assert identity(db) != lost
+    assert identity(db, files=False) == rows
+    with pytest.raises(ValueError, match=r"pairs\.json: was made with data = "):
+        encoded(db, tmp_path / "out")
+
+
 class ColoursWithCard(Colours):
     def encode_images(self, images, batch_size=64):
         rows = np.asarray(super().encode_images(images).vectors, np.float32)

@@ -238,7 +238,8 @@ def database_merge(paths: tuple[Path, ...], out: Path, replace: bool) -> None:
     databases: dict[str, tuple[Path, Database]] = {}
     for path in paths:
         database = Database.open(path)
-        first, _ = databases.setdefault(identity(database), (path, database))
+        rows = identity(database, files=False)  # wherever their pictures are
+        first, _ = databases.setdefault(rows, (path, database))
         if first is not path:
             raise ValueError(f"paths: {path} holds the same images as {first}; give each once")
     merged = Database.merge([database for _, database in databases.values()])

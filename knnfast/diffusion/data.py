@@ -117,12 +117,17 @@ def pictures(data: str | Path | Database) -> Iterator[Picture]:
             yield Picture(str(path), partial(read_image, path))
 
 
-def identity(data: str | Path | Database) -> str:
-    """Hash of what a collection is: names and sizes of its files, or a database's rows."""
+def identity(data: str | Path | Database, files: bool = True) -> str:
+    """Hash of what a collection is: names and sizes of its files, or a database's rows.
+
+    With `files` also of where a database's pictures come from: files of which sizes, or thumbnails.
+    """
     digest = hashlib.sha256()
     if isinstance(data, Database):
         for item in data:
-            row = f"{item.id}\0{item.name}\0{item.source}\n"
+            file = data.file(item) if files else None
+            size = "" if file is None else file.stat().st_size
+            row = f"{item.id}\0{item.name}\0{item.source}\0{size}\n"
             digest.update(row.encode(errors="surrogateescape"))
         digest.update(data.vectors(data.ids).tobytes())
     else:
