@@ -162,7 +162,7 @@ def test_only_codes_around_the_region_are_manipulated(made) -> None:
 
 
 def test_the_loss_sees_the_window_alone(made) -> None:
-    net = Denoiser(DenoiserConfig(**{**PLAIN.to_dict(), "source": True}))
+    net = Denoiser(replace(PLAIN, source=True))
     objective = EditObjective(net, 0.0)
     x0 = torch.randint(K, (4, 256))
     window = torch.zeros(4, 256, dtype=torch.bool)

@@ -497,5 +497,6 @@ def test_rejects() -> None:
     for lr in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="lr must be a finite number above 0, got"):
             TrainConfig(lr=lr)
-    with pytest.raises(ValueError, match="candidates must be 0 or at least k = 10, got 9"):
-        TrainConfig(candidates=9)
+    with pytest.raises(ValueError, match=r"candidates must be 0 or at least 11 \(k = 10\), got 10"):
+        TrainConfig(candidates=10)
+    TrainConfig(candidates=10, condition=ConditionConfig(exclude=0.0))

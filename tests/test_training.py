@@ -169,6 +169,22 @@ def test_exclude() -> None:
         assert mask.all()
 
 
+def test_a_crowd_of_near_duplicates_leaves_neighbours() -> None:
+    rows = F.normalize(torch.randn(400, E, generator=torch.Generator().manual_seed(0)), dim=1)
+    rows[:300] = F.normalize(rows[0] + 0.01 * rows[:300], dim=1)
+    codes, everything = torch.zeros(1, 400, 16, dtype=torch.int16), torch.arange(400)
+    p = Pairs(codes, rows[None].half(), torch.tensor([3, 399]), everything)
+    config = ConditionConfig(
+        k=4, text_like=0, noise=0, subset=0, no_query=0, no_neighbours=0, null=0, vary_k=0
+    )
+    _, cond, mask = ConditionSampler(p, config).draw(20, torch.Generator().manual_seed(0))
+    assert mask.all()
+    scores = cond[:, 0] @ p.embeddings[0].float().T
+    scores[scores >= config.near] = -2.0
+    shown = (cond[:, 1:] * cond[:, :1]).sum(-1)
+    torch.testing.assert_close(shown, scores.topk(4).values)
+
+
 def test_switches_and_query() -> None:
     config = ConditionConfig(
         k=3, semantic=8, text_like=0.5, noise=1.0, confuse=0.5, no_query=0.2, no_neighbours=0.2,

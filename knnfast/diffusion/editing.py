@@ -25,7 +25,7 @@ from knnfast.diffusion.augment import PHOTOS, AugmentConfig, augmented
 from knnfast.diffusion.data import ImageEncoder, make_pairs
 from knnfast.diffusion.denoiser import Denoiser
 from knnfast.diffusion.distributed import processes
-from knnfast.diffusion.pairs import SPARE, ConditionConfig, ConditionSampler, Pairs
+from knnfast.diffusion.pairs import ConditionConfig, ConditionSampler, Pairs, first_kept
 from knnfast.diffusion.tokenizer import VQTokenizer
 from knnfast.diffusion.trainer import TrainConfig, Trainer, fit
 from knnfast.diffusion.training import CodesObjective, corrupt
@@ -166,21 +166,17 @@ def nearest_others(rows: np.ndarray, count: int, near: float = ConditionConfig.n
     """
     index = Index(rows.shape[1], metric="ip")
     index.add(rows)
-    nearest = np.empty((len(rows), count), np.int64)
-    rest, wide = np.arange(len(rows)), count + SPARE
-    while len(rest):
-        scores, ids = index.search(rows[rest], min(wide, len(rows)))
-        other = scores < near  # the picture itself is not, either
-        enough = other.sum(1) >= count
-        first = np.argsort(~other, axis=1, kind="stable")[enough, :count]
-        nearest[rest[enough]] = np.take_along_axis(ids[enough], first, 1)
-        rest = rest[~enough]
-        if len(rest) and wide >= len(rows):
-            raise ValueError(
-                f"neighbours: picture {rest[0]} has fewer than {count} that are no near-duplicates "
-                f"of it (cosine below {near})"
-            )
-        wide *= 4
+
+    def look(part: Tensor, wide: int) -> tuple[Tensor, Tensor]:
+        scores, ids = index.search(rows[part.numpy()], wide)
+        return torch.from_numpy(ids), torch.from_numpy(scores < near)  # itself is not, either
+
+    nearest = first_kept(look, len(rows), count, len(rows)).numpy()
+    if lacking := np.flatnonzero(nearest[:, -1] < 0).tolist():
+        raise ValueError(
+            f"neighbours: picture {lacking[0]} has fewer than {count} that are no near-duplicates "
+            f"of it (cosine below {near})"
+        )
     return nearest
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from knnfast.diffusion.settings import Settings
 from knnfast.search import Index
 
 RIVALS = 20  # nearest images among which a disturbed query finds its rival
-SPARE = 32  # neighbours looked up beyond k, to fill places of near-duplicates
+SPARE = 32  # neighbours looked up beyond k at first, to fill places of near-duplicates
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,34 @@ def nearest(pairs: Pairs, count: int, batch: int = 4096) -> Tensor:
     return out
 
 
+def first_kept(
+    look: Callable[[Tensor, int], tuple[Tensor, Tensor]], rows: int, k: int, most: int
+) -> Tensor:
+    """The first k of each row's neighbours that are kept: ids [rows, k], -1 where there are fewer.
+
+    Rows that keep fewer, as where near-duplicates abound, are searched again, wider.
+
+    Args:
+        look: called with some rows and a count, gives their nearest ids [n, count], -1 behind the
+            last, and which of these are kept.
+        rows: how many.
+        k: of neighbours.
+        most: ids that there are.
+    """
+    first = torch.full((rows, k), -1)
+    rest, count = torch.arange(rows), k + SPARE
+    while len(rest):
+        found, kept = look(rest, min(count, most))
+        order = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, :k]
+        ids = torch.where(kept, found, -1).gather(1, order)
+        first[rest, : ids.shape[1]] = ids
+        if found.shape[1] >= most:
+            break
+        rest = rest[(kept.sum(1) < k) & (found[:, -1] >= 0)]
+        count *= 4
+    return first
+
+
 class ConditionSampler:
     """Draws training batches: target codes, condition embeddings, and which of them are on.
 
@@ -273,8 +302,8 @@ class ConditionSampler:
                 keep = torch.rand(len(pairs.database), generator=g) < share
                 keep |= torch.isin(pairs.database, targets)
                 allowed = pairs.database[keep]
-            found = self._found(query, drawn, version, allowed)
-            ids = self._neighbours(found, targets, own, rows, _chance(cfg.exclude, count, g))
+            excluded = _chance(cfg.exclude, count, g)
+            ids = self._neighbours(query, own, version, drawn, allowed, excluded)
 
         cond = torch.cat([query[:, None], rows[ids.clamp_min(0)].float()], 1)
         fewer = torch.randint(1, cfg.k + 1, (count,), generator=g)
@@ -307,11 +336,12 @@ class ConditionSampler:
         exact = ~text_like & (torch.rand(count, generator=g) < cfg.exact)
         return F.normalize(query + noise * (~exact)[:, None], dim=1)
 
-    def _found(self, query: Tensor, drawn: Tensor, version: int, allowed: Tensor | None) -> Tensor:
-        """Ids of the allowed images nearest to the queries [n, more than k], -1 behind the last."""
+    def _found(
+        self, query: Tensor, drawn: Tensor, version: int, allowed: Tensor | None, count: int
+    ) -> Tensor:
+        """Ids of the `count` allowed images nearest to the queries, -1 behind the last; of all that
+        are, where there are candidates."""
         if self.candidates is None:
-            # Enough to fill k places when near-duplicates of the target are taken out.
-            count = min(self.config.k + SPARE, len(self.pairs.database))
             allow = None if allowed is None else allowed.numpy()
             rows = self.pairs.embeddings.shape[-1]
             return torch.from_numpy(
@@ -327,17 +357,22 @@ class ConditionSampler:
         return ids.gather(1, score.argsort(dim=1, descending=True, stable=True))
 
     def _neighbours(
-        self, found: Tensor, targets: Tensor, own: Tensor, rows: Tensor, excluded: Tensor
-    ) -> Tensor:
-        """The first k of the found ids [n, k], without the target and its near-duplicates where
-        `excluded`, -1 where there are fewer."""
-        k = self.config.k
-        near = torch.einsum("ne,nce->nc", own, rows[found.clamp_min(0)].float()) >= self.config.near
-        near |= found == targets[:, None]
-        drop = (near & excluded[:, None]) | (found < 0)
-        order = drop.to(torch.int8).argsort(dim=1, stable=True)[:, :k]
-        ids = torch.where(drop, -1, found).gather(1, order)
-        return F.pad(ids, (0, k - ids.shape[1]), value=-1)
+        self, query: Tensor, own: Tensor, version: int, drawn: Tensor, allowed: Tensor | None,
+        excluded: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """The k allowed images nearest to the queries, ids [n, k], without the target and its
+        near-duplicates where `excluded`, -1 where there are fewer."""
+        targets, rows = self.pairs.targets[drawn], self.pairs.embeddings[version]
+
+        def look(part: Tensor, count: int) -> tuple[Tensor, Tensor]:
+            found = self._found(query[part], drawn[part], version, allowed, count)
+            theirs = rows[found.clamp_min(0)].float()
+            near = torch.einsum("ne,nce->nc", own[part], theirs) >= self.config.near
+            near |= found == targets[part][:, None]
+            return found, ~(near & excluded[part][:, None]) & (found >= 0)
+
+        most = len(self.pairs.database) if self.candidates is None else self.candidates.shape[-1]
+        return first_kept(look, len(query), self.config.k, most)
 
     def _index(self, version: int, dim: int) -> Index:
         """The first `dim` numbers of a version's database, indexed on first use."""

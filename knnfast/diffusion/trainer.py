@@ -99,9 +99,12 @@ class TrainConfig(Settings):
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be in [0, 2^64), got {self.seed}")
-        if self.candidates and self.candidates < self.condition.k:
+        # The image itself is among them.
+        least = self.condition.k + (self.condition.exclude > 0)
+        if self.candidates and self.candidates < least:
             raise ValueError(
-                f"candidates must be 0 or at least k = {self.condition.k}, got {self.candidates}"
+                f"candidates must be 0 or at least {least} (k = {self.condition.k}), "
+                f"got {self.candidates}"
             )
 
     def with_lr(self, default: float) -> TrainConfig:
