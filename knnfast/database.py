@@ -120,7 +120,7 @@ class Database(Collection):
 
     Args:
         encoder: card of the encoder whose embeddings the rows are.
-        thumbnail_size: pixels on a side of the stored thumbnails.
+        thumbnail_size: pixels on a side of the stored thumbnails, 1 ... 256.
 
     Attributes:
         pictures: folder that the items' sources are relative to, as `build` was given it; None: the
@@ -128,7 +128,6 @@ class Database(Collection):
     """
 
     def __init__(self, encoder: EncoderCard, thumbnail_size: int = 64) -> None:
-        check_range("thumbnail_size", thumbnail_size, 1)
         self.encoder = encoder
         self.pictures: Path | None = None
         self.index = Index(encoder.dim, metric="cosine")
@@ -333,9 +332,10 @@ class Database(Collection):
             old = db.ids
             ids = np.asarray(merged.index.add(db.index.vectors(old)))
             for i, j in zip(ids.tolist(), old.tolist(), strict=True):
-                item = db[j]
-                file = None if len(places) == 1 else db.file(item)
-                merged._items[i] = replace(item, id=i, source=str(file or item.source))
+                item = replace(db[j], id=i)
+                if item.source and db.pictures and merged.pictures is None:
+                    item = replace(item, source=str(db.pictures / item.source))
+                merged._items[i] = item
                 merged._thumbnails.share(i, db._thumbnails, j)
         return merged
 
@@ -460,7 +460,7 @@ class Database(Collection):
                 if _names(root, generation):  # Ctrl-C behind the last step: it is saved
                     raise
                 for part in root.glob(f"*-{generation}*"):
-                    shutil.rmtree(part) if part.is_dir() else part.unlink()
+                    _remove(part)
                 if new:
                     with suppress(OSError):  # others put something there
                         root.rmdir()
@@ -471,7 +471,7 @@ class Database(Collection):
                 self._thumbnails.lend(self.ids.tolist(), atlases)
             for old in root.iterdir():
                 if _PARTS.fullmatch(old.name) and generation not in old.name:
-                    shutil.rmtree(old) if old.is_dir() else old.unlink()
+                    _remove(old)
 
     def _check_same(self, root: Path) -> None:
         """Refuse to write over what others have saved where this database comes from."""
@@ -559,34 +559,44 @@ class Database(Collection):
             raise FileNotFoundError(f"{root}: no database there (it has no database.json)")
         manifest_path = root / "database.json"
         manifest = _files.read_json(manifest_path, FORMAT)
+        db = cls.__new__(cls)
         try:
-            card = EncoderCard.from_dict(manifest["encoder"])
-            items_path = root / _files.plain_name(manifest["items"])
+            db.encoder = EncoderCard.from_dict(manifest["encoder"])
+            db.pictures = Path(manifest["pictures"]) if manifest.get("pictures") else None
+            db._thumbnails = Thumbnails(manifest["thumbnail_size"])
+            items_path, index_path = (
+                root / _files.plain_name(manifest[name]) for name in ("items", "index")
+            )
             atlas_paths = [root.absolute() / _files.plain_name(n) for n in manifest["thumbnails"]]
             sha256 = {str(k): str(v) for k, v in manifest["sha256"].items()}
-            db = cls.__new__(cls)
-            db.encoder = card
-            db.pictures = Path(manifest["pictures"]) if manifest.get("pictures") else None
-            db._writing, db._adding, db._folders = (threading.Lock() for _ in range(3))
-            _files.check_sha256(items_path, sha256[items_path.name])
-            columns = _files.read_json(items_path)
+            atlases = [(path, sha256[path.name]) for path in atlas_paths]
+            items_sha256 = sha256[items_path.name]
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
+            raise ValueError(f"{manifest_path}: incomplete or malformed ({e!r})") from None
+        db._writing, db._adding, db._folders = (threading.Lock() for _ in range(3))
+        _files.check_sha256(items_path, items_sha256)
+        columns = _files.read_json(items_path)
+        try:
             rows = zip(
                 columns["ids"], columns["names"], columns["groups"], columns["sources"],
                 strict=True,
             )  # fmt: skip
             db._items = {int(i): Item(int(i), str(n), str(g), str(s)) for i, n, g, s in rows}
-            db._thumbnails = Thumbnails(int(manifest["thumbnail_size"]))
-            db._thumbnails.lend(list(db._items), [(p, sha256[p.name]) for p in atlas_paths])
-            index_path = root / _files.plain_name(manifest["index"])
-        except (KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{manifest_path}: incomplete or malformed ({e!r})") from None
+            db._thumbnails.lend(list(db._items), atlases)
+        except (KeyError, TypeError, ValueError, OverflowError) as e:
+            raise ValueError(f"{items_path}: incomplete or malformed ({e!r})") from None
         db.index = Index.open(index_path, device)
-        if db.index.dim != card.dim or len(db.index) != len(db._items):
+        if db.index.dim != db.encoder.dim or set(db.index.ids.tolist()) != set(db._items):
             raise ValueError(
                 f"{manifest_path}: the index holds {len(db.index)} rows of {db.index.dim} numbers, "
-                f"the manifest says {len(db._items)} of {card.dim}"
+                f"the manifest says {len(db._items)} of {db.encoder.dim}, or other ids"
             )
         return db
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a folder, or a link, but not what that leads to."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _names(root: Path, generation: str) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from knnfast import _files
+from knnfast._checks import check_range
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 THUMBNAILS = re.compile(r"thumbnails-[0-9a-f]{8}-\d{4,}\.webp")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 ATLAS_SIDE = 32  # thumbnails on a side of one atlas: 32 x 32 cells of 64 px make 2048 px
+MOST_PIXELS = 256  # on a side of a thumbnail: a larger atlas is a bomb to Pillow, or no WebP
 READ_ERRORS = (
     OSError,
     UnidentifiedImageError,
@@ -145,6 +147,7 @@ class Thumbnails:
     """Small pictures by id: in memory those that were added, in atlases those that were saved."""
 
     def __init__(self, size: int) -> None:
+        check_range("thumbnail_size", size, 1, MOST_PIXELS)
         self.size = size
         self._images: dict[int, Image.Image] = {}
         self._lent: dict[int, tuple[Atlas, int]] = {}  # and the cell

@@ -212,6 +212,9 @@ def test_add_folder_refuses(folder, built):
         built.add_folder(folder, ColourEncoder(), batch_size="8")
     with pytest.raises(TypeError, match="thumbnail_size: expected a whole number, got '64'"):
         Database(ColourEncoder.card, thumbnail_size="64")
+    for size in (0, 257):
+        with pytest.raises(ValueError, match=rf"thumbnail_size: must be 1 ... 256, got {size}"):
+            Database(ColourEncoder.card, thumbnail_size=size)
     assert len(built) == 4
 
 
@@ -408,6 +411,17 @@ def test_saving_again_leaves_files_that_are_not_its_own(built, tmp_path):
     assert list(Database.open(root)) == list(built)
 
 
+def test_a_link_of_an_old_files_name_is_removed_alone(built, tmp_path):
+    built.save(tmp_path / "db")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    link = tmp_path / "db" / "index-0a1b2c3d"
+    link.symlink_to(tmp_path / "mine")
+    built.save(tmp_path / "db")
+    assert not link.is_symlink()
+    assert (tmp_path / "mine" / "thesis.txt").is_file()
+
+
 def test_saving_into_a_foreign_folder_is_refused(built, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
@@ -431,13 +445,41 @@ def test_damaged_database_files_are_named(built, tmp_path, part):
         Database.open(tmp_path / "db").thumbnail(0)
 
 
-def test_a_manifest_cannot_point_outside(built, tmp_path):
+def rewrite(root, part, change):
+    """Change a JSON file of a database, as one who can record its hash does."""
+    (path,) = root.glob(f"{part}*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    if part != "database":
+        manifest = json.loads((root / "database.json").read_text())
+        sha256 = manifest["sha256"] | {path.name: _files.sha256_file(path)}
+        rewrite(root, "database", {"sha256": sha256})
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("database", {"items": "../elsewhere.json"}, "plain file name"),
+        ("database", {"thumbnail_size": 0}, "thumbnail_size: must be 1 ... 256, got 0"),
+        ("database", {"thumbnail_size": 10**9}, "thumbnail_size: must be 1 ... 256"),
+        ("database", {"encoder": {"dim": "x"}}, "not an encoder card"),
+        ("items", {"ids": [0, 1, 2, "x"]}, "invalid literal"),
+        ("items", {"ids": [0, 1, 2, 1e999]}, "cannot convert float infinity"),
+        ("items", {"names": ["red"]}, "argument 2 is shorter"),
+        ("items", {name: [] for name in ("ids", "names", "groups", "sources")}, "1 thumbnail atl"),
+        ("database", {"thumbnails": []}, "0 thumbnail atlases for 4 images"),
+    ],
+)
+def test_malformed_files_are_named(built, tmp_path, part, change, message):
     built.save(tmp_path / "db")
-    path = tmp_path / "db" / "database.json"
-    manifest = json.loads(path.read_text())
-    manifest["items"] = "../elsewhere.json"
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"database\.json.*plain file name"):
+    rewrite(tmp_path / "db", part, change)
+    with pytest.raises(ValueError, match=rf"\.json: incomplete or malformed .*{message}"):
+        Database.open(tmp_path / "db")
+
+
+def test_an_index_of_other_ids_is_refused(built, tmp_path):
+    built.save(tmp_path / "db")
+    rewrite(tmp_path / "db", "items", {"ids": [0, 1, 2, 4]})
+    with pytest.raises(ValueError, match=r"database\.json: the index holds 4 rows.* or other ids"):
         Database.open(tmp_path / "db")
 
 
@@ -704,6 +746,17 @@ def test_merged_databases_find_their_pictures(built, folder, tmp_path):
     merged = Database.merge([built, Database.build(other, ColourEncoder())])
     files = {merged.file(item) for item in merged}
     assert files == {*(folder / name for name in COLOURS), other / "green.png"}
+
+
+def test_merged_databases_keep_the_places_of_lost_pictures(built, folder, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (9, 9), "green").save(other / "green.png")
+    folder.rename(tmp_path / "away")
+    merged = Database.merge([built, Database.build(other, ColourEncoder())])
+    assert {merged.file(item) for item in merged} == {None, other / "green.png"}
+    (tmp_path / "away").rename(folder)
+    assert {folder / name for name in COLOURS} < {merged.file(item) for item in merged}
 
 
 def test_devices(built, tmp_path):
