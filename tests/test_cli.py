@@ -125,6 +125,34 @@ def test_generate_json(tmp_path):
         assert image.size == (64, 64)
 
 
+def test_a_sheet_that_cannot_be_drawn_leaves_the_images(tmp_path, monkeypatch):
+    def lost(*args):
+        raise FileNotFoundError("thumbnails-0.webp: gone")
+
+    monkeypatch.setattr("knnfast.sheet.contact_sheet", lost)
+    words = ("generate", "pizza", "--steps", 2, "--seed", 4, "--out", tmp_path)
+    result = invoke(*words)
+    assert result.exit_code == 0, result.output
+    assert "no sheet: thumbnails-0.webp: gone" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["pizza-4-0.png"]
+    assert json.loads(invoke(*words, "--json").stdout)["sheet"] is None
+
+
+def test_names_of_a_foreign_database_steer_no_terminal(folder, tmp_path):
+    out = tmp_path / "db"
+    assert invoke("database", "build", folder, "--encoder", "stickers", "--out", out).exit_code == 0
+    db = Database.open(out)
+    for i, item in db._items.items():
+        db._items[i] = replace(item, name=f"\x1b[31m{item.name}", group="\x1b[32m")
+    db.save(out)
+    search = ("database", "search", out, "red", "--encoder", "stickers")
+    draw = ("generate", "red", "--k", 2, "--steps", 1, "--database", out, "--out", tmp_path / "o")
+    for words in (search, draw, ("database", "info", out)):
+        shown = invoke(*words).output
+        assert "\ufffd[3" in shown
+        assert "\x1b" not in shown
+
+
 def test_database_is_replaced_only_when_told_to(folder, tmp_path):
     build = ("build", folder, "--encoder", "stickers")
     for name in ("all", "two"):
@@ -243,8 +271,10 @@ def test_database_build_info_merge(folder, tmp_path):
     assert (
         invoke("database", "build", folder, "--encoder", "stickers", "--out", less).exit_code == 0
     )
-    merged = invoke("database", "merge", out, less, "--out", tmp_path / "both")
-    assert "5 images" in merged.output
+    merge = ("database", "merge", out, less, "--out", tmp_path / "both")
+    assert "5 images" in invoke(*merge).output
+    merged = json.loads(invoke(*merge, "--replace", "--json").stdout)
+    assert merged == {"path": str(tmp_path / "both"), "images": 5}
     shutil.copytree(out, tmp_path / "copy")
     for again in (out, out / ".." / "db", tmp_path / "copy"):
         twice = invoke("database", "merge", out, less, again, "--out", tmp_path / "twice")

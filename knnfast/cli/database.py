@@ -156,6 +156,7 @@ def database_add(
 def database_info(path: Path, as_json: bool) -> None:
     """Describe a saved database, or those of a model (a bundle's name or a folder)."""
     from knnfast.database import Database
+    from knnfast.images import printable
 
     found: list[dict[str, Any]] = []
     for folder in _databases(path):
@@ -172,11 +173,13 @@ def database_info(path: Path, as_json: bool) -> None:
         if as_json:
             continue
         click.echo(f"{folder}: {len(db):,} images, {db.index.nbytes / 2**20:.1f} MiB of embeddings")
-        click.echo(f"encoder {db.encoder.name}, {db.encoder.dim} numbers, {db.encoder.sha256[:12]}")
+        card = db.encoder
+        lines = [f"encoder {card.name}, {card.dim} numbers, {card.sha256[:12]}"]
         if db.pictures is not None:
-            click.echo(f"pictures {db.pictures}")
-        for group, count in db.groups.items():
-            click.echo(f"{count:8,}  {group or '(no group)'}")
+            lines.append(f"pictures {db.pictures}")
+        lines += [f"{count:8,}  {group or '(no group)'}" for group, count in db.groups.items()]
+        for line in lines:
+            click.echo(printable(line))
     if as_json:
         click.echo(json.dumps(found[0] if len(found) == 1 else found, indent=1))
 
@@ -201,6 +204,7 @@ def database_search(
     """
     from knnfast._calls import choose_neighbours
     from knnfast.database import Database
+    from knnfast.images import printable
     from knnfast.query import as_queries, embed
 
     check_files("--image", images)
@@ -222,14 +226,15 @@ def database_search(
         click.echo(f"{query.label}:")
         for near in row:
             group = f"  ({near.item.group})" if near.item.group else ""
-            click.echo(f"{near.score:8.3f}  {near.item.name}{group}")
+            click.echo(printable(f"{near.score:8.3f}  {near.item.name}{group}"))
 
 
 @database.command("merge")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @_replace
-def database_merge(paths: tuple[Path, ...], out: Path, replace: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def database_merge(paths: tuple[Path, ...], out: Path, replace: bool, as_json: bool) -> None:
     """Merge databases made by one encoder."""
     from knnfast.database import Database
     from knnfast.diffusion.data import identity
@@ -244,4 +249,7 @@ def database_merge(paths: tuple[Path, ...], out: Path, replace: bool) -> None:
             raise ValueError(f"paths: {path} holds the same images as {first}; give each once")
     merged = Database.merge([database for _, database in databases.values()])
     merged.save(out)
-    click.echo(f"{out}: {len(merged):,} images")
+    if as_json:
+        click.echo(json.dumps({"path": str(out), "images": len(merged)}, indent=1))
+    else:
+        click.echo(f"{out}: {len(merged):,} images")

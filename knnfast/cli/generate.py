@@ -59,6 +59,7 @@ def generate(
     Writes one PNG per image and a sheet that shows each sample beside its retrieved neighbours.
     Images are drawn 32 at a time; Ctrl-C writes those that are finished, and no sheet.
     """
+    from knnfast.images import printable
     from knnfast.pipeline import Interrupted, KNNDiffusion
     from knnfast.sheet import contact_sheet
 
@@ -95,19 +96,28 @@ def generate(
             err=True,
         )
         click.get_current_context().exit(130)
+    _save_pngs(files, result.images)
     sheet = sheet or out / f"{stems[0]}-sheet.png"
-    _save_pngs([*files, sheet], [*result.images, contact_sheet(result, pipe.database)])
+    try:
+        overview = contact_sheet(result, pipe.database)
+    except (OSError, ValueError) as e:  # the database was saved anew meanwhile, say
+        click.echo(f"no sheet: {e}", err=True)
+        sheet = None
+    else:
+        _save_pngs([sheet], [overview])
     if as_json:
         neighbours = list(map(neighbours_of, result.neighbours))
         report = {
-            "files": [str(f) for f in files], "sheet": str(sheet), "seed": result.seed,
+            "files": [str(f) for f in files], "seed": result.seed,
+            "sheet": None if sheet is None else str(sheet),
             "labels": result.labels, "neighbours": neighbours, "seconds": result.timings,
         }  # fmt: skip
         click.echo(json.dumps(report, indent=1))
         return
     for label, row in zip(result.labels, result.neighbours, strict=True):
-        click.echo(f"{label}: " + ", ".join(f"{x.item.name} {x.score:.3f}" for x in row))
-    for path in [*files, sheet]:
+        found = ", ".join(f"{x.item.name} {x.score:.3f}" for x in row)
+        click.echo(printable(f"{label}: {found}"))
+    for path in files if sheet is None else [*files, sheet]:
         click.echo(path)
     _echo_times(result)
 
