@@ -210,6 +210,8 @@ def test_rejects():
         packed.prepare(cond, mask, None)
     with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
         replace(TINY, depth=0, canvas_layers=())
+    with pytest.raises(ValueError, match="ranks must be at least 1, got -3"):
+        replace(TINY, ranks=-3)
 
 
 def test_no_image():

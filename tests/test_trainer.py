@@ -1,6 +1,7 @@
 """The training loop: who draws what, processes, resumption after a kill, levels, logs, disks."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -491,6 +492,15 @@ def test_rejects() -> None:
     for seed in (-1, 2**64):
         with pytest.raises(ValueError, match=r"seed must be in \[0, 2\^64\), got"):
             TrainConfig(seed=seed)
+    for name, message, values in (
+        ("clip", "above 0", (-1.0, 0.0, math.nan)),
+        ("decay", r"in \[0, 1\]", (-0.1, 1.5, math.nan)),
+        ("auxiliary", "finite and at least 0", (-0.1, math.inf, math.nan)),
+    ):
+        for value in values:
+            with pytest.raises(ValueError, match=f"{name} must be {message}, got {value}"):
+                TrainConfig(**{name: value})
+    TrainConfig(clip=math.inf, decay=0, auxiliary=0)
     for ema in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match=r"ema must be in \[0, 1\), got"):
             TrainConfig(ema=ema)

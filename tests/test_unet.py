@@ -354,6 +354,8 @@ def test_files_of_another_architecture(tmp_path):
         ({"widths": [0, 16]}, r"config\.json: widths must be at least 1, got \(0, 16\)"),
         ({"groups": 0}, r"config\.json: groups must be at least 1, got 0"),
         ({"heads": 0}, r"config\.json: heads must be at least 1, got 0"),
+        ({"ranks": -3}, r"config\.json: ranks must be at least 1, got -3"),
+        ({"beta_schedule": "cosine"}, "beta_schedule must be one of linear, scaled_linear, squ"),
         ({"grid": 4}, r"config\.json: grid must be tuple\[int, int\], got 4"),
     ]:
         config.write_text(json.dumps({**raw, **change}))

@@ -67,7 +67,7 @@ class DenoiserConfig(Settings):
         check_sizes(
             self, "num_codes", "grid", "patch", "width", "depth", "heads", "cross_heads",
             "mlp_width", "canvas_width", "canvas_heads", "code_width", "embed_dim", "time_width",
-            "num_steps",
+            "ranks", "num_steps",
         )  # fmt: skip
         if len(self.grid) != 2:
             raise ValueError(f"grid must be rows and columns, got {self.grid!r}")

@@ -95,6 +95,12 @@ class TrainConfig(Settings):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise ValueError(f"lr must be a finite number above 0, got {self.lr}")
+        if not self.clip > 0:
+            raise ValueError(f"clip must be above 0, got {self.clip}")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay must be in [0, 1], got {self.decay}")
+        if not 0 <= self.auxiliary < math.inf:
+            raise ValueError(f"auxiliary must be finite and at least 0, got {self.auxiliary}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if not 0 <= self.seed < 2**64:

@@ -20,6 +20,8 @@ from knnfast.ops.philox import NOISE, counter, normal, philox
 
 SOLVERS = {"dpm": 2, "ddim": 1}  # and their orders: DDIM is DPM-Solver++'s first
 
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
 
 @dataclass(frozen=True)
 class UNetConfig(Settings):
@@ -60,7 +62,7 @@ class UNetConfig(Settings):
         super().__post_init__()
         check_sizes(
             self, "num_codes", "grid", "code_dim", "embed_dim", "widths", "blocks", "groups",
-            "heads", "cond_width", "num_steps",
+            "heads", "cond_width", "ranks", "num_steps",
         )  # fmt: skip
         if len(self.grid) != 2:
             raise ValueError(f"grid must be rows and columns, got {self.grid!r}")
@@ -69,6 +71,9 @@ class UNetConfig(Settings):
         for width in self.widths:
             if width % self.groups or width % self.heads:
                 raise ValueError(f"widths {self.widths} must be multiples of groups and heads")
+        if self.beta_schedule not in BETA_SCHEDULES:
+            allowed = ", ".join(BETA_SCHEDULES)
+            raise ValueError(f"beta_schedule must be one of {allowed}, got {self.beta_schedule!r}")
 
     @property
     def length(self) -> int:
