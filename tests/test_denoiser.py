@@ -157,6 +157,9 @@ def test_rejects(tmp_path: Path) -> None:
             r"config\.json: unknown settings \['colour'\]; DenoiserConfig has num_codes",
         ),
         ({**config, "num_codes": 12}, "another architecture"),
+        ({**config, "width": 2**20, "mlp_width": 2**20}, "another architecture"),
+        ({**config, "depth": 10**9}, r"config\.json: depth must be at most 1,000, got 1"),
+        ({**config, "num_steps": 10**10}, r"config\.json: num_steps must be at most 1,048,576"),
         (3, "expected a JSON object"),
         *(
             ({**config, name: bad}, rf"config\.json: {name} must be (at least 1|int), got {bad}")

@@ -138,6 +138,8 @@ def test_rejects(tmp_path: Path) -> None:
         ({**config, "layers_per_block": 0}, r"config\.json: layers_per_block must be at least 1"),
         ({**config, "vq_embed_dim": 0}, r"config\.json: vq_embed_dim must be at least 1, got 0"),
         ({**config, "num_vq_embeddings": 31}, "another architecture"),
+        ({**config, "latent_channels": 2**20}, "another architecture"),
+        ({**config, "layers_per_block": 10**9}, "layers_per_block must be at most 1,000, got 1"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps(bad))
         with pytest.raises(ValueError, match=message):

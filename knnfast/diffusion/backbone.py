@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +17,9 @@ from knnfast import _files
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+MOST = 1 << 20  # of any size, so that sizes of tensors can be computed
+MOST_LAYERS = 1000
+N = TypeVar("N", bound=nn.Module)
 
 
 class Backbone(nn.Module, ABC):
@@ -90,16 +93,13 @@ class Backbone(nn.Module, ABC):
         found = raw.pop("backbone", "discrete")
         if found != cls.backbone:
             raise ValueError(f"{file}: holds a {found} backbone, expected a {cls.backbone} one")
-        try:
-            model = cls(cls.config_type.from_dict(raw))
-        except (ValueError, TypeError) as e:
-            raise ValueError(f"{file}: {e}") from e
-        load_weights(model, Path(path) / WEIGHTS_FILE)
-        return model.to(device).eval().requires_grad_(False)
+        weights = Path(path) / WEIGHTS_FILE
+        model = load_network(lambda: cls(cls.config_type.from_dict(raw)), file, weights)
+        return model.to(device)
 
 
-def check_sizes(config: Any, *names: str) -> None:
-    """Refuse a configuration whose named sizes, or lists of sizes, are no whole numbers above 0.
+def check_sizes(config: Any, *names: str, most: int = MOST) -> None:
+    """Refuse a configuration whose named sizes, or lists of sizes, are not whole numbers from 1 on.
 
     Raises:
         ValueError: names the first.
@@ -111,20 +111,31 @@ def check_sizes(config: Any, *names: str) -> None:
             raise ValueError(f"{name} must not be empty")
         if any(not isinstance(x, int) or x < 1 for x in listed):
             raise ValueError(f"{name} must be at least 1, got {value!r}")
+        if max(listed) > most:
+            raise ValueError(f"{name} must be at most {most:,}, got {value!r}")
 
 
-def load_weights(model: nn.Module, path: Path, rename: Callable[[str], str] | None = None) -> None:
-    """Load a network's tensors as FP32.
+def load_network(
+    make: Callable[[], N], config: Path, path: Path, rename: Callable[[str], str] | None = None
+) -> N:
+    """Make a network and load its tensors, as FP32 in evaluation mode.
 
     Args:
-        model: receives them.
+        make: makes it; called without memory first, which sizes that are not the file's could
+            exhaust.
+        config: the file that its sizes come from.
         path: a safetensors file.
         rename: today's name of a tensor.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, or holds another architecture.
+        ValueError: sizes that make no network; the file is damaged, or holds another architecture.
     """
+    try:
+        with torch.device("meta"):
+            wanted = make().state_dict()
+    except (ValueError, TypeError, RuntimeError) as e:
+        raise ValueError(f"{config}: {e}") from e
     if not path.is_file():
         pickled = path.with_suffix(".bin").is_file()
         hint = "; the .bin beside it is a pickle, which is not read: save it as safetensors"
@@ -135,8 +146,10 @@ def load_weights(model: nn.Module, path: Path, rename: Callable[[str], str] | No
         raise ValueError(f"{path}: {e}") from e
     if rename is not None:
         state = {rename(name): v for name, v in state.items()}
-    check_fits(path, state, model.state_dict())
+    check_fits(path, state, wanted)
+    model = make()
     model.load_state_dict({k: v.float() for k, v in state.items()})
+    return model.eval().requires_grad_(False)
 
 
 def check_fits(path: Path, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from knnfast.diffusion.backbone import Backbone, check_sizes
+from knnfast.diffusion.backbone import MOST_LAYERS, Backbone, check_sizes
 from knnfast.diffusion.sampler import check_rule, sample
 from knnfast.diffusion.schedule import Schedule
 from knnfast.diffusion.settings import Settings
@@ -65,10 +65,11 @@ class DenoiserConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_sizes(
-            self, "num_codes", "grid", "patch", "width", "depth", "heads", "cross_heads",
+            self, "num_codes", "grid", "patch", "width", "heads", "cross_heads",
             "mlp_width", "canvas_width", "canvas_heads", "code_width", "embed_dim", "time_width",
             "ranks", "num_steps",
         )  # fmt: skip
+        check_sizes(self, "depth", most=MOST_LAYERS)
         if len(self.grid) != 2:
             raise ValueError(f"grid must be rows and columns, got {self.grid!r}")
         if self.time_width % 2:

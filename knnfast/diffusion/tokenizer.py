@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from knnfast import _files
-from knnfast.diffusion.backbone import check_sizes, load_weights
+from knnfast.diffusion.backbone import MOST_LAYERS, check_sizes, load_network
 from knnfast.images import pictures_of
 
 CONFIG_FILE = "config.json"
@@ -49,9 +49,10 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         check_sizes(
-            self, "in_channels", "out_channels", "block_out_channels", "layers_per_block",
-            "latent_channels", "sample_size", "num_vq_embeddings", "norm_num_groups",
+            self, "in_channels", "out_channels", "block_out_channels", "latent_channels",
+            "sample_size", "num_vq_embeddings", "norm_num_groups",
         )  # fmt: skip
+        check_sizes(self, "layers_per_block", most=MOST_LAYERS)
         if self.vq_embed_dim is not None:
             check_sizes(self, "vq_embed_dim")
         if any(width % self.norm_num_groups for width in self.block_out_channels):
@@ -404,12 +405,9 @@ class VQTokenizer(nn.Module):
         """
         file = Path(path) / CONFIG_FILE
         raw = _files.read_json(file)
-        try:
-            model = cls(TokenizerConfig.from_dict(raw))
-        except (ValueError, TypeError) as e:
-            raise ValueError(f"{file}: {e}") from e
-        load_weights(model, Path(path) / WEIGHTS_FILE, _new_name)
-        return model.to(device).eval().requires_grad_(False)
+        weights = Path(path) / WEIGHTS_FILE
+        model = load_network(lambda: cls(TokenizerConfig.from_dict(raw)), file, weights, _new_name)
+        return model.to(device)
 
 
 def _new_name(name: str) -> str:

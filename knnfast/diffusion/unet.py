@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from knnfast.diffusion.backbone import Backbone, check_sizes
+from knnfast.diffusion.backbone import MOST_LAYERS, Backbone, check_sizes
 from knnfast.diffusion.sampler import signed
 from knnfast.diffusion.schedule import even_levels
 from knnfast.diffusion.settings import Settings
@@ -61,9 +61,10 @@ class UNetConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_sizes(
-            self, "num_codes", "grid", "code_dim", "embed_dim", "widths", "blocks", "groups",
+            self, "num_codes", "grid", "code_dim", "embed_dim", "widths", "groups",
             "heads", "cond_width", "ranks", "num_steps",
         )  # fmt: skip
+        check_sizes(self, "blocks", most=MOST_LAYERS)
         if len(self.grid) != 2:
             raise ValueError(f"grid must be rows and columns, got {self.grid!r}")
         if len(self.widths) < 2:
@@ -121,12 +122,12 @@ class UNetDenoiser(Backbone):
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        diffusers = import_diffusers()
+        network, _ = import_diffusers()
         from knnfast.diffusion.scheduler import NeighbourAttnProcessor
 
         cfg = self.config = config
         attending = len(cfg.widths) - 1
-        self.unet = diffusers.UNet2DConditionModel(
+        self.unet = network(
             sample_size=cfg.grid,
             in_channels=2 * cfg.code_dim,
             out_channels=cfg.code_dim,
@@ -158,14 +159,16 @@ class UNetDenoiser(Backbone):
 
     def _levels(self) -> tuple[Tensor, Tensor]:
         """Alpha and sigma of each of the T levels."""
-        kept = self.solver("dpm").alphas_cumprod.double()
+        with torch.device("cpu"):  # the solver reads its tables, whatever the network is made on
+            kept = self.solver("dpm").alphas_cumprod.double()
         return kept.sqrt().float(), (1 - kept).sqrt().float()
 
     def solver(self, name: str) -> Any:
         """A diffusers scheduler for this network: DPM-Solver++ of order 2 ("dpm") or 1 ("ddim")."""
         if name not in SOLVERS:
             raise ValueError(f"solver: must be one of {', '.join(SOLVERS)}, got {name!r}")
-        return import_diffusers().DPMSolverMultistepScheduler(
+        _, scheduler = import_diffusers()
+        return scheduler(
             num_train_timesteps=self.config.num_steps,
             beta_schedule=self.config.beta_schedule,
             prediction_type="v_prediction",
@@ -371,13 +374,14 @@ def initial_noise(shape: tuple[int, ...], seed: int, image_indices: Tensor) -> T
     return normal(*words).float().view(len(image_indices), *shape)
 
 
-def import_diffusers() -> Any:
-    """Import diffusers when a U-Net is made: nothing else here needs it."""
+def import_diffusers() -> tuple[Any, Any]:
+    """Import diffusers' U-Net and solver when a U-Net is made: nothing else here needs them."""
     try:
-        import diffusers
+        with torch.device("cpu"):  # for modules' own tensors, whatever the network is made on
+            from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
     except ImportError as e:
         raise ImportError(
             f"the continuous backbone needs diffusers ({e}); install it with: "
             "pip install 'knnfast[diffusion]'"
         ) from e
-    return diffusers
+    return UNet2DConditionModel, DPMSolverMultistepScheduler
