@@ -168,19 +168,18 @@ def embed(queries: Sequence[Query], encoder: Encoder) -> Embeddings:
     for query in queries:
         collect(query)
     opened = [read_image(p) if isinstance(p, str | Path) else p for _, p in pictures.values()]
-    text_rows = encoder.encode_text(list(texts)).vectors if texts else None
-    image_rows = encoder.encode_images(opened).vectors if opened else None
+    # One by one: no query sees the others, even in a rounding.
+    text_rows = [encoder.encode_text([text]).vectors[0] for text in texts]
+    image_rows = [encoder.encode_images([image]).vectors[0] for image in opened]
 
     def row(source: Source) -> np.ndarray:
         if isinstance(source, Query):
             return combined(source)
         if isinstance(source, str):
-            assert text_rows is not None  # for the type checker
             return text_rows[texts[source]].astype(np.float64)
         if isinstance(source, np.ndarray):
             (checked,) = _check_embedding(source, encoder)
             return _unit(checked.astype(np.float64), "embedding")
-        assert image_rows is not None  # for the type checker
         return image_rows[pictures[id(source)][0]].astype(np.float64)
 
     def combined(query: Query) -> np.ndarray:

@@ -66,6 +66,14 @@ def test_every_text_and_picture_is_encoded_once():
     assert (toy.texts, toy.images) == (2, 1)
 
 
+def test_a_picture_does_not_see_the_others(pipe):
+    shown = [pipe.database.thumbnail(int(i)) for i in pipe.database.ids[:5]]
+    together = embed(as_queries(None, shown, None, None, pipe.encoder), pipe.encoder).vectors
+    for row, picture in zip(together, shown, strict=True):
+        alone = embed(as_queries(None, picture, None, None, pipe.encoder), pipe.encoder).vectors
+        np.testing.assert_array_equal(alone[0], row)
+
+
 def test_as_queries_names_them():
     toy = Toy()
 
