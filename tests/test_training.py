@@ -21,7 +21,13 @@ from knnfast.diffusion.optim import Muon, orthogonalize
 from knnfast.diffusion.pairs import ConditionConfig, ConditionSampler, Pairs
 from knnfast.diffusion.schedule import NAMES, Schedule
 from knnfast.diffusion.tokenizer import TokenizerConfig, VQTokenizer
-from knnfast.diffusion.tokenizer_training import fuse_norms, kmeans, redundant, train_tokenizer
+from knnfast.diffusion.tokenizer_training import (
+    _Codebook,
+    fuse_norms,
+    kmeans,
+    redundant,
+    train_tokenizer,
+)
 from knnfast.diffusion.trainer import TrainConfig
 from knnfast.diffusion.training import corrupt, denoiser_trainer, masked_row_weight, train
 from knnfast.encoders import EncoderCard
@@ -416,6 +422,15 @@ def test_kmeans_and_redundant_codes() -> None:
     assert torch.cdist(centres, found).amin(1).max() < 0.2
     book = torch.tensor([[0.0, 0.0], [0.1, 0.0], [5.0, 0.0]])
     assert redundant(book, torch.tensor([1.0, 9.0, 1.0]), 0.5).tolist() == [True, False, False]
+
+
+def test_more_unused_codes_than_latents() -> None:
+    codebook = _Codebook(torch.zeros(9, 2), decay=0.0)
+    rows, g = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]]), torch.Generator().manual_seed(0)
+    nearest = torch.full((3,), 8)
+    codebook.follow(rows, nearest, g, thorough=False, revive=True)
+    assert {tuple(row) for row in codebook.codes[:3].tolist()} == {(1, 0), (0, 2), (3, 3)}
+    assert not codebook.codes[3:8].any()  # their turn comes
 
 
 def test_tokenizer_goes_on_after_a_kill(tmp_path: Path) -> None:

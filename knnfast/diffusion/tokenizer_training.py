@@ -202,8 +202,9 @@ class _Codebook:
         if thorough:
             dead |= redundant(self.codes, self.counts, float(error_of.mean()))
         if revive and dead.any():
-            chosen = error_of.cpu().multinomial(int(dead.sum()), generator=g)
-            self.counts[dead], self.sums[dead] = len(rows) / k, rows[chosen] * (len(rows) / k)
+            revived = dead.nonzero()[: len(rows), 0]  # a latent for each
+            chosen = error_of.cpu().multinomial(len(revived), generator=g)
+            self.counts[revived], self.sums[revived] = len(rows) / k, rows[chosen] * (len(rows) / k)
         self.codes.copy_(self.sums / self.counts[:, None].clamp_min(1e-6))
 
 
