@@ -244,6 +244,18 @@ def test_near_duplicates_are_no_neighbours() -> None:
         nearest_others(rows, 11)
 
 
+def test_originals_are_embedded_as_in_a_database(tmp_path: Path) -> None:
+    pytest.importorskip("cv2")
+    (tmp_path / "wide").mkdir()
+    large = F.interpolate(pictures().float(), (2 * SIZE, 3 * SIZE)).byte()
+    originals = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in large]
+    for i, image in enumerate(originals):
+        image.save(tmp_path / "wide" / f"{i:02d}.png")
+    made = encode_edits(tmp_path / "wide", tmp_path / "out", MeanColour(), tokenizer(), 2, 0)
+    wanted = MeanColour().encode_images(originals).vectors
+    np.testing.assert_allclose(made.embeddings[0], wanted, atol=1e-3)
+
+
 def test_without_opencv_nothing_is_read(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
     for call in (

@@ -63,8 +63,9 @@ def encode_edits(
         for line in loaded.skipped:
             warnings.warn(f"skipped {line}", stacklevel=2)
         pairs, _ = make_edit_pairs(
-            loaded.squares, encoder, tokenizer, versions, neighbours, seed, augmentation, near
-        )
+            loaded.squares, encoder, tokenizer, versions, neighbours, seed, augmentation, near,
+            loaded.embeddings,
+        )  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         # Two tensors of a file may not share their memory.
         save_cache(file, {**vars(pairs), "database": pairs.database.clone()}, recipe)

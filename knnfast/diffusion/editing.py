@@ -106,6 +106,7 @@ def make_edit_pairs(
     seed: int = 0,
     augmentation: AugmentConfig = PHOTOS,
     near: float = ConditionConfig.near,
+    known: Tensor | None = None,
 ) -> tuple[EditPairs, float]:
     """Encode a collection for an editor, its neighbours aligned.
 
@@ -119,6 +120,7 @@ def make_edit_pairs(
         seed: of the augmentations.
         augmentation: how the images of the other versions are changed.
         near: cosine from which an image counts as a near-duplicate.
+        known: the first version's embeddings [N, E], where its images were larger.
 
     Returns:
         The pairs, and the share of the alignments that converged.
@@ -130,8 +132,11 @@ def make_edit_pairs(
         raise ValueError(f"neighbours: must be 1 ... {len(images) - 1}, got {neighbours}")
     import_cv2()
     channels_last = images.permute(0, 2, 3, 1).numpy()
-    pictures = [Image.fromarray(x) for x in channels_last]
-    rows = np.asarray(encoder.encode_images(pictures).vectors)
+    if known is None:
+        pictures = [Image.fromarray(x) for x in channels_last]
+        rows = np.asarray(encoder.encode_images(pictures).vectors)
+    else:
+        rows = known.float().numpy()
     lent_by = nearest_others(rows, neighbours, near)
     aligned = torch.empty(neighbours, *images.shape, dtype=torch.uint8)
     converged = 0
@@ -148,7 +153,7 @@ def make_edit_pairs(
             changed.append(augmented(x, g, augmentation))
         shown.append(changed[0])
         lent.append(torch.stack(changed[1:]))
-    plain = make_pairs(shown, encoder, tokenizer)
+    plain = make_pairs(shown, encoder, tokenizer, known=known)
     pairs = EditPairs(**vars(plain), images=torch.stack(shown), aligned=torch.stack(lent))
     return pairs, converged / lent_by.size
 
