@@ -19,7 +19,6 @@ from knnfast.diffusion.settings import Settings
 from knnfast.ops.philox import NOISE, counter, normal, philox
 
 SOLVERS = {"dpm": 2, "ddim": 1}  # and their orders: DDIM is DPM-Solver++'s first
-
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
