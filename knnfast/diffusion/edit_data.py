@@ -54,6 +54,7 @@ def encode_edits(
         "versions": versions,
         "neighbours": neighbours,
         "near": near,
+        "embeddings": "of the originals",
         "augmentation": augmentation.to_dict(),
         "crop": crop,
         "seed": seed,
