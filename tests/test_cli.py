@@ -507,6 +507,7 @@ def test_options_of_edit_arrive(folder, monkeypatch):
     assert {name: seen[name] for name in wanted} == wanted
 
 
+@pytest.mark.filterwarnings("ignore:Failed to load image")  # of a torchvision for another torch
 def test_options_of_train_arrive(folder, tmp_path, monkeypatch):
     words = ["train", folder, "--out", tmp_path / "run", "--steps", 5, "--batch", 6, "--accumulate",
              2, "--lr", 0.01, "--k", 3, "--versions", 4, "--condition", "lafite", "--noise", 0.5,
