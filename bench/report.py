@@ -97,10 +97,11 @@ def performance(found: list[dict[str, Any]]) -> str:
         "Before anything of ours was timed its answers were checked (of a search: those to a "
         "sample of the queries, in FP64), under load all of them after it; contenders took turns "
         "in one run. Search peers ran in whichever way was fastest here (older results: without "
-        "shards, torch without blocks): with one thread or all, FAISS for few queries also over as "
-        "many shards as threads, its flat index with BLAS or its own loops (above batch 32: BLAS), "
-        "filtered with any of its selectors, torch over all rows at once or by blocks; torch's ops "
-        "had all threads. Times are milliseconds; `x` is their time over ours, the median over the "
+        "shards, torch without blocks, filters with the bitmap selector alone): with one thread or "
+        "all, FAISS for few queries also over as many shards as threads, its flat index with BLAS "
+        "or its own loops (above batch 32: BLAS), filtered with any of "
+        "its selectors, torch over all rows at once or by blocks; torch's ops had all threads. "
+        "Times are milliseconds; `x` is their time over ours, the median over the "
         "turns that the two took "
         "(above 1 ours is faster, **bold** where we lose); where ours took another time in these "
         "turns than the one printed, by a quarter or more, the cell says so. `other answers`: the "
@@ -204,8 +205,8 @@ def service(result: dict[str, Any]) -> list[str]:
     return [
         f"{shape['clients']} threads that search {shape['n']:,} x {shape['d']} rows, each for one "
         f"query after another, k {shape['k']}; {taken_on(result)}. `Index.search` answers those "
-        "that wait together; `one at a time`: kept from that by a lock; `a thread each`: two "
-        "searches side by side, a thread each; FAISS: a search in each caller's thread, `joined`: "
+        "that wait together; `one at a time`: kept from that by a lock; `a thread each`: a search "
+        "on each core; FAISS: a search in each caller's thread, `joined`: "
         "answered together like ours by a few lines of Python. On your machine: "
         "`python bench/load.py`.",
         table(["server", "queries/s", "p50 ms", "p99 ms"], rows),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from regression import OPS, false_alarms, slower
@@ -45,8 +46,12 @@ class Target:
         if not known:
             return [text, "", "not measured"]
         worst = min(known)
-        seen = {row["shape"] for row in rows if self.judges(row)}
-        whole = known == values and seen == set(self.shapes)
+        seen = {
+            (row["shape"], case)
+            for row in rows if self.judges(row)
+            for case in self.cases if row["case"].startswith(case)
+        }  # fmt: skip
+        whole = known == values and seen == set(product(self.shapes, self.cases))
         met = "no" if worst < self.least else "yes" if whole else "not all measured"
         return [text, f"{worst:{self.unit}}", met]
 
@@ -93,12 +98,11 @@ CPU_TARGETS = (
            "sample", "fused", ("sampling-1024",), 1.5, over("torch-plain"), ".2f"),
 )  # fmt: skip
 GPU_TARGETS = (
-    Target("FP16 search of a million rows and more at batch 1 to 16: at least 85 % of their bytes "
-           "at the read rate",
+    Target("FP16 search of 1M and 10M rows at batch 1 and 16: at least 85 % of their bytes at the "
+           "read rate",
            "topk", "graph fp16",
-           ("service-1m", "service-1m-clustered", "service-1m-mean", "service-1m-ties",
-            "gpu-1m-512", "gpu-1m-768", "gpu-10m-512", "gpu-10m-768", "coco-69m-shard"),
-           0.85, of_ceiling, ".0%", ("batch 1,", "batch 8,", "batch 16,")),
+           ("gpu-1m-512", "gpu-1m-768", "gpu-10m-512", "gpu-10m-768"),
+           0.85, of_ceiling, ".0%", ("batch 1,", "batch 16,")),
     Target("neighbour attention at B 16 and 64: at least 65 % of its floor",
            "neighbour_attention", "graph fused", ("gpu-16", "gpu-64"), 0.65, of_ceiling, ".0%"),
     Target("transition step at B 16 and 64: at least 80 % of one pass over the logits",

@@ -231,8 +231,9 @@ def selecting(faiss: Any, flat: Peer, selectors: dict[str, Any]) -> Peer:
         return [
             Choice(partial(choose, selector, way), way.threads, f"{name} {way.options}".strip())
             for name, selector in selectors.items()
-            for way in flat.choices(threads, batch)
-            if "shards" not in way.options  # its selectors are of the ids of one index
+            # Not in shards: its selectors are of the ids of one index. Choices of two queries and
+            # more have none.
+            for way in flat.choices(threads, max(batch, threads))
         ]
 
     return Peer(call, call, choices)

@@ -113,18 +113,19 @@ def test_the_target_of_fp16_search_on_a_gpu_is_about_large_databases(ops_result)
 
     small = [
         search("stickers", "batch 1, k 10", 0.1),
-        search("coco-69m-shard", "batch 128, k", 0.1),
+        search("gpu-1m-512", "batch 128, k", 0.1),
     ]
     text = "GPU: FP16 search"
     assert lines(small, text) == [["", "not measured"]]
     large = [
-        search("coco-69m-shard", "batch 16, k 10", 0.9),
-        search("service-1m", "batch 1, k", 0.8),
+        search("gpu-10m-768", "batch 16, k 10", 0.9),
+        search("gpu-1m-512", "batch 1, k", 0.8),
     ]
     assert lines([*small, large[0]], text) == [["90%", "not all measured"]]
     assert lines([*small, *large], text) == [["80%", "no"]]
     fp16 = next(target for target in GPU_TARGETS if target.op == "topk")
-    every = [search(shape, "batch 1, k 10", 0.9) for shape in fp16.shapes]
+    every = [search(shape, f"{case} k 10", 0.9) for shape in fp16.shapes for case in fp16.cases]
+    assert lines(every[1:], text) == [["90%", "not all measured"]]
     assert lines(every, text) == [["90%", "yes"]]
 
 

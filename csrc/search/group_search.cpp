@@ -217,7 +217,8 @@ const uint16_t* GroupSearch::live(uint32_t segment) const {
 // Whether so few rows of a chunk are live that they themselves are read and scored sooner than the
 // blocks of codes that they lie in.
 bool GroupSearch::sparse(const Chunk& chunk) const {
-  return task_.scan == Scan::automatic && 3 * chunk.rows <= (n_ < 8 ? 6 : 4) * chunk.blocks;
+  if (task_.scan != Scan::automatic || tiles_ || n_ > 64) return false;
+  return 3 * chunk.rows <= (n_ < 8 ? 6 : 4) * chunk.blocks;
 }
 
 // A scan that has failed before is tried on a few blocks first.

@@ -92,8 +92,9 @@ class Scope {
   // returns how many. In one loop without branches: a filter has to take less than a search.
   static size_t take_bits(const IdSet& set, int64_t first_id, uint16_t flip, LiveMask& mask) {
     const int64_t first = first_id / 8, blocks = (set.count - first) / 2 - 1;
+    if (blocks <= 0) return 0;
     const int shift = static_cast<int>(first_id % 8);
-    const size_t n = std::min(mask.size(), static_cast<size_t>(std::max<int64_t>(blocks, 0)));
+    const size_t n = std::min(mask.size(), static_cast<size_t>(blocks));
     const uint8_t* bits = set.bits + first;
     for (size_t block = 0; block < n; ++block) {
       uint16_t low, high;

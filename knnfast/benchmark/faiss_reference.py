@@ -193,7 +193,7 @@ def _measure_peer(
     row_s = 0.0  # seconds for a query and a row in the cell before; larger ones take no more
     for size, b in ours.calls:
         where = f"from {size:,} rows, batch {b} on"
-        if time.perf_counter() + 8 * row_s * size * b > end:  # 8: calls of a cell
+        if time.perf_counter() + 16 * row_s * size * b > end:  # 16: calls of a cell, about
             return measured, f"{where}: {seconds:.0f} s are too few"
         if size != built:
             say(f"{name}: {size:,} rows")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from knnfast import _C
+from knnfast.benchmark.machine import memory_bytes
 from knnfast.benchmark.timing import Choice, thread_choices
 
 KINDS = ("isotropic", "clustered", "mean", "ties", "orthogonal")
@@ -233,7 +234,8 @@ def _faiss_cpu(
         if batch > 32 and blas:
             del paths[""]  # many times slower
         ways = [(n, name, False) for name in paths for n in sorted({1, threads})]
-        if batch < threads and len(rows) >= threads:
+        fits = rows.size * 4 * 3 < memory_bytes()  # both, and ours
+        if batch < threads <= len(rows) and fits:
             # Its loops share out queries: of fewer than threads each has a core of its own, unless
             # the rows lie in as many indexes, searched side by side.
             if not shards:

@@ -243,8 +243,7 @@ def database_merge(paths: tuple[Path, ...], out: Path, replace: bool, as_json: b
     databases: dict[str, tuple[Path, Database]] = {}
     for path in paths:
         database = Database.open(path)
-        rows = identity(database, files=False)  # wherever their pictures are
-        first, _ = databases.setdefault(rows, (path, database))
+        first, _ = databases.setdefault(identity(database), (path, database))
         if first is not path:
             raise ValueError(f"paths: {path} holds the same images as {first}; give each once")
     merged = Database.merge([database for _, database in databases.values()])

@@ -53,10 +53,14 @@ def load_cache(path: Path, recipe: Mapping[str, Any]) -> dict[str, Tensor] | Non
 
 
 def check_recipe(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse to reuse what was made from something else."""
+    """Refuse to reuse what was made from something else.
+
+    What was made from fewer thumbnails is no worse: its pictures were there then.
+    """
     for name in {**found, **wanted}:
         a, b = found.get(name), wanted.get(name)
-        if a != b:
+        better = name == "thumbnails" and isinstance(a, int) and a < b
+        if a != b and not better:
             raise ValueError(
                 f"{path}: was made with {name} = {a!r}, now it is {b!r}; give another folder, or "
                 "remove this file to make it anew"

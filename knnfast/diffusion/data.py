@@ -99,7 +99,7 @@ def pictures(data: str | Path | Database) -> Iterator[Picture]:
         FileNotFoundError: no such folder or shard. ValueError: a damaged shard.
     """
     if isinstance(data, Database):
-        if lost := sum(bool(item.source) and data.file(item) is None for item in data):
+        if lost := lost_pictures(data):
             warnings.warn(
                 f"{lost:,} of {len(data):,} pictures come from the database's thumbnails: their "
                 f"files are not found below {data.pictures or 'the working directory'}",
@@ -117,17 +117,19 @@ def pictures(data: str | Path | Database) -> Iterator[Picture]:
             yield Picture(str(path), partial(read_image, path))
 
 
-def identity(data: str | Path | Database, files: bool = True) -> str:
-    """Hash of what a collection is: names and sizes of its files, or a database's rows.
+def lost_pictures(data: str | Path | Database) -> int:
+    """How many of a database's sources are not found, so that their thumbnails are read."""
+    if not isinstance(data, Database):
+        return 0
+    return sum(bool(item.source) and data.file(item) is None for item in data)
 
-    With `files` also of where a database's pictures come from: files of which sizes, or thumbnails.
-    """
+
+def identity(data: str | Path | Database) -> str:
+    """Hash of what a collection is: names and sizes of its files, or a database's rows."""
     digest = hashlib.sha256()
     if isinstance(data, Database):
         for item in data:
-            file = data.file(item) if files else None
-            size = "" if file is None else file.stat().st_size
-            row = f"{item.id}\0{item.name}\0{item.source}\0{size}\n"
+            row = f"{item.id}\0{item.name}\0{item.source}\n"
             digest.update(row.encode(errors="surrogateescape"))
         digest.update(data.vectors(data.ids).tobytes())
     else:
@@ -335,6 +337,7 @@ def encode(
     file, parts = folder / PAIRS_FILE, folder / "pairs.parts"
     recipe = {
         "data": identity(data),
+        "thumbnails": lost_pictures(data),
         "encoder": encoder.card.sha256,
         "tokenizer": _files.weights_hash(tokenizer),
         "versions": versions,

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 from knnfast import _files
 from knnfast.diffusion.augment import PHOTOS, AugmentConfig
 from knnfast.diffusion.cache import load_cache, save_cache
-from knnfast.diffusion.data import ImageEncoder, identity, load_images, own_crop, pictures
+from knnfast.diffusion.data import (
+    ImageEncoder,
+    identity,
+    load_images,
+    lost_pictures,
+    own_crop,
+    pictures,
+)
 from knnfast.diffusion.distributed import Processes
 from knnfast.diffusion.editing import EditPairs, import_cv2, make_edit_pairs
 from knnfast.diffusion.pairs import ConditionConfig
@@ -49,6 +56,7 @@ def encode_edits(
     file = folder / EDITS_FILE
     recipe = {
         "data": identity(data),
+        "thumbnails": lost_pictures(data),
         "encoder": encoder.card.sha256,
         "tokenizer": _files.weights_hash(tokenizer),
         "versions": versions,

@@ -22,6 +22,8 @@ from knnfast.search import Index
 
 RIVALS = 20  # nearest images among which a disturbed query finds its rival
 SPARE = 32  # neighbours looked up beyond k at first, to fill places of near-duplicates
+WIDEST = 4096  # and at most in a step of the training
+LOOKED_AT = 1 << 16  # neighbours at a time, for all rows: each is compared with its row
 
 
 @dataclass(frozen=True)
@@ -209,18 +211,21 @@ def first_kept(
             last, and which of these are kept.
         rows: how many.
         k: of neighbours.
-        most: ids that there are.
+        most: ids that are looked at for a row: as many as there are, or fewer.
     """
     first = torch.full((rows, k), -1)
     rest, count = torch.arange(rows), k + SPARE
     while len(rest):
-        found, kept = look(rest, min(count, most))
-        order = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, :k]
-        ids = torch.where(kept, found, -1).gather(1, order)
-        first[rest, : ids.shape[1]] = ids
+        lacking = []
+        for part in rest.split(max(1, LOOKED_AT // min(count, most))):
+            found, kept = look(part, min(count, most))
+            order = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, :k]
+            ids = torch.where(kept, found, -1).gather(1, order)
+            first[part, : ids.shape[1]] = ids
+            lacking.append(part[(kept.sum(1) < k) & (found[:, -1] >= 0)])
         if found.shape[1] >= most:
             break
-        rest = rest[(kept.sum(1) < k) & (found[:, -1] >= 0)]
+        rest = torch.cat(lacking)
         count *= 4
     return first
 
@@ -371,7 +376,10 @@ class ConditionSampler:
             near |= found == targets[part][:, None]
             return found, ~(near & excluded[part][:, None]) & (found >= 0)
 
-        most = len(self.pairs.database) if self.candidates is None else self.candidates.shape[-1]
+        if self.candidates is None:
+            most = min(len(self.pairs.database), self.config.k + WIDEST)
+        else:
+            most = self.candidates.shape[-1]
         return first_kept(look, len(query), self.config.k, most)
 
     def _index(self, version: int, dim: int) -> Index:
