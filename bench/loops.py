@@ -30,6 +30,13 @@ def in_threads(clients: int, work: Callable[[int], None]) -> None:
         raise errors[0]
 
 
+class _Request:
+    """A query that waits, its answer, and what wakes its thread: the answer, or its turn."""
+
+    def __init__(self, query: np.ndarray) -> None:
+        self.query, self.answer, self.wake = query, None, threading.Event()
+
+
 class Joiner:
     """Joins the searches of many threads: while one batch runs, the next one gathers.
 
@@ -39,23 +46,30 @@ class Joiner:
 
     def __init__(self, search: Callable[[np.ndarray], Any]) -> None:
         self._search = search
-        self._turn = threading.Lock()  # held by the one that searches
-        self._lock = threading.Lock()  # of what waits
-        self._waiting: list[tuple[np.ndarray, list[Any]]] = []
+        self._lock = threading.Lock()
+        self._waiting: list[_Request] = []
+        self._busy = False  # somebody searches
 
     def search(self, query: np.ndarray) -> Any:
         """The answer to one query [d], found with those of others that wait."""
-        answer: list[Any] = []
+        mine = _Request(query)
         with self._lock:
-            self._waiting.append((query, answer))
-        with self._turn:
-            if not answer:  # nobody took it along
-                with self._lock:
-                    batch, self._waiting = self._waiting, []
-                found = self._search(np.stack([query for query, _ in batch]))
-                for (_, each), one in zip(batch, found, strict=True):
-                    each.append(one)
-        return answer[0]
+            self._waiting.append(mine)
+            waits, self._busy = self._busy, True
+        if waits:
+            mine.wake.wait()
+        if mine.answer is None:  # its turn to search, for all that wait
+            with self._lock:
+                batch, self._waiting = self._waiting, []
+            found = self._search(np.stack([each.query for each in batch]))
+            with self._lock:
+                for each, answer in zip(batch, found, strict=True):
+                    each.answer = answer
+                following = self._waiting[:1]
+                self._busy = bool(following)
+            for each in [*batch, *following]:
+                each.wake.set()
+        return mine.answer
 
 
 def closed_loop(
