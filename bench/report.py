@@ -236,7 +236,7 @@ def summary(found: list[dict[str, Any]]) -> str:
         }
         place, command = taken_on(result), "knnfast bench --device cuda"
         if result["machine"]["device"] == "cpu":
-            place = f"FAISS at its best threads and with BLAS where faster; {place}"
+            place = f"peers in whichever way was fastest; {place}"
             command = "knnfast bench"
         parts += [
             f"p50 in milliseconds (and its time over ours, median over rounds), {shape['n']:,} x "

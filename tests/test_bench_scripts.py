@@ -515,7 +515,7 @@ def test_a_stopped_pytest_reports_its_failures(tmp_path):
         "import time\ndef test_a(): assert 0, 'planted'\ndef test_b(): time.sleep(60)\n"
     )
     words = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "{out}/test_it.py"]
-    assert Stage("a", words, 12).run(tmp_path)["result"] == "stopped"
+    assert Stage("a", words, 25).run(tmp_path)["result"] == "stopped"
     log = (tmp_path / "a.log").read_text()
     assert "AssertionError: planted" in log, log
 
