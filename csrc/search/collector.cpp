@@ -154,7 +154,7 @@ void Collector::rescore_first(size_t count) {
   for (size_t i = 0; i < count + kPage; ++i) {
     if (i < count) fetch(pending_[i], 1);
     const size_t row = i - (kPage - kRow), now = i - kPage;  // not yet: beyond count
-    if (row < count) fetch(pending_[row], std::min<size_t>(row_bytes, kFetched));
+    if (row < count) fetch(pending_[row], row_bytes);
     if (now < count && pending_[now].upper >= tau_)
       rescore(pending_[now].segment, pending_[now].row);
     if (now < count && now % 64 == 63) raise();

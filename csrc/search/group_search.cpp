@@ -317,7 +317,7 @@ void GroupSearch::canonical_rows(Worker& w, uint32_t segment, uint32_t begin, ui
   constexpr int kRuns = 6;
   constexpr size_t kAhead = 8;  // rows, which may lie anywhere, are asked for so long before
   const SegmentView& view = (*task_.snapshot)[segment];
-  const size_t bytes = static_cast<size_t>(dim_) * 2, fetched = std::min(bytes, kFetched);
+  const size_t bytes = static_cast<size_t>(dim_) * 2;
   const char* rows = view.segment->rows.as<char>();
   const uint16_t* mask = live(segment);
   std::vector<uint32_t>& alive = w.alive;
@@ -344,7 +344,7 @@ void GroupSearch::canonical_rows(Worker& w, uint32_t segment, uint32_t begin, ui
     int count = 0;
     while (count < kRuns && i < alive.size()) {
       const char* x = rows + alive[i] * bytes;
-      if (i + kAhead < alive.size()) fetch_row(rows + alive[i + kAhead] * bytes, fetched);
+      if (i + kAhead < alive.size()) fetch_row(rows + alive[i + kAhead] * bytes, bytes);
       kernels_.widen(reinterpret_cast<const uint16_t*>(x), static_cast<int>(dim_),
                      w.wide.data() + static_cast<size_t>(count) * pad_);
       run[count++] = i++;

@@ -229,10 +229,10 @@ def _faiss_cpu(
         faiss.cvar.distance_compute_blas_threshold = batches_from
 
     def choices(threads: int, batch: int) -> list[Choice]:
-        # FAISS 1.15 itself takes BLAS from 128,000 queries on.
-        paths = {"BLAS": 0, "": 1 << 30} if blas else {"": 1 << 30}
-        if batch > 32 and blas:
-            del paths[""]  # many times slower
+        paths = {"": 1 << 30}  # from so many queries on FAISS takes BLAS; 1.15 itself from 128,000
+        if blas:
+            # Of large batches its own loops are many times slower.
+            paths = {"BLAS": 0} if batch > 32 else {"BLAS": 0, **paths}
         ways = [(n, name, False) for name in paths for n in sorted({1, threads})]
         fits = rows.size * 4 * 3 < memory_bytes()  # both, and ours
         if batch < threads <= len(rows) and fits:
@@ -295,8 +295,7 @@ def torch_topk(rows: np.ndarray, metric: str) -> Peer:
     block = [len(rows)]
 
     def search(q: np.ndarray, k: int) -> np.ndarray:
-        wide = torch.from_numpy(q)
-        return _by_blocks(wide, x, min(block[0], len(rows)), k).numpy()
+        return _by_blocks(torch.from_numpy(q), x, block[0], k).numpy()
 
     def choose(threads: int, size: int) -> None:
         torch.set_num_threads(threads)
@@ -306,6 +305,7 @@ def torch_topk(rows: np.ndarray, metric: str) -> Peer:
         return [
             Choice(partial(choose, n, size), n, name)
             for name, size in {"": len(rows), "by blocks": 1 << 16}.items()
+            if size <= len(rows)  # a larger block is all of them
             for n in sorted({1, threads})
         ]
 
