@@ -99,6 +99,30 @@ def test_filters_of_few_rows(rows, queries, tmp_path, scan, own):
                 np.testing.assert_array_equal(got[0], scores[:m])
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_allowed_less_denied(rows, queries, tmp_path, own):
+    """Both filters at once, as lists (in any order, with repeats and ids that are not there) and as
+    bitsets: few rows, which are listed, many and runs of them, which are masked."""
+    ids = np.random.default_rng(2).permutation(2 * N)[:N] if own else np.arange(N)
+    index = segmented(rows, tmp_path, ids=ids if own else None)
+    index.remove(ids[KEPT["the ends"][:2]])
+    for kept in KEPT.values():
+        denied = np.r_[kept[::3], 1500:1510, 3014]
+        left = np.setdiff1d(kept, np.r_[denied, KEPT["the ends"][:2]])
+        scores, found = search_reference(queries, rows, ids, left, 5)
+        allow = np.r_[ids[kept][::-1], ids[kept][:4], 9 * N]
+        deny = np.r_[ids[denied], 9 * N, ids[denied][:2]]
+        for m, lists in itertools.product((1, 9, 70), itertools.product((True, False), repeat=2)):
+            got = index.search(
+                queries[:m],
+                5,
+                allow=allow if lists[0] else bitset(allow, 2 * N),
+                deny=deny if lists[1] else bitset(deny, 2 * N),
+            )
+            np.testing.assert_array_equal(got[1], found[:m])
+            np.testing.assert_array_equal(got[0], scores[:m])
+
+
 def test_a_filter_of_few_rows_scans_few(rows, queries):
     scans = {scan: Index(D, scan=scan) for scan in ("auto", "int8")}
     for index in scans.values():

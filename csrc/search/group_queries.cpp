@@ -19,12 +19,10 @@ void GroupSearch::prepare(const float* queries) {
     s_.capacity = n_;
   }
   s_.q.assign(total, 0);
-  s_.coded.v.assign(total, 0);
-  s_.values.assign(total, 0);
   for (int64_t i = 0; i < n_; ++i) {
     double* q = s_.q.data() + i * pad_;
-    double* v = s_.coded.v.data() + i * pad_;
     double top = 0;
+#pragma omp simd reduction(max : top)
     for (int64_t j = 0; j < dim_; ++j) {
       q[j] = static_cast<double>(queries[i * dim_ + j]);
       top = std::max(top, std::fabs(q[j]));
@@ -45,9 +43,21 @@ void GroupSearch::prepare(const float* queries) {
       query.scale = std::ldexp(1.0, -std::max(0, exponent - 20));
       query.key_scale = query.scale * query.scale / 2;
     }
+  }
+  if (!listed()) code_queries();
+}
+
+void GroupSearch::code_queries() {
+  s_.coded.v.assign(s_.q.size(), 0);
+  s_.values.assign(s_.q.size(), 0);
+  for (int64_t i = 0; i < n_; ++i) {
+    const double* q = s_.q.data() + i * pad_;
+    double* v = s_.coded.v.data() + i * pad_;
+    float* values = s_.values.data() + i * pad_;
+    const double scale = s_.queries[static_cast<size_t>(i)].scale;
     for (int64_t j = 0; j < dim_; ++j) {
-      v[j] = q[j] * query.scale;
-      s_.values[static_cast<size_t>(i) * pad_ + static_cast<size_t>(j)] = static_cast<float>(v[j]);
+      v[j] = q[j] * scale;
+      values[j] = static_cast<float>(v[j]);
     }
   }
   const Rotation* rotation = nullptr;  // there is one at most
@@ -89,10 +99,7 @@ void GroupSearch::fill_queries(Worker& w, uint32_t segment) {
   const double two_scales = 1 - 0x1p-20;  // sq·norm² is an upper bound for it
   for (int64_t i = 0; i < n_; ++i) {
     const Query& query = s_.queries[static_cast<size_t>(i)];
-    const double* v = s_.coded.v.data() + i * pad_;
-    double norm2 = 0;
-    for (int64_t j = 0; j < dim_; ++j) norm2 += v[j] * v[j];
-    const double norm = std::sqrt(norm2) * (1 + 1e-9);
+    const double norm = query.norm * query.scale * (1 + 1e-9), norm2 = norm * norm;
     const bool l2 = task_.metric == Metric::l2;
     const double row_scale = l2 ? query.scale : 1;
     ScanQuery& f = w.fp16[static_cast<size_t>(i)];
@@ -115,18 +122,18 @@ void GroupSearch::fill_queries(Worker& w, uint32_t segment) {
 void GroupSearch::fill_int8(Worker& w, const Codes& codes, double exact, double two_scales) {
   const bool l2 = task_.metric == Metric::l2;
   const CodedQueries& coded = coded_for(w, codes);
+  double on_mean[kGroup];  // the queries' products with the mean
+  if (!l2) {
+    w.wide.assign(pad_, 0);
+    std::copy(codes.mean.begin(), codes.mean.end(), w.wide.begin());
+    kernels_.dot(s_.coded.v.data(), static_cast<int>(n_), w.wide.data(), 1, pad_,
+                 static_cast<int>(dim_), on_mean);
+  }
   for (int64_t i = 0; i < n_; ++i) {
     const size_t at = static_cast<size_t>(i);
     const Query& query = s_.queries[at];
     const QueryCodes& c = coded.quantized[at];
-    double base = 0;
-    if (l2) {
-      base = -0.5 * c.norm * c.norm;
-    } else {
-      for (int64_t j = 0; j < dim_; ++j)
-        base += s_.coded.v[at * pad_ + static_cast<size_t>(j)] *
-                static_cast<double>(codes.mean[static_cast<size_t>(j)]);
-    }
+    const double base = l2 ? -0.5 * c.norm * c.norm : on_mean[at];
     const double row_scale = l2 ? query.scale : 1;
     ScanQuery& q = w.int8[at];
     q.codes = coded.codes.data() + at * pad_;

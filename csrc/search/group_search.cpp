@@ -106,7 +106,7 @@ GroupSearch::GroupSearch(const SearchTask& task, int64_t first, int64_t count, i
 void GroupSearch::run(size_t k, const double* radius, bool trust) {
   k_ = static_cast<int64_t>(k);
   trust_ = trust ? trusted_share(dim_) : 1;
-  plan_chunks();
+  listed() ? plan_listed() : plan_chunks();
   const int64_t work = static_cast<int64_t>(s_.chunks.size());
   if (work < 2) threads_ = 1;
   if (static_cast<int>(s_.workers.size()) < threads_)
@@ -125,9 +125,9 @@ void GroupSearch::run(size_t k, const double* radius, bool trust) {
   // The rows after the last whole block of each segment.
   Worker& first = s_.workers[0];
   const Snapshot& snapshot = *task_.snapshot;
-  for (size_t i = 0; i < snapshot.size(); ++i)
-    canonical_rows(first, static_cast<uint32_t>(i), snapshot[i].blocks() * kBlockRows,
-                   snapshot[i].n);
+  for (uint32_t i = 0; !listed() && i < snapshot.size(); ++i)
+    if (allowed(i).end > snapshot[i].blocks())
+      canonical_rows(first, i, snapshot[i].blocks() * kBlockRows, snapshot[i].n);
   const TraceRange range("knnfast.merge");
   parallel_for(
       n_,
@@ -152,7 +152,8 @@ void GroupSearch::add_stats(Stats& total) const {
 void GroupSearch::plan_chunks() {
   const size_t block_bytes = static_cast<size_t>(code_groups(dim_)) * 64;
   size_t bytes = 0;
-  for (const SegmentView& view : *task_.snapshot) bytes += view.blocks() * block_bytes;
+  for (uint32_t i = 0; i < task_.snapshot->size(); ++i)
+    bytes += (allowed(i).end - allowed(i).begin) * block_bytes;
   // Up to three queries take its four quarters side by side: not too far apart
   // (isa/avx512_int8.h).
   const size_t most = n_ < 4 ? kLeastChunk : kMostChunk;
@@ -161,12 +162,13 @@ void GroupSearch::plan_chunks() {
       static_cast<uint32_t>(std::max<size_t>(2, bytes / block_bytes / 2 * 2));
   s_.chunks.clear();
   for (uint32_t i = 0; i < task_.snapshot->size(); ++i) {
-    const uint32_t blocks = (*task_.snapshot)[i].blocks();
+    const uint32_t begin = allowed(i).begin;
+    const uint32_t end = std::min(allowed(i).end, (*task_.snapshot)[i].blocks());
     const uint16_t* mask = live(i);
     const uint32_t few = static_cast<uint32_t>(kFew / (static_cast<size_t>(dim_) * 2));
     bool joins = false;  // the next chunk with the last one
-    for (uint32_t b = 0; b < blocks; b += step) {
-      Chunk chunk{i, b, std::min(blocks, b + step)};
+    for (uint32_t b = begin; b < end; b += step) {
+      Chunk chunk{i, b, std::min(end, b + step)};
       if (mask) {
         count_live(mask, chunk);
         if (chunk.rows == 0) continue;
@@ -181,6 +183,17 @@ void GroupSearch::plan_chunks() {
       }
       s_.chunks.push_back(chunk);
     }
+  }
+}
+
+void GroupSearch::plan_listed() {
+  const size_t few = std::max<size_t>(1, kFew / (static_cast<size_t>(dim_) * 2));
+  s_.chunks.clear();
+  for (uint32_t i = 0; i < task_.snapshot->size(); ++i) {
+    const size_t rows = task_.filter->parts[i].rows.size();
+    for (size_t at = 0; at < rows; at += few)
+      s_.chunks.push_back(
+          {i, static_cast<uint32_t>(at), static_cast<uint32_t>(std::min(rows, at + few))});
   }
 }
 
@@ -208,24 +221,34 @@ void GroupSearch::start(Worker& w, size_t k, const double* radius) {
   }
 }
 
-const uint16_t* GroupSearch::live(uint32_t segment) const {
-  if (task_.filter) return (*task_.filter)[segment].data();
-  const SegmentView& view = (*task_.snapshot)[segment];
-  return view.live ? view.live->data() : nullptr;
+// All blocks of a segment in which rows may be returned, with one that is not whole.
+Chunk GroupSearch::allowed(uint32_t segment) const {
+  if (!task_.filter) return {segment, 0, (*task_.snapshot)[segment].n / kBlockRows + 1};
+  const Filter::Part& part = task_.filter->parts[segment];
+  return {segment, part.first, part.first + static_cast<uint32_t>(part.mask.size())};
 }
 
-// Whether so few rows of a chunk are live that they themselves are read and scored sooner than the
-// blocks of codes that they lie in.
-bool GroupSearch::sparse(const Chunk& chunk) const {
-  if (task_.scan != Scan::automatic || tiles_ || n_ > 64) return false;
-  return 3 * chunk.rows <= (n_ < 8 ? 6 : 4) * chunk.blocks;
+// A bit a row of these blocks, or null: all are live.
+const uint16_t* GroupSearch::live(uint32_t segment) const {
+  if (task_.filter) {
+    const Filter::Part& part = task_.filter->parts[segment];
+    return part.mask.data() - part.first;
+  }
+  const SegmentView& view = (*task_.snapshot)[segment];
+  return view.live ? view.live->data() : nullptr;
 }
 
 // A scan that has failed before is tried on a few blocks first.
 void GroupSearch::scan_chunk(Worker& w, const Chunk& chunk) {
   constexpr uint32_t kTrial = 4;
+  if (listed()) {
+    ++w.stats.chunks_canonical;
+    w.stats.rows_scanned += int64_t{chunk.end - chunk.begin} * n_;
+    const uint32_t* rows = task_.filter->parts[chunk.segment].rows.data();
+    return score(w, chunk.segment, rows + chunk.begin, chunk.end - chunk.begin);
+  }
   const uint16_t* mask = live(chunk.segment);
-  if (mask && sparse(chunk)) {
+  if (mask && task_.scan == Scan::automatic && sparse(chunk.rows, chunk.blocks, n_)) {
     ++w.stats.chunks_canonical;
     w.stats.rows_scanned += int64_t{chunk.rows} * n_;
     return canonical_rows(w, chunk.segment, chunk.begin * kBlockRows, chunk.end * kBlockRows);
@@ -311,14 +334,8 @@ void GroupSearch::scan_blocks(Worker& w, uint32_t begin, uint32_t end) {
   }
 }
 
-// A few rows, as doubles, lie in the nearest cache while they meet all queries. Of a run of equal
-// rows (where nothing came, all zeros) the first one is summed for all.
+// The live rows from `begin` to `end`.
 void GroupSearch::canonical_rows(Worker& w, uint32_t segment, uint32_t begin, uint32_t end) {
-  constexpr int kRuns = 6;
-  constexpr size_t kAhead = 8;  // rows, which may lie anywhere, are asked for so long before
-  const SegmentView& view = (*task_.snapshot)[segment];
-  const size_t bytes = static_cast<size_t>(dim_) * 2;
-  const char* rows = view.segment->rows.as<char>();
   const uint16_t* mask = live(segment);
   std::vector<uint32_t>& alive = w.alive;
   alive.clear();
@@ -337,26 +354,41 @@ void GroupSearch::canonical_rows(Worker& w, uint32_t segment, uint32_t begin, ui
       if (row < end) alive.push_back(row);
     }
   }
+  score(w, segment, alive.data(), alive.size());
+}
+
+// One query meets rows as they lie; for more, a few rows lie in the nearest cache as doubles. Of a
+// run of equal rows (where nothing came, all zeros) the first one is summed for all.
+void GroupSearch::score(Worker& w, uint32_t segment, const uint32_t* rows, size_t total) {
+  constexpr int kRuns = 6;
+  constexpr size_t kAhead = 8;  // rows, which may lie anywhere, are asked for so long before
+  const SegmentView& view = (*task_.snapshot)[segment];
+  const size_t bytes = static_cast<size_t>(dim_) * 2;
+  const char* all = view.segment->rows.as<char>();
   w.wide.resize(kRuns * pad_);
   size_t run[kRuns + 1];
   double keys[kRuns * kGroup];
-  for (size_t i = 0; i < alive.size();) {
+  for (size_t i = 0; i < total;) {
     int count = 0;
-    while (count < kRuns && i < alive.size()) {
-      const char* x = rows + alive[i] * bytes;
-      if (i + kAhead < alive.size()) fetch_row(rows + alive[i + kAhead] * bytes, bytes);
-      kernels_.widen(reinterpret_cast<const uint16_t*>(x), static_cast<int>(dim_),
-                     w.wide.data() + static_cast<size_t>(count) * pad_);
+    while (count < kRuns && i < total) {
+      const char* x = all + rows[i] * bytes;
+      if (i + kAhead < total) fetch_row(all + rows[i + kAhead] * bytes, bytes);
+      const auto* row = reinterpret_cast<const uint16_t*>(x);
+      if (n_ == 1)
+        keys[count] = keys_(row, s_.queries[0]);
+      else
+        kernels_.widen(row, static_cast<int>(dim_),
+                       w.wide.data() + static_cast<size_t>(count) * pad_);
       run[count++] = i++;
-      while (i < alive.size() && std::memcmp(x, rows + alive[i] * bytes, bytes) == 0) ++i;
+      while (i < total && std::memcmp(x, all + rows[i] * bytes, bytes) == 0) ++i;
     }
     run[count] = i;
-    keys_(w.wide.data(), count, s_.queries.get(), static_cast<int>(n_), keys);
+    if (n_ > 1) keys_(w.wide.data(), count, s_.queries.get(), static_cast<int>(n_), keys);
     for (int64_t q = 0; q < n_; ++q) {
       Collector& c = w.collectors[static_cast<size_t>(q)];
       for (int r = 0; r < count; ++r)
         for (size_t j = run[r]; j < run[r + 1]; ++j)
-          c.offer(keys[r * n_ + q], [&] { return view.id(alive[j]); });
+          c.offer(keys[r * n_ + q], [&] { return view.id(rows[j]); });
     }
   }
   for (int64_t q = 0; q < n_; ++q) w.collectors[static_cast<size_t>(q)].raise();

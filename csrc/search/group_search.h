@@ -19,7 +19,7 @@ namespace knnfast {
 enum Level { kInt8, kFp16, kCanonical };  // of a scan, the coarsest first
 
 struct Chunk {
-  uint32_t segment, begin, end;   // blocks
+  uint32_t segment, begin, end;   // blocks; of listed rows: places in the list
   uint32_t rows = 0, blocks = 0;  // with a mask: live ones, and the blocks they lie in
 };
 
@@ -73,19 +73,24 @@ class GroupSearch {
   void add_stats(Stats& total) const;
 
  private:
-  // Queries (group_queries.cpp): scaled and coded once, and for each segment what its bounds need.
+  // Queries (group_queries.cpp): scaled and, for a scan, coded once, and for each segment what its
+  // bounds need.
   void prepare(const float* queries);
+  void code_queries();
   const CodedQueries& coded_for(Worker& w, const Codes& codes);
   void fill_queries(Worker& w, uint32_t segment);
   void fill_int8(Worker& w, const Codes& codes, double exact, double two_scales);
 
   void plan_chunks();
+  void plan_listed();
   void start(Worker& w, size_t k, const double* radius);
+  bool listed() const { return task_.filter && task_.filter->listed; }
   const uint16_t* live(uint32_t segment) const;
-  bool sparse(const Chunk& chunk) const;
+  Chunk allowed(uint32_t segment) const;
   void scan_chunk(Worker& w, const Chunk& chunk);
   void scan_blocks(Worker& w, uint32_t begin, uint32_t end);
   void canonical_rows(Worker& w, uint32_t segment, uint32_t begin, uint32_t end);
+  void score(Worker& w, uint32_t segment, const uint32_t* rows, size_t count);
 
   const SearchTask& task_;
   const int64_t n_, dim_;

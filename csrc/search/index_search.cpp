@@ -35,61 +35,138 @@ const float* query_floats(const void* queries, DType dtype, int64_t m, int64_t d
 
 bool filters(const SearchOptions& options) { return options.allow.set() || options.deny.set(); }
 
-// The rows that there are, and which of them a search may return.
+// The rows that there are, and which of them a search of `m` queries may return.
 class Scope {
  public:
-  Scope(const Index::Impl& impl, const SearchOptions& options) : options_(options) {
+  Scope(const Index::Impl& impl, const SearchOptions& options, int64_t m) : options_(options) {
+    filtered_ = filters(options);
+    std::vector<int64_t> few;  // of a bitset: its ids
+    const bool listed[] = {options.allow.bits ? list_bits(options.allow, few) : options.allow.set(),
+                           options.deny.set() && !options.deny.bits};
+    const int64_t* ids[] = {options.allow.bits ? few.data() : options.allow.ids, options.deny.ids};
+    const size_t counts[] = {options.allow.bits ? few.size() : size_of(options.allow),
+                             listed[1] ? size_of(options.deny) : 0};
     std::shared_lock<std::shared_mutex> state(impl.state);
     snapshot_ = impl.current;
-    if (!filters(options)) return;
+    if (!filtered_) return;
     const bool mapped = !impl.ascending;
-    std::vector<uint64_t> at[2];  // of listed ids, from the map
-    for (int i = 0; mapped && i < 2; ++i)
-      if (listed(set(i)))
-        for (int64_t j = 0; j < set(i).count; ++j) at[i].push_back(impl.map.find(set(i).ids[j]));
-    state.unlock();  // what else there is to do may take long
-    start();
-    for (int i = 0; i < 2; ++i) {
-      const uint16_t flip = i == 0 ? 0 : 0xffff;  // of a deny bitset
-      for (int64_t j = 0; listed(set(i)) && j < set(i).count; ++j)
-        put(mapped ? at[i][static_cast<size_t>(j)] : bisect(*snapshot_, set(i).ids[j]), i == 0);
-      for (size_t segment = 0; set(i).bits && segment < masks_.size(); ++segment) {
-        const SegmentView& view = (*snapshot_)[segment];
-        LiveMask& mask = masks_[segment];
-        size_t block = view.ids ? 0 : take_bits(set(i), view.first_id, flip, mask);
-        for (; block < mask.size(); ++block)
-          mask[block] &= bits_of(set(i), view, static_cast<uint32_t>(block)) ^ flip;
+    std::vector<uint64_t> at[2];  // of listed ids
+    const auto look_up = [&] {
+      for (int i = 0; i < 2; ++i) {
+        if (!listed[i]) continue;
+        at[i].reserve(counts[i]);
+        for (size_t j = 0; j < counts[i]; ++j) {
+          const uint64_t found = mapped ? impl.map.find(ids[i][j]) : bisect(*snapshot_, ids[i][j]);
+          if (found != IdMap::kMissing) at[i].push_back(found);
+        }
       }
-    }
+    };
+    if (mapped) look_up();
+    state.unlock();  // what else there is to do may take long
+    if (!mapped) look_up();
+    if (listed[0] && impl.scan == Scan::automatic && list(at[0], at[1], m)) return;
+    start(listed[0] ? &at[0] : nullptr);
+    for (int i = 0; i < 2; ++i)
+      for (const uint64_t row : at[i]) put(row, i == 0);
+    if (options.allow.bits && !listed[0]) take(options.allow, 0);
+    if (options.deny.bits) take(options.deny, 0xffff);
   }
 
   const Snapshot& snapshot() const { return *snapshot_; }
-  // Of the masks: equal ones have the same.
+  // Null where all of the snapshot may be returned.
+  const Filter* filter() const { return filtered_ ? &filter_ : nullptr; }
+  // Of the filter: equal ones have the same.
   uint64_t digest() const {
-    constexpr size_t kLanes = 4;  // side by side: a product waits for the one before it
-    uint64_t sums[kLanes] = {0, 1, 2, 3}, parts[kLanes];
-    for (const LiveMask& mask : masks_) {
-      for (size_t i = 0; i < mask.size(); i += sizeof(parts) / sizeof(mask[0])) {
-        std::memset(parts, 0, sizeof(parts));
-        std::memcpy(parts, &mask[i], std::min(sizeof(parts), (mask.size() - i) * sizeof(mask[0])));
-        for (size_t lane = 0; lane < kLanes; ++lane) {
-          sums[lane] = (sums[lane] ^ parts[lane]) * 0x9e3779b97f4a7c15;
-          sums[lane] ^= sums[lane] >> 32;
-        }
-      }
-    }
     uint64_t sum = 0;
-    for (const uint64_t part : sums) sum = (sum ^ part) * 0x9e3779b97f4a7c15;
+    for (const Filter::Part& part : filter_.parts)
+      sum = digest(part.rows, digest(part.mask, sum + part.first));
     return sum;
   }
-  // One mask a segment; null where all of the snapshot may be returned.
-  const std::vector<LiveMask>* masks() const { return filters(options_) ? &masks_ : nullptr; }
 
  private:
-  static bool listed(const IdSet& set) { return set.set() && !set.bits; }
+  static size_t size_of(const IdSet& set) { return set.set() ? static_cast<size_t>(set.count) : 0; }
 
-  // Of the first blocks of a segment whose ids follow each other, as many as lie within the bitset;
-  // returns how many. In one loop without branches: a filter has to take less than a search.
+  template <class T>
+  static uint64_t digest(const std::vector<T>& values, uint64_t start) {
+    constexpr size_t kLanes = 4;  // side by side: a product waits for the one before it
+    constexpr size_t kStep = kLanes * (sizeof(uint64_t) / sizeof(T));
+    uint64_t sums[kLanes] = {start, 1, 2, 3}, parts[kLanes];
+    for (size_t i = 0; i < values.size(); i += kStep) {
+      std::memset(parts, 0, sizeof(parts));
+      std::memcpy(parts, &values[i], std::min(sizeof(parts), (values.size() - i) * sizeof(T)));
+      for (size_t lane = 0; lane < kLanes; ++lane) {
+        sums[lane] = (sums[lane] ^ parts[lane]) * 0x9e3779b97f4a7c15;
+        sums[lane] ^= sums[lane] >> 32;
+      }
+    }
+    uint64_t sum = values.size();
+    for (const uint64_t lane : sums) sum = (sum ^ lane) * 0x9e3779b97f4a7c15;
+    return sum;
+  }
+
+  // The ids of a bitset in which at most one of kFew bits is set; false of others.
+  static bool list_bits(const IdSet& set, std::vector<int64_t>& ids) {
+    const size_t most = static_cast<size_t>(set.count) * 8 / kFew;
+    for (int64_t i = 0; i < set.count; i += 8) {
+      uint64_t some[4];
+      for (; i + int64_t{sizeof(some)} <= set.count; i += sizeof(some)) {
+        std::memcpy(some, set.bits + i, sizeof(some));
+        if (some[0] | some[1] | some[2] | some[3]) break;
+      }
+      uint64_t bits = 0;
+      if (i >= set.count) break;
+      std::memcpy(&bits, set.bits + i, static_cast<size_t>(std::min<int64_t>(8, set.count - i)));
+      for (; bits; bits &= bits - 1) {
+        if (ids.size() == most) return false;
+        ids.push_back(i * 8 + __builtin_ctzll(bits));
+      }
+    }
+    return true;
+  }
+
+  // Lists the rows `in` that are not `out`, where that is less work than masks of all rows; they
+  // are few, and sparse or, with all queries, still few.
+  bool list(std::vector<uint64_t>& in, std::vector<uint64_t>& out, int64_t m) {
+    int64_t all = 0;
+    for (const SegmentView& view : *snapshot_) all += view.n;
+    const auto few = [&] { return static_cast<int64_t>(in.size()) * kFew <= all; };
+    if (!few()) return false;
+    const auto sort = [](std::vector<uint64_t>& rows) {
+      if (!std::is_sorted(rows.begin(), rows.end())) std::sort(rows.begin(), rows.end());
+      rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
+    };
+    sort(in);
+    int64_t blocks = 0;
+    uint64_t last = IdMap::kMissing;
+    for (const uint64_t row : in) {
+      blocks += row / kBlockRows != last;
+      last = row / kBlockRows;
+    }
+    constexpr int64_t kMaskRows = 512;  // a mask of so many costs what scoring one row does
+    const int64_t rows = static_cast<int64_t>(in.size());
+    if (!sparse(rows, blocks, m) && rows * m > all / kMaskRows) return false;
+    if (!out.empty()) {
+      sort(out);
+      in.erase(std::set_difference(in.begin(), in.end(), out.begin(), out.end(), in.begin()),
+               in.end());
+    }
+    filter_.listed = true;
+    filter_.parts.resize(snapshot_->size());
+    for (const uint64_t at : in) {
+      const uint32_t row = static_cast<uint32_t>(at);
+      if (!options_.deny.bits || !holds(options_.deny, (*snapshot_)[at >> 32].id(row)))
+        filter_.parts[at >> 32].rows.push_back(row);
+    }
+    return true;
+  }
+
+  static bool holds(const IdSet& set, int64_t id) {
+    return id / 8 < set.count && (set.bits[id / 8] >> (id % 8) & 1);
+  }
+
+  // Of the first blocks of a mask whose rows' ids follow each other, as many as lie within the
+  // bitset; returns how many. In one loop without branches: a filter has to take less than a
+  // search.
   static size_t take_bits(const IdSet& set, int64_t first_id, uint16_t flip, LiveMask& mask) {
     const int64_t first = first_id / 8, blocks = (set.count - first) / 2 - 1;
     if (blocks <= 0) return 0;
@@ -109,45 +186,74 @@ class Scope {
   // Of a block's rows; ids behind the bitset's end are not in it.
   static uint16_t bits_of(const IdSet& set, const SegmentView& view, uint32_t block) {
     const uint32_t first = block * kBlockRows;
-    const auto byte = [&](int64_t at) { return at < set.count ? uint32_t{set.bits[at]} : 0; };
     uint32_t bits = 0;
     if (!view.ids) {
+      const auto byte = [&](int64_t at) { return at < set.count ? uint32_t{set.bits[at]} : 0; };
       const int64_t id = view.first_id + first, at = id / 8;
       bits = (byte(at) | byte(at + 1) << 8 | byte(at + 2) << 16) >> (id % 8);
     } else {
       for (uint32_t row = first; row < std::min(view.n, first + kBlockRows); ++row)
-        bits |= (byte(view.id(row) / 8) >> (view.id(row) % 8) & 1) << (row - first);
+        bits |= uint32_t{holds(set, view.id(row))} << (row - first);
     }
     return static_cast<uint16_t>(bits);
   }
-  const IdSet& set(int i) const { return i == 0 ? options_.allow : options_.deny; }
 
-  void start() {
-    masks_.resize(snapshot_->size());
-    for (size_t i = 0; i < masks_.size(); ++i) {
+  // Leaves in the masks what is in a bitset (flip: what is not).
+  void take(const IdSet& set, uint16_t flip) {
+    for (size_t segment = 0; segment < filter_.parts.size(); ++segment) {
+      const SegmentView& view = (*snapshot_)[segment];
+      Filter::Part& part = filter_.parts[segment];
+      const int64_t first_id = view.first_id + int64_t{part.first} * kBlockRows;
+      size_t block = view.ids ? 0 : take_bits(set, first_id, flip, part.mask);
+      for (; block < part.mask.size(); ++block) {
+        const uint32_t at = part.first + static_cast<uint32_t>(block);
+        part.mask[block] &= bits_of(set, view, at) ^ flip;
+      }
+    }
+  }
+
+  // Masks of all live rows, or none of `in`, which lie in them.
+  void start(const std::vector<uint64_t>* in) {
+    filter_.parts.resize(snapshot_->size());
+    if (in) {
+      std::vector<uint32_t> end(snapshot_->size());
+      for (const uint64_t at : *in) {
+        const uint32_t block = static_cast<uint32_t>(at) / kBlockRows;
+        Filter::Part& part = filter_.parts[at >> 32];
+        uint32_t& e = end[at >> 32];
+        part.first = e ? std::min(part.first, block) : block;
+        e = std::max(e, block + 1);
+      }
+      for (size_t i = 0; i < end.size(); ++i)
+        filter_.parts[i].mask.assign(end[i] - filter_.parts[i].first, 0);
+      return;
+    }
+    for (size_t i = 0; i < filter_.parts.size(); ++i) {
       const SegmentView& view = (*snapshot_)[i];
+      LiveMask& mask = filter_.parts[i].mask;
       const size_t words = view.n / kBlockRows + 1;
-      if (listed(options_.allow))
-        masks_[i].assign(words, 0);
-      else if (view.live)
-        masks_[i].assign(view.live->begin(),
-                         view.live->begin() + static_cast<std::ptrdiff_t>(words));
+      if (view.live)
+        mask.assign(view.live->begin(), view.live->begin() + static_cast<std::ptrdiff_t>(words));
       else
-        masks_[i].assign(words, 0xffff);
+        mask.assign(words, 0xffff);
     }
   }
 
   void put(uint64_t at, bool in) {
-    if (at == IdMap::kMissing) return;
-    const uint32_t row = static_cast<uint32_t>(at);
-    uint16_t& word = masks_[at >> 32][row / kBlockRows];
+    const uint32_t row = static_cast<uint32_t>(at), block = row / kBlockRows;
+    Filter::Part& part = filter_.parts[at >> 32];
+    if (block - part.first >= part.mask.size()) return;  // is not in it
+    uint16_t& word = part.mask[block - part.first];
     const auto bit = static_cast<uint16_t>(1u << row % kBlockRows);
     word = static_cast<uint16_t>(in ? word | bit : word & ~bit);
   }
 
+  static constexpr int64_t kFew = 64;  // one row of so many may be listed
+
   const SearchOptions& options_;
   std::shared_ptr<const Snapshot> snapshot_;
-  std::vector<LiveMask> masks_;
+  bool filtered_;
+  Filter filter_;
 };
 
 void check_set(const IdSet& set, const char* name) {
@@ -165,21 +271,21 @@ int64_t together(int64_t k) {
 
 struct Request : Work {
   const float* queries;
-  Answers answers;                               // to `size` queries
-  const std::vector<LiveMask>* masks = nullptr;  // of the snapshot that is its kind's object
+  Answers answers;                 // to `size` queries
+  const Filter* filter = nullptr;  // of the snapshot that is its kind's object
 };
 
 // Of requests of one kind: whether they may return the same rows.
 bool same_rows(const Work& a, const Work& b) {
-  const auto *of_a = static_cast<const Request&>(a).masks,
-             *of_b = static_cast<const Request&>(b).masks;
+  const Filter *of_a = static_cast<const Request&>(a).filter,
+               *of_b = static_cast<const Request&>(b).filter;
   return of_a == of_b || (of_a && of_b && *of_a == *of_b);
 }
 
 SearchTask task_of(const Index::Impl& impl, const Scope& scope, const float* queries, int64_t m,
                    Turn& turn) {
-  return {&scope.snapshot(), scope.masks(), queries,     m,    impl.dim,
-          impl.metric,       impl.scan,     &impl.doubt, &turn};
+  return {&scope.snapshot(), scope.filter(), queries,     m,    impl.dim,
+          impl.metric,       impl.scan,      &impl.doubt, &turn};
 }
 
 void count(const Index::Impl& impl, const Stats& stats) {
@@ -229,20 +335,21 @@ void Index::search(const void* queries, DType dtype, int64_t m, int64_t k, float
   // With a filter the scope is that of the call, or making it would hold up the line; without one
   // it is that of the turn, so that who joins finds what was added before its call.
   std::optional<Scope> scope;
-  if (filters(options)) scope.emplace(*impl_, options);
-  const bool turns = worth_sharing(scope ? scope->snapshot() : *impl_->snapshot(), impl_->dim);
+  if (filters(options)) scope.emplace(*impl_, options, m);
+  const bool turns = scope ? worth_sharing(scope->snapshot(), scope->filter(), impl_->dim)
+                           : worth_sharing(*impl_->snapshot(), nullptr, impl_->dim);
   own.size = m;
   own.kind.k = k;
   if (turns && m <= together(k)) own.kind.object = impl_.get();
   if (own.kind.object && scope) {
     own.kind.object = &scope->snapshot();
     own.kind.filter = scope->digest();
-    own.masks = scope->masks();
+    own.filter = scope->filter();
   }
   Turn turn(own, turns);
   if (turn.done()) return;
   const Work* others = turn.take(together(k) - m, same_rows);
-  if (!scope) scope.emplace(*impl_, options);
+  if (!scope) scope.emplace(*impl_, options, m);
   if (others) {
     try {
       search_together(*impl_, *scope, own, others, turn);
@@ -262,12 +369,12 @@ RangeResult Index::range_search(const void* queries, DType dtype, int64_t m, dou
   const float* floats = query_floats(queries, dtype, m, impl_->dim, stride, bulk);
   check_set(options.allow, "allow");
   check_set(options.deny, "deny");
-  const Scope scope(*impl_, options);
+  const Scope scope(*impl_, options, m);
   RangeResult found;
   Stats stats;
   {
     Work alone;
-    Turn turn(alone, worth_sharing(scope.snapshot(), impl_->dim));
+    Turn turn(alone, worth_sharing(scope.snapshot(), scope.filter(), impl_->dim));
     found = search_range(task_of(*impl_, scope, floats, m, turn), radius, stats);
   }
   stats.searches = 1;

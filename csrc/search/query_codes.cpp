@@ -19,6 +19,7 @@ size_t padded(int64_t dim) {
 static double query_step(const double* v, int64_t dim, int window) {
   if (window == 0) {
     double top = 0;
+#pragma omp simd reduction(max : top)
     for (int64_t j = 0; j < dim; ++j) top = std::max(top, std::fabs(v[j]));
     return top / 127;
   }
@@ -45,6 +46,7 @@ static QueryCodes quantize_query(const double* v, int64_t dim, int window, int8_
   const double inverse = tiny ? 0.0 : 1 / least;
   double error = 0;
   int32_t sum = 0;
+#pragma omp simd reduction(+ : error, sum)
   for (int64_t j = 0; j < dim; ++j) {
     const double t = v[j] * inverse;
     const int code = static_cast<int>(t + (t < 0 ? -0.5 : 0.5));
@@ -94,7 +96,7 @@ void CodedQueries::code(int64_t n, int64_t dim, int window, bool tiled, const Ro
     for (size_t i = first; i < end; ++i) {
       double* x = v.data() + i * pad;
       double square = 0;
-      for (size_t j = 0; j < pad; ++j) square += x[j] * x[j];
+      kernels().dot(x, 1, x, 1, pad, static_cast<int>(dim), &square);
       if (rotation) std::copy_n(turned_.data() + i * pad, pad, x);
       QueryCodes& c = quantized[i] =
           quantize_query(x, dim, window, codes.data() + i * pad, offsets.data() + i * windows);
@@ -161,6 +163,7 @@ void fill_stops(ScanQuery& q, const QueryCodes& c, const double* v, int64_t dim,
   int64_t end = dim;
   for (int stop = kStops - 1; stop >= 0; --stop) {
     const int64_t begin = stop_group(groups, stop) * kBlockDims;
+#pragma omp simd reduction(+ : square, sum)
     for (int64_t j = begin; j < end; ++j) {
       square += v[j] * v[j];
       sum += q.codes[j];
@@ -174,11 +177,13 @@ void fill_stops(ScanQuery& q, const QueryCodes& c, const double* v, int64_t dim,
   int64_t begin = 0;
   for (int stop = 0; stop < kStops; ++stop) {
     end = std::min<int64_t>(dim, stop_end(groups, stop, window) * kBlockDims);
-    for (; begin < end; ++begin) {
-      const double w = v[begin] - c.step * q.codes[begin];
-      head += v[begin] * v[begin];
+#pragma omp simd reduction(+ : head, error)
+    for (int64_t j = begin; j < end; ++j) {
+      const double w = v[j] - c.step * q.codes[j];
+      head += v[j] * v[j];
       error += w * w;
     }
+    begin = std::max(begin, end);
     // The slack is of all of q: it also holds what R's own error makes of it.
     const double off = std::sqrt(error) * (1 + 1e-9) + c.slack + arithmetic;
     q.err[stop] = round_up((std::sqrt(head) * (1 + 1e-9) + c.slack + off) * row_scale);

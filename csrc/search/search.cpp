@@ -13,9 +13,12 @@ namespace {
 constexpr int64_t kGroupWhileOthersWait = 64;  // nearly as fast as kGroup
 constexpr int kDoubt = 256;  // searches without trust after one that had to be repeated
 
-int64_t rows_of(const Snapshot& snapshot) {
+int64_t rows_of(const Snapshot& snapshot, const Filter* filter) {
   int64_t rows = 0;
-  for (const SegmentView& s : snapshot) rows += s.n;
+  if (filter && filter->listed)
+    for (const Filter::Part& part : filter->parts) rows += static_cast<int64_t>(part.rows.size());
+  else
+    for (const SegmentView& s : snapshot) rows += s.n;
   return rows;
 }
 
@@ -23,7 +26,7 @@ int64_t rows_of(const Snapshot& snapshot) {
 template <class Emit>
 void for_groups(const SearchTask& task, size_t k, const double* radius, Stats& stats, Emit emit) {
   const int threads = num_threads();
-  const bool small = !worth_sharing(*task.snapshot, task.dim);
+  const bool small = !worth_sharing(*task.snapshot, task.filter, task.dim);
   const auto doubted = [&] { return task.doubt->load(std::memory_order_relaxed) > 0; };
   if (doubted()) task.doubt->fetch_sub(1, std::memory_order_relaxed);
   auto run = [&](int64_t first, int64_t size, int with, Stats& into) {
@@ -73,14 +76,20 @@ double score_of(Metric metric, double key) { return metric == Metric::l2 ? -key 
 
 }  // namespace
 
-bool worth_sharing(const Snapshot& snapshot, int64_t dim) {
-  return rows_of(snapshot) * dim >= int64_t{1} << 20;
+bool worth_sharing(const Snapshot& snapshot, const Filter* filter, int64_t dim) {
+  return rows_of(snapshot, filter) * dim >= int64_t{1} << 20;
+}
+
+bool sparse(int64_t rows, int64_t blocks, int64_t m) {
+  const int tile_batch = kernels().tile_batch;
+  if (m > 64 || (tile_batch && m >= tile_batch)) return false;
+  return 3 * rows <= (m < 8 ? 6 : 4) * blocks;
 }
 
 void search_topk(const SearchTask& task, int64_t k, const Answers* answers, Stats& stats) {
   const float missing = task.metric == Metric::l2 ? -kNoThreshold : kNoThreshold;
   const size_t wanted =
-      static_cast<size_t>(std::min(k, std::max<int64_t>(rows_of(*task.snapshot), 1)));
+      static_cast<size_t>(std::min(k, std::max<int64_t>(rows_of(*task.snapshot, task.filter), 1)));
   for_groups(task, wanted, nullptr, stats, [&](GroupSearch& search, int64_t q, int64_t query) {
     const Answers* part = answers;
     for (; query >= part->m; ++part) query -= part->m;

@@ -11,10 +11,27 @@
 
 namespace knnfast {
 
+// The live rows that a search may return.
+struct Filter {
+  struct Part {  // of a segment
+    uint32_t first = 0;
+    LiveMask mask;  // from block `first` on; of others no row may be returned
+    std::vector<uint32_t> rows;
+
+    bool operator==(const Part& o) const {
+      return first == o.first && mask == o.mask && rows == o.rows;
+    }
+  };
+  std::vector<Part> parts;
+  bool listed = false;  // in `rows`, ascending: they are few; or else in masks
+
+  bool operator==(const Filter& o) const { return parts == o.parts; }
+};
+
 struct SearchTask {
   const Snapshot* snapshot;
-  const std::vector<LiveMask>* filter;  // one mask a segment, or null: the segments' own
-  const float* queries;                 // [m, dim], finite
+  const Filter* filter;  // or null: all live rows
+  const float* queries;  // [m, dim], finite
   int64_t m, dim;
   Metric metric;
   Scan scan;
@@ -45,9 +62,13 @@ struct Answers {
   double* exact;  // FP64 scores too, or null
 };
 
-// Whether threads share the rows, and searches wait for their turn: below, a search is over before
-// others have woken.
-bool worth_sharing(const Snapshot& snapshot, int64_t dim);
+// Whether threads share the rows that a search looks at, and searches wait for their turn: below, a
+// search is over before others have woken.
+bool worth_sharing(const Snapshot& snapshot, const Filter* filter, int64_t dim);
+
+// Whether `m` queries read and score so few live rows sooner than the blocks of codes that they lie
+// in.
+bool sparse(int64_t rows, int64_t blocks, int64_t m);
 
 // Each thread keeps its buffers from one search to the next. `answers`: of all queries, in parts.
 void search_topk(const SearchTask& task, int64_t k, const Answers* answers, Stats& stats);

@@ -179,8 +179,8 @@ def best_choice(choices: Sequence[Choice], call: Callable[[], Any]) -> dict[str,
         choice.set()
         time.sleep(SETTLE)
         calls: list[float] = []
-        # The first may have to start threads, and to find memory.
-        while len(calls) < 2 or (len(calls) < 3 and sum(calls) < 0.6):
+        # The first may have to start threads, and to find memory; short ones take many times.
+        while len(calls) < 2 or sum(calls) < (0.6 if len(calls) < 3 else 0.02):
             start = time.perf_counter()
             call()
             calls.append(time.perf_counter() - start)
