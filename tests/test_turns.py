@@ -191,7 +191,7 @@ def test_the_number_of_threads_may_change_while_searches_wait(rows, queries):
 
 FILTERS = {
     "deny ids": {"deny": np.arange(0, ROWS, 3)},
-    "allow few ids": {"allow": np.arange(7, ROWS, 4001)},
+    "allow ids": {"allow": np.arange(7, ROWS, 41)},
     "allow bits": {"allow": np.packbits(np.arange(ROWS) % 5 < 2, bitorder="little")},
     "both": {
         "allow": np.arange(0, ROWS, 2),
@@ -237,6 +237,42 @@ def test_searches_with_the_same_filter_are_joined(rows, queries, given, own):
     for i, found in enumerate(results):
         np.testing.assert_array_equal(found[1], left[places[i]])
         np.testing.assert_array_equal(found[0], scores[i])
+
+
+def test_searches_among_the_same_few_rows_are_joined(queries):
+    """Where these are a list and no mask; a part of them is another list."""
+    index = Index(512)
+    part = np.random.default_rng(3).standard_normal((1 << 14, 512)).astype(np.float16)
+    for _ in range(9):
+        index.add(part)
+    allowed = np.arange(5, len(index), 70)
+    calls = [
+        lambda i=i: index.search(part[i], 3, allow=allowed[i % 3 // 2 :]) for i in range(CALLERS)
+    ]
+    long = part[:256].astype(np.float32)
+    results, _, _ = until_joined(index, 2, lambda: behind_a_long_search(index, long, calls))
+    assert index.stats["chunks_canonical"] > 0
+    rows = part[allowed % len(part)]
+    scores, places = reference_topk(part[:CALLERS].astype(np.float32), rows, 4)
+    for i, found in enumerate(results):
+        left = np.arange(4)[places[i] >= i % 3 // 2][:3]
+        np.testing.assert_array_equal(found[1], allowed[places[i][left]])
+        np.testing.assert_array_equal(found[0], scores[i][left])
+
+
+def test_a_search_among_few_rows_does_not_wait(rows, queries):
+    index = filled(rows)
+    allowed = np.arange(7, ROWS, 4001)
+    want = index.search(queries[0], 3, allow=allowed)[1]
+    long = np.tile(queries, (48, 1))
+    for _ in range(10):  # the machine may hold it up
+        with ThreadPoolExecutor(1) as pool:
+            bulk = pool.submit(index.search, long, 10)
+            time.sleep(0.02)
+            np.testing.assert_array_equal(index.search(queries[0], 3, allow=allowed)[1], want)
+            if not bulk.done():
+                return
+    pytest.fail("the long search was always done first")
 
 
 def test_searches_with_another_filter_are_not_joined(rows, queries):
