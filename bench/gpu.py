@@ -188,6 +188,10 @@ def stages(train: bool, scale: float) -> list[Stage]:
               ["sh", "-c", '"$0" setup.py -q build_ext --inplace && "$0" -c "$1"', PYTHON,
                "from knnfast import _C; assert _C.cuda_device_count() > 0, 'no CUDA device'"], 240,
               (no_gpu, no_nvcc), lambda: {"KNNFAST_CUDA": "ON"} | architecture()),
+        # Registers, spills and products that are waited for, with the Triton that is here.
+        Stage("tests-compile",
+              pytest("-m", "compile", "-k", "90 or not_waited", "tests/test_compile.py"), 120,
+              (no_gpu,), lambda: {"TRITON_INTERPRET": "0"}),
         Stage("bench-kernels", [PYTHON, "bench/kernels.py", "--json", "{out}/kernels.json"], 90,
               (no_gpu,)),
         Stage("tests-index", pytest("-m", "not gpu", "tests/test_cuda_index.py"), 120, (no_gpu,),
@@ -197,9 +201,6 @@ def stages(train: bool, scale: float) -> list[Stage]:
             Stage(f"bench-{op}", bench(op), LIMITS.get(op, 120), (no_gpu,))
             for op in SHAPES  # topk is the first
         ),
-        # Registers and spills with the Triton that is here.
-        Stage("tests-compile", pytest("-m", "compile", "-k", "90", "tests/test_compile.py"), 120,
-              (no_gpu,), lambda: {"TRITON_INTERPRET": "0"}),
         Stage("sanitizer", ["sh", "tests/cuda_sanitize.sh"], 660, (no_gpu, no_sanitizer),
               lambda: {"PYTHON": PYTHON}),
         Stage("bench-faiss-reference",

@@ -71,6 +71,15 @@ def scaled(timing: Timing, per: int) -> Timing:
     return Timing(timing.calls / per, timing.turns / per)
 
 
+def warm(case: Case) -> bool:
+    """Whether all steps of a call but the first find in a device's second cache what they read."""
+    if not case.cuda or case.per == 1:
+        return False
+    import torch
+
+    return case.bytes <= torch.cuda.get_device_properties("cuda").L2_cache_size
+
+
 def beside(case: Case, ours: Local, rival: Rival, args: argparse.Namespace) -> dict[str, Any]:
     """A peer's part of the row: its times and verdict, and ours in the turns that the two took."""
     way = best_choice(rival.choices(args.threads), rival.call)
@@ -146,7 +155,9 @@ def measure(
         timing = timings[name]
         row = {"op": case.op, "shape": case.shape, "case": case.label + said, "dtype": case.dtype,
                "backend": name, **timing.row(), **verdicts[name]}  # fmt: skip
-        if case.bytes and args.clock == "wall":
+        if warm(case):
+            row["cache"] = "warm but for the first step"
+        elif case.bytes and args.clock == "wall":
             row |= share(case.bytes, case.flops, timing.percentile(50), limits)
         row["peak_mib"] = peak_mib(eager(case.ours[name]), case.cuda)
         if name == main:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -533,8 +534,8 @@ def test_the_build_is_for_the_gpu_that_is_there(capability, archs, monkeypatch):
     monkeypatch.delenv("CUDAARCHS", raising=False)
     build, *others = gpu.stages(train=False, scale=1)
     assert build.environment() == {"KNNFAST_CUDA": "ON", "CUDAARCHS": archs}
-    assert [stage.name for stage in others][:4] == [
-        "bench-kernels", "tests-index", "tests", "bench-topk",
+    assert [stage.name for stage in others][:5] == [
+        "tests-compile", "bench-kernels", "tests-index", "tests", "bench-topk",
     ]  # fmt: skip
     monkeypatch.setenv("CUDAARCHS", "80-real")
     assert "CUDAARCHS" not in gpu.stages(train=False, scale=1)[0].environment()
@@ -732,3 +733,13 @@ def test_the_plain_posterior_is_the_references(name):
     made = posterior(logp, x, weights)
     assert made.dtype == torch.float32
     torch.testing.assert_close(made.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_steps_that_a_second_cache_feeds_have_no_share_of_memory(monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=60 << 20)
+    )
+    case = Case("op", "shape", "", "fp16", {}, lambda _: {}, bytes=60 << 20, per=9, cuda=True)
+    assert run.warm(case)
+    for changed in ({"bytes": 61 << 20}, {"per": 1}, {"cuda": False}):
+        assert not run.warm(dataclasses.replace(case, **changed))

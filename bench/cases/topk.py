@@ -77,9 +77,10 @@ def _case(
 
         q = torch.from_numpy(queries).to(device)
     ours = {scan: lambda index=index: index.search(q, k) for scan, index in indexes.items()}
+    plans: dict[str, Any] = {}
     if cuda:
-        plans = {scan: Graph(partial(index.plan(batch, k), q)) for scan, index in indexes.items()}
-        ours = {f"graph {scan}": graph for scan, graph in plans.items()} | ours
+        plans = {scan: index.plan(batch, k) for scan, index in indexes.items()}
+        ours = {f"graph {scan}": Graph(partial(plan, q)) for scan, plan in plans.items()} | ours
     before = indexes["auto"].stats
 
     def judge(result: Any) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def _case(
     def facts() -> dict[str, Any]:
         after = indexes["auto"].stats
         if not after:  # a device counts nothing
-            return {}
+            return {"scans": {name: f"{plan.scan}, {plan.kernel}" for name, plan in plans.items()}}
         searched = max(1, after["queries"] - before["queries"])
         rescored = after["rows_rescored"] - before["rows_rescored"]
         return {"rescored_per_query": round(rescored / searched, 1)}
