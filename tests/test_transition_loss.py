@@ -46,7 +46,7 @@ def compare(logits, *args, weight=None, run=None):
     leaf, plain_leaf = (logits.detach().clone().requires_grad_() for _ in range(2))
     loss, kl = (run or ops.transition_loss)(leaf, *args, weight=weight)
     loss.backward()
-    table, _ = _table(schedule, logits.shape[-1], logits.device)
+    table, _ = _table(schedule, logits.device)
     plain_loss, plain_kl = closed_form_loss(
         plain_leaf, x_0, x_t, t, table, 5e-4, weight, replaces=bool(schedule.B[-1] > 0)
     )
@@ -252,7 +252,7 @@ def test_triton_finds_the_rows_of_one_position(inplace):
     assert logits.is_contiguous()
     assert logits.stride(1) != K
     exact, _, exact_grad = truth(logits, x_0, x_t, t, schedule)
-    table, T = _table(schedule, K, logits.device)
+    table, T = _table(schedule, logits.device)
     factor = 5e-4 * (2 - (t.double() - 1) / T)
     out = logits if inplace else None
     args = x_0, x_t, table[t], torch.ones(3).double(), factor
@@ -269,7 +269,7 @@ def test_triton_matches_reference(name):
     from knnfast.kernels.transition_loss import launch_transition_loss
 
     logits, x_0, x_t, t, schedule = make(name, 21, L=6)
-    table, T = _table(schedule, 21, logits.device)
+    table, T = _table(schedule, logits.device)
     factor = 5e-4 * (2 - (t.double() - 1) / T)
     weight = torch.tensor([1.0, 0.5, 2.0, 3.0]).double()
     loss, kl, grad = launch_transition_loss(logits, None, x_0, x_t, table[t], weight, factor)
@@ -503,7 +503,7 @@ def test_inplace_rejects_rows_that_are_not_evenly_spaced():
 def test_deterministic_and_registered(device):
     *made, schedule = make("vq_diffusion", 33)
     logits, x_0, x_t, t = (v.to(device) for v in made)
-    table, _ = _table(schedule, 33, logits.device)
+    table, _ = _table(schedule, logits.device)
     factors = torch.tensor([[1.0], [1e-3]], dtype=torch.float64).expand(2, 4).to(device)
     args = x_0, x_t, table[t], factors[0].contiguous(), factors[1].contiguous()
     torch.library.opcheck(torch.ops.knnfast.transition_loss.default, (logits, *args))

@@ -53,7 +53,7 @@ def cases(shape: str, size: dict[str, Any], device: str) -> Iterator[Case]:
         return Rival(both(lambda: peer.loss(leaf, x_0, x_t, t, *end)))
 
     def closed(form: Callable[..., torch.Tensor]) -> Rival:
-        table = _table(schedule, K, leaf.device)[0]
+        table = _table(schedule, leaf.device)[0]
         return Rival(both(lambda: form(leaf, x_0, x_t, t, table, end[0])[0]))
 
     yield Case(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 
@@ -84,7 +85,7 @@ def transition_loss(
     if L < 1:
         raise ValueError(f"logits: at least one position, got shape {list(logits.shape)}")
     check_number("auxiliary", auxiliary)
-    table, levels = _table(schedule, K, logits.device)
+    table, levels = _table(schedule, logits.device)
     steps = table[torch.where((t >= 1) & (t <= levels), t, 0)]
     factor = auxiliary + 0.0 * steps[:, 0]  # NaN, too, where there is no such step
     if adaptive:
@@ -141,13 +142,22 @@ class _TransitionLoss(torch.autograd.Function):
         return grad, None, None, None, None, None, None
 
 
-@torch.compiler.assume_constant_result
-def _table(schedule: reference.Schedule, K: int, device: torch.device) -> tuple[Tensor, int]:
+def _table(schedule: reference.Schedule, device: torch.device) -> tuple[Tensor, int]:
     """Each level's LossStep (csrc/ops/ops_kernels.h), [T + 1, 7] FP64 on the device, made once.
 
     Row 0, from which no step leads on, is NaN.
     """
+    if torch.compiler.is_compiling():
+        return _traced_table(id(schedule), device)
     A, B, C = probabilities(schedule)
+    return _cached_table(A, B, C, str(device)), len(A) - 1
+
+
+@torch.compiler.assume_constant_result
+def _traced_table(address: int, device: torch.device) -> tuple[Tensor, int]:
+    """The table of the object that lies there: Dynamo before torch 2.12 takes no object here, but it
+    knows its id, and guards it."""
+    A, B, C = probabilities(ctypes.cast(address, ctypes.py_object).value)
     return _cached_table(A, B, C, str(device)), len(A) - 1
 
 
