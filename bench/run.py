@@ -73,7 +73,7 @@ def scaled(timing: Timing, per: int) -> Timing:
 
 def warm(case: Case) -> bool:
     """Whether all steps of a call but the first find in a device's second cache what they read."""
-    if not case.cuda or case.per == 1:
+    if not case.cuda or case.per == 1 or case.bytes == 0:
         return False
     import torch
 
@@ -155,7 +155,7 @@ def measure(
         timing = timings[name]
         row = {"op": case.op, "shape": case.shape, "case": case.label + said, "dtype": case.dtype,
                "backend": name, **timing.row(), **verdicts[name]}  # fmt: skip
-        if warm(case):
+        if args.clock == "wall" and warm(case):
             row["cache"] = "warm but for the first step"
         elif case.bytes and args.clock == "wall":
             row |= share(case.bytes, case.flops, timing.percentile(50), limits)

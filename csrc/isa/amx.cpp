@@ -202,9 +202,23 @@ void scan_int8_amx(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery
 
 }  // namespace
 
-extern const Kernels kAmx = {
-    "amx",           0,          kAmxBatch,     scan_int8_amx, scan_fp16,       canonical<false>,
-    canonical<true>, widen,      row_sum<kDot>, row_sum<kL2>,  row_sum<kNorm2>, to_half,
-    to_float,        centre_row, quantize_row,  matmul,        matmul};
+extern const Kernels kAmx = {"amx",
+                             0,
+                             kAmxBatch,
+                             kAmxBatch,
+                             scan_int8_amx,
+                             scan_fp16,
+                             canonical<false>,
+                             canonical<true>,
+                             widen,
+                             row_sum<kDot>,
+                             row_sum<kL2>,
+                             row_sum<kNorm2>,
+                             to_half,
+                             to_float,
+                             centre_row,
+                             quantize_row,
+                             matmul,
+                             matmul};
 
 }  // namespace knnfast

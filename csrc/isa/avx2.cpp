@@ -115,7 +115,7 @@ inline void canonical_quarter(const double* x, const double* q, size_t stride, i
           if (L2) {  // never fused
             const __m256d t = _mm256_sub_pd(w, v[r]);
             a = _mm256_add_pd(a, _mm256_mul_pd(t, t));
-          } else {  // exact products: fused or not, the same bits
+          } else {  // a score's products are exact: fused or not, the same bits
             a = _mm256_fmadd_pd(v[r], w, a);
           }
         }
@@ -175,7 +175,7 @@ inline void add_eight(__m256 f, const double* q, __m256d* lanes) {
     if (Kind == kL2) {  // never fused
       const __m256d t = _mm256_sub_pd(w, v);
       lanes[h] = _mm256_add_pd(lanes[h], _mm256_mul_pd(t, t));
-    } else {  // exact products: fused or not, the same bits
+    } else {  // a score's products are exact: fused or not, the same bits
       lanes[h] = _mm256_fmadd_pd(v, w, lanes[h]);
     }
   }
@@ -234,6 +234,7 @@ void to_float(const uint16_t* x, float* out, int64_t n) {
 
 extern const Kernels kAvx2 = {"avx2",
                               kWindow,
+                              0,
                               0,
                               scan_int8,
                               scan_fp16,

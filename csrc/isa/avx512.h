@@ -112,7 +112,7 @@ inline void canonical_half(const double* x, const double* q, size_t stride, int 
           if (L2) {  // never fused
             const __m512d t = _mm512_sub_pd(w, v[r]);
             a = _mm512_add_pd(a, _mm512_mul_pd(t, t));
-          } else {  // exact products: fused or not, the same bits
+          } else {  // a score's products are exact: fused or not, the same bits
             a = _mm512_fmadd_pd(v[r], w, a);
           }
         }
@@ -166,7 +166,7 @@ inline void add_row(const uint16_t* x, const double* q, __mmask32 m, __m512d* la
     if (Kind == kL2) {  // never fused
       const __m512d t = _mm512_sub_pd(w, v);
       lanes[p] = _mm512_add_pd(lanes[p], _mm512_mul_pd(t, t));
-    } else {  // exact products: fused or not, the same bits
+    } else {  // a score's products are exact: fused or not, the same bits
       lanes[p] = _mm512_fmadd_pd(v, w, lanes[p]);
     }
   }

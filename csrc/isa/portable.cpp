@@ -174,6 +174,7 @@ void to_float(const uint16_t* x, float* out, int64_t n) {
 extern const Kernels kPortable = {"portable",
                                   0,
                                   0,
+                                  0,
                                   scan_int8,
                                   scan_fp16,
                                   one_by_one<dot>,

@@ -228,7 +228,7 @@ Chunk GroupSearch::allowed(uint32_t segment) const {
   return {segment, part.first, part.first + static_cast<uint32_t>(part.mask.size())};
 }
 
-// A bit a row of these blocks, or null: all are live.
+// A bit a row of these blocks (where there are none nothing is asked for), or null: all are live.
 const uint16_t* GroupSearch::live(uint32_t segment) const {
   if (task_.filter) {
     const Filter::Part& part = task_.filter->parts[segment];
@@ -365,7 +365,7 @@ void GroupSearch::score(Worker& w, uint32_t segment, const uint32_t* rows, size_
   const SegmentView& view = (*task_.snapshot)[segment];
   const size_t bytes = static_cast<size_t>(dim_) * 2;
   const char* all = view.segment->rows.as<char>();
-  w.wide.resize(kRuns * pad_);
+  if (n_ > 1) w.wide.resize(kRuns * pad_);
   size_t run[kRuns + 1];
   double keys[kRuns * kGroup];
   for (size_t i = 0; i < total;) {

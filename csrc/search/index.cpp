@@ -116,7 +116,7 @@ int64_t Index::size() const {
   return impl_->live;
 }
 
-bool Index::joins() const { return worth_sharing(*impl_->snapshot(), nullptr, impl_->dim); }
+bool Index::joins() const { return worth_sharing(*impl_->snapshot(), nullptr, impl_->dim, 1); }
 
 int64_t Index::nbytes() const {
   std::shared_lock<std::shared_mutex> lock(impl_->state);

@@ -40,36 +40,37 @@ class Scope {
  public:
   Scope(const Index::Impl& impl, const SearchOptions& options, int64_t m) : options_(options) {
     filtered_ = filters(options);
+    const bool lists = impl.scan == Scan::automatic;
     std::vector<int64_t> few;  // of a bitset: its ids
-    const bool listed[] = {options.allow.bits ? list_bits(options.allow, few) : options.allow.set(),
-                           options.deny.set() && !options.deny.bits};
-    const int64_t* ids[] = {options.allow.bits ? few.data() : options.allow.ids, options.deny.ids};
-    const size_t counts[] = {options.allow.bits ? few.size() : size_of(options.allow),
-                             listed[1] ? size_of(options.deny) : 0};
+    Ids ids[] = {listed_ids(options.allow), listed_ids(options.deny)};
+    if (lists && options.allow.bits && list_bits(options.allow, few))
+      ids[0] = {true, few.data(), few.size()};
+    std::vector<uint64_t> at[2];  // of listed ids
+    for (int i = 0; i < 2; ++i) at[i].reserve(ids[i].count);
     std::shared_lock<std::shared_mutex> state(impl.state);
     snapshot_ = impl.current;
     if (!filtered_) return;
-    const bool mapped = !impl.ascending;
-    std::vector<uint64_t> at[2];  // of listed ids
-    const auto look_up = [&] {
-      for (int i = 0; i < 2; ++i) {
-        if (!listed[i]) continue;
-        at[i].reserve(counts[i]);
-        for (size_t j = 0; j < counts[i]; ++j) {
-          const uint64_t found = mapped ? impl.map.find(ids[i][j]) : bisect(*snapshot_, ids[i][j]);
+    const auto look_up = [&](auto find) {
+      for (int i = 0; i < 2; ++i)
+        for (size_t j = 0; j < ids[i].count; ++j) {
+          const uint64_t found = find(ids[i].ids[j]);
           if (found != IdMap::kMissing) at[i].push_back(found);
         }
-      }
     };
-    if (mapped) look_up();
-    state.unlock();  // what else there is to do may take long
-    if (!mapped) look_up();
-    if (listed[0] && impl.scan == Scan::automatic && list(at[0], at[1], m)) return;
-    start(listed[0] ? &at[0] : nullptr);
+    if (!impl.ascending) {
+      look_up([&](int64_t id) { return impl.map.find(id); });
+      state.unlock();  // what else there is to do may take long
+    } else {
+      state.unlock();
+      look_up([&](int64_t id) { return bisect(*snapshot_, id); });
+    }
+    if (ids[0].listed && lists && list(at[0], at[1], m)) return;
+    start(ids[0].listed ? &at[0] : nullptr);
     for (int i = 0; i < 2; ++i)
       for (const uint64_t row : at[i]) put(row, i == 0);
-    if (options.allow.bits && !listed[0]) take(options.allow, 0);
+    if (options.allow.bits && !ids[0].listed) take(options.allow, 0);
     if (options.deny.bits) take(options.deny, 0xffff);
+    for (Filter::Part& part : filter_.parts) trim(part);
   }
 
   const Snapshot& snapshot() const { return *snapshot_; }
@@ -84,7 +85,15 @@ class Scope {
   }
 
  private:
-  static size_t size_of(const IdSet& set) { return set.set() ? static_cast<size_t>(set.count) : 0; }
+  struct Ids {
+    bool listed;
+    const int64_t* ids;
+    size_t count;
+  };
+  static Ids listed_ids(const IdSet& set) {
+    if (!set.set() || set.bits) return {false, nullptr, 0};
+    return {true, set.ids, static_cast<size_t>(set.count)};
+  }
 
   template <class T>
   static uint64_t digest(const std::vector<T>& values, uint64_t start) {
@@ -124,38 +133,29 @@ class Scope {
     return true;
   }
 
-  // Lists the rows `in` that are not `out`, where that is less work than masks of all rows; they
-  // are few, and sparse or, with all queries, still few.
+  // Lists the rows `in` that are not `out`, where they are few and so sparse that they are scored
+  // by themselves.
   bool list(std::vector<uint64_t>& in, std::vector<uint64_t>& out, int64_t m) {
-    int64_t all = 0;
+    int64_t all = 0, blocks = 0;
     for (const SegmentView& view : *snapshot_) all += view.n;
-    const auto few = [&] { return static_cast<int64_t>(in.size()) * kFew <= all; };
-    if (!few()) return false;
-    const auto sort = [](std::vector<uint64_t>& rows) {
-      if (!std::is_sorted(rows.begin(), rows.end())) std::sort(rows.begin(), rows.end());
-      rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
-    };
-    sort(in);
-    int64_t blocks = 0;
+    const int64_t count = static_cast<int64_t>(in.size());
+    if (count * kFew > all) return false;
+    for (std::vector<uint64_t>* rows : {&in, &out})
+      if (!std::is_sorted(rows->begin(), rows->end())) std::sort(rows->begin(), rows->end());
+    in.erase(std::unique(in.begin(), in.end()), in.end());
     uint64_t last = IdMap::kMissing;
-    for (const uint64_t row : in) {
-      blocks += row / kBlockRows != last;
-      last = row / kBlockRows;
+    for (const uint64_t at : in) {
+      blocks += at / kBlockRows != last;
+      last = at / kBlockRows;
     }
-    constexpr int64_t kMaskRows = 512;  // a mask of so many costs what scoring one row does
-    const int64_t rows = static_cast<int64_t>(in.size());
-    if (!sparse(rows, blocks, m) && rows * m > all / kMaskRows) return false;
-    if (!out.empty()) {
-      sort(out);
-      in.erase(std::set_difference(in.begin(), in.end(), out.begin(), out.end(), in.begin()),
-               in.end());
-    }
+    if (!sparse(static_cast<int64_t>(in.size()), blocks, m)) return false;
     filter_.listed = true;
     filter_.parts.resize(snapshot_->size());
     for (const uint64_t at : in) {
       const uint32_t row = static_cast<uint32_t>(at);
-      if (!options_.deny.bits || !holds(options_.deny, (*snapshot_)[at >> 32].id(row)))
-        filter_.parts[at >> 32].rows.push_back(row);
+      if (std::binary_search(out.begin(), out.end(), at)) continue;
+      if (options_.deny.bits && holds(options_.deny, (*snapshot_)[at >> 32].id(row))) continue;
+      filter_.parts[at >> 32].rows.push_back(row);
     }
     return true;
   }
@@ -248,7 +248,17 @@ class Scope {
     word = static_cast<uint16_t>(in ? word | bit : word & ~bit);
   }
 
-  static constexpr int64_t kFew = 64;  // one row of so many may be listed
+  // From the first block to the last in which a row is left: of the same rows always the same mask.
+  static void trim(Filter::Part& part) {
+    LiveMask& mask = part.mask;
+    const auto some = [](uint16_t word) { return word != 0; };
+    mask.erase(std::find_if(mask.rbegin(), mask.rend(), some).base(), mask.end());
+    const auto begin = std::find_if(mask.begin(), mask.end(), some);
+    part.first = mask.empty() ? 0 : part.first + static_cast<uint32_t>(begin - mask.begin());
+    mask.erase(mask.begin(), begin);
+  }
+
+  static constexpr int64_t kFew = 64;  // one row of so many may be listed, one bit of a bitset
 
   const SearchOptions& options_;
   std::shared_ptr<const Snapshot> snapshot_;
@@ -336,8 +346,8 @@ void Index::search(const void* queries, DType dtype, int64_t m, int64_t k, float
   // it is that of the turn, so that who joins finds what was added before its call.
   std::optional<Scope> scope;
   if (filters(options)) scope.emplace(*impl_, options, m);
-  const bool turns = scope ? worth_sharing(scope->snapshot(), scope->filter(), impl_->dim)
-                           : worth_sharing(*impl_->snapshot(), nullptr, impl_->dim);
+  const bool turns = scope ? worth_sharing(scope->snapshot(), scope->filter(), impl_->dim, m)
+                           : worth_sharing(*impl_->snapshot(), nullptr, impl_->dim, m);
   own.size = m;
   own.kind.k = k;
   if (turns && m <= together(k)) own.kind.object = impl_.get();
@@ -374,7 +384,7 @@ RangeResult Index::range_search(const void* queries, DType dtype, int64_t m, dou
   Stats stats;
   {
     Work alone;
-    Turn turn(alone, worth_sharing(scope.snapshot(), scope.filter(), impl_->dim));
+    Turn turn(alone, worth_sharing(scope.snapshot(), scope.filter(), impl_->dim, m));
     found = search_range(task_of(*impl_, scope, floats, m, turn), radius, stats);
   }
   stats.searches = 1;

@@ -123,6 +123,7 @@ void CodedQueries::code_centred(const AlignedVector<double>& straight, const Cod
     double* x = v.data() + i * pad;
     const double scale = queries[i].scale;
     double square = 0;
+#pragma omp simd reduction(+ : square)
     for (size_t j = 0; j < d; ++j) {
       x[j] -= static_cast<double>(codes.mean[j]) * scale;
       square += x[j] * x[j];

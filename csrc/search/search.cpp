@@ -26,7 +26,7 @@ int64_t rows_of(const Snapshot& snapshot, const Filter* filter) {
 template <class Emit>
 void for_groups(const SearchTask& task, size_t k, const double* radius, Stats& stats, Emit emit) {
   const int threads = num_threads();
-  const bool small = !worth_sharing(*task.snapshot, task.filter, task.dim);
+  const bool small = !worth_sharing(*task.snapshot, task.filter, task.dim, task.m);
   const auto doubted = [&] { return task.doubt->load(std::memory_order_relaxed) > 0; };
   if (doubted()) task.doubt->fetch_sub(1, std::memory_order_relaxed);
   auto run = [&](int64_t first, int64_t size, int with, Stats& into) {
@@ -76,14 +76,15 @@ double score_of(Metric metric, double key) { return metric == Metric::l2 ? -key 
 
 }  // namespace
 
-bool worth_sharing(const Snapshot& snapshot, const Filter* filter, int64_t dim) {
-  return rows_of(snapshot, filter) * dim >= int64_t{1} << 20;
+bool worth_sharing(const Snapshot& snapshot, const Filter* filter, int64_t dim, int64_t m) {
+  const int64_t scored = filter && filter->listed ? std::max<int64_t>(m, 1) : 1;  // one by one
+  return rows_of(snapshot, filter) * dim * std::min<int64_t>(scored, 64) >= int64_t{1} << 20;
 }
 
 bool sparse(int64_t rows, int64_t blocks, int64_t m) {
-  const int tile_batch = kernels().tile_batch;
-  if (m > 64 || (tile_batch && m >= tile_batch)) return false;
-  return 3 * rows <= (m < 8 ? 6 : 4) * blocks;
+  const int fast_batch = kernels().fast_batch;
+  if (m > 64 || (fast_batch && m >= fast_batch)) return false;
+  return 5 * rows <= 9 * blocks;
 }
 
 void search_topk(const SearchTask& task, int64_t k, const Answers* answers, Stats& stats) {

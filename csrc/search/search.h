@@ -62,9 +62,9 @@ struct Answers {
   double* exact;  // FP64 scores too, or null
 };
 
-// Whether threads share the rows that a search looks at, and searches wait for their turn: below, a
-// search is over before others have woken.
-bool worth_sharing(const Snapshot& snapshot, const Filter* filter, int64_t dim);
+// Whether threads share the rows that a search of `m` queries looks at, and searches wait for their
+// turn: below, a search is over before others have woken.
+bool worth_sharing(const Snapshot& snapshot, const Filter* filter, int64_t dim, int64_t m);
 
 // Whether `m` queries read and score so few live rows sooner than the blocks of codes that they lie
 // in.

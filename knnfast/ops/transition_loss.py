@@ -155,8 +155,10 @@ def _table(schedule: reference.Schedule, device: torch.device) -> tuple[Tensor, 
 
 @torch.compiler.assume_constant_result
 def _traced_table(address: int, device: torch.device) -> tuple[Tensor, int]:
-    """The table of the object that lies there: Dynamo before torch 2.12 takes no object here, but it
-    knows its id, and guards it."""
+    """The table of the object at that address.
+
+    Dynamo before torch 2.12 takes no object here, but knows an object's id, and guards it.
+    """
     A, B, C = probabilities(ctypes.cast(address, ctypes.py_object).value)
     return _cached_table(A, B, C, str(device)), len(A) - 1
 
