@@ -43,7 +43,7 @@ def check_number(name: str, value: float) -> None:
 
 def check_whole(name: str, value: int) -> None:
     """Raise TypeError unless the value is a whole number."""
-    if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: must be an integer, got {value!r}")
 
 

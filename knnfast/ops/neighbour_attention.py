@@ -169,7 +169,7 @@ def neighbour_attention(
     scale = None if scale is None else scale.to(x.dtype)
     shift = None if shift is None else shift.to(x.dtype)
     check_number("eps", eps)
-    if not isinstance(folded, Folded | Unfolded):
+    if not isinstance(folded, (Folded, Unfolded)):
         raise TypeError(f"folded: must come from fold_neighbours, got {type(folded).__name__}")
     check_dtype("folded.mask", folded.mask, (torch.bool,))
     check_device("folded.mask", folded.mask, x.device)
