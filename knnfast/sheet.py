@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ def contact_sheet(
     large, small = ImageFont.load_default(15), ImageFont.load_default(10)
     for row, neighbours in enumerate(output.neighbours):
         y = GAP + row * (CAPTION + CELL + GAP)
-        draw.text((GAP, y), output.labels[row], "black", large)
+        draw.text((GAP, y), _spelled(output.labels[row]), "black", large)
         if row == 0:
             draw.text((left, y + 4), "retrieved neighbours", "gray", small)
         y += CAPTION
@@ -53,7 +54,8 @@ def contact_sheet(
             x = left + n * column
             thumbnail = database.thumbnail(neighbour.item.id)
             sheet.paste(thumbnail.resize((SMALL, SMALL), Image.Resampling.LANCZOS), (x, y))
-            draw.text((x, y + SMALL + 3), _clip(neighbour.item.name, column, small), "black", small)
+            name = _clip(_spelled(neighbour.item.name), column, small)
+            draw.text((x, y + SMALL + 3), name, "black", small)
             draw.text((x, y + SMALL + 15), f"{neighbour.score:.3f}", "gray", small)
     return sheet
 
@@ -63,13 +65,13 @@ def edit_sheet(output: EditOutput) -> Image.Image:
     shown = [(output.original, f"before {output.score:.3f}")]
     cells = Image.fromarray(np.where(output.region, 255, 0).astype(np.uint8)).convert("RGB")
     shown.append((cells, "white: redrawn"))
-    shown += [(e.image, f"{e.score:.3f}, kept {e.identity:.2f}") for e in output.edits]
+    shown += [(e.image, f"{e.score:.3f}, identity {e.identity:.2f}") for e in output.edits]
     across = min(len(shown), 6)
     width, height = CELL + GAP, CELL + GAP + 14
     down = -(-len(shown) // across)
     sheet = Image.new("RGB", (GAP + across * width, CAPTION + GAP + down * height), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, 4), output.label, "black", ImageFont.load_default(15))
+    draw.text((GAP, 4), _spelled(output.label), "black", ImageFont.load_default(15))
     small = ImageFont.load_default(10)
     for n, (image, caption) in enumerate(shown):
         x, y = GAP + n % across * width, CAPTION + GAP + n // across * height
@@ -81,6 +83,12 @@ def edit_sheet(output: EditOutput) -> Image.Image:
 
 def _samples(output: Output, row: int, per_row: int) -> Sequence[Image.Image]:
     return output.images[row * per_row : (row + 1) * per_row]
+
+
+def _spelled(text: str) -> str:
+    """Text without accents: Pillow's own font has no letters beyond ASCII."""
+    letters = unicodedata.normalize("NFKD", text)
+    return "".join(c for c in letters if not unicodedata.combining(c))
 
 
 def _clip(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

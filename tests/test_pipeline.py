@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -367,6 +368,17 @@ def test_contact_sheet_shows_every_sample(pipe):
     sheet = contact_sheet(out, pipe.database)
     assert isinstance(sheet, Image.Image)
     assert np.asarray(sheet).std() > 10
+
+
+def test_a_contact_sheet_spells_letters_that_its_font_lacks(pipe):
+    out = pipe("pizza", k=1, steps=1, seed=0)
+    (near,) = out.neighbours[0]
+    sheets = []
+    for name in ("pi\u00f1ata", "pinata"):
+        row = [replace(near, item=replace(near.item, name=name))]
+        named = replace(out, labels=[name], neighbours=[row])
+        sheets.append(contact_sheet(named, pipe.database).tobytes())
+    assert sheets[0] == sheets[1]
 
 
 @pytest.mark.gpu
