@@ -68,6 +68,9 @@ def test_every_public_name_exists():
 
     for name in knnfast.__all__:
         assert getattr(knnfast, name) is not None
+    assert {name for name in dir(knnfast) if not name.startswith("__")} == {*knnfast.__all__} - {
+        "__version__"
+    }
     with pytest.raises(AttributeError, match="no_such_name"):
         knnfast.no_such_name  # noqa: B018
 
