@@ -341,6 +341,9 @@ def test_faiss_reference_rejects(arguments, message):
     [
         ("--seconds", "nan", "seconds must be a finite number above 0, got nan"),
         ("--seconds", "0", "seconds must be a finite number above 0, got 0.0"),
+        ("--batch", "x", "--batch must be numbers separated by commas, got 'x'"),
+        ("--metric", "foo", "metric must be ip or l2, got 'foo'"),
+        ("--peers", "foo", "peers must be of "),
         ("--plot", "x.foo", "--plot: must end in one of "),
         ("--plot", "x", "--plot: must end in one of "),
         ("--device", "cuda:99", "--device: must be cpu"),
@@ -362,4 +365,14 @@ def test_a_missing_library_is_named_with_its_extra(missing, monkeypatch, tmp_pat
     result = CliRunner().invoke(main, ["bench", "--n", "50", "--plot", str(tmp_path / "b.png")])
     assert result.exit_code == 2
     assert "pip install 'knnfast[" in result.stderr
+    assert ("--plot none" in result.stderr) == (missing == "matplotlib.figure")
     assert result.stderr.count("\n") == 1
+
+
+def test_bench_command_checks_its_arguments_before_matplotlib(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    for option, value in (("--n", "-5"), ("--batch", "x"), ("--metric", "foo"), ("--peers", "foo")):
+        result = CliRunner().invoke(main, ["bench", option, value])
+        assert result.exit_code == 2
+        assert f"{option[2:]} " in result.stderr
+        assert "matplotlib" not in result.stderr

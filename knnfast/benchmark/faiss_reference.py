@@ -154,11 +154,8 @@ def faiss_reference(
     say = progress or (lambda _: None)
     if rows is not None:
         n, d = _checked(rows, queries, max(batch, default=0))
-    _check(n, d, batch, k, metric, device, threads, seconds)
+    check_arguments(n, d, batch, k, metric, device, threads, peers, seconds)
     known = CPU_PEERS if device == "cpu" else GPU_PEERS
-    for name in peers or ():
-        if name not in known:
-            raise ValueError(f"peers must be of {tuple(known)}, got {name!r}")
     if device == "cpu" and (peers is None or any("faiss" in name for name in peers)):
         faiss_module()
     with threads_for_all(threads):
@@ -335,7 +332,7 @@ def _checked(rows: Any, queries: Any, batch: int) -> tuple[int, int]:
     return rows.shape
 
 
-def _check(
+def check_arguments(
     n: int,
     d: int,
     batch: Sequence[int],
@@ -343,8 +340,10 @@ def _check(
     metric: str,
     device: str,
     threads: int | None,
+    peers: Sequence[str] | None,
     seconds: float,
 ) -> None:
+    """Refuse what `faiss_reference` cannot measure."""
     if not batch or min(batch) < 1:
         raise ValueError(f"batch must hold numbers of at least 1, got {list(batch)}")
     if n < 1 or d < 1:
@@ -358,3 +357,7 @@ def _check(
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds must be a finite number above 0, got {seconds}")
     Index(1, device=device)  # raises for a device that there is not
+    known = CPU_PEERS if device == "cpu" else GPU_PEERS
+    for name in peers or ():
+        if name not in known:
+            raise ValueError(f"peers must be of {tuple(known)}, got {name!r}")

@@ -30,20 +30,23 @@ def bench(batch: str, peers: str | None, plot: str, as_json: bool, **options: An
 
     Answers are judged against FP64 before they are timed; contenders take turns.
     """
-    from knnfast.benchmark.faiss_reference import faiss_reference
+    from knnfast.benchmark.faiss_reference import check_arguments, faiss_reference
     from knnfast.benchmark.plot import check_suffix
 
-    if plot != "none":
-        check_suffix("--plot", plot)
-        if not Path(plot).absolute().parent.is_dir():
-            raise ValueError(f"--plot: {Path(plot).parent} is no folder")
     try:
-        sizes = [int(b) for b in batch.split(",")]
+        options["batch"] = [int(b) for b in batch.split(",")]
     except ValueError:
         raise ValueError(f"--batch must be numbers separated by commas, got {batch!r}") from None
+    options["peers"] = None if peers is None else peers.split(",")
+    check_arguments(**options)
+    if plot != "none":
+        if not Path(plot).absolute().parent.is_dir():
+            raise ValueError(f"--plot: {Path(plot).parent} is no folder")
+        try:
+            check_suffix("--plot", plot)
+        except ImportError as e:
+            raise ImportError(f"{e}; --plot none does without") from None
     report = faiss_reference(
-        batch=sizes,
-        peers=None if peers is None else peers.split(","),
         progress=lambda line: click.echo(line, err=True),
         **options,
     )
