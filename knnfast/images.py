@@ -75,13 +75,18 @@ def read_image(path: str | Path, background: str = "white") -> Image.Image:
     """Read an image as RGB, turned upright, transparency on `background`.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: not an image, or a damaged one.
+        FileNotFoundError: no such file. IsADirectoryError: a folder. ValueError: not an image, or a
+            damaged one.
     """
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; give a file")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with Image.open(path) as image:
             return upright(image, background)
+    except UnidentifiedImageError:  # whose words are the path again
+        raise ValueError(f"{path}: not a readable image") from None
     except READ_ERRORS as e:
         raise ValueError(f"{path}: not a readable image ({e})") from None
 

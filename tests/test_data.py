@@ -18,6 +18,7 @@ from knnfast.diffusion import data
 from knnfast.diffusion.augment import STICKERS
 from knnfast.diffusion.data import (
     build_database,
+    count_readable,
     encode,
     identity,
     load_images,
@@ -164,7 +165,7 @@ def test_unreadable_pictures_are_told(folder: Path) -> None:
     assert images.shape == (10, 3, 4, 4)
     assert embeddings.shape == (10, 12)
     assert len(skipped) == 1
-    assert "bad.png" in skipped[0]
+    assert skipped == [f"{folder / 'bad.png'}: not a readable image"]
     none = load_images([], 4, Colours(), "pad")
     assert (none.squares.shape, none.embeddings.shape) == ((0, 3, 4, 4), (0, 12))
 
@@ -316,3 +317,4 @@ def test_too_few(tmp_path: Path) -> None:
     (tmp_path / "one" / "1.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="at least two readable images, found 1"):
         encoded(tmp_path / "one", tmp_path / "out")
+    assert count_readable(tmp_path / "one", 5) == 1

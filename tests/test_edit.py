@@ -236,6 +236,12 @@ def test_an_edit_gives_each_database_of_a_mix_its_share(pipe, face):
     assert len(out.neighbours) == 10
 
 
+def test_a_folder_is_no_picture(tmp_path):
+    result = CliRunner().invoke(main, ["edit", str(tmp_path), "a hat", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {tmp_path}: is a folder; give a file\n"
+
+
 def test_a_mask_is_off_where_it_is_transparent():
     picture = Image.new("RGB", (64, 64))
     drawn = Image.new("RGBA", (64, 64), (255, 255, 255, 0))

@@ -102,7 +102,7 @@ def train(
     """
     from knnfast.database import Database
     from knnfast.diffusion.augment import KINDS
-    from knnfast.diffusion.data import build_database
+    from knnfast.diffusion.data import build_database, count_readable
     from knnfast.diffusion.distributed import has_bf16, processes
     from knnfast.diffusion.edit_data import encode_edits
     from knnfast.diffusion.editing import EditConfig, editor_from, import_cv2, train_editor
@@ -145,13 +145,16 @@ def train(
     if out.resolve().is_relative_to(data.resolve()):
         raise ValueError(f"--out: {out} lies inside DATA; its pictures would be trained on")
     check_folder("--out", out)
-    source, found = _collection(data, pictures)
-    if found is not None:
-        if k is None and "k" not in settings.sections.get("condition", {}):
-            shown = replace(shown, k=min(shown.k, found - 1))
-            config = replace(config, condition=shown)
-        elif found < shown.k:
-            raise ValueError(f"--k: must be at most {found}, the images, got {shown.k}")
+    _check_run(out)
+    source = _collection(data, pictures)
+    found = count_readable(source, max(2, shown.k + 1))
+    if found < 2:
+        raise ValueError(f"data: needs at least two readable images, found {found}")
+    if k is None and "k" not in settings.sections.get("condition", {}):
+        shown = replace(shown, k=min(shown.k, found - 1))
+        config = replace(config, condition=shown)
+    elif found < shown.k:
+        raise ValueError(f"--k: must be at most {found}, the readable images, got {shown.k}")
     with processes(device) as these:
         # A tokenizer's folder is small beside an encoder's weights: a wrong path is told first.
         codes = None if tokenizer is None else VQTokenizer.from_folder(tokenizer, these.device)
@@ -226,26 +229,27 @@ class SettingsFile:
             raise ValueError(f"{self.file}: {name}: {e}") from None
 
 
-def _collection(data: Path, pictures: Path | None) -> tuple[Database | Path, int | None]:
-    """What DATA is, and how many images it holds; None of shards, which are not counted.
+def _check_run(out: Path) -> None:
+    """Refuse a folder that holds something else than a run."""
+    from knnfast.diffusion.data import PAIRS_FILE, PARTS_FOLDER
+    from knnfast.diffusion.edit_data import EDITS_FILE
 
-    A wrong path is told here, before a model is loaded.
-    """
+    names = [child.name for child in out.iterdir()] if out.is_dir() else []
+    first = (PAIRS_FILE, PARTS_FOLDER, EDITS_FILE)  # what a run writes before all else
+    if names and not any(made in name for made in first for name in names):
+        raise ValueError(f"--out: {out} is a folder with other content; give a new or empty one")
+
+
+def _collection(data: Path, pictures: Path | None) -> Database | Path:
+    """What DATA is, with its pictures' folder where one is given."""
     from knnfast.database import Database
-    from knnfast.diffusion.data import shards
-    from knnfast.images import list_images
 
     source = Database.open(data) if Database.is_at(data) else data
     if pictures is not None:
         if not isinstance(source, Database) or not pictures.is_dir():
             raise ValueError(f"--pictures: must be a folder, and DATA a database, got {pictures}")
         source.pictures = pictures
-    if not isinstance(source, Database) and shards(data):
-        return source, None
-    found = len(source) if isinstance(source, Database) else len(list_images(data))
-    if found < 2:
-        raise ValueError(f"data: needs at least two readable images, found {found}")
-    return source, found
+    return source
 
 
 def _semantic(encoder: Any) -> int | None:

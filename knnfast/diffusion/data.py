@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from knnfast.encoders import Encoder, EncoderCard
 
 PAIRS_FILE = "pairs.safetensors"
+PARTS_FOLDER = "pairs.parts"
 PART = 1024  # images encoded at a time; what a kill can lose
 MOST_CODES = 1 << 15  # what int16 tells apart
 CROPS = ("center", "pad")
@@ -117,6 +118,25 @@ def pictures(data: str | Path | Database) -> Iterator[Picture]:
             yield Picture(str(path), partial(read_image, path))
 
 
+def count_readable(data: str | Path | Database, most: int) -> int:
+    """How many images of a collection can be read; no more are looked at once `most` are found.
+
+    Raises: as `pictures`, which also warns; here it does not.
+    """
+    found = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for item in pictures(data):
+            try:
+                item.read()
+            except READ_ERRORS:
+                continue
+            found += 1
+            if found == most:
+                break
+    return found
+
+
 def lost_pictures(data: str | Path | Database) -> int:
     """How many of a database's sources are not found, so that their thumbnails are read."""
     if not isinstance(data, Database):
@@ -187,7 +207,8 @@ def load_images(
             try:
                 originals.append(item.read().convert("RGB"))
             except READ_ERRORS as e:
-                skipped.append(f"{printable(item.name)}: {e}")
+                name, why = printable(item.name), printable(str(e))
+                skipped.append(why if name in why else f"{name}: {why}")
         if originals:
             cut = [square(x, crop) for x in originals]
             squares.append(pixels(originals if crop == "pad" else cut, size))  # it pads, too
@@ -334,7 +355,7 @@ def encode(
     """
     processes = processes or Processes()
     crop = crop or own_crop(encoder)
-    file, parts = folder / PAIRS_FILE, folder / "pairs.parts"
+    file, parts = folder / PAIRS_FILE, folder / PARTS_FOLDER
     recipe = {
         "data": identity(data),
         "thumbnails": lost_pictures(data),
