@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from knnfast import _C, KNNDiffusion
+from knnfast import _C, KNNDiffusion, _files
 from knnfast.cli import main
 from knnfast.cli import train as module
 from knnfast.cli._shared import find_encoder
@@ -57,7 +57,9 @@ def test_ctrl_c_keeps_the_images_that_are_finished(tmp_path, monkeypatch):
     monkeypatch.setattr("knnfast.cli._shared.Bar.__call__", interrupt)
     words = ("generate", "pizza", "-n", 40, "--steps", 1, "--seed", 4, "--out")
     at = 1  # of two batches
-    assert invoke(*words, tmp_path / "none").exit_code == 1
+    result = invoke(*words, tmp_path / "none")
+    assert result.exit_code == 1
+    assert "stopped: no image was finished, none is written" in result.stderr
     assert not (tmp_path / "none").exists()
     at = 2
     result = invoke(*words, tmp_path / "some")
@@ -68,6 +70,23 @@ def test_ctrl_c_keeps_the_images_that_are_finished(tmp_path, monkeypatch):
     whole = KNNDiffusion.from_pretrained("stickers")("pizza", num_images=32, steps=1, seed=4)
     with Image.open(tmp_path / "some" / "pizza-4-31.png") as image:
         assert image.tobytes() == whole.images[31].tobytes()
+
+
+@pytest.mark.parametrize("call", ["knnfast.sheet.contact_sheet", "knnfast._files.write_atomic"])
+def test_ctrl_c_after_the_last_image_keeps_all(call, tmp_path, monkeypatch):
+    name, calls = call.rpartition(".")[2], itertools.count()
+    write = _files.write_atomic
+
+    def interrupt(*arguments):
+        if next(calls) == 0:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    monkeypatch.setattr(call, interrupt)
+    result = invoke("generate", "pizza", "-n", 2, "--steps", 1, "--seed", 4, "--out", tmp_path)
+    assert result.exit_code == 130, name
+    assert result.stderr == f"stopped: 2 of 2 images are written to {tmp_path}, and no sheet\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"pizza-4-0.png", "pizza-4-1.png"}
 
 
 def test_ctrl_c_while_pixels_are_made_keeps_the_batches_before(monkeypatch):
@@ -168,6 +187,43 @@ def test_database_is_replaced_only_when_told_to(folder, tmp_path):
     assert json.loads(invoke("database", "info", out, "--json").stdout)["images"] == 2
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["add", "stickers", "{folder}", "--encoder", "stickers"],
+        ["merge", "stickers", "--out", "{out}"],
+    ],
+)
+def test_a_model_is_no_database_to_add_to(words, folder, tmp_path):
+    words = [word.format(folder=folder, out=tmp_path / "out") for word in words]
+    result = invoke("database", *words)
+    assert result.exit_code == 2
+    own = BUNDLES / "stickers" / "databases" / "stickers"
+    assert f"stickers is a model; give a database's folder, as {own}" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["generate", "edit"])
+def test_a_database_is_given_once(command, folder):
+    words = {"generate": ["pizza"], "edit": [folder / "red-0.png", "blue"]}[command]
+    result = invoke(command, *words, "--database", "animals", "--database", "stickers")
+    assert result.exit_code == 2
+    assert "--database: give one; `knnfast database merge` makes one of several" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-n", 0], "error: -n: must be 1"),
+        (["--image-weight", 2], "error: --image-weight: must lie in [0, 1], got 2.0"),
+        (["--group", "nowhere"], "error: --group: "),
+    ],
+)
+def test_a_message_names_the_option(words, message, tmp_path):
+    result = invoke("generate", "pizza", *words, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
 @pytest.mark.parametrize("model", ["stickers", "stickers-edit"])
 def test_database_info_of_a_model(model):
     found = json.loads(invoke("database", "info", model, "--json").stdout)
@@ -229,7 +285,7 @@ def test_database_add_and_search(folder, tmp_path):
     assert "a red heart:" in lines
     for words, message in (
         ((out, "pizza"), "--encoder: needed for a database"),
-        (("stickers",), "prompt: give a prompt, an image"),
+        (("stickers",), "prompts: give a prompt, or a picture (--image); got none"),
         (("stickers", "--image", folder), "--image: must be a file"),
         ((tmp_path / "none", "pizza"), "none"),
     ):
@@ -329,17 +385,17 @@ def test_database_build_wants_a_batch(folder, tmp_path):
     build = ("database", "build", folder, "--encoder", "stickers", "--out", out)
     result = invoke(*build, "--batch-size", 0)
     assert result.exit_code == 2
-    assert "batch_size: must be at least 1, got 0" in result.output
+    assert "error: --batch-size: must be at least 1, got 0" in result.output
     assert not out.exists()
 
 
 def test_train_on_a_folder_then_generate(folder, tmp_path):
-    (folder / "broken.png").unlink()
     out = tmp_path / "run"
     arguments = ("--steps", 2, "--batch", 4, "--versions", 2, "--out", out)
     many = invoke("train", folder, *arguments, "--k", 4)
     assert many.exit_code == 2
-    assert "--k: must be at most 3, the images, got 4" in many.stderr
+    assert "--k: must be at most 3, the readable images, got 4" in many.stderr
+    (folder / "broken.png").unlink()
     result = invoke("train", folder, *arguments)
     assert result.exit_code == 0, result.output
     config = json.loads((out / "training.json").read_text())["config"]
@@ -359,6 +415,26 @@ def test_train_on_a_folder_then_generate(folder, tmp_path):
         evaluated = invoke("evaluate", out / "model", *options)
         assert evaluated.exit_code == 2
         assert message in evaluated.stderr
+
+
+def test_train_counts_the_images_that_can_be_read(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("knnfast.pipeline.find_model", None)  # is not reached
+    for name in ("red-0", "green-1", "blue-2"):
+        (folder / f"{name}.png").write_text("no image")
+    result = invoke("train", folder, "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "data: needs at least two readable images, found 0" in result.stderr
+
+
+def test_train_refuses_a_folder_with_other_content(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("knnfast.pipeline.find_model", None)  # is not reached
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.txt").write_text("mine")
+    result = invoke("train", folder, "--k", 2, "--out", out)
+    assert result.exit_code == 2
+    assert f"--out: {out} is a folder with other content" in result.stderr
+    assert [path.name for path in out.iterdir()] == ["a.txt"]
 
 
 def test_train_reads_a_databases_pictures_where_they_lie_now(folder, tmp_path, monkeypatch):

@@ -13,6 +13,15 @@ from knnfast.cli import bench, database, evaluate, generate, info, train
 # What bad input raises: one line on stderr, exit code 2. Anything else is a bug and shows itself.
 BAD_INPUT = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
+# Arguments of the calls behind the commands that an option gives under another name.
+OPTIONS = {
+    "num_images": "-n",
+    "groups": "--group",
+    "groups, where": "--group",
+    "batch_size": "--batch-size",
+    "image_weight": "--image-weight",
+}
+
 
 def _warn(
     message: Warning | str, category: type[Warning], filename: str, lineno: int,
@@ -36,7 +45,8 @@ class _Group(click.Group):
             if ctx.params.get("debug"):
                 raise
 
-            click.echo("error: " + " ".join(str(e).split()), err=True)
+            name, colon, rest = " ".join(str(e).split()).partition(":")
+            click.echo(f"error: {OPTIONS.get(name, name)}{colon}{rest}", err=True)
             ctx.exit(2)
 
 

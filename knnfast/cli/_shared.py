@@ -26,6 +26,29 @@ def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
 device_option = click.option("--device", default="cpu", show_default=True, callback=_device)
 
 
+def _given_once(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> str | None:
+    """Refuse an option that is given twice, of which click would take the last."""
+    if len(value) > 1:
+        raise ValueError(
+            f"{param.opts[0]}: give one; `knnfast database merge` makes one of several"
+        )
+    return value[0] if value else None
+
+
+database_option = click.option(
+    "--database",
+    multiple=True,
+    callback=_given_once,
+    help="A database of the model by name, or a folder.",
+)
+
+
+def check_query(prompts: Sequence[str], images: Sequence[str]) -> None:
+    """Refuse a command that asks for nothing."""
+    if not prompts and not images:
+        raise ValueError("prompts: give a prompt, or a picture (--image); got none")
+
+
 def check_folder(option: str, folder: Path) -> None:
     """Refuse a folder that can be neither made nor written into, before anything is computed."""
     whole = folder.absolute()

@@ -12,6 +12,7 @@ import click
 from knnfast.cli._shared import (
     check_files,
     check_folder,
+    check_query,
     device_option,
     find_encoder,
     neighbours_of,
@@ -47,6 +48,13 @@ def _databases(path: Path) -> list[Path]:
     except FileNotFoundError:
         return [path]  # which opening it tells
     return databases_of(root)
+
+
+def _refuse_model(name: str, path: Path) -> None:
+    """Refuse a model, by its name or its folder, where a database's folder is meant."""
+    folders = _databases(path)
+    if folders != [path]:
+        raise ValueError(f"{name}: {path} is a model; give a database's folder, as {folders[0]}")
 
 
 class Skipped:
@@ -128,6 +136,7 @@ def database_add(
 
     list_images(folder)
     check_folder("path", path)
+    _refuse_model("path", path)
     db = Database.open(path)
     skipped, before, found = Skipped(hidden=as_json), len(db), find_encoder(encoder, device)
     try:
@@ -207,6 +216,7 @@ def database_search(
     from knnfast.images import printable
     from knnfast.query import as_queries, embed
 
+    check_query(prompts, images)
     check_files("--image", images)
     folder = _databases(path)[0]
     db = Database.open(folder)
@@ -242,6 +252,7 @@ def database_merge(paths: tuple[Path, ...], out: Path, replace: bool, as_json: b
     _check_out(out, replace)
     databases: dict[str, tuple[Path, Database]] = {}
     for path in paths:
+        _refuse_model("paths", path)
         database = Database.open(path)
         first, _ = databases.setdefault(identity(database), (path, database))
         if first is not path:

@@ -12,7 +12,15 @@ from typing import Any
 
 import click
 
-from knnfast.cli._shared import Bar, check_files, check_folder, device_option, neighbours_of
+from knnfast.cli._shared import (
+    Bar,
+    check_files,
+    check_folder,
+    check_query,
+    database_option,
+    device_option,
+    neighbours_of,
+)
 
 
 @click.command()
@@ -27,7 +35,7 @@ from knnfast.cli._shared import Bar, check_files, check_folder, device_option, n
 @click.option("--purity", type=float, help="Draw the surest codes first, so sharply; 0 or more.")
 @click.option("--solver", help="dpm (the default) or ddim, of the continuous backbone.")
 @click.option("--seed", type=int, help="0 ... 2^64-1; drawn when not given.")
-@click.option("--database", help="A database of the model by name, or a folder.")
+@database_option
 @click.option("--group", "groups", multiple=True, help="Search only this group (repeatable).")
 @click.option("--no-query", is_flag=True, help="Condition on the neighbours alone.")
 @click.option("--no-neighbours", is_flag=True, help="Condition on the query alone.")
@@ -61,10 +69,10 @@ def generate(
     """
     from knnfast.images import printable
     from knnfast.pipeline import Interrupted, KNNDiffusion
-    from knnfast.sheet import contact_sheet
 
     check_folder("--out", out)
     _check_sheet(sheet)
+    check_query(prompts, images)
     check_files("--image", images)
     pipe = KNNDiffusion.from_pretrained(model, device=device, backbone=backbone)
     if database is not None:
@@ -85,31 +93,32 @@ def generate(
             )
     except Interrupted as e:
         result, stopped = e.output, True
+    except KeyboardInterrupt:
+        click.echo("stopped: no image was finished, none is written", err=True)
+        raise
     stems = [f"{name}-{result.seed}" for name in _distinct(map(_slug, result.labels))]
     files = [out / f"{stem}-{n}.png" for stem in stems for n in range(num_images)]
+    done = files[: len(result.images)]
+    sheet = sheet or out / f"{stems[0]}-sheet.png"
+    try:
+        _save_pngs(done, result.images)
+        written = None if stopped else _write_sheet(sheet, result, pipe.database)
+    except KeyboardInterrupt:
+        _save_pngs(done, result.images)
+        stopped = True
     if stopped:
-        done = len(result.images)
-        _save_pngs(files[:done], result.images)
+        rest = f"; --seed {result.seed} draws them again, and the others"
         click.echo(
-            f"stopped: {done} of {len(files)} images are written to {out}; --seed {result.seed} "
-            "draws them again, and the others",
+            f"stopped: {len(done)} of {len(files)} images are written to {out}"
+            + (rest if len(done) < len(files) else ", and no sheet"),
             err=True,
         )
         click.get_current_context().exit(130)
-    _save_pngs(files, result.images)
-    sheet = sheet or out / f"{stems[0]}-sheet.png"
-    try:
-        overview = contact_sheet(result, pipe.database)
-    except (OSError, ValueError) as e:  # the database was saved anew meanwhile, say
-        click.echo(f"no sheet: {e}", err=True)
-        sheet = None
-    else:
-        _save_pngs([sheet], [overview])
     if as_json:
         neighbours = list(map(neighbours_of, result.neighbours))
         report = {
             "files": [str(f) for f in files], "seed": result.seed,
-            "sheet": None if sheet is None else str(sheet),
+            "sheet": None if written is None else str(written),
             "labels": result.labels, "neighbours": neighbours, "seconds": result.timings,
         }  # fmt: skip
         click.echo(json.dumps(report, indent=1))
@@ -117,7 +126,7 @@ def generate(
     for label, row in zip(result.labels, result.neighbours, strict=True):
         found = ", ".join(f"{x.item.name} {x.score:.3f}" for x in row)
         click.echo(printable(f"{label}: {found}"))
-    for path in files if sheet is None else [*files, sheet]:
+    for path in files if written is None else [*files, written]:
         click.echo(path)
     _echo_times(result)
 
@@ -135,7 +144,7 @@ def generate(
 @click.option("--guidance", default=3.0, show_default=True, help="How much the text counts.")
 @click.option("--truncation", default=1.0, show_default=True, help="Keep this mass of the codes.")
 @click.option("--seed", type=int, help="0 ... 2^64-1; drawn when not given.")
-@click.option("--database", help="A database of the model by name, or a folder.")
+@database_option
 @click.option("--group", "groups", multiple=True, help="Search only this group (repeatable).")
 @click.option("--model", default="stickers-edit", show_default=True, help="A bundle or a folder.")
 @device_option
@@ -156,7 +165,10 @@ def edit(
 ) -> None:
     """Change IMAGE as TEXT says ("with sunglasses"); the rest of it stays. No mask is needed.
 
-    Writes one PNG per candidate, best first, and a sheet with the picture before.
+    Writes one PNG per candidate, best first, and a sheet with the picture before. Of each it tells
+    the score, how near the picture is to TEXT (a cosine: 1 is nearest) before and after; identity,
+    how near it is to IMAGE, likewise; and the share of the codes, which are small squares of the
+    picture, that changed.
     """
     from knnfast.images import read_image
     from knnfast.pipeline import KNNDiffusion
@@ -225,6 +237,19 @@ def _check_sheet(sheet: Path | None) -> None:
     if sheet.is_dir():
         raise ValueError(f"--sheet: {sheet} is a folder; give a file")
     check_folder("--sheet", sheet.parent)
+
+
+def _write_sheet(sheet: Path, result: Any, database: Any) -> Path | None:
+    """Write the samples beside their neighbours; None, and a word, where they cannot be drawn."""
+    from knnfast.sheet import contact_sheet
+
+    try:
+        overview = contact_sheet(result, database)
+    except (OSError, ValueError) as e:  # the database was saved anew meanwhile, say
+        click.echo(f"no sheet: {e}", err=True)
+        return None
+    _save_pngs([sheet], [overview])
+    return sheet
 
 
 def _save_pngs(paths: Sequence[Path], images: Sequence[Any]) -> None:
