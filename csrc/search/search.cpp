@@ -84,7 +84,7 @@ bool worth_sharing(const Snapshot& snapshot, const Filter* filter, int64_t dim, 
 bool sparse(int64_t rows, int64_t blocks, int64_t m) {
   const int fast_batch = kernels().fast_batch;
   if (m > 64 || (fast_batch && m >= fast_batch)) return false;
-  return 5 * rows <= 9 * blocks;
+  return 2 * rows <= (m < 16 ? 4 : 3) * blocks;
 }
 
 void search_topk(const SearchTask& task, int64_t k, const Answers* answers, Stats& stats) {
