@@ -185,7 +185,13 @@ def test_scans_between_few_rows_learn_to_stop():
     index = Index(256)
     index.add(x)
     allowed = np.flatnonzero(np.arange(len(x)) // 16 % 6 == 0)
-    index.search(centres[:8], 3, allow=allowed)
-    stats = index.stats
-    assert stats["rows_scanned"] < 8 * len(x) / 4
-    assert stats["rows_stopped"] > 0.3 * stats["rows_scanned"]
+    for _ in range(10):  # what it learns from is time, and the machine may hold up a scan
+        before = index.stats
+        index.search(centres[:8], 3, allow=allowed)
+        scanned, stopped = (
+            index.stats[name] - before[name] for name in ("rows_scanned", "rows_stopped")
+        )
+        assert scanned < 8 * len(x) / 4
+        if stopped > 0.3 * scanned:
+            return
+    pytest.fail("no scan learned to stop")
