@@ -239,8 +239,8 @@ def test_searches_with_the_same_filter_are_joined(rows, queries, given, own):
         np.testing.assert_array_equal(found[0], scores[i])
 
 
-def test_searches_among_the_same_few_rows_are_joined(queries):
-    """Where these are a list and no mask; a part of them is another list."""
+def test_searches_among_the_same_few_rows_are_joined():
+    """So few that they are listed; a part of them is another list."""
     index = Index(512)
     part = np.random.default_rng(3).standard_normal((1 << 14, 512)).astype(np.float16)
     for _ in range(9):
@@ -261,16 +261,17 @@ def test_searches_among_the_same_few_rows_are_joined(queries):
 
 
 def test_a_search_among_few_rows_does_not_wait(rows, queries):
-    index = filled(rows)
+    """Not even for one group of queries, which lets nobody in."""
+    index = filled(np.tile(rows, (48, 1)))
     allowed = np.arange(7, ROWS, 4001)
     want = index.search(queries[0], 3, allow=allowed)[1]
-    long = np.tile(queries, (48, 1))
     for _ in range(10):  # the machine may hold it up
         with ThreadPoolExecutor(1) as pool:
-            bulk = pool.submit(index.search, long, 10)
-            time.sleep(0.02)
+            long = pool.submit(index.search, queries, 10)
+            time.sleep(0.01)
             np.testing.assert_array_equal(index.search(queries[0], 3, allow=allowed)[1], want)
-            if not bulk.done():
+            time.sleep(0.005)  # had it waited, the long search would be done now
+            if not long.done():
                 return
     pytest.fail("the long search was always done first")
 

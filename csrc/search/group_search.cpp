@@ -21,6 +21,8 @@ constexpr int64_t kOpening = 8;    // times k are opened of as many rows as went
 constexpr uint32_t kDeadRun = 2;   // blocks without a live row that a scan steps over
 constexpr size_t kFew = 64 << 10;  // bytes of live rows, to which chunks are joined
 
+size_t few_rows(int64_t dim) { return std::max<size_t>(1, kFew / (static_cast<size_t>(dim) * 2)); }
+
 Scratch& scratch() {
   thread_local Scratch s;
   return s;
@@ -152,8 +154,10 @@ void GroupSearch::add_stats(Stats& total) const {
 void GroupSearch::plan_chunks() {
   const size_t block_bytes = static_cast<size_t>(code_groups(dim_)) * 64;
   size_t bytes = 0;
-  for (uint32_t i = 0; i < task_.snapshot->size(); ++i)
-    bytes += (allowed(i).end - allowed(i).begin) * block_bytes;
+  for (uint32_t i = 0; i < task_.snapshot->size(); ++i) {
+    const Chunk all = allowed(i);
+    bytes += (all.end - all.begin) * block_bytes;
+  }
   // Up to three queries take its four quarters side by side: not too far apart
   // (isa/avx512_int8.h).
   const size_t most = n_ < 4 ? kLeastChunk : kMostChunk;
@@ -162,17 +166,16 @@ void GroupSearch::plan_chunks() {
       static_cast<uint32_t>(std::max<size_t>(2, bytes / block_bytes / 2 * 2));
   s_.chunks.clear();
   for (uint32_t i = 0; i < task_.snapshot->size(); ++i) {
-    const uint32_t begin = allowed(i).begin;
-    const uint32_t end = std::min(allowed(i).end, (*task_.snapshot)[i].blocks());
+    const Chunk all = allowed(i);
+    const uint32_t end = std::min(all.end, (*task_.snapshot)[i].blocks());
     const uint16_t* mask = live(i);
-    const uint32_t few = static_cast<uint32_t>(kFew / (static_cast<size_t>(dim_) * 2));
     bool joins = false;  // the next chunk with the last one
-    for (uint32_t b = begin; b < end; b += step) {
+    for (uint32_t b = all.begin; b < end; b += step) {
       Chunk chunk{i, b, std::min(end, b + step)};
       if (mask) {
         count_live(mask, chunk);
         if (chunk.rows == 0) continue;
-        if (joins && s_.chunks.back().rows + chunk.rows <= few) {
+        if (joins && s_.chunks.back().rows + chunk.rows <= few_rows(dim_)) {
           Chunk& last = s_.chunks.back();
           last.end = chunk.end;
           last.rows += chunk.rows;
@@ -187,7 +190,7 @@ void GroupSearch::plan_chunks() {
 }
 
 void GroupSearch::plan_listed() {
-  const size_t few = std::max<size_t>(1, kFew / (static_cast<size_t>(dim_) * 2));
+  const size_t few = few_rows(dim_);
   s_.chunks.clear();
   for (uint32_t i = 0; i < task_.snapshot->size(); ++i) {
     const size_t rows = task_.filter->parts[i].rows.size();

@@ -212,7 +212,7 @@ class Scope {
     }
   }
 
-  // Masks of all live rows, or none of `in`, which lie in them.
+  // Masks of all live rows; or, for `in`, empty ones that reach from the first of them to the last.
   void start(const std::vector<uint64_t>* in) {
     filter_.parts.resize(snapshot_->size());
     if (in) {

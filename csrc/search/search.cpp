@@ -77,8 +77,9 @@ double score_of(Metric metric, double key) { return metric == Metric::l2 ? -key 
 }  // namespace
 
 bool worth_sharing(const Snapshot& snapshot, const Filter* filter, int64_t dim, int64_t m) {
-  const int64_t scored = filter && filter->listed ? std::max<int64_t>(m, 1) : 1;  // one by one
-  return rows_of(snapshot, filter) * dim * std::min<int64_t>(scored, 64) >= int64_t{1} << 20;
+  // A scan reads rows once for all queries; listed rows are scored for each.
+  const int64_t scored = filter && filter->listed ? std::clamp<int64_t>(m, 1, 64) : 1;
+  return rows_of(snapshot, filter) * dim * scored >= int64_t{1} << 20;
 }
 
 bool sparse(int64_t rows, int64_t blocks, int64_t m) {

@@ -105,9 +105,9 @@ def as_ids(given: Any, name: str) -> np.ndarray:
     array = _host_array(given, name)
     if array.size == 0 and array.dtype.kind == "f":  # an empty list
         array = array.astype(np.int64)
-    listed = given if array.dtype.kind == "f" and isinstance(given, list | tuple) else (0.0,)
-    if all(isinstance(i, int) for i in listed):  # as no integer type of numpy holds all of them
-        raise ValueError(f"{name}: {max(listed)} is no int64")
+    listed = array.dtype.kind == "f" and isinstance(given, list | tuple)
+    if listed and all(isinstance(i, int) for i in given):  # no type of numpy's holds all of them
+        raise ValueError(f"{name}: {max(given)} is no int64")
     if array.dtype.kind == "O":  # numpy found no number in it, or one that is none of its own
         raise TypeError(
             f"{name} must be a sequence of integers within int64, got {type(given).__name__}"
