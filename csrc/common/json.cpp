@@ -34,13 +34,6 @@ class Parser {
     if (peek() != c) fail(std::string("'") + c + "' is missing");
     ++at_;
   }
-  bool word(const char* w) {
-    const char* p = at_;
-    for (; *w; ++w, ++p)
-      if (p == end_ || *p != *w) return false;
-    at_ = p;
-    return true;
-  }
 
   Json parse(int depth) {
     if (depth > 16) fail("nested too deeply");
@@ -74,13 +67,6 @@ class Parser {
       v.text = text();
       return v;
     }
-    if (word("null")) return v;
-    if (word("true") || word("false")) {
-      v.kind = Json::boolean;
-      v.flag = at_[-2] == 'u';
-      return v;
-    }
-    v.kind = Json::integer;
     v.number = number();
     return v;
   }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// As much JSON as a manifest needs: objects, arrays, strings, 64-bit integers, true, false, null.
+// As much JSON as a manifest needs: objects, arrays, strings, 64-bit integers.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,7 @@
 namespace knnfast {
 
 struct Json {
-  enum Kind { null, boolean, integer, string, array, object } kind = null;
-  bool flag = false;
+  enum Kind { integer, string, array, object } kind = integer;
   int64_t number = 0;
   std::string text;
   std::vector<Json> items;

@@ -65,7 +65,7 @@ class Pool {
     threads_.reserve(size_t(workers));
     try {
       for (int i = 0; i < workers; ++i) threads_.emplace_back([this, i] { serve(i + 1); });
-    } catch (const std::system_error&) {  // the system gives no more
+    } catch (const std::exception&) {  // the system gives no more, of threads or of memory
     }
   }
 

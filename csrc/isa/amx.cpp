@@ -25,19 +25,20 @@ struct Tiles {  // the thread's, while it lives
 
 // The blocks that come next go to the second cache: the first one is full of queries and codes.
 // They are asked for in kStreams places at a time, as the hardware follows streams, none past a
-// page.
+// page. Where rows are left out a pair's blocks may lie apart: then each is a stream.
 template <int NA, int NB>
-inline void multiply(const ScanRows& rows, uint32_t block, const int8_t* queries,
+inline void multiply(const ScanRows& rows, const Blocks& blocks, const int8_t* queries,
                      const int8_t* next, Ahead& ahead, int32_t (*sums)[NA * kTile][kBlockRows]) {
   const size_t block_bytes = static_cast<size_t>(rows.groups) * 64;
-  const uint8_t* codes = rows.codes + block * block_bytes;
+  const uint8_t* codes = rows.codes + blocks.first * block_bytes;
+  const uint8_t* second = codes + blocks.apart * block_bytes;
   _tile_zero(0);
   if (NB > 1) _tile_zero(1);
   if (NA > 1) _tile_zero(2);
   if (NA > 1 && NB > 1) _tile_zero(3);
   for (int g = 0; g < rows.groups; g += 16) {
     _tile_loadd(6, codes + g * 64, 64);
-    if (NB > 1) _tile_loadd(7, codes + block_bytes + g * 64, 64);
+    if (NB > 1) _tile_loadd(7, second + g * 64, 64);
     _tile_loadd(4, queries + g * 64, 64);
     _tile_dpbsud(0, 4, 6);
     if (NB > 1) _tile_dpbsud(1, 4, 7);
@@ -46,7 +47,7 @@ inline void multiply(const ScanRows& rows, uint32_t block, const int8_t* queries
       _tile_dpbsud(2, 5, 6);
       if (NB > 1) _tile_dpbsud(3, 5, 7);
     }
-    ahead.ask<kStreams, _MM_HINT_T1>();
+    rows.live ? ahead.ask<2, _MM_HINT_T1>() : ahead.ask<kStreams, _MM_HINT_T1>();
   }
   _tile_stored(0, sums[0][0], 64);
   if (NB > 1) _tile_stored(1, sums[1][0], 64);
@@ -54,34 +55,19 @@ inline void multiply(const ScanRows& rows, uint32_t block, const int8_t* queries
   if (NA > 1 && NB > 1) _tile_stored(3, sums[1][kTile], 64);
 }
 
-// Bounds of all pairs would cost as much as their sums. So a pair first has to pass a test of three
-// operations. Divided by mul·scale, u >= tau (kernels.h) says
-//   c·p >= (tau - base)/mul · 1/scale - (err·residual + err_norm·norm + sq·norm²)/mul · 1/scale
-// and with the largest err/mul, err_norm/mul and sq/mul of kQueries queries the second term is one
-// of the block's alone. Every term here is on the safe side by 2^-18 of itself, more than the
-// rounding of floats can take away, here and in bound().
-struct FirstTest {
+// The first test of two tiles of queries, at the end of a row. What is not filled is read, too.
+struct TileTest : FirstTerms {
   static constexpr int kQueries = 2 * kTile;
-  float need[kQueries], rest[kQueries];  // (tau - base)/mul; -offset
-  float err, err_norm, sq;               // over mul, the largest (sq is negative)
+  float needs[kQueries] = {}, rest[kQueries] = {};  // rest: -offset
 
   void start(const ScanQuery* queries, int nq) {
-    err = err_norm = 0;
-    sq = -INFINITY;
     for (int q = 0; q < nq; ++q) {
       const ScanQuery& s = queries[q];
       const float offset = static_cast<float>(s.offset);
       rest[q] = -offset - fabsf(offset) * 0x1p-18f - 1;  // 1: of sums of small terms, too
-      err = larger(err, s.err[kStops] / s.mul * (1 + 0x1p-18f));
-      err_norm = larger(err_norm, s.err_norm[kStops] / s.mul * (1 + 0x1p-18f));
-      sq = larger(sq, s.sq / s.mul * (1 - 0x1p-18f));
-      raise(q, s);
+      needs[q] = need(s);
+      add(s, kStops);
     }
-  }
-  void raise(int q, const ScanQuery& s) {
-    const float rounding = (fabsf(s.tau) + fabsf(s.base)) * 0x1p-18f;
-    const float quotient = (s.tau - s.base - rounding) / s.mul;
-    need[q] = quotient - fabsf(quotient) * 0x1p-18f;
   }
 };
 
@@ -97,12 +83,12 @@ struct Found {
 };
 
 template <bool L2, int NA, int NB>
-void amx_tile(const ScanRows& rows, uint32_t block, ScanQuery* queries, int index, int nq,
-              const BlockTerms* terms, const __m512* inverses, const FirstTest& test, Ahead& ahead,
+void amx_tile(const ScanRows& rows, const Blocks& blocks, ScanQuery* queries, int index, int nq,
+              const BlockTerms* terms, const __m512* inverses, const TileTest& test, Ahead& ahead,
               Found& found) {
   alignas(64) int32_t sums[NB][NA * kTile][kBlockRows];
   alignas(64) uint16_t masks[NB][2 * kTile] = {};
-  multiply<NA, NB>(rows, block, queries[0].tiles, queries[NA > 1 ? kTile : 0].tiles, ahead, sums);
+  multiply<NA, NB>(rows, blocks, queries[0].tiles, queries[NA > 1 ? kTile : 0].tiles, ahead, sums);
 #pragma GCC unroll 2
   for (int b = 0; b < NB; ++b) {
     const BlockTerms& t = terms[b];
@@ -113,11 +99,10 @@ void amx_tile(const ScanRows& rows, uint32_t block, ScanQuery* queries, int inde
     gap = _mm512_mul_ps(gap, inverse);
 #pragma GCC unroll 8
     for (int q = 0; q < NA * kTile; ++q) {
-      __m512 least = _mm512_fmsub_ps(inverse, _mm512_set1_ps(test.need[q]), gap);
+      __m512 least = _mm512_fmsub_ps(inverse, _mm512_set1_ps(test.needs[q]), gap);
       least = _mm512_add_ps(least, _mm512_set1_ps(test.rest[q]));
-      // Not "less than": rows of scale 0 give a NaN.
-      masks[b][q] =
-          _mm512_cmp_ps_mask(_mm512_cvtepi32_ps(_mm512_load_si512(sums[b][q])), least, _CMP_NLT_UQ);
+      const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums[b][q]));
+      masks[b][q] = _mm512_mask_cmp_ps_mask(t.live, sum, least, _CMP_NLT_UQ);  // a NaN passes
     }
   }
   uint64_t passed = 0;
@@ -136,33 +121,39 @@ void amx_tile(const ScanRows& rows, uint32_t block, ScanQuery* queries, int inde
     const uint32_t reached =
         _mm512_mask_cmp_ps_mask(terms[b].live, u, _mm512_set1_ps(s.tau), _CMP_GE_OQ);
     _mm512_store_ps(found.upper[found.count], u);
-    found.line[found.count] = {index + q, block + static_cast<uint32_t>(b), reached};
+    found.line[found.count] = {index + q, blocks.first + (b ? blocks.apart : 0), reached};
     found.count += reached != 0;
   }
 }
 
-// Every other pair of blocks meets the queries in reverse: the last ones are still at hand.
+// What to ask for while the blocks before meet so many tiles of queries.
+inline Ahead ahead_of(const ScanRows& rows, const Blocks& next, int tiles) {
+  const size_t bytes = static_cast<size_t>(rows.groups) * 64;
+  const uint8_t* at = rows.codes + next.first * bytes;
+  if (rows.live)
+    return {at, at + (next.count ? bytes : 0), next.apart * bytes, (16 + tiles - 1) / tiles};
+  const size_t stream = next.count * bytes / kStreams;
+  return {at, at + stream, stream, (next.count * 16 / kStreams + tiles - 1) / tiles};
+}
+
 template <bool L2, int NB>
-void amx_blocks(const ScanRows& rows, uint32_t block, bool reverse, ScanQuery* queries, int nq,
-                FirstTest* tests, Found& found, Sink* sink) {
+void amx_blocks(const ScanRows& rows, const Blocks& blocks, const Blocks& next, bool reverse,
+                ScanQuery* queries, int nq, TileTest* tests, Found& found, Sink* sink) {
   BlockTerms terms[NB];
   __m512 inverses[NB];  // of the scales
   for (int b = 0; b < NB; ++b) {
-    terms[b] = load_terms(rows, block + b);
+    terms[b] = load_terms(rows, blocks.first + (b ? blocks.apart : 0));
     inverses[b] = _mm512_div_ps(_mm512_set1_ps(1), terms[b].scale);
   }
-  const size_t bytes = static_cast<size_t>(rows.groups) * 64;
-  const uint8_t* next = rows.codes + (block + NB) * bytes;
   const int tiles = (nq + 2 * kTile - 1) / (2 * kTile);
-  const size_t stream = NB * bytes / kStreams;
-  Ahead ahead{next, next + stream, stream, (NB * 16 / kStreams + tiles - 1) / tiles};
+  Ahead ahead = ahead_of(rows, next, tiles);
   for (int i = 0; i < tiles; ++i) {
     const int tile = reverse ? tiles - 1 - i : i, q = tile * 2 * kTile, left = nq - q;
     if (left > kTile)
-      amx_tile<L2, 2, NB>(rows, block, queries + q, q, left, terms, inverses, tests[tile], ahead,
+      amx_tile<L2, 2, NB>(rows, blocks, queries + q, q, left, terms, inverses, tests[tile], ahead,
                           found);
     else
-      amx_tile<L2, 1, NB>(rows, block, queries + q, q, left, terms, inverses, tests[tile], ahead,
+      amx_tile<L2, 1, NB>(rows, blocks, queries + q, q, left, terms, inverses, tests[tile], ahead,
                           found);
   }
   for (int i = 0; i < found.count; ++i) {
@@ -170,7 +161,7 @@ void amx_blocks(const ScanRows& rows, uint32_t block, bool reverse, ScanQuery* q
     const float tau = sink->hit(sink, q, found.line[i].block, found.upper[i], found.line[i].mask);
     if (tau == queries[q].tau) continue;
     queries[q].tau = tau;
-    tests[q / FirstTest::kQueries].raise(q % FirstTest::kQueries, queries[q]);
+    tests[q / TileTest::kQueries].needs[q % TileTest::kQueries] = TileTest::need(queries[q]);
   }
   found.count = 0;
 }
@@ -178,16 +169,18 @@ void amx_blocks(const ScanRows& rows, uint32_t block, bool reverse, ScanQuery* q
 template <bool L2>
 void scan_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
                  Sink* sink) {
-  FirstTest tests[kGroup / FirstTest::kQueries];
-  for (int q = 0; q < nq; q += FirstTest::kQueries)
-    tests[q / FirstTest::kQueries].start(
-        queries + q, nq - q < FirstTest::kQueries ? nq - q : FirstTest::kQueries);
+  TileTest tests[kGroup / TileTest::kQueries];
+  for (int q = 0; q < nq; q += TileTest::kQueries)
+    tests[q / TileTest::kQueries].start(queries + q,
+                                        nq - q < TileTest::kQueries ? nq - q : TileTest::kQueries);
   Found found;
   const Tiles tiles;
-  uint32_t b = begin;
-  for (; b + 2 <= end; b += 2)
-    amx_blocks<L2, 2>(rows, b, (b - begin) & 2, queries, nq, tests, found, sink);
-  for (; b < end; ++b) amx_blocks<L2, 1>(rows, b, false, queries, nq, tests, found, sink);
+  bool reverse = false;  // every other pair meets the queries so: the last ones are still at hand
+  for (Blocks now(rows, begin, end), next = now; now.count; now = next, reverse = !reverse) {
+    next = Blocks(rows, now.behind(), end);
+    auto* blocks = now.count == 2 ? amx_blocks<L2, 2> : amx_blocks<L2, 1>;
+    blocks(rows, now, next, reverse, queries, nq, tests, found, sink);
+  }
 }
 
 void scan_int8_amx(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,

@@ -51,9 +51,8 @@ inline void fp16_tile(const uint16_t* x, int dim, const ScanQuery* queries, floa
 void scan_fp16(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
                bool l2, bool cosine, Sink* sink) {
   const __m256 one = _mm256_set1_ps(1);
-  for (uint32_t b = begin; b < end; ++b) {
+  for (uint32_t b = next_live(rows, begin, end); b < end; b = next_live(rows, b + 1, end)) {
     const size_t first = static_cast<size_t>(b) * kBlockRows;
-    if (rows.live && !rows.live[b]) continue;
     for (int q0 = 0; q0 < nq;) {
       const int count = nq - q0 >= 4 ? 4 : 1;
       alignas(32) float sums[4][16];

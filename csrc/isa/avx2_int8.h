@@ -210,7 +210,7 @@ void int8_heads(const ScanRows& rows, uint32_t block, uint32_t apart, const Scan
   for (uint32_t b = 0; b < NB; ++b) {
     const StopTerms& t = terms[b];
     for (int q = 0; q < NQ; ++q) {
-      const __m256 need = _mm256_set1_ps(test.need[index + q]);
+      const __m256 need = _mm256_set1_ps(test.needs[index + q]);
       const __m256 left = _mm256_set1_ps(test.left[index + q]);
       __m256 goes[2];
       for (int h = 0; h < 2; ++h) {
@@ -245,7 +245,7 @@ void int8_rest(const ScanRows& rows, uint32_t block, const BlockTerms& t, int st
     if (next == kStops) {
       const float tau = q.tau;
       test_block<L2>(rows, t, sums[0][i], q, index[i], block, sink);
-      if (q.tau != tau) test.raise(index[i], q);
+      if (q.tau != tau) test.needs[index[i]] = test.need(q);
       continue;
     }
     __m256 goes[2];
@@ -322,10 +322,12 @@ void scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQu
     b = begin + 4 * quarter;
   }
   const int tiles = nq / 4;
-  for (; b < end; ++b) {
-    const uint8_t* next = rows.codes + (b + 1) * bytes;
+  uint32_t next;
+  for (b = next_live(rows, b, end); b < end; b = next) {
+    next = next_live(rows, b + 1, end);
+    const uint8_t* at = rows.codes + next * bytes;
     Ahead ahead;
-    if (tiles) ahead = {next, next + bytes, (kWindow + tiles - 1) / tiles};
+    if (tiles && next < end) ahead = {at, at + bytes, (kWindow + tiles - 1) / tiles};
     int8_blocks<L2, Stops, 1>(rows, b, 0, queries, nq, sink, test, ahead, stopped);
   }
 }

@@ -33,11 +33,10 @@ inline void fp16_tile(const uint16_t* x, int dim, const ScanQuery* queries, floa
 
 void scan_fp16(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
                bool l2, bool cosine, Sink* sink) {
-  for (uint32_t b = begin; b < end; ++b) {
+  for (uint32_t b = next_live(rows, begin, end); b < end; b = next_live(rows, b + 1, end)) {
     const size_t first = static_cast<size_t>(b) * kBlockRows;
     const __m512 norm = _mm512_loadu_ps(rows.row_norm + first);
     const __mmask16 live = rows.live ? rows.live[b] : 0xffff;
-    if (!live) continue;
     const __m512 one = _mm512_set1_ps(1);
     const __m512 inverse =
         cosine ? _mm512_maskz_div_ps(_mm512_cmp_ps_mask(norm, _mm512_setzero_ps(), _CMP_GT_OQ), one,

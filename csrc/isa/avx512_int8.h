@@ -266,7 +266,7 @@ void int8_heads(const ScanRows& rows, uint32_t block, uint32_t apart, const Scan
     __mmask16 masks[8] = {};
 #pragma GCC unroll 8
     for (int q = 0; q < NQ; ++q) {
-      __m512 least = _mm512_fmsub_ps(t.inverse, _mm512_set1_ps(test.need[index + q]), t.gap);
+      __m512 least = _mm512_fmsub_ps(t.inverse, _mm512_set1_ps(test.needs[index + q]), t.gap);
       least = _mm512_fnmadd_ps(t.left, _mm512_set1_ps(test.left[index + q]), least);
       masks[q] =
           _mm512_mask_cmp_ps_mask(t.live, _mm512_cvtepi32_ps(sums[b][q]), least, _CMP_NLT_UQ);
@@ -316,7 +316,7 @@ void int8_rest(const ScanRows& rows, const BlockTerms& t, int stop, ScanQuery* q
     if (next == kStops) {
       const float tau = s.tau;
       test_block<L2>(t, sums[0][i], s, index[i], going.block, sink);
-      if (s.tau != tau) test.raise(index[i], s);
+      if (s.tau != tau) test.needs[index[i]] = test.need(s);
       continue;
     }
     const __m512 u =
@@ -418,16 +418,19 @@ void scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQu
   const size_t wanted = nq >= kWholeBatch ? bytes : heads;
   const size_t steps = (heads / 64 + kStep - 1) / kStep * (nq < 8 ? 1 : nq / 8);
   const int lines = static_cast<int>((wanted / 64 + steps - 1) / steps);
-  for (int count; b < end; b += count) {
-    count = b + 2 <= end ? 2 : 1;
-    const uint8_t* next = rows.codes + (b + count) * bytes;
+  for (Blocks now(rows, b, end), next = now; now.count; now = next) {
+    next = Blocks(rows, now.behind(), end);
+    const uint8_t* at = rows.codes + next.first * bytes;
     Ahead ahead;
-    if (nq >= kTiledBatch || (Stops && nq >= 4))
-      ahead = {next, next + wanted, bytes, lines};
-    else if (nq >= 4)
-      ahead = {next, next + count * bytes, 64, lines, count * size_t{64}};
-    auto* blocks = count == 2 ? int8_blocks<VNNI, L2, Stops, 2> : int8_blocks<VNNI, L2, Stops, 1>;
-    blocks(rows, b, 1, queries, nq, sink, test, ahead, wave, stopped);
+    if (next.count && nq >= 4) {
+      if (Stops || rows.live || nq >= kTiledBatch)
+        ahead = {at, at + wanted, next.apart * bytes, lines};
+      else
+        ahead = {at, at + next.count * bytes, 64, lines, now.count * size_t{64}};
+    }
+    auto* blocks =
+        now.count == 2 ? int8_blocks<VNNI, L2, Stops, 2> : int8_blocks<VNNI, L2, Stops, 1>;
+    blocks(rows, now.first, now.apart, queries, nq, sink, test, ahead, wave, stopped);
   }
   if (Stops) int8_finish<VNNI, L2>(rows, queries, sink, test, wave, stopped);
 }

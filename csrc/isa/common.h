@@ -97,35 +97,64 @@ inline void quantize_row_plain(const float* y, int dim, uint8_t* codes, float* s
   *residual = residual_bound(rr, yy, dim);
 }
 
-// The first test of a pair, at a stop, four operations: divided by mul·scale, u >= tau (kernels.h)
-// says
+// The first test of a pair, at a stop or at the end: bounds of all pairs would cost as much as
+// their sums. Divided by mul·scale, u >= tau (kernels.h) says
 //   c·p >= (tau - base)/mul · 1/scale - left/mul · share·norm/scale
 //          - (err·residual + err_norm·norm + sq·norm²)/mul · 1/scale
-// and with the largest err/mul, err_norm/mul and sq/mul of all queries the last term is the row's
-// alone. Every term here is on the safe side by 2^-18 of itself, more than the rounding of floats
-// can take away, here and in bound(). Rows of scale 0 give a NaN or -infinity, and pass.
-struct StopTest {
+// and with the largest err/mul, err_norm/mul and sq/mul of some queries the last term is the row's
+// alone: four operations a pair. Every term is on the safe side by 2^-18 of itself, more than the
+// rounding of floats can take away, here and in bound(). Rows of scale 0 give a NaN or -infinity,
+// and pass.
+struct FirstTerms {
+  float err = 0, err_norm = 0, sq = -INFINITY;  // over mul, the largest; sq is negative
+
+  void add(const ScanQuery& s, int stop) {
+    err = larger(err, s.err[stop] / s.mul * (1 + 0x1p-18f));
+    err_norm = larger(err_norm, s.err_norm[stop] / s.mul * (1 + 0x1p-18f));
+    sq = larger(sq, s.sq / s.mul * (1 - 0x1p-18f));
+  }
+  static float need(const ScanQuery& s) {  // (tau - base)/mul
+    const float rounding = (fabsf(s.tau) + fabsf(s.base)) * 0x1p-18f;
+    const float quotient = (s.tau - s.base - rounding) / s.mul;
+    return quotient - fabsf(quotient) * 0x1p-18f;
+  }
+};
+
+struct StopTest : FirstTerms {
   const int stop;
-  int32_t start[kGroup];                        // of sums, without windows
-  float need[kGroup], left[kGroup];             // (tau - base)/mul, left/mul
-  float err = 0, err_norm = 0, sq = -INFINITY;  // over mul
+  int32_t start[kGroup];              // of sums, without windows
+  float needs[kGroup], left[kGroup];  // left/mul
 
   StopTest(const ScanQuery* queries, int nq, int first_stop) : stop(first_stop) {
     for (int q = 0; q < nq; ++q) {
       const ScanQuery& s = queries[q];
       start[q] = s.offset + s.rest[stop];
       left[q] = s.left[stop] / s.mul * (1 + 0x1p-18f);
-      err = larger(err, s.err[stop] / s.mul * (1 + 0x1p-18f));
-      err_norm = larger(err_norm, s.err_norm[stop] / s.mul * (1 + 0x1p-18f));
-      sq = larger(sq, s.sq / s.mul * (1 - 0x1p-18f));
-      raise(q, s);
+      needs[q] = need(s);
+      add(s, stop);
     }
   }
-  void raise(int q, const ScanQuery& s) {
-    const float rounding = (fabsf(s.tau) + fabsf(s.base)) * 0x1p-18f;
-    const float quotient = (s.tau - s.base - rounding) / s.mul;
-    need[q] = quotient - fabsf(quotient) * 0x1p-18f;
+};
+
+// The first block from `block` on with a live row, or `end`.
+inline uint32_t next_live(const ScanRows& rows, uint32_t block, uint32_t end) {
+  if (rows.live)
+    while (block < end && !rows.live[block]) ++block;
+  return block < end ? block : end;
+}
+
+// Blocks that are scanned together: two with live rows, one where there is no other, or none.
+struct Blocks {
+  uint32_t first, apart = 0;
+  int count = 0;
+
+  Blocks(const ScanRows& rows, uint32_t from, uint32_t end) : first(next_live(rows, from, end)) {
+    if (first == end) return;
+    const uint32_t second = next_live(rows, first + 1, end);
+    count = second < end ? 2 : 1;
+    if (count == 2) apart = second - first;
   }
+  uint32_t behind() const { return first + apart + 1; }
 };
 
 }  // namespace

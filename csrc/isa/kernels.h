@@ -90,9 +90,9 @@ struct Sink {
 
 struct Kernels {
   const char* name;
-  int window;      // of scan_int8 (see above); 0: it sums in 32 bits
-  int tile_batch;  // scan_int8 takes tiles from so many queries on; 0: never
-  int fast_batch;  // and scans a block's codes in less than one row's score takes
+  int window;        // of scan_int8 (see above); 0: it sums in 32 bits
+  int tile_batch;    // scan_int8 takes tiles from so many queries on; 0: never
+  int matrix_batch;  // and multiplies them as matrices from so many on; 0: never
   // Bounds of the rows of blocks [begin, end) for `nq` queries. The one over codes adds to
   // `stopped` how many pairs it left at each stop.
   void (*scan_int8)(const ScanRows&, uint32_t begin, uint32_t end, ScanQuery*, int nq, bool l2,

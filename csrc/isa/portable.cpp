@@ -38,7 +38,7 @@ void bound(const ScanRows& rows, uint32_t block, const ScanQuery& q, const int32
 
 void scan_int8(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
                bool l2, Sink* sink, int64_t* stopped) {
-  for (uint32_t b = begin; b < end; ++b) {
+  for (uint32_t b = next_live(rows, begin, end); b < end; b = next_live(rows, b + 1, end)) {
     const uint8_t* codes = rows.codes + static_cast<size_t>(b) * rows.groups * 64;
     for (int q = 0; q < nq; ++q) {
       int32_t sum[kBlockRows];
@@ -69,7 +69,7 @@ void scan_int8(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* qu
 void scan_fp16(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
                bool l2, bool cosine, Sink* sink) {
   constexpr int kStep = 256;
-  for (uint32_t b = begin; b < end; ++b) {
+  for (uint32_t b = next_live(rows, begin, end); b < end; b = next_live(rows, b + 1, end)) {
     const size_t first = static_cast<size_t>(b) * kBlockRows;
     for (int q0 = 0; q0 < nq; q0 += 8) {
       const int count = nq - q0 < 8 ? nq - q0 : 8;

@@ -191,12 +191,11 @@ void Collector::take(Collector& other) {
   rescored += other.rescored;
 }
 
-const std::vector<Found>& Collector::finish() {
+void Collector::finish() {
   capacity_ = 0;
   raise();
   shrink();
   std::sort(best_.begin(), best_.end(), better);
-  return best_;
 }
 
 bool Collector::certain() const {

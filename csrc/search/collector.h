@@ -154,9 +154,8 @@ class alignas(64) Collector {
   void refresh() { tau_ = std::max(tau_, query_->tau.load(std::memory_order_relaxed)); }
   void raise();                 // tau to what is known by now
   void take(Collector& other);  // moves everything found by another thread here
-  // Rescores what still matters; the result, best first.
-  const std::vector<Found>& finish();
-  const std::vector<Found>& result() const { return best_; }
+  void finish();                // rescores what still matters
+  const std::vector<Found>& result() const { return best_; }  // best first, then
   // Whether no row that tau kept out could be in the result: tau was never above its last score.
   bool certain() const;
 

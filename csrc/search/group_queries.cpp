@@ -13,12 +13,11 @@ constexpr double kSpeck = 1e-30;  // over everything that underflows in a scan
 }  // namespace
 
 void GroupSearch::prepare(const float* queries) {
-  const size_t total = static_cast<size_t>((n_ + 15) / 16 * 16) * pad_;
   if (s_.capacity < n_) {
     s_.queries.reset(new Query[static_cast<size_t>(n_)]);
     s_.capacity = n_;
   }
-  s_.q.assign(total, 0);
+  s_.q.assign(static_cast<size_t>(n_) * pad_, 0);
   for (int64_t i = 0; i < n_; ++i) {
     double* q = s_.q.data() + i * pad_;
     double top = 0;

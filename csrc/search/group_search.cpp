@@ -18,7 +18,7 @@ constexpr size_t kLeastChunk = 256 << 10, kMostChunk = 1 << 20;  // bytes
 constexpr size_t kChunks = 64;                                   // a thread's, between these
 constexpr int64_t kWarmUp = 32;    // times k rows, before a scan is judged
 constexpr int64_t kOpening = 8;    // times k are opened of as many rows as went before
-constexpr uint32_t kDeadRun = 2;   // blocks without a live row that a scan steps over
+constexpr uint32_t kDeadRun = 2;   // blocks without a live row between which a scan ends
 constexpr size_t kFew = 64 << 10;  // bytes of live rows, to which chunks are joined
 
 size_t few_rows(int64_t dim) { return std::max<size_t>(1, kFew / (static_cast<size_t>(dim) * 2)); }
@@ -264,30 +264,34 @@ void GroupSearch::scan_chunk(Worker& w, const Chunk& chunk) {
   }
   for (uint32_t begin = chunk.begin, end; begin < chunk.end; begin = end) {
     end = w.pays ? chunk.end : std::min(chunk.end, begin + kTrial);
-    if (mask) end = live_run(mask, begin, end);
+    if (mask && n_ < 4) end = live_run(mask, begin, end);
     if (begin < end) scan_blocks(w, begin, end);
   }
 }
 
 void GroupSearch::scan_blocks(Worker& w, uint32_t begin, uint32_t end) {
   const SegmentView& view = (*task_.snapshot)[w.chunk_segment];
+  const uint16_t* mask = live(w.chunk_segment);
+  const auto dead = mask ? std::count(mask + begin, mask + end, 0) : 0;  // they are stepped over
+  const int64_t blocks = int64_t{end - begin} - dead;
+  if (blocks == 0) return;
   w.opened = 0;
-  const int64_t pairs = static_cast<int64_t>(end - begin) * kBlockRows * n_;
+  const int64_t pairs = blocks * kBlockRows * n_;
   w.stats.rows_scanned += pairs;
   const int lowest = task_.scan == Scan::fp16 || !view.codes ? kFp16 : kInt8;
   const int level = task_.scan == Scan::automatic ? std::max(w.level, lowest) : lowest;
-  ScanRows rows{};
-  rows.rows = view.segment->rows.as<uint16_t>();
-  rows.row_norm = view.segment->row_norm.as<float>();
-  rows.live = live(w.chunk_segment);
-  rows.dim = static_cast<int>(dim_);
-  rows.groups = code_groups(dim_);
-  const bool l2 = task_.metric == Metric::l2;
   if (level == kCanonical) {
     ++w.stats.chunks_canonical;
     canonical_rows(w, w.chunk_segment, begin * kBlockRows, end * kBlockRows);
     return;
   }
+  ScanRows rows{};
+  rows.rows = view.segment->rows.as<uint16_t>();
+  rows.row_norm = view.segment->row_norm.as<float>();
+  rows.live = mask;
+  rows.dim = static_cast<int>(dim_);
+  rows.groups = code_groups(dim_);
+  const bool l2 = task_.metric == Metric::l2;
   std::vector<ScanQuery>& queries = level == kInt8 ? w.int8 : w.fp16;
   for (int64_t q = 0; q < n_; ++q) {
     w.collectors[static_cast<size_t>(q)].refresh();
@@ -310,7 +314,7 @@ void GroupSearch::scan_blocks(Worker& w, uint32_t begin, uint32_t end) {
     w.stats.rows_stopped += stopped[0] + stopped[1];
     if (stops) {
       const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - began;
-      w.stop.add(taken.count(), end - begin, stopped, pairs);
+      w.stop.add(taken.count(), blocks, stopped, pairs);
       if (w.stop.blocks() >= chunk_blocks_ / 2) w.stop.judge();
     }
   } else {
@@ -324,7 +328,7 @@ void GroupSearch::scan_blocks(Worker& w, uint32_t begin, uint32_t end) {
   // A scan that opens most of what it reads does not pay: take the next finer one for a while.
   // Only the first rows cannot be judged: most of them are among the k best so far. For long
   // after, of as many rows as have been seen, a few times k are.
-  w.seen += (end - begin) * kBlockRows;
+  w.seen += blocks * kBlockRows;
   if (task_.scan != Scan::automatic || w.seen < kWarmUp * k_) return;
   const double share = static_cast<double>(w.opened) / static_cast<double>(pairs) -
                        static_cast<double>(kOpening * k_) / static_cast<double>(w.seen);

@@ -25,9 +25,8 @@ Index& Index::operator=(Index&&) noexcept = default;
 
 uint64_t bisect(const Snapshot& s, int64_t id) {
   // The last segment that does not begin after `id`.
-  auto after = std::partition_point(
-      s.begin(), s.end(), [&](const SegmentView& v) { return v.n == 0 || v.id(0) <= id; });
-  while (after != s.begin() && (after - 1)->n == 0) --after;
+  auto after =
+      std::partition_point(s.begin(), s.end(), [&](const SegmentView& v) { return v.id(0) <= id; });
   if (after == s.begin()) return IdMap::kMissing;
   const SegmentView& v = *--after;
   uint32_t row;

@@ -64,15 +64,14 @@ Json read_manifest(const std::string& path) {
 }
 
 // A payload: mapped, or read and checked.
-std::shared_ptr<Buffer> load(const std::string& folder, const FileEntry& entry, bool map,
-                             size_t slack = 0) {
+std::shared_ptr<Buffer> load(const std::string& folder, const FileEntry& entry, bool map) {
   const std::string path = folder + "/" + entry.name;
   File f(path, O_RDONLY);
   if (f.size() != entry.bytes)
     damaged(path, "it has " + std::to_string(f.size()) + " bytes, the manifest says " +
                       std::to_string(entry.bytes));
   if (map) return std::make_shared<Buffer>(Buffer::map_file(f.fd(), entry.bytes));
-  auto b = std::make_shared<Buffer>(Buffer::reserve(entry.bytes + slack));
+  auto b = std::make_shared<Buffer>(Buffer::reserve(entry.bytes));
   f.read(b->as<char>(), entry.bytes);
   if (crc32c(b->as<char>(), entry.bytes) != entry.crc) damaged(path, "its checksum is wrong");
   return b;

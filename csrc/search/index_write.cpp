@@ -25,7 +25,6 @@ int64_t store_rows(const Segment& segment, int64_t dim, int64_t at, const void* 
   std::atomic<int64_t> bad{INT64_MAX};
   parallel_for((n + kTask - 1) / kTask, [&](int, int64_t task) {
     std::vector<float> floats(static_cast<size_t>(dim));
-    AlignedVector<double> wide(static_cast<size_t>(dim + 31) / 32 * 32);
     for (int64_t i = task * kTask; i < std::min(n, (task + 1) * kTask); ++i) {
       uint16_t* x = segment.rows.as<uint16_t>() + (at + i) * dim;
       const int64_t source = (first + i) * stride;
@@ -46,9 +45,7 @@ int64_t store_rows(const Segment& segment, int64_t dim, int64_t at, const void* 
         while (first + i < seen && !bad.compare_exchange_weak(seen, first + i)) {
         }
       }
-      double norm2;
-      k.widen(x, static_cast<int>(dim), wide.data());
-      k.dot(wide.data(), 1, wide.data(), 1, wide.size(), static_cast<int>(dim), &norm2);
+      const double norm2 = k.norm2_row(x, nullptr, static_cast<int>(dim));
       segment.row_norm.as<float>()[at + i] = static_cast<float>(std::sqrt(norm2));
     }
   });

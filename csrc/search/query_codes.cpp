@@ -79,8 +79,9 @@ void CodedQueries::code(int64_t n, int64_t dim, int window, bool tiled, const Ro
                         int threads) {
   const size_t pad = padded(dim), count = static_cast<size_t>(n);
   const size_t windows = window ? pad / (static_cast<size_t>(window) * kBlockDims) : 0;
-  codes.assign(v.size(), 0);
-  if (tiled) tiles.resize(v.size());
+  const size_t whole = (count + kTileQueries - 1) / kTileQueries * kTileQueries;  // tiles
+  codes.assign((tiled ? whole : count) * pad, 0);
+  if (tiled) tiles.resize(codes.size());
   offsets.resize(count * windows);
   quantized.resize(count);
   if (rotation) {

@@ -18,7 +18,7 @@ size_t padded(int64_t dim);
 
 // Queries as a scan of codes takes them.
 struct CodedQueries {
-  AlignedVector<double> v;      // [n, padded], n a multiple of 16: what is coded
+  AlignedVector<double> v;      // [n, padded]: what is coded
   AlignedVector<int8_t> codes;  // of v
   AlignedVector<int8_t> tiles;  // of them (kernels.h)
   std::vector<int32_t> offsets;

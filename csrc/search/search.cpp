@@ -83,9 +83,10 @@ bool worth_sharing(const Snapshot& snapshot, const Filter* filter, int64_t dim, 
 }
 
 bool sparse(int64_t rows, int64_t blocks, int64_t m) {
-  const int fast_batch = kernels().fast_batch;
-  if (m > 64 || (fast_batch && m >= fast_batch)) return false;
-  return 2 * rows <= (m < 16 ? 4 : 3) * blocks;
+  // Measured, a middle: rows without structure would have more, and where scans stop early fewer.
+  const int matrix_batch = kernels().matrix_batch;
+  if (matrix_batch && m >= matrix_batch) return m <= 16 && m * rows <= (m + 5) * blocks;
+  return m <= 64 && 4 * rows <= (m < 16 ? 8 : 5) * blocks;
 }
 
 void search_topk(const SearchTask& task, int64_t k, const Answers* answers, Stats& stats) {
