@@ -37,11 +37,11 @@ def photos(tmp_path):
 
 @pytest.fixture(scope="module")
 def vqvae(tmp_path_factory):
-    """As the folder `vqvae` of microsoft/vq-diffusion-ithq, with a grid of 4 x 4 codes."""
+    """As the folder `vqvae` of microsoft/vq-diffusion-ithq, which leaves VQModel's sample_size."""
     torch.manual_seed(0)
     config = TokenizerConfig(
         block_out_channels=(8, 8, 16), layers_per_block=2, latent_channels=8, vq_embed_dim=8,
-        num_vq_embeddings=32, sample_size=16, norm_num_groups=4,
+        num_vq_embeddings=32, norm_num_groups=4,
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
         up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"),
     )  # fmt: skip
@@ -62,8 +62,8 @@ def test_open_clip_and_a_vqvae_drive_everything(
     result = invoke("database", "build", photos, "--encoder", encoder, "--out", db)
     assert result.exit_code == 0, result.output
     options = [
-        "train", db, "--encoder", encoder, "--tokenizer", vqvae, "--backbone", backbone,
-        "--steps", 1, "--batch", 4, "--versions", 2, "--precision", "fp32",
+        "train", db, "--encoder", encoder, "--tokenizer", vqvae, "--image-size", 16,
+        "--backbone", backbone, "--steps", 1, "--batch", 4, "--versions", 2, "--precision", "fp32",
     ]  # fmt: skip
     result = invoke(*options, "--out", run)
     assert result.exit_code == 0, result.output

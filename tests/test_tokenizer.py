@@ -107,6 +107,23 @@ def test_sizes_are_configuration() -> None:
     assert 0 <= images.min() <= images.max() <= 1
 
 
+def test_the_size_of_the_pictures_may_be_told(tmp_path: Path) -> None:
+    """The weights fit any: a published configuration may hold VQModel's default."""
+    model = made(SMALL)
+    model.save(tmp_path)
+    large = VQTokenizer.from_folder(tmp_path, image_size=40)
+    assert (large.image_size, large.grid) == (40, (10, 10))
+    codes = large.encode(torch.rand(1, 3, 40, 40))
+    assert large.decode(codes).shape == (1, 3, 40, 40)
+    large.save(tmp_path / "large")
+    assert VQTokenizer.from_folder(tmp_path / "large").image_size == 40
+    for bad in (0, -4, 42):
+        with pytest.raises(
+            ValueError, match=f"image_size must be a positive multiple of 4, got {bad}"
+        ):
+            VQTokenizer.from_folder(tmp_path, image_size=bad)
+
+
 def test_half_precision_file(tmp_path: Path) -> None:
     model = made(SMALL)
     model.save(tmp_path, torch.float16)

@@ -35,6 +35,11 @@ SECTIONS = ("model", "condition", "train", "augmentation")
 @click.option("--pictures", type=click.Path(path_type=Path), help="Where a database's lie now.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Another: a VQModel's folder.")
 @click.option(
+    "--image-size",
+    type=int,
+    help="Of --tokenizer: pixels of a picture's side; its sample_size, often VQModel's default 32.",
+)
+@click.option(
     "--backbone", type=click.Choice(["discrete", "continuous"]), default="discrete",
     show_default=True,
 )  # fmt: skip
@@ -85,8 +90,8 @@ SECTIONS = ("model", "condition", "train", "augmentation")
 @click.pass_context
 def train(
     ctx: click.Context, data: Path, out: Path, model: str | None, encoder: str | None,
-    tokenizer: Path | None, backbone: str, start: str | None, editor: bool, file: Path | None,
-    lr: float | None, versions: int, k: int | None, condition: str, noise: float | None,
+    tokenizer: Path | None, image_size: int | None, backbone: str, start: str | None,
+    editor: bool, file: Path | None, lr: float | None, versions: int, k: int | None, condition: str, noise: float | None,
     augment: str, crop: str | None, precision: str, pictures: Path | None, device: str,
     as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
@@ -115,6 +120,8 @@ def train(
 
     if versions < 1:
         raise ValueError(f"--versions: must be at least 1, got {versions}")
+    if image_size is not None and tokenizer is None:
+        raise ValueError("--image-size: of --tokenizer, which is not given")
     if editor and (start is None or backbone != "discrete"):
         raise ValueError("--editor: needs --from, a model with a discrete denoiser to begin with")
     if editor:
@@ -157,7 +164,9 @@ def train(
         raise ValueError(f"--k: must be at most {found}, the readable images, got {shown.k}")
     with processes(device) as these:
         # A tokenizer's folder is small beside an encoder's weights: a wrong path is told first.
-        codes = None if tokenizer is None else VQTokenizer.from_folder(tokenizer, these.device)
+        codes = None
+        if tokenizer is not None:
+            codes = VQTokenizer.from_folder(tokenizer, these.device, image_size)
         embed = None if encoder is None else find_encoder(encoder, str(these.device))
         if codes is None or embed is None:
             pipe = KNNDiffusion.from_pretrained(model or start or "stickers", device=these.device)

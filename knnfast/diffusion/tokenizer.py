@@ -8,7 +8,7 @@ diffusers itself is not imported, because that alone takes seconds beside torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -393,20 +393,37 @@ class VQTokenizer(nn.Module):
         _files.write_json(folder / CONFIG_FILE, self.config.to_dict())
 
     @classmethod
-    def from_folder(cls, path: str | Path, device: str | torch.device = "cpu") -> VQTokenizer:
+    def from_folder(
+        cls, path: str | Path, device: str | torch.device = "cpu", image_size: int | None = None
+    ) -> VQTokenizer:
         """Load a folder that `save` or diffusers' `VQModel.save_pretrained` wrote.
 
         VQ-Diffusion's published VQ-VAE (the folder `vqvae` of microsoft/vq-diffusion-ithq) is one,
         once its weights are safetensors; the names of its time are understood.
 
+        Args:
+            path: the folder.
+            device: where the model goes.
+            image_size: side of the pictures in pixels, a multiple of 2^(stages - 1). None takes the
+                configuration's `sample_size`, which is VQModel's default of 32 wherever nobody set
+                it: the weights fit any size, so nothing else tells.
+
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file is damaged, or the model is of a kind this module does not compute.
+            ValueError: a file is damaged, the model is of a kind this module does not compute, or
+                such an image_size does not fit it.
         """
         file = Path(path) / CONFIG_FILE
         raw = _files.read_json(file)
         weights = Path(path) / WEIGHTS_FILE
         model = load_network(lambda: cls(TokenizerConfig.from_dict(raw)), file, weights, _new_name)
+        if image_size is not None:
+            factor = model.image_size // model.grid[0]
+            if image_size < factor or image_size % factor:
+                raise ValueError(
+                    f"image_size must be a positive multiple of {factor}, got {image_size}"
+                )
+            model.config = replace(model.config, sample_size=image_size)
         return model.to(device)
 
 
