@@ -91,7 +91,8 @@ SECTIONS = ("model", "condition", "train", "augmentation")
 def train(
     ctx: click.Context, data: Path, out: Path, model: str | None, encoder: str | None,
     tokenizer: Path | None, image_size: int | None, backbone: str, start: str | None,
-    editor: bool, file: Path | None, lr: float | None, versions: int, k: int | None, condition: str, noise: float | None,
+    editor: bool, file: Path | None, lr: float | None, versions: int, k: int | None,
+    condition: str, noise: float | None,
     augment: str, crop: str | None, precision: str, pictures: Path | None, device: str,
     as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
