@@ -178,12 +178,20 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield part
         part.chmod(mode)  # safetensors puts a file of its own there, for its owner only
-        with open(part, "rb") as f:
-            os.fsync(f.fileno())
+        _sync(part)
         os.replace(part, path)
+        _sync(path.parent)  # the name, too: what is removed next must not be all that is left
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _beside(path: Path) -> Path:

@@ -301,9 +301,13 @@ class Database(Collection):
         """
         gone = {int(i) for i in np.asarray(ids, np.int64).ravel()}
         with self._writing, self._adding:
-            kept = {i: item for i, item in self._items.items() if i not in gone}
-            found = self.index.remove(ids)
-            self._items = kept
+            before = self._items
+            self._items = {i: item for i, item in before.items() if i not in gone}
+            try:
+                found = self.index.remove(ids)
+            except BaseException:
+                self._items = {i: item for i, item in before.items() if i in self.index}
+                raise
             for i in gone:
                 self._thumbnails.drop(i)
         return found

@@ -116,7 +116,8 @@ class IDSelectorBitmap(IDSelector):
     """Those whose bit is set: bit i % 8 of byte i // 8."""
 
     def __init__(self, bitmap: Any) -> None:
-        self._bitmap = np.array(bitmap)
+        is_bytes = isinstance(bitmap, bytes | bytearray)
+        self._bitmap = np.frombuffer(bytes(bitmap), np.uint8) if is_bytes else np.array(bitmap)
         if self._bitmap.dtype != np.uint8:
             raise TypeError(f"bitmap must be bytes (uint8), got {self._bitmap.dtype}")
         if self._bitmap.ndim != 1:
@@ -184,10 +185,11 @@ class SearchParameters:
         self.sel = None if sel is None else _selector("sel", sel)
 
 
-def _rows(name: str, x: Any) -> np.ndarray:
+def _rows(name: str, x: Any, d: int | None = None) -> np.ndarray:
     rows = np.ascontiguousarray(x, dtype=np.float32)
-    if rows.ndim != 2:
-        raise ValueError(f"{name} must be a matrix [n, d], got shape {rows.shape}")
+    if rows.ndim != 2 or (d is not None and rows.shape[1] != d):
+        wanted = "[n, d]" if d is None else f"[n, {d}]"
+        raise ValueError(f"{name} must be a matrix {wanted}, got shape {list(rows.shape)}")
     return rows
 
 
@@ -214,6 +216,31 @@ def _into(**given: tuple[Any, np.ndarray]) -> list[np.ndarray]:
             out[:] = found
         filled.append(found if out is None else out)
     return filled
+
+
+def _empty_like(index: Index) -> Index:
+    return Index(index.dim, metric=index.metric, scan=index.scan)
+
+
+def _filters(index: Index, params: SearchParameters | None) -> dict[str, np.ndarray]:
+    if params is None:
+        return {}
+    if not isinstance(params, SearchParameters):
+        raise TypeError(f"params must be SearchParameters(sel=...), got {type(params).__name__}")
+    return {} if params.sel is None else params.sel.filters(index)
+
+
+def _search(
+    index: Index, x: Any, k: int, params: SearchParameters | None
+) -> tuple[np.ndarray, np.ndarray]:
+    distances, labels = index.search(_rows("x", x, index.dim), k, **_filters(index, params))
+    worst = np.finfo(np.float32).max * (-1 if index.metric == "ip" else 1)
+    distances[labels < 0] = worst
+    return distances, labels
+
+
+def _vectors(index: Index, labels: np.ndarray) -> np.ndarray:
+    return index.vectors(labels).astype(np.float32)
 
 
 class _Flat:
@@ -244,15 +271,7 @@ class _Flat:
 
     def reset(self) -> None:
         """Remove all rows."""
-        self._index = Index(self.d, metric=self._index.metric)
-
-    def _filters(self, params: SearchParameters | None) -> dict[str, np.ndarray]:
-        if params is None:
-            return {}
-        if not isinstance(params, SearchParameters):
-            kind = type(params).__name__
-            raise TypeError(f"params must be SearchParameters(sel=...), got {kind}")
-        return {} if params.sel is None else params.sel.filters(self._index)
+        self._index = _empty_like(self._index)
 
     def search(
         self,
@@ -267,9 +286,7 @@ class _Flat:
 
         Where there are fewer rows, label -1 and the float32 that is worst.
         """
-        distances, labels = self._index.search(_rows("x", x), k, **self._filters(params))
-        worst = np.finfo(np.float32).max * (-1 if self._index.metric == "ip" else 1)
-        distances[labels < 0] = worst
+        distances, labels = _search(self._index, x, k, params)
         into_d, into_i = _into(D=(D, distances), I=(I, labels))
         return into_d, into_i
 
@@ -291,9 +308,10 @@ class _Flat:
 
         NaN where there is no row.
         """
-        distances, labels = self.search(x, k, params=params)
-        rows = np.full((*labels.shape, self.d), np.nan, np.float32)
-        rows[labels >= 0] = self.reconstruct_batch(labels[labels >= 0])
+        index = self._index  # one for labels and rows: remove_ids may put another in its place
+        distances, labels = _search(index, x, k, params)
+        rows = np.full((*labels.shape, index.dim), np.nan, np.float32)
+        rows[labels >= 0] = index.vectors(labels[labels >= 0])
         into_d, into_i, into_r = _into(D=(D, distances), I=(I, labels), R=(R, rows))
         return into_d, into_i, into_r
 
@@ -301,33 +319,36 @@ class _Flat:
         self, x: Any, thresh: float, *, params: SearchParameters | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Lims (uint64), distances and labels of all rows above (L2: below) the threshold."""
-        lims, distances, labels = self._index.range_search(
-            _rows("x", x), thresh, **self._filters(params)
+        index = self._index
+        thresh = interop.as_float(thresh, "thresh")
+        lims, distances, labels = index.range_search(
+            _rows("x", x, index.dim), thresh, **_filters(index, params)
         )
         return lims.astype(np.uint64), distances, labels
 
     def reconstruct(self, key: int, x: np.ndarray | None = None) -> np.ndarray:
         """One stored row as float32; into x where it is given."""
-        return _into(x=(x, self.reconstruct_batch([key])[0]))[0]
+        return _into(x=(x, self.reconstruct_batch([interop.as_int(key, "key")])[0]))[0]
 
     def reconstruct_batch(self, key: Any, x: np.ndarray | None = None) -> np.ndarray:
         """Stored rows as float32; into x where it is given."""
-        return _into(x=(x, self._index.vectors(key).astype(np.float32)))[0]
+        return _into(x=(x, _vectors(self._index, interop.as_ids(key, "key"))))[0]
 
     def reconstruct_n(self, n0: int = 0, ni: int = -1, x: np.ndarray | None = None) -> np.ndarray:
         """Stored rows n0 to n0 + ni, in order, as float32; ni = -1: to the last one."""
-        ids = self._index.ids
+        index = self._index
+        ids = index.ids
         end = len(ids) if ni == -1 else n0 + ni
         if not 0 <= n0 <= end <= len(ids):
             raise ValueError(f"n0 and ni: rows [{n0}, {end}) of {len(ids)}")
-        return self.reconstruct_batch(ids[n0:end], x)
+        return _into(x=(x, _vectors(index, ids[n0:end])))[0]
 
     def remove_ids(self, x: Any) -> int:
         """Remove rows by label: a list of labels or a selector."""
+        index = self._index
         if isinstance(x, IDSelector):
-            ids = self._index.ids
-            x = ids[x.members(ids)]
-        return self._index.remove(x)
+            x = index.ids[x.members(index.ids)]
+        return index.remove(interop.as_ids(x, "x"))
 
 
 class IndexFlat(_Flat):
@@ -339,19 +360,20 @@ class IndexFlat(_Flat):
 
     def add(self, x: Any) -> None:
         """Append rows; labels count up from 0."""
-        rows = _rows("x", x)
+        rows = _rows("x", x, self.d)
         self._index.add(rows, self.ntotal + np.arange(len(rows)) if self._opened else None)
 
     def remove_ids(self, x: Any) -> int:
         """Remove rows; as in FAISS, the labels of those behind them move down."""
-        ids = self._index.ids
+        index = self._index
+        ids = index.ids
         if isinstance(x, IDSelector):
             gone = x.members(ids)
         else:
             gone = np.isin(ids, interop.as_ids(x, "x"))
         if gone.any():
-            kept = Index(self.d, metric=self._index.metric)
-            kept.add(self._index.vectors(ids[~gone]))
+            kept = _empty_like(index)
+            kept.add(index.vectors(ids[~gone]))
             self._index = kept
         return int(gone.sum())
 
@@ -390,7 +412,7 @@ class IndexIDMap(_Flat):
 
     def add_with_ids(self, x: Any, ids: Any) -> None:
         """Append rows under these unique labels."""
-        self._index.add(_rows("x", x), ids)
+        self._index.add(_rows("x", x, self.d), ids)
 
     def reconstruct_n(self, n0: int = 0, ni: int = -1, x: np.ndarray | None = None) -> np.ndarray:
         """Stored rows of the labels n0 to n0 + ni as float32; ni = -1: as many as there are rows.
@@ -407,10 +429,11 @@ IndexIDMap2 = IndexIDMap
 
 
 def index_factory(d: int, description: str, metric: int = METRIC_L2) -> _Flat:
-    """A flat index by its description: `Flat`, `IDMap,Flat` or `IDMap2,Flat`."""
-    if description == "Flat":
+    """A flat index by its description: `Flat`, or with `IDMap` or `IDMap2` before or behind it."""
+    parts = description.split(",") if isinstance(description, str) else []
+    if parts == ["Flat"]:
         return IndexFlat(d, metric)
-    if description in ("IDMap,Flat", "IDMap2,Flat"):
+    if len(parts) == 2 and "Flat" in parts and {"IDMap", "IDMap2"} & set(parts):
         return IndexIDMap(IndexFlat(d, metric))
     raise ValueError(f"description must be Flat, IDMap,Flat or IDMap2,Flat, got {description!r}")
 

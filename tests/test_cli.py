@@ -315,6 +315,30 @@ def test_an_interrupted_database_add_keeps_what_it_embedded(folder, tmp_path, mo
     assert len(Database.open(out)) == 2
 
 
+def test_adding_goes_to_what_others_saved_meanwhile(folder, tmp_path, monkeypatch):
+    from knnfast.encoders.small import SmallEncoder
+
+    out, first = tmp_path / "db", tmp_path / "first"
+    first.mkdir()
+    (folder / "blue-2.png").rename(first / "blue-2.png")
+    assert invoke("database", "build", first, "--encoder", "stickers", "--out", out).exit_code == 0
+    encode = SmallEncoder.encode_images
+
+    def while_another_removes(self, images, batch_size):
+        theirs = Database.open(out)
+        theirs.remove(theirs.ids)
+        theirs.save(out)
+        return encode(self, images, batch_size)
+
+    monkeypatch.setattr(SmallEncoder, "encode_images", while_another_removes)
+    added = invoke("database", "add", out, folder, "--encoder", "stickers", "--json")
+    assert added.exit_code == 0, added.output
+    assert json.loads(added.stdout)["images"] == 2
+    db = Database.open(out)
+    assert sorted(item.name for item in db) == ["green-1", "red-0"]
+    assert all(db.thumbnail(i).size for i in db.ids.tolist())
+
+
 def test_database_build_info_merge(folder, tmp_path):
     out = tmp_path / "db"
     result = invoke("database", "build", folder, "--encoder", "stickers", "--out", out)

@@ -16,6 +16,7 @@ from knnfast import _files
 from knnfast.database import Database
 from knnfast.encoders import Embeddings, EncoderCard
 from knnfast.images import flatten, read_image
+from knnfast.search import Index
 
 
 class ColourEncoder:
@@ -686,6 +687,23 @@ def test_thumbnails_are_read_while_they_are_saved_in_their_place(tmp_path, monke
 
     monkeypatch.setattr(_files, "check_sha256", check_sha256)
     assert (looks(db, range(3)) == before).all()
+
+
+def test_a_remove_that_stops_half_way_is_none(built, monkeypatch):
+    red, *_ = before = built.ids.tolist()
+    remove = Index.remove
+    for done in (False, True):  # stopped before the rows' removal and behind it
+
+        def stop(self, ids, done=done):
+            if done:
+                remove(self, ids)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Index, "remove", stop)
+        with pytest.raises(KeyboardInterrupt):
+            built.remove([red])
+        assert built.ids.tolist() == (before[1:] if done else before)
+        assert len(built.index) == len(built)
 
 
 def test_remove(built, tmp_path):

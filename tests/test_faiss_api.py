@@ -1,5 +1,7 @@
 """FAISS's own names: code for its flat indexes gets the same results from ours."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -103,8 +105,17 @@ def test_faiss_names_beyond_the_basics():
 def test_faiss_names_with_bad_input():
     flat = faiss_api.IndexFlatL2(4)
     flat.add(np.ones((3, 4)))
-    with pytest.raises(ValueError, match=r"x must be a matrix \[n, d\], got shape \(4,\)"):
-        flat.search(np.ones(4), 1)
+    for bad in (np.ones(4), np.ones((2, 5))):
+        message = re.escape(f"x must be a matrix [n, 4], got shape {list(bad.shape)}")
+        for call in (flat.add, lambda x: flat.search(x, 1), lambda x: flat.range_search(x, 1.0)):
+            with pytest.raises(ValueError, match=message):
+                call(bad)
+    with pytest.raises(TypeError, match="thresh must be a number, got 'a'"):
+        flat.range_search(np.ones((1, 4)), "a")
+    with pytest.raises(TypeError, match=r"key must be a whole number, got 1\.5"):
+        flat.reconstruct(1.5)
+    with pytest.raises(TypeError, match="key must hold integers, got float64"):
+        flat.reconstruct_batch([1.5])
     with pytest.raises(ValueError, match=r"n0 and ni: rows \[2, 4\) of 3"):
         flat.reconstruct_n(2, 2)
     named = faiss_api.IndexIDMap(faiss_api.IndexFlatL2(4))
@@ -137,8 +148,32 @@ def test_faiss_names_with_bad_input():
         faiss_api.IndexIDMap(4)
     with pytest.raises(ValueError, match="metric must be METRIC_INNER_PRODUCT or METRIC_L2, got 2"):
         faiss_api.IndexFlat(4, 2)
-    with pytest.raises(ValueError, match=r"description must be Flat, .* got 'HNSW32'"):
-        faiss_api.index_factory(4, "HNSW32")
+    for bad in ("HNSW32", "IDMap,IDMap2", "Flat,Flat", "IDMap", None):
+        with pytest.raises(ValueError, match=f"description must be Flat, .* got {bad!r}"):
+            faiss_api.index_factory(4, bad)
+
+
+def test_faiss_names_of_a_map_before_or_behind():
+    for description in ("IDMap,Flat", "IDMap2,Flat", "Flat,IDMap", "Flat,IDMap2"):
+        assert type(faiss_api.index_factory(4, description)) is faiss_api.IndexIDMap
+
+
+def test_faiss_names_keep_the_scan(tmp_path):
+    """Of an index without codes: with them it would take half as much memory again."""
+    index = Index(4, scan="fp16")
+    index.add(np.eye(4, dtype=np.float32))
+    index.save(tmp_path)
+    for forget in (lambda flat: flat.remove_ids([2]), lambda flat: flat.reset()):
+        flat = faiss_api.read_index(tmp_path)
+        forget(flat)
+        faiss_api.write_index(flat, tmp_path / "changed")
+        assert Index.open(tmp_path / "changed").scan == "fp16"
+
+
+def test_files_that_are_no_folders(tmp_path):
+    (tmp_path / "theirs.index").write_bytes(b"IxFI")
+    with pytest.raises(ValueError, match=r"theirs\.index is a file; an index is a folder"):
+        faiss_api.read_index(tmp_path / "theirs.index")
 
 
 def test_faiss_names_go_on_from_an_index_whose_last_rows_are_gone(tmp_path):
@@ -176,7 +211,7 @@ def test_selectors_keep_what_they_were_given():
     ids, bits = np.array([1, 2]), np.array([6], np.uint8)
     selectors = faiss_api.IDSelectorBatch(ids), faiss_api.IDSelectorBitmap(bits)
     ids[:], bits[:] = 7, 255
-    for sel in selectors:
+    for sel in (*selectors, faiss_api.IDSelectorBitmap(b"\x06")):
         assert [sel.is_member(i) for i in (1, 2, 7)] == [True, True, False]
 
 

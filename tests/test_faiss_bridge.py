@@ -25,3 +25,20 @@ def test_faiss_round_trip():
         Index.from_faiss(faiss.IndexHNSWFlat(16))
     with pytest.raises(TypeError, match=r"index must be a faiss\.Index, got int"):
         Index.from_faiss(3)
+
+
+def test_a_row_that_does_not_fit_is_named(monkeypatch):
+    """By its place in FAISS's index, not in the piece that was read."""
+    faiss = pytest.importorskip("faiss")
+    flat = faiss.IndexFlatIP(1 << 16)  # 256 rows a piece
+    x = np.zeros((260, 1 << 16), np.float32)
+    for bad in (np.nan, np.inf, -65520.0):
+        x[258, 5] = bad
+        flat.reset()
+        flat.add(x)
+        with pytest.raises(ValueError, match=r"index: row 258 holds NaN or a value beyond ±65504"):
+            Index.from_faiss(flat)
+    x[258, 5] = 65519.0
+    flat.reset()
+    flat.add(x)
+    assert len(Index.from_faiss(flat)) == 260

@@ -13,7 +13,6 @@
 #include "common/exact_floats.h"
 #include "common/file.h"
 #include "common/json.h"
-#include "common/thread_pool.h"
 #include "search/index_files.h"
 #include "search/index_impl.h"
 #include "search/rotation.h"
@@ -282,13 +281,9 @@ std::vector<std::string> Index::verify() const {
     folder = impl_->folder;
     files = impl_->files;
   }
-  std::vector<char> bad(files.size());
-  parallel_for(static_cast<int64_t>(files.size()), [&](int, int64_t i) {
-    bad[static_cast<size_t>(i)] = !intact(folder, files[static_cast<size_t>(i)]);
-  });
   std::vector<std::string> out;
-  for (size_t i = 0; i < files.size(); ++i)
-    if (bad[i]) out.push_back(folder + "/" + files[i].name);
+  for (const FileEntry& file : files)  // on this thread: searches want the others
+    if (!intact(folder, file)) out.push_back(folder + "/" + file.name);
   if (!out.empty() && saved_anew(folder, files))
     throw std::system_error(ENOENT, std::generic_category(),
                             folder + " was saved anew since it was opened: open it again");

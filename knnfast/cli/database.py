@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +17,9 @@ from knnfast.cli._shared import (
     find_encoder,
     neighbours_of,
 )
+
+if TYPE_CHECKING:
+    from knnfast.database import Database
 
 _encoder = click.option(
     "--encoder",
@@ -150,13 +153,34 @@ def database_add(
     finally:
         added = len(db) - before
         if added:
-            db.save(path)
+            db = _save_added(db, before, path)
     if as_json:
         result = {"path": str(path), "images": len(db), "added": added}
         click.echo(json.dumps({**result, "skipped": skipped.files}, indent=1))
     else:
         images = "image" if added == 1 else "images"
         click.echo(f"{path}: {added:,} {images} added, now {len(db):,}, {skipped}")
+
+
+def _save_added(db: Database, before: int, path: Path) -> Database:
+    """Save what was added behind the first `before` images; to what others saved meanwhile, too."""
+    from knnfast.database import Database
+    from knnfast.encoders import Embeddings
+
+    try:
+        db.save(path)
+        return db
+    except ValueError:
+        theirs = Database.open(path)
+    there = {item.source for item in theirs} - {""}
+    ids = [i for i in db.ids[before:].tolist() if db[i].source not in there]
+    theirs.add(
+        Embeddings(db.vectors(ids), db.encoder),
+        [db.thumbnail(i) for i in ids], names=[db[i].name for i in ids],
+        groups=[db[i].group for i in ids], sources=[db[i].source for i in ids],
+    )  # fmt: skip
+    theirs.save(path)
+    return theirs
 
 
 @database.command("info")

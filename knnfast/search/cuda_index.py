@@ -128,6 +128,9 @@ class CudaIndex(Index):
             results = _empty(q.hold, shape)
         else:
             results = self._out(out[0], shape, "float32"), self._out(out[1], shape, "int64")
+            first, second = map(_address, results)
+            if first < second + 8 * q.n * k and second < first + 4 * q.n * k:
+                raise ValueError("out: scores and ids must not share memory")
         self._core.search(
             q.address, q.dtype, q.stride, q.n, k, *filters,
             _address(results[0]), _address(results[1]), 0, q.stream, True,
@@ -205,13 +208,13 @@ class CudaIndex(Index):
             n = 1 if single else len(array)
             return _Rows(array.ctypes.data, dtype, n, self.dim, single, False, 0, array, rows.back)
         given = _array(given, name, self._number)
+        if _is_torch(given):
+            given = interop.as_dense(sys.modules["torch"], given, name)
         dtype_name = str(given.dtype).removeprefix("torch.")
         if dtype_name not in _DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16 or float32, got {dtype_name}")
         _check_shape(tuple(given.shape), self.dim, name)
         self._check_device(given, name)
-        if _is_torch(given):
-            given = given.detach()
         single = given.ndim == 1
         strides = (
             given.stride() if _is_torch(given) else [s // given.itemsize for s in given.strides]

@@ -60,8 +60,7 @@ class ShardedIndex:
         single = q.ndim == 1
         if single:
             q = q[None]
-        if self._index.device != "cpu":
-            q = q.to(self._index.device)
+        q = q.to(self._index.device)
         exact, ids = self._index._search_exact(q, k, allow, deny)
         larger = -exact if self._index.metric == "l2" else exact
         keys = self._gather(larger).transpose(0, 1).flatten(1)  # [M, processes · k]

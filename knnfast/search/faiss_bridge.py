@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+MOST = 65520  # from here on FP16 rounds to infinity
+
 
 def _faiss() -> Any:
     try:
@@ -18,7 +20,8 @@ def _faiss() -> Any:
 def from_faiss(given: Any) -> Any:
     """An `Index` with the rows, ids and metric of a FAISS flat index.
 
-    Raises: TypeError for an index that does not hold its rows flat.
+    Raises: TypeError for an index that does not hold its rows flat; ValueError for a row that does
+        not fit into FP16, or ids that are negative or not unique.
     """
     from knnfast.search.index import Index
 
@@ -41,6 +44,10 @@ def from_faiss(given: Any) -> Any:
     step = max(1, (64 << 20) // (4 * index.d))
     for first in range(0, index.ntotal, step):
         rows = index.reconstruct_n(first, min(step, index.ntotal - first))
+        if not (fits := (abs(rows) < MOST).all(1)).all():  # not so of NaN
+            raise ValueError(
+                f"index: row {first + int(fits.argmin())} holds NaN or a value beyond ±65504 (FP16)"
+            )
         ours.add(rows, None if ids is None else ids[first : first + step])
     return ours
 

@@ -153,7 +153,7 @@ class Index:
         own = None
         if ids is not None:
             own = interop.as_ids(ids, "ids")
-            n = 1 if rows.array.ndim == 1 else len(rows.array)
+            n = 1 if rows.array.ndim < 2 else len(rows.array)
             if len(own) != n:
                 raise ValueError(f"ids must have one id a row: got {len(own)} for {n} rows")
         return self._core.add(rows.array, rows.bf16, own)
@@ -166,7 +166,7 @@ class Index:
         Args:
             queries: [M, dim] or [dim], fp16 | bf16 | fp32.
             k: rows wanted, k >= 1; more than there are pads with id -1 and -inf (l2: +inf).
-            allow, deny: ids (integers), or a packed little-endian bitset over ids (uint8).
+            allow, deny: ids (integers), or a packed little-endian bitset over ids (uint8 or bytes).
             out: (scores float32, ids int64) of the result's shape to fill and return.
         Returns: scores [M, k] float32 and ids [M, k] int64, best first ([k] for one query), in the
             framework and on the device of the queries.
@@ -209,6 +209,9 @@ class Index:
         self, queries: Any, radius: float, allow: Any = None, deny: Any = None
     ) -> tuple[Any, Any, Any]:
         """Find all rows scoring above `radius` (l2: nearer than it), strictly.
+
+        Scores are compared in FP64, before they are rounded to what is returned: a row may be found
+        whose returned score equals `radius`.
 
         Args:
             queries: [M, dim] or [dim], fp16 | bf16 | fp32.
@@ -281,10 +284,13 @@ class Index:
     def open(cls, path: str | os.PathLike[str], device: str = "cpu", mmap: bool = True) -> Index:
         """Open a saved index; with `mmap` its rows stay in the files until they are touched.
 
-        Raises: FileNotFoundError and other OSErrors; DamagedFile (a ValueError) naming the path.
+        Raises: FileNotFoundError and other OSErrors; DamagedFile (a ValueError) naming the path;
+            ValueError a file in the folder's place.
         """
         on_cuda = is_cuda("device", device)
         path = interop.as_path(path, "path")
+        if os.path.isfile(path):
+            raise ValueError(f"{path} is a file; an index is a folder (of FAISS's: from_faiss)")
         if not os.path.isfile(os.path.join(path, "manifest.json")):
             raise FileNotFoundError(f"{path} holds no index (no manifest.json)")
         index = Index._wrap(_C.Index.open(os.fsencode(path), mmap))

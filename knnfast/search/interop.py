@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import sys
+from array import array as Buffer
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,14 +53,21 @@ def as_rows(given: Any, name: str) -> Rows:
         except (BufferError, RuntimeError) as error:
             if torch is None:
                 raise TypeError(f"{name}: numpy cannot take this DLPack tensor: {error}") from error
-            return _from_torch(torch, torch.from_dlpack(given), name)
+            return _from_torch(torch, torch.from_dlpack(given), name)._replace(back=_same)
     raise TypeError(
         f"{name} must be an array (numpy, torch, cupy or DLPack) of float16, bfloat16 or float32, "
         f"got {type(given).__name__}"
     )
 
 
+def _unmasked(array: Any, name: str) -> Any:
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array: fill or compress it first")
+    return array
+
+
 def _checked(array: np.ndarray, name: str) -> np.ndarray:
+    _unmasked(array, name)
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4):
         raise TypeError(f"{name} must be float16, bfloat16 or float32, got {array.dtype}")
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
@@ -83,12 +91,16 @@ def _from_torch(torch: Any, given: Any, name: str) -> Rows:
     return Rows(host.numpy(), False, back)
 
 
-def _on_host(torch: Any, given: Any, name: str) -> Any:
-    """A tensor that numpy can view."""
+def as_dense(torch: Any, given: Any, name: str) -> Any:
+    """A tensor whose memory holds its values, outside autograd; a TypeError for another layout."""
     if given.is_meta or given.is_nested or given.layout != torch.strided:
         kinds = {given.is_meta: "a meta tensor", given.is_nested: "a nested tensor"}
         raise TypeError(f"{name} must be a dense tensor, got {kinds.get(True, given.layout)}")
-    return given.detach().cpu().resolve_conj().resolve_neg()
+    return given.detach().resolve_conj().resolve_neg()
+
+
+def _on_host(torch: Any, given: Any, name: str) -> Any:
+    return as_dense(torch, given, name).cpu()
 
 
 def _host_array(given: Any, name: str) -> np.ndarray:
@@ -97,7 +109,7 @@ def _host_array(given: Any, name: str) -> np.ndarray:
         given = _on_host(torch, given, name).numpy()
     elif hasattr(given, "__cuda_array_interface__") and "cupy" in sys.modules:
         given = sys.modules["cupy"].asnumpy(given)
-    return np.asarray(given)
+    return np.asarray(_unmasked(given, name))
 
 
 def as_ids(given: Any, name: str) -> np.ndarray:
@@ -125,11 +137,15 @@ _FILTERS = np.dtype(np.int64), np.dtype(np.uint8)
 
 
 def as_filter(given: Any, name: str) -> np.ndarray | None:
-    """`allow` or `deny`: ids, or a packed little-endian bitset over ids (uint8)."""
+    """`allow` or `deny`: ids, or a packed little-endian bitset over ids (uint8, or bytes)."""
     if given is None:
         return None
     if type(given) is np.ndarray and given.dtype in _FILTERS and given.ndim == 1:
         return np.ascontiguousarray(given)
+    if isinstance(given, bytes | bytearray):
+        given = np.frombuffer(given, np.uint8)
+    elif isinstance(given, memoryview | Buffer):
+        given = np.asarray(given)
     kind = str(getattr(given, "dtype", "")).removeprefix("torch.")
     if kind == "bool":
         raise TypeError(
@@ -199,6 +215,8 @@ def check_pair(given: Any, name: str) -> None:
 
 def as_out(given: Any, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     """View an `out` argument in host memory as a numpy array; a ValueError where it is another."""
+    if getattr(given, "requires_grad", False):
+        raise ValueError("out must not require gradients")
     try:
         array = given.numpy() if hasattr(given, "numpy") else given
     except (TypeError, RuntimeError):  # torch: on a device, or of a type that numpy lacks
