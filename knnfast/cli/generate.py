@@ -135,7 +135,9 @@ def generate(
 @click.argument("image", type=click.Path(path_type=Path))
 @click.argument("text")
 @click.option("--mask", type=click.Path(path_type=Path), help="White where it may change.")
-@click.option("--strength", type=float, help="Share of the picture redrawn; 1 inside a mask.")
+@click.option(
+    "--strength", type=float, help="Share of the picture redrawn; 0.35, or 1 inside a mask."
+)
 @click.option("-n", "num_images", default=8, show_default=True, help="Candidates.")
 @click.option("--image-weight", default=0.3, show_default=True, help="Picture's share in search.")
 @click.option("--keep", default=0.2, show_default=True, help="Identity's weight in rank.")
