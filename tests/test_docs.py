@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -72,13 +73,18 @@ def test_examples_of_queries(tmp_path, monkeypatch):
         return calls[-1]
 
     monkeypatch.setattr(KNNDiffusion, "__call__", recorded)
-    pipe = run("docs/queries.md")["pipe"]
+    here = run("docs/queries.md")
     assert len(calls) == 11
-    animals = {item.name for item in pipe.databases["animals"]}
+    animals = {item.name for item in here["animals"]}
     assert sum(n.item.name in animals for n in calls[1].neighbours[0]) == 7
     assert {n.item.group for n in calls[2].neighbours[0]} == {"Activities"}
     assert all("hat" in n.item.name for n in calls[3].neighbours[0])
     assert len(calls[8].images) == 5
+    asked = [(prompt, seed) for seed in range(3) for prompt in ("a cat", "a fish", "a bird")]
+    alone = [here["answer"](*each)[:2] for each in asked]
+    with ThreadPoolExecutor(4) as pool:
+        assert alone == [a[:2] for a in pool.map(lambda each: here["answer"](*each), asked)]
+    assert len({image.tobytes() for image, _ in alone}) == len(asked)
 
 
 def test_examples_of_the_ops():
