@@ -1,4 +1,4 @@
-"""`knnfast evaluate`: a model's quality, and the paper's ablations."""
+"""`knnfast evaluate`: a model's quality, and ablations."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from knnfast.cli._shared import Bar, check_folder, device_option
 @click.argument("model")
 @click.option("--judge", help="Second encoder, a folder; else the embedded judge of stickers.")
 @click.option("--inception", type=click.Path(), help="Inception's weights, for the FID.")
-@click.option("--ablation", help="One of the paper's ablations by name, or all; see --out.")
+@click.option("--ablation", help="An ablation by name (below), or all; see --out.")
 @click.option("--quick", is_flag=True, help="Fewer names in an ablation: minutes, wide intervals.")
 @click.option("--continuous", help="A model with the continuous backbone, if not MODEL.")
 @click.option(
     "--out", default="out/results", show_default=True, type=click.Path(path_type=Path),
     help="Folder of the ablations' report: README.md, plots, JSON.",
 )  # fmt: skip
-@click.option("--prompts", type=int, help="Names to generate: 300, or 100 in an ablation.")
+@click.option("--prompts", type=int, help="Names: 300, in an ablation 100, 16 with --quick.")
 @click.option("--other-prompts", default=40, show_default=True, help="Names of the unseen kind.")
 @click.option("--other-samples", default=2, show_default=True, help="Images of each of these.")
 @click.option("--k", type=int, help="Neighbours; 10, or as many as there are, when not given.")
