@@ -33,3 +33,8 @@ def check_flag(name: str, value: bool) -> None:
     """Refuse what is neither True nor False."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def hint(extra: str) -> str:
+    """How to install what only a part of the package needs."""
+    return f"install the extra `{extra}` (in the checkout: pip install '.[{extra}]')"

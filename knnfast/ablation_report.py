@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from knnfast import _files
+from knnfast._checks import hint
 
 FORMAT = "knnfast-ablation"
 COLUMNS = {
@@ -32,7 +33,7 @@ def require_plots() -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            f"the plots need matplotlib ({error}): pip install 'knnfast[evaluate]'"
+            f"the plots need matplotlib ({error}): {hint('evaluate')}"
         ) from None
     return Figure
 
@@ -71,7 +72,7 @@ def _page(
         "nearest picture of the database, 0 for a copy (judge: 1 - cosine; pixels: root mean "
         "square). A claim is compared by the judge's score, image by image: agrees or disagrees "
         "when the 95 % bootstrap interval of the difference leaves out 0, undecided when not. The "
-        "judge has not met the generator.",
+        "judge took no part in training the generator.",
         "",
         *_caveat(results),
         "| ablation | what is claimed | here | difference of the judge's score | names |",

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from knnfast._checks import hint
+
 WEIGHTS = "weights-inception-2015-12-05-6d726d74.pth"  # as torch-fidelity publishes them
 
 
@@ -31,7 +33,7 @@ def weights_at(inception: str | Path | None = None) -> Path:
 
 def _require(package: str) -> None:
     if find_spec(package) is None:
-        raise ImportError(f"FID: {package} is missing (extra: knnfast[evaluate])")
+        raise ImportError(f"FID: {package} is missing: {hint('evaluate')}")
 
 
 def fid(

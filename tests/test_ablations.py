@@ -235,13 +235,13 @@ def test_the_continuous_model_is_loaded_where_it_is_compared(tmp_path, monkeypat
         words = ["evaluate", "stickers", "--ablation", name, "--out", str(tmp_path)]
         result = CliRunner().invoke(main, words)
         assert result.exit_code == code, result.output
-        assert ("pip install 'knnfast[diffusion]'" in result.stderr) == bool(code)
+        assert ("pip install '.[diffusion]'" in result.stderr) == bool(code)
     assert [options["continuous"] for options in given] == [None]
 
 
 def test_without_matplotlib_nothing_is_generated(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'knnfast\[evaluate\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[evaluate\]'"):
         run(["k"], None, tmp_path)
     monkeypatch.setattr("knnfast.pipeline.find_model", None)  # is not reached
     result = CliRunner().invoke(main, ["evaluate", "stickers", "--ablation", "k"])

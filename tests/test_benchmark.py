@@ -364,7 +364,7 @@ def test_a_missing_library_is_named_with_its_extra(missing, monkeypatch, tmp_pat
     monkeypatch.setitem(__import__("sys").modules, missing, None)
     result = CliRunner().invoke(main, ["bench", "--n", "50", "--plot", str(tmp_path / "b.png")])
     assert result.exit_code == 2
-    assert "pip install 'knnfast[" in result.stderr
+    assert "pip install '.[" in result.stderr
     assert ("--plot none" in result.stderr) == (missing == "matplotlib.figure")
     assert result.stderr.count("\n") == 1
 

@@ -706,7 +706,7 @@ def test_a_missing_library_is_told_before_pictures_are_read(folder, tmp_path, mo
     monkeypatch.setitem(sys.modules, "diffusers", None)
     result = invoke("train", folder, "--backbone", "continuous", "--out", tmp_path / "run")
     assert result.exit_code == 2
-    assert "pip install 'knnfast[diffusion]'" in result.stderr
+    assert "pip install '.[diffusion]'" in result.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -720,7 +720,7 @@ def test_train_an_editor_then_edit(folder, tmp_path, monkeypatch):
     assert "--editor: needs --from" in invoke(*train).stderr
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "cv2", None)
-        assert "pip install 'knnfast[edit]'" in invoke(*train, "--from", "stickers").stderr
+        assert "pip install '.[edit]'" in invoke(*train, "--from", "stickers").stderr
     assert not out.exists()
     result = invoke(*train, "--from", "stickers")
     assert result.exit_code == 0, result.output

@@ -445,5 +445,5 @@ def test_open_clip_damaged_weights(open_clip_folder, tmp_path):
 
 def test_open_clip_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(ImportError, match=r"pip install 'knnfast\[clip\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[clip\]'"):
         load_encoder("open_clip:ViT-B-32/laion2b_s34b_b79k")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from knnfast._checks import hint
 from knnfast.benchmark.machine import floors_ms
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def require_matplotlib() -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            f"the plot needs matplotlib ({error}): pip install 'knnfast[bench]'"
+            f"the plot needs matplotlib ({error}): {hint('bench')}"
         ) from None
     return Figure
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from knnfast import _C
+from knnfast._checks import hint
 from knnfast.benchmark.machine import memory_bytes
 from knnfast.benchmark.timing import Choice, thread_choices
 
@@ -183,7 +184,7 @@ def faiss_module() -> Any:
         import faiss
     except ImportError as error:
         raise ImportError(
-            f"FAISS is not installed ({error}): pip install 'knnfast[faiss]', or faiss-gpu"
+            f"FAISS is not installed ({error}): {hint('faiss')}, or faiss-gpu"
         ) from None
     return faiss
 

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from knnfast import _files
+from knnfast._checks import hint
 from knnfast.diffusion.augment import PHOTOS, AugmentConfig, augmented
 from knnfast.diffusion.data import ImageEncoder, make_pairs
 from knnfast.diffusion.denoiser import Denoiser
@@ -79,7 +80,7 @@ def import_cv2() -> Any:
         import cv2
     except ImportError as e:
         raise ImportError(
-            f"training an editor needs OpenCV ({e}); install it with: pip install 'knnfast[edit]'"
+            f"training an editor needs OpenCV ({e}); {hint('edit')}"
         ) from e
     return cv2
 

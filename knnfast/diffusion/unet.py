@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from knnfast._checks import hint
 from knnfast.diffusion.backbone import MOST_LAYERS, Backbone, check_sizes
 from knnfast.diffusion.sampler import signed
 from knnfast.diffusion.schedule import even_levels
@@ -380,7 +381,6 @@ def import_diffusers() -> tuple[Any, Any]:
             from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
     except ImportError as e:
         raise ImportError(
-            f"the continuous backbone needs diffusers ({e}); install it with: "
-            "pip install 'knnfast[diffusion]'"
+            f"the continuous backbone needs diffusers ({e}); {hint('diffusion')}"
         ) from e
     return UNet2DConditionModel, DPMSolverMultistepScheduler

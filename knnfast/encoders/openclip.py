@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from knnfast._checks import hint
 from knnfast.encoders.base import Encoder, EncoderCard, fingerprint
 from knnfast.images import upright
 
@@ -126,6 +127,6 @@ def import_open_clip() -> Any:
         import open_clip
     except Exception as error:
         raise ImportError(
-            f"open_clip cannot be imported ({error}); install it with: pip install 'knnfast[clip]'"
+            f"open_clip cannot be imported ({error}); {hint('clip')}"
         ) from error
     return open_clip

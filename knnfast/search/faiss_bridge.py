@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from knnfast._checks import hint
+
 MOST = 65520  # from here on FP16 rounds to infinity
 
 
@@ -13,7 +15,7 @@ def _faiss() -> Any:
     try:
         import faiss
     except ImportError as error:
-        raise ImportError("FAISS is not installed: pip install 'knnfast[faiss]'") from error
+        raise ImportError(f"FAISS is not installed: {hint('faiss')}") from error
     return faiss
 
 
