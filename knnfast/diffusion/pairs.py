@@ -87,7 +87,7 @@ class ConditionConfig(Settings):
 
     Attributes:
         k: neighbours at most.
-        vary_k: probability that fewer than k are shown (uniform in 1...k).
+        vary_k: probability that the number shown is drawn, uniformly from 1...k.
         semantic: numbers of the embedding that a text embedding fills too; None: all of them.
         text_like: probability that the query is cut to its semantic part, as a prompt's is.
         noise: largest length of the Gaussian noise added to a unit query (LAFITE), drawn uniformly.

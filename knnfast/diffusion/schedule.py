@@ -16,7 +16,7 @@ NAMES = ("vq_diffusion", "mask_replace", "mask")
 
 
 def even_levels(top: int, steps: int) -> list[int]:
-    """The levels top...0 that `steps` <= top even steps visit."""
+    """The levels top...0 that `steps` even steps visit; above top, some of them twice."""
     return [round(top * (steps - i) / steps) for i in range(steps + 1)]
 
 
@@ -24,13 +24,14 @@ class Schedule:
     """Cumulative probabilities of a named schedule.
 
     Args:
-        name: `vq_diffusion` (the published code's: K B_t = 1e-6 at every level), `mask_replace`
-            (0.9 masked and 0.1 uniform at T) or `mask` (no replacement).
+        name: `vq_diffusion` (of Gu et al. 2022, as in their code: K B_t = 1e-6 at every level),
+            `mask_replace` (0.9 masked and 0.1 uniform at T) or `mask` (no replacement).
         num_steps: T >= 1 (`vq_diffusion`: >= 2).
         num_codes: K >= 1 codes, the mask not counted.
 
     Attributes:
         A, B, C: [T + 1] float64, index 0 is data.
+    Raises: ValueError another name, num_steps or num_codes below its least.
     """
 
     def __init__(self, name: str, num_steps: int = 100, num_codes: int = 512) -> None:

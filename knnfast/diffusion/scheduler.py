@@ -90,6 +90,9 @@ class VQDiffusionScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             device: where `timesteps` lies.
             timesteps: instead of n, diffusers' timesteps in falling order; the last one leads to
                 the data.
+
+        Raises:
+            ValueError: n out of range, or timesteps that do not fall or lie outside the chain.
         """
         T = self.config["num_train_timesteps"]
         if timesteps is None:
@@ -116,11 +119,15 @@ class VQDiffusionScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Draw the tokens of the next level in the list.
 
         Args:
-            model_output: log p(x_0 | x_t) or logits, [B, K, L]; -inf excludes a class.
+            model_output: log p(x_0 | x_t) or logits, [B, K, L]; -inf excludes a class. Guidance is
+                given before: l_null + w (l - l_null).
             timestep: one of `timesteps`.
             sample: x_t, [B, L] int64.
-            generator: seeds the step's random numbers.
+            generator: seeds the step's random numbers; None: torch's own.
             return_dict: False returns a tuple.
+
+        Raises:
+            ValueError: a timestep that is not in the list; what `ops.transition_step` refuses.
         """
         t = int(timestep) + 1
         if t not in self._next:
@@ -177,7 +184,20 @@ class NeighbourAttnProcessor:
         neighbour_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Attend; the arguments are those of diffusers' processors."""
+        """Attend; the arguments are those of diffusers' processors.
+
+        Args:
+            attn: the layer.
+            hidden_states: [B, L, D] or [B, C, h, w].
+            encoder_hidden_states: the condition, [B, N, E]; None: self-attention.
+            attention_mask: diffusers' additive mask, [B, 1, N].
+            temb: of diffusers; read by its self-attention alone.
+            neighbour_mask: which of the N are on, [B, N] bool.
+            kwargs: for self-attention.
+
+        Raises:
+            ValueError: a layer with spatial_norm, norm_q or norm_k; two masks.
+        """
         if encoder_hidden_states is None:
             return self._self_attention(attn, hidden_states, None, attention_mask, temb, **kwargs)
         for name in ("spatial_norm", "norm_q", "norm_k"):

@@ -135,7 +135,16 @@ def transition_weights(
 
     p(x_s | x_t = MASK) = MASK_P p + MASK_U uniform + rest at MASK
     p(x_s | x_t = i)    = REAL_P p + (REAL_U0 (1 - p_i) + REAL_U1 p_i) uniform + rest at i
-    KEEP = C_s is the share of positions that purity sampling leaves masked.
+    KEEP = C_s is the share of positions that purity sampling leaves masked. (Gu et al. 2022; for
+    any stride, and as a mixture: derived, docs/ops.md.)
+
+    Args:
+        schedule: A, B, C for levels 0..T.
+        t, s: levels, 0 <= s < t <= T.
+        num_codes: K.
+        device: of the result.
+    Returns: [7] float64.
+    Raises: ValueError levels or schedule out of range; TypeError no whole number, no schedule.
     """
     check_schedule(schedule, num_codes)
     for name, value in (("t", t), ("s", s)):

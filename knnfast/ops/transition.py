@@ -51,6 +51,8 @@ def transition_step(
 
     p(x_s | x_t) = w_p p + w_u uniform + (1 - w_p - w_u) [x_s = x_t]
 
+    (Gu et al. 2022; for any stride, and as a mixture: derived, docs/ops.md.)
+
     Args:
         logits: [B, L, K], fp16 | bf16 | fp32, last stride 1 (anything else is copied); on CUDA
             K <= 65,536.
@@ -65,8 +67,8 @@ def transition_step(
         temperature: > 0, divides the logits; what is outside [2^-100, 2^100] counts as its end.
         top_r: keep the classes that hold this mass; 1 keeps all.
         top_k: keep this many classes; 0 keeps all.
-        purity: sharpness r >= 0 of purity sampling, which sets the purest masked positions; above
-            2^100 it counts as that.
+        purity: sharpness r >= 0 of purity sampling (Tang et al. 2022), which sets the purest masked
+            positions; above 2^100 it counts as that.
 
     Returns:
         x_s: [B, L] int64.

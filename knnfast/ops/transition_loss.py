@@ -43,7 +43,7 @@ def transition_loss(
     """Variational loss and its gradient in logits.
 
     1 / (B L) sum_b weight_b sum_l [KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t))
-                                    - auxiliary f(t) log p_theta(x_0)]
+                                    - auxiliary f(t) log p_theta(x_0)]       (Gu et al. 2022)
 
     Args:
         logits: of p_theta(x_0 | x_t), [B, L, K], fp16 | bf16 | fp32 (fp64 on the CPU); on CUDA
