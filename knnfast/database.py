@@ -85,6 +85,14 @@ class Collection:
         """Ids of the images in these groups for which `where(item)` holds, [n] int64.
 
         Feed them to `search(allow=...)`. Without groups, or without `where`, all do.
+
+        Args:
+            groups: names, or one name.
+            where: called with each `Item`.
+
+        Raises:
+            ValueError: a group that is not there. TypeError: groups that are no names, `where` no
+                function.
         """
         if isinstance(groups, str):
             groups = [groups]
@@ -157,8 +165,17 @@ class Database(Collection):
         relative to `folder`. A file that cannot be read as an image is left out and reported to
         `on_skip(path, reason)`; the others are still embedded.
 
+        Args:
+            folder: with the images, in any folders below it.
+            encoder: embeds them.
+            batch_size: images embedded at once, >= 1.
+            thumbnail_size: pixels on a side of the stored thumbnails, 1 ... 256.
+            progress: show a progress bar.
+            on_skip: called for each file that is left out.
+
         Raises:
-            FileNotFoundError: `folder` is no folder. ValueError: it holds no readable image.
+            FileNotFoundError: `folder` is no folder. ValueError: it holds no readable image, or a
+                size out of its range. TypeError: a size that is no whole number.
         """
         root = Path(folder)
         db = cls(encoder.card, thumbnail_size)
@@ -181,11 +198,13 @@ class Database(Collection):
         An image is there when an item's source is its file. Of a folder outside of `pictures`,
         sources are whole paths.
 
+        Args: as of `build`.
         Returns:
             Their ids, [N] int64. What was embedded before an exception stays.
 
         Raises:
-            FileNotFoundError: `folder` is no folder. ValueError: embeddings of another encoder.
+            FileNotFoundError: `folder` is no folder. ValueError: another encoder, or a batch_size
+                below 1. TypeError: a batch_size that is no whole number.
         """
         self.check_encoder(encoder.card)
         check_range("batch_size", batch_size, 1)
@@ -261,6 +280,13 @@ class Database(Collection):
     ) -> np.ndarray:
         """Append images with their embeddings; returns their ids, [N] int64.
 
+        Args:
+            embeddings: N rows by this database's encoder.
+            images: N PIL pictures, kept as thumbnails.
+            names: N texts; they need not differ.
+            groups: N texts; None: all "".
+            sources: N paths, relative to `pictures` or whole; None: all "", no file.
+
         Raises:
             ValueError: embeddings of another encoder, or lengths that differ; TypeError: an entry
                 that is no picture or no text. Nothing is added.
@@ -298,6 +324,12 @@ class Database(Collection):
         """Remove images by id; returns how many were found.
 
         Their rows are gone from files with the next `save`.
+
+        Args:
+            ids: whole numbers; those that are not there are passed over.
+
+        Raises:
+            TypeError, ValueError: ids that are no whole numbers.
         """
         gone = {int(i) for i in np.asarray(ids, np.int64).ravel()}
         with self._writing, self._adding:
@@ -402,6 +434,10 @@ class Database(Collection):
             queries: [M, dim] embeddings by this database's encoder.
             k: neighbours, k >= 1; fewer come back when fewer rows are allowed.
             allow: int64 ids to search among (see `ids_of`).
+
+        Raises:
+            ValueError: embeddings of another encoder, a k below 1. TypeError: a k that is no whole
+                number, an `allow` that is no list of ids.
         """
         self.check_encoder(queries.card)
         known = self._items  # grows with `add`; `remove` puts another in its place
@@ -415,7 +451,11 @@ class Database(Collection):
         ]
 
     def vectors(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Stored embeddings of these rows, [n, dim] float32."""
+        """Stored embeddings of these rows, [n, dim] float32.
+
+        Raises:
+            ValueError: an id that is not there. TypeError: ids that are no whole numbers.
+        """
         return np.asarray(self.index.vectors(ids)).astype(np.float32)
 
     # ---- files ------------------------------------------------------------------------------

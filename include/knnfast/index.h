@@ -9,6 +9,8 @@
 // lanes, fixed tree; ties go to the lower id), whatever the scan, batch, thread count or machine.
 // Any number of threads may search while one writes; a search sees one snapshot.
 // Errors: std::invalid_argument (a bad argument), DamagedFile (a bad file), std::system_error.
+// Limits: dim 1 to 65,536; ids unique, 0 to 2^63 - 2; k 1 to 2^31 - 1. Rows are kept as FP16: NaN
+// and values beyond ±65,504 are refused, and so are queries with NaN or infinity.
 #pragma once
 
 #include <cstddef>
@@ -82,8 +84,9 @@ class KNNFAST_API Index {
 
   // The k best rows of each of m queries: [m, k] scores and ids, best first; missing: id -1 with
   // -inf (l2: +inf). `exact`: [m, k] scores before they are rounded to FP32, or null; they decide
-  // the order, so answers of several indexes can be merged by them. Calls that wait for one another
-  // are answered together where k and the rows that filters leave are the same.
+  // the order, so answers of several indexes can be merged by them. stride: elements from query to
+  // query; 0 means dim. Calls that wait for one another are answered together where k and the rows
+  // that filters leave are the same.
   void search(const void* queries, DType dtype, int64_t m, int64_t k, float* scores, int64_t* ids,
               const SearchOptions& options = {}, int64_t stride = 0, double* exact = nullptr) const;
 
@@ -115,6 +118,7 @@ class KNNFAST_API Index {
   // Atomic: a kill leaves the old or the new index. A folder of other files and no index is
   // refused.
   void save(const std::string& folder) const;
+  // mmap: rows stay in the files until they are touched, and are not checked: call verify().
   static Index open(const std::string& folder, bool mmap = true);
   // Checks every payload; the paths of the damaged ones. Empty for an index that was never saved.
   // std::system_error (ENOENT) where the folder was saved anew since, and they are gone.

@@ -50,7 +50,7 @@ class CudaIndex(Index):
     waits for its upload). There a NaN or infinite query gives id -1 and NaN instead of an error.
     k is at most 2048 and dim at most 8192. `scan="auto"` keeps codes and scans them, but FP16 rows
     for batches above 32 where k exceeds a 50,000th of the rows. `segment_rows`: device memory is
-    taken for so many rows at a time; 0: for 256 MiB of them, the most.
+    taken for so many rows at a time; 0, or more than that: for 256 MiB of them.
     """
 
     def __new__(cls, *_: Any, **__: Any) -> CudaIndex:
@@ -152,7 +152,10 @@ class CudaIndex(Index):
     def range_search(
         self, queries: Any, radius: float, allow: Any = None, deny: Any = None
     ) -> tuple[Any, Any, Any]:
-        """Find all rows better than `radius`; see `Index.range_search`. Waits for the device."""
+        """Find all rows better than `radius`; see `Index.range_search`. Waits for the device.
+
+        Raises: as `Index.range_search`; ValueError queries on another device.
+        """
         radius = interop.as_float(radius, "radius")
         if np.isnan(radius):
             raise ValueError("radius must be a number, got NaN")

@@ -54,6 +54,8 @@ class Index:
         metric: "ip", "cosine" or "l2".
         device: "cpu", "cuda" or "cuda:N".
         scan: "fp16", "int8", or "auto", which leaves int8 where it does not pay.
+    Raises: ValueError dim, metric, scan or device out of what is allowed, a CUDA device that is not
+        there; TypeError dim that is no whole number.
     Any number of threads may search while one writes; a search sees one snapshot.
     Example: >>> ix = Index(2); _ = ix.add(np.eye(2, dtype=np.float32))
              >>> ix.search(np.array([1, 0], np.float32), k=1)
@@ -131,7 +133,10 @@ class Index:
         return self._core.size
 
     def __contains__(self, id: object) -> bool:
-        """Whether a row has this id."""
+        """Whether a row has this id.
+
+        Raises: TypeError an id that is no integer; ValueError one beyond int64.
+        """
         return self._core.contains(interop.as_int(id, "id"))
 
     def __repr__(self) -> str:
@@ -166,7 +171,8 @@ class Index:
         Args:
             queries: [M, dim] or [dim], fp16 | bf16 | fp32.
             k: rows wanted, k >= 1; more than there are pads with id -1 and -inf (l2: +inf).
-            allow, deny: ids (integers), or a packed little-endian bitset over ids (uint8 or bytes).
+            allow, deny: ids (integers), or a packed little-endian bitset over ids (uint8, bytes); with both,
+                rows that are allowed and not denied. Ids of no row are passed over.
             out: (scores float32, ids int64) of the result's shape to fill and return.
         Returns: scores [M, k] float32 and ids [M, k] int64, best first ([k] for one query), in the
             framework and on the device of the queries.
@@ -285,7 +291,7 @@ class Index:
         """Open a saved index; with `mmap` its rows stay in the files until they are touched.
 
         Raises: FileNotFoundError and other OSErrors; DamagedFile (a ValueError) naming the path;
-            ValueError a file in the folder's place.
+            ValueError a file in the folder's place, a device that is not there.
         """
         on_cuda = is_cuda("device", device)
         path = interop.as_path(path, "path")
@@ -307,7 +313,11 @@ class Index:
 
     @classmethod
     def from_faiss(cls, index: Any) -> Index:
-        """An Index with the rows of a FAISS flat index (Flat, SQ fp16, IDMap over them)."""
+        """An Index with the rows of a FAISS flat index (Flat, SQ fp16, IDMap over them).
+
+        Raises: TypeError another index, another metric; ValueError rows or ids that `add` refuses;
+            ImportError without faiss.
+        """
         from knnfast.search import faiss_bridge
 
         return faiss_bridge.from_faiss(index)
@@ -327,6 +337,12 @@ class Plan:
 
     Belongs to one thread; the buffers are overwritten by the next call. Follows the index as it
     grows.
+
+    Args:
+        index: what is searched.
+        batch: queries in a call, at least 1.
+        k: rows wanted for each, at least 1.
+    Raises: ValueError batch or k below 1; TypeError no whole number.
     """
 
     def __init__(self, index: Index, batch: int, k: int) -> None:
