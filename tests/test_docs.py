@@ -14,6 +14,8 @@ from knnfast import _C, KNNDiffusion
 from knnfast.diffusion.augment import AugmentConfig
 from knnfast.diffusion.denoiser import DenoiserConfig
 from knnfast.diffusion.pairs import ConditionConfig
+from knnfast.diffusion.tokenizer import VQTokenizer
+from knnfast.diffusion.tokenizer_training import train_tokenizer
 from knnfast.diffusion.trainer import TrainConfig
 from knnfast.images import read_image
 
@@ -110,7 +112,12 @@ def test_examples_of_training(tmp_path, monkeypatch):
         "knnfast.diffusion.trainer.TrainConfig",
         lambda **options: TrainConfig(**{**options, **quick}),
     )
+    monkeypatch.setattr(
+        "knnfast.diffusion.tokenizer_training.train_tokenizer",
+        lambda *args, **_: train_tokenizer(*args, steps=2, batch=2, warmup=1, progress=False),
+    )
     record = run("docs/training.md")["record"]
+    assert VQTokenizer.from_folder("tokenizer").grid == (16, 16)
     assert (record["versions"], record["config"]["condition"]["noise"]) == (4, 0.0)
     made = KNNDiffusion.from_pretrained("run/model")
     assert len(made.databases["mine"]) == 11
