@@ -145,13 +145,13 @@ WHY_MISSED = (
     "multiplies: against a BLAS at its full rate int8 gives the ratio of the two rates, 4 with "
     "VNNI and somewhat less with AVX2, times what the peer needs beside its products; AMX "
     "multiplies int8 another four times as fast. On clustered rows and on embeddings stops spare "
-    "two thirds of that, and a larger k costs more of it: k rows near a query must have been seen "
+    "two thirds of that, and a larger k spares less: k rows near a query must have been seen "
     "before any can be passed over; the embeddings are of about 58 versions of each sticker, so "
-    "the 100th neighbour is another sticker. Among a thousand rows in a run what a query "
-    "costs before and after the scan (its codes and bounds, selection) takes longer than the scan "
-    "itself, and FAISS's range selector hands the run to BLAS. Rows near a few directions, as "
-    "embeddings are, are coded in rotated coordinates: d multiplications for each of d coordinates "
-    "of every row."
+    "the 100th neighbour is another sticker. Where a filter allows one run of a thousand rows, "
+    "what a query costs before and after the scan (its codes and bounds, selection) takes longer "
+    "than the scan itself, and FAISS's range selector hands the run to BLAS. Rows near a few "
+    "directions, as embeddings are, are coded in rotated coordinates: d multiplications for each "
+    "of d coordinates of every row."
 )
 
 
