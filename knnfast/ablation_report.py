@@ -32,9 +32,7 @@ def require_plots() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            f"the plots need matplotlib ({error}): {hint('evaluate')}"
-        ) from None
+        raise ImportError(f"the plots need matplotlib ({error}): {hint('evaluate')}") from None
     return Figure
 
 

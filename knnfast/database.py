@@ -199,6 +199,7 @@ class Database(Collection):
         sources are whole paths.
 
         Args: as of `build`.
+
         Returns:
             Their ids, [N] int64. What was embedded before an exception stays.
 

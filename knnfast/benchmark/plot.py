@@ -19,9 +19,7 @@ def require_matplotlib() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            f"the plot needs matplotlib ({error}): {hint('bench')}"
-        ) from None
+        raise ImportError(f"the plot needs matplotlib ({error}): {hint('bench')}") from None
     return Figure
 
 

@@ -79,9 +79,7 @@ def import_cv2() -> Any:
     try:
         import cv2
     except ImportError as e:
-        raise ImportError(
-            f"training an editor needs OpenCV ({e}); {hint('edit')}"
-        ) from e
+        raise ImportError(f"training an editor needs OpenCV ({e}); {hint('edit')}") from e
     return cv2
 
 

@@ -126,7 +126,5 @@ def import_open_clip() -> Any:
                     _schemas.append(library)
         import open_clip
     except Exception as error:
-        raise ImportError(
-            f"open_clip cannot be imported ({error}); {hint('clip')}"
-        ) from error
+        raise ImportError(f"open_clip cannot be imported ({error}); {hint('clip')}") from error
     return open_clip
