@@ -16,7 +16,7 @@ from knnfast.cli._shared import Bar, check_folder, device_option
 @click.argument("model")
 @click.option("--judge", help="Second encoder, a folder; else the embedded judge of stickers.")
 @click.option("--inception", type=click.Path(), help="Inception's weights, for the FID.")
-@click.option("--ablation", help="An ablation by name (below), or all; see --out.")
+@click.option("--ablation", help="An ablation by name (above), or all; see --out.")
 @click.option("--quick", is_flag=True, help="Fewer names in an ablation: minutes, wide intervals.")
 @click.option("--continuous", help="A model with the continuous backbone, if not MODEL.")
 @click.option(
