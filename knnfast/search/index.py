@@ -171,8 +171,8 @@ class Index:
         Args:
             queries: [M, dim] or [dim], fp16 | bf16 | fp32.
             k: rows wanted, k >= 1; more than there are pads with id -1 and -inf (l2: +inf).
-            allow, deny: ids (integers), or a packed little-endian bitset over ids (uint8, bytes); with
-                both, rows that are allowed and not denied. Ids of no row are passed over.
+            allow, deny: ids (integers), or a packed little-endian bitset over ids (uint8, bytes);
+                with both, rows that are allowed and not denied. Ids of no row are passed over.
             out: (scores float32, ids int64) of the result's shape to fill and return.
         Returns: scores [M, k] float32 and ids [M, k] int64, best first ([k] for one query), in the
             framework and on the device of the queries.
