@@ -170,7 +170,8 @@ def locked(folder: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """Lend a new file beside `path`; in the end it is on disk and takes its place.
 
-    On an error nothing of it is left.
+    On an error nothing of it is left. Its name is on disk, too, where a file system can do that:
+    what is removed next must not be all that is left.
     """
     part = _beside(path)
     part.touch(exist_ok=False)
@@ -180,10 +181,11 @@ def replacing(path: Path) -> Iterator[Path]:
         part.chmod(mode)  # safetensors puts a file of its own there, for its owner only
         _sync(part)
         os.replace(part, path)
-        _sync(path.parent)  # the name, too: what is removed next must not be all that is left
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+    with contextlib.suppress(OSError):
+        _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

@@ -119,6 +119,10 @@ class Collection:
         return list(found[:k])
 
 
+class StaleDatabaseError(ValueError):
+    """Others have saved a database since it was opened here: open it again."""
+
+
 class Database(Collection):
     """Images as a retrieval database: embeddings, names, groups, sources and thumbnails.
 
@@ -334,12 +338,12 @@ class Database(Collection):
         """
         gone = {int(i) for i in np.asarray(ids, np.int64).ravel()}
         with self._writing, self._adding:
-            before = self._items
-            self._items = {i: item for i, item in before.items() if i not in gone}
+            kept = {i: item for i, item in self._items.items() if i not in gone}
             try:
-                found = self.index.remove(ids)
-            except BaseException:
-                self._items = {i: item for i, item in before.items() if i in self.index}
+                found = self.index.remove(ids)  # first: a search beside it finds no row less than k
+                self._items = kept
+            except BaseException:  # Ctrl-C
+                self._items = {i: item for i, item in self._items.items() if i in self.index}
                 raise
             for i in gone:
                 self._thumbnails.drop(i)
@@ -488,9 +492,10 @@ class Database(Collection):
         new one. Files of other names stay.
 
         Raises:
-            ValueError: something else is there, or the very database that this one was opened from,
-                saved anew by others since. OSError: it could not be written (a full disk, say);
-                then nothing of it is left, and the old database is.
+            StaleDatabaseError: others have saved the very database that this one was opened from.
+            ValueError: something else is there.
+            OSError: it could not be written (a full disk, say); then nothing of it is left, and the
+                old database is.
         """
         root = Path(path)
         self.check_place(root)
@@ -522,7 +527,7 @@ class Database(Collection):
         """Refuse to write over what others have saved where this database comes from."""
         now = _files.stamp(root / "database.json")
         if self._opened and now and root.resolve() == self._opened[0] and now != self._opened[1]:
-            raise ValueError(
+            raise StaleDatabaseError(
                 f"{root}: others have saved this database since it was opened here; what they "
                 "changed would be lost: open it again"
             )

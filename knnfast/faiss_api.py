@@ -186,7 +186,7 @@ class SearchParameters:
 
 
 def _rows(name: str, x: Any, d: int | None = None) -> np.ndarray:
-    rows = np.ascontiguousarray(x, dtype=np.float32)
+    rows = np.ascontiguousarray(interop.unmasked(x, name), dtype=np.float32)
     if rows.ndim != 2 or (d is not None and rows.shape[1] != d):
         wanted = "[n, d]" if d is None else f"[n, {d}]"
         raise ValueError(f"{name} must be a matrix {wanted}, got shape {list(rows.shape)}")

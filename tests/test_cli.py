@@ -324,18 +324,26 @@ def test_adding_goes_to_what_others_saved_meanwhile(folder, tmp_path, monkeypatc
     assert invoke("database", "build", first, "--encoder", "stickers", "--out", out).exit_code == 0
     encode = SmallEncoder.encode_images
 
-    def while_another_removes(self, images, batch_size):
+    def while_another_adds(self, images, batch_size):
+        monkeypatch.setattr(SmallEncoder, "encode_images", encode)
         theirs = Database.open(out)
-        theirs.remove(theirs.ids)
+        for colour, source in (("red", folder / "red-0.png"), ("pink", "")):  # ours and another
+            rows = encode(self, [Image.new("RGB", (8, 8), colour)], 1)
+            picture = Image.new("RGB", (8, 8), colour)
+            theirs.add(rows, [picture], names=[colour], sources=[str(source)])
         theirs.save(out)
         return encode(self, images, batch_size)
 
-    monkeypatch.setattr(SmallEncoder, "encode_images", while_another_removes)
+    monkeypatch.setattr(SmallEncoder, "encode_images", while_another_adds)
     added = invoke("database", "add", out, folder, "--encoder", "stickers", "--json")
     assert added.exit_code == 0, added.output
-    assert json.loads(added.stdout)["images"] == 2
+    report = json.loads(added.stdout)
+    assert (report["images"], report["added"]) == (4, 1)
     db = Database.open(out)
-    assert sorted(item.name for item in db) == ["green-1", "red-0"]
+    assert [item.name for item in db] == ["blue-2", "red", "pink", "green-1"]
+    assert [file and file.name for file in map(db.file, db)] == [
+        "blue-2.png", "red-0.png", None, "green-1.png",
+    ]  # fmt: skip
     assert all(db.thumbnail(i).size for i in db.ids.tolist())
 
 

@@ -237,10 +237,10 @@ def test_more_codes_than_pairs_hold(monkeypatch) -> None:
         data.make_pairs([torch.zeros(1, 3, 8, 8, dtype=torch.uint8)], Colours(), tokenizer())
 
 
-def encoded(collection, out: Path, versions: int = 2, seed: int = 0, **options):
-    return encode(
-        collection, out, Colours(), tokenizer(), versions, seed, progress=False, **options
-    )
+def encoded(collection, out: Path, versions: int = 2, seed: int = 0, size=None, **options):
+    codes = tokenizer()
+    codes.config = replace(codes.config, sample_size=size or codes.image_size)
+    return encode(collection, out, Colours(), codes, versions, seed, progress=False, **options)
 
 
 def test_encoding_in_parts(folder: Path, tmp_path: Path, monkeypatch) -> None:
@@ -271,6 +271,7 @@ def test_encoding_in_parts(folder: Path, tmp_path: Path, monkeypatch) -> None:
         ({"versions": 3}, "versions = 2, now it is 3"),
         ({"crop": "center"}, "crop = 'pad', now it is 'center'"),
         ({"augmentation": STICKERS}, "augmentation = "),
+        ({"size": 32}, "image_size = "),
     ):
         with pytest.raises(ValueError, match=rf"recipe\.json: was made with {message}"):
             encoded(folder, out, **change)

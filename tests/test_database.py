@@ -706,6 +706,28 @@ def test_a_remove_that_stops_half_way_is_none(built, monkeypatch):
         assert len(built.index) == len(built)
 
 
+def test_a_search_beside_a_remove_finds_as_many(built, monkeypatch):
+    search, remove, found = Index.search, Index.remove, []
+    there, rows_found = built.ids.tolist(), threading.Event()
+    beside = threading.Thread(target=lambda: found.extend(built.search(query("navy"), len(there))))
+
+    def tells(self, *args, **options):
+        rows = search(self, *args, **options)
+        rows_found.set()
+        return rows
+
+    def removes_then(self, ids):
+        beside.start()
+        assert rows_found.wait(10)
+        return remove(self, ids)
+
+    monkeypatch.setattr(Index, "search", tells)
+    monkeypatch.setattr(Index, "remove", removes_then)
+    built.remove(there[:1])
+    beside.join(10)
+    assert sorted(n.item.id for n in found[0]) == there
+
+
 def test_remove(built, tmp_path):
     red = next(item.id for item in built if item.name == "red")
     assert built.remove([red, 99]) == 1

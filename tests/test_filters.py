@@ -140,6 +140,29 @@ def test_a_filter_of_few_rows_scans_few(rows, queries):
     assert index.stats["rows_scanned"] - before == 1600
 
 
+def test_a_run_of_rows_is_scanned(rows, queries):
+    """Not scored one by one, however few queries there are; a handful of rows always is."""
+    index = Index(D)
+    index.add(np.tile(rows, (16, 1)))
+    for m in (1, 2, 70):
+        for run, canonical in ((400, False), (64, True)):
+            before = index.stats["chunks_canonical"]
+            index.search(queries[:m], 5, allow=np.arange(800, 800 + run))
+            assert (index.stats["chunks_canonical"] > before) == canonical
+
+
+@pytest.mark.parametrize("m", [1, 3, 4, 9, 40])
+def test_blocks_without_rows_are_not_counted_as_stopped(rows, m):
+    x = np.random.default_rng(7).standard_normal((20_000, 256)).astype(np.float16)
+    index = Index(256, scan="int8")
+    index.add(x)
+    index.remove(np.flatnonzero(np.arange(len(x)) // 16 % 2))  # every other block
+    index.search(x[:m].astype(np.float32), 3)
+    scanned, stopped = (index.stats[name] for name in ("rows_scanned", "rows_stopped"))
+    assert len(index) * m <= scanned <= len(x) * m
+    assert stopped <= scanned
+
+
 @pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
 @pytest.mark.parametrize("own", [False, True])
 def test_filters_of_all_densities(rows, queries, metric, own):

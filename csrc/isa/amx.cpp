@@ -25,10 +25,30 @@ struct Tiles {  // the thread's, while it lives
 
 // The blocks that come next go to the second cache: the first one is full of queries and codes.
 // They are asked for in kStreams places at a time, as the hardware follows streams, none past a
-// page. Where rows are left out a pair's blocks may lie apart: then each is a stream.
+// page. Where rows are left out the two may lie apart: then each is a stream.
+struct Next : Ahead {
+  bool apart;
+
+  Next(const ScanRows& rows, const Blocks& next, int tiles) : apart(next.apart > 1) {
+    const size_t bytes = static_cast<size_t>(rows.groups) * 64, all = next.count * bytes;
+    const int streams = apart ? 2 : kStreams;
+    at = rows.codes + next.first * bytes;
+    end = at + all / streams;
+    stride = apart ? next.apart * bytes : all / streams;
+    lines =
+        (next.count * 16 / streams + tiles - 1) / tiles;  // a tile is summed in groups / 16 steps
+  }
+  void ask() {
+    if (apart)
+      Ahead::ask<2, _MM_HINT_T1>();
+    else
+      Ahead::ask<kStreams, _MM_HINT_T1>();
+  }
+};
+
 template <int NA, int NB>
 inline void multiply(const ScanRows& rows, const Blocks& blocks, const int8_t* queries,
-                     const int8_t* next, Ahead& ahead, int32_t (*sums)[NA * kTile][kBlockRows]) {
+                     const int8_t* next, Next& ahead, int32_t (*sums)[NA * kTile][kBlockRows]) {
   const size_t block_bytes = static_cast<size_t>(rows.groups) * 64;
   const uint8_t* codes = rows.codes + blocks.first * block_bytes;
   const uint8_t* second = codes + blocks.apart * block_bytes;
@@ -47,7 +67,7 @@ inline void multiply(const ScanRows& rows, const Blocks& blocks, const int8_t* q
       _tile_dpbsud(2, 5, 6);
       if (NB > 1) _tile_dpbsud(3, 5, 7);
     }
-    rows.live ? ahead.ask<2, _MM_HINT_T1>() : ahead.ask<kStreams, _MM_HINT_T1>();
+    ahead.ask();
   }
   _tile_stored(0, sums[0][0], 64);
   if (NB > 1) _tile_stored(1, sums[1][0], 64);
@@ -58,7 +78,7 @@ inline void multiply(const ScanRows& rows, const Blocks& blocks, const int8_t* q
 // The first test of two tiles of queries, at the end of a row. What is not filled is read, too.
 struct TileTest : FirstTerms {
   static constexpr int kQueries = 2 * kTile;
-  float needs[kQueries] = {}, rest[kQueries] = {};  // rest: -offset
+  float needs[kQueries] = {}, rest[kQueries] = {};  // need() of each, -offset
 
   void start(const ScanQuery* queries, int nq) {
     for (int q = 0; q < nq; ++q) {
@@ -84,7 +104,7 @@ struct Found {
 
 template <bool L2, int NA, int NB>
 void amx_tile(const ScanRows& rows, const Blocks& blocks, ScanQuery* queries, int index, int nq,
-              const BlockTerms* terms, const __m512* inverses, const TileTest& test, Ahead& ahead,
+              const BlockTerms* terms, const __m512* inverses, const TileTest& test, Next& ahead,
               Found& found) {
   alignas(64) int32_t sums[NB][NA * kTile][kBlockRows];
   alignas(64) uint16_t masks[NB][2 * kTile] = {};
@@ -126,16 +146,6 @@ void amx_tile(const ScanRows& rows, const Blocks& blocks, ScanQuery* queries, in
   }
 }
 
-// What to ask for while the blocks before meet so many tiles of queries.
-inline Ahead ahead_of(const ScanRows& rows, const Blocks& next, int tiles) {
-  const size_t bytes = static_cast<size_t>(rows.groups) * 64;
-  const uint8_t* at = rows.codes + next.first * bytes;
-  if (rows.live)
-    return {at, at + (next.count ? bytes : 0), next.apart * bytes, (16 + tiles - 1) / tiles};
-  const size_t stream = next.count * bytes / kStreams;
-  return {at, at + stream, stream, (next.count * 16 / kStreams + tiles - 1) / tiles};
-}
-
 template <bool L2, int NB>
 void amx_blocks(const ScanRows& rows, const Blocks& blocks, const Blocks& next, bool reverse,
                 ScanQuery* queries, int nq, TileTest* tests, Found& found, Sink* sink) {
@@ -146,7 +156,7 @@ void amx_blocks(const ScanRows& rows, const Blocks& blocks, const Blocks& next, 
     inverses[b] = _mm512_div_ps(_mm512_set1_ps(1), terms[b].scale);
   }
   const int tiles = (nq + 2 * kTile - 1) / (2 * kTile);
-  Ahead ahead = ahead_of(rows, next, tiles);
+  Next ahead(rows, next, tiles);
   for (int i = 0; i < tiles; ++i) {
     const int tile = reverse ? tiles - 1 - i : i, q = tile * 2 * kTile, left = nq - q;
     if (left > kTile)

@@ -101,10 +101,10 @@ inline void quantize_row_plain(const float* y, int dim, uint8_t* codes, float* s
 // their sums. Divided by mul·scale, u >= tau (kernels.h) says
 //   c·p >= (tau - base)/mul · 1/scale - left/mul · share·norm/scale
 //          - (err·residual + err_norm·norm + sq·norm²)/mul · 1/scale
-// and with the largest err/mul, err_norm/mul and sq/mul of some queries the last term is the row's
-// alone: four operations a pair. Every term is on the safe side by 2^-18 of itself, more than the
-// rounding of floats can take away, here and in bound(). Rows of scale 0 give a NaN or -infinity,
-// and pass.
+// and with the largest err/mul, err_norm/mul and sq/mul of a test's queries the last term is the
+// row's alone: four operations a pair. Every term is on the safe side by 2^-18 of itself, more than
+// the rounding of floats can take away, here and in bound(). Rows of scale 0 give a NaN or
+// -infinity, and pass.
 struct FirstTerms {
   float err = 0, err_norm = 0, sq = -INFINITY;  // over mul, the largest; sq is negative
 
@@ -123,7 +123,7 @@ struct FirstTerms {
 struct StopTest : FirstTerms {
   const int stop;
   int32_t start[kGroup];              // of sums, without windows
-  float needs[kGroup], left[kGroup];  // left/mul
+  float needs[kGroup], left[kGroup];  // need() of each, left/mul
 
   StopTest(const ScanQuery* queries, int nq, int first_stop) : stop(first_stop) {
     for (int q = 0; q < nq; ++q) {

@@ -199,7 +199,7 @@ void bind_search(py::module_& m) {
     }
   });
   using release = py::call_guard<Unlocked>;
-  py::class_<Index>(m, "Index", py::release_gil_before_calling_cpp_dtor())  // munmap takes long
+  py::class_<Index>(m, "Index")
       .def(py::init([](int64_t dim, int metric, int scan) {
         return Index(dim, knnfast::Metric(metric), knnfast::Scan(scan));
       }))

@@ -134,7 +134,7 @@ class Scope {
   }
 
   // Lists the rows `in` that are not `out`, where they are few and so sparse that they are scored
-  // by themselves; or where scoring them all takes less than making a mask.
+  // by themselves, or so few that it takes less than to code the queries for a scan.
   bool list(std::vector<uint64_t>& in, std::vector<uint64_t>& out, int64_t m) {
     int64_t all = 0, blocks = 0;
     for (const SegmentView& view : *snapshot_) all += view.n;
@@ -149,7 +149,7 @@ class Scope {
       last = at / kBlockRows;
     }
     const int64_t left = static_cast<int64_t>(in.size());
-    if (left * m * kFewScores > all && !sparse(left, blocks, m)) return false;
+    if (left > kFewest && !sparse(left, blocks, m)) return false;
     filter_.listed = true;
     filter_.parts.resize(snapshot_->size());
     for (const uint64_t at : in) {
@@ -259,8 +259,8 @@ class Scope {
     mask.erase(mask.begin(), begin);
   }
 
-  static constexpr int64_t kFew = 64;  // one row of so many may be listed, one bit of a bitset
-  static constexpr int64_t kFewScores = 32;  // a mask of so many rows costs more than one score
+  static constexpr int64_t kFew = 64;     // one row of so many may be listed, one bit of a bitset
+  static constexpr int64_t kFewest = 64;  // rows that are listed wherever they lie
 
   const SearchOptions& options_;
   std::shared_ptr<const Snapshot> snapshot_;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from knnfast.cli._shared import (
 )
 
 if TYPE_CHECKING:
-    from knnfast.database import Database
+    from knnfast.database import Database, Item
 
 _encoder = click.option(
     "--encoder",
@@ -153,7 +154,7 @@ def database_add(
     finally:
         added = len(db) - before
         if added:
-            db = _save_added(db, before, path)
+            db, added = _save_added(db, before, path)
     if as_json:
         result = {"path": str(path), "images": len(db), "added": added}
         click.echo(json.dumps({**result, "skipped": skipped.files}, indent=1))
@@ -162,25 +163,33 @@ def database_add(
         click.echo(f"{path}: {added:,} {images} added, now {len(db):,}, {skipped}")
 
 
-def _save_added(db: Database, before: int, path: Path) -> Database:
-    """Save what was added behind the first `before` images; to what others saved meanwhile, too."""
-    from knnfast.database import Database
+def _save_added(db: Database, before: int, path: Path) -> tuple[Database, int]:
+    """Save what was added behind the first `before` images, also to what others saved meanwhile.
+
+    Returns what is saved now, and how many images of it were added here.
+    """
+    from knnfast.database import Database, StaleDatabaseError
     from knnfast.encoders import Embeddings
 
-    try:
-        db.save(path)
-        return db
-    except ValueError:
-        theirs = Database.open(path)
-    there = {item.source for item in theirs} - {""}
-    ids = [i for i in db.ids[before:].tolist() if db[i].source not in there]
-    theirs.add(
-        Embeddings(db.vectors(ids), db.encoder),
-        [db.thumbnail(i) for i in ids], names=[db[i].name for i in ids],
-        groups=[db[i].group for i in ids], sources=[db[i].source for i in ids],
-    )  # fmt: skip
-    theirs.save(path)
-    return theirs
+    def file(of: Database, item: Item) -> str:
+        return str((of.pictures or Path()) / item.source) if item.source else ""
+
+    new = db.ids[before:].tolist()
+    now, added = db, len(new)
+    while True:
+        with suppress(StaleDatabaseError):
+            now.save(path)
+            return now, added
+        now = Database.open(path)
+        there = {file(now, item) for item in now} - {""}
+        ids = [i for i in new if file(db, db[i]) not in there]
+        items, added = [db[i] for i in ids], len(ids)
+        same = now.pictures == db.pictures
+        now.add(
+            Embeddings(db.vectors(ids), db.encoder), [db.thumbnail(i) for i in ids],
+            names=[item.name for item in items], groups=[item.group for item in items],
+            sources=[item.source if same else file(db, item) for item in items],
+        )  # fmt: skip
 
 
 @database.command("info")

@@ -361,6 +361,7 @@ def encode(
         "thumbnails": lost_pictures(data),
         "encoder": encoder.card.sha256,
         "tokenizer": _files.weights_hash(tokenizer),
+        "image_size": tokenizer.image_size,
         "versions": versions,
         "augmentation": augmentation.to_dict(),
         "crop": crop,

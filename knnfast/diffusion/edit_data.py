@@ -59,6 +59,7 @@ def encode_edits(
         "thumbnails": lost_pictures(data),
         "encoder": encoder.card.sha256,
         "tokenizer": _files.weights_hash(tokenizer),
+        "image_size": tokenizer.image_size,
         "versions": versions,
         "neighbours": neighbours,
         "near": near,

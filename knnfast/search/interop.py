@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import sys
-from array import array as Buffer
+from array import array as typed_array
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ def as_rows(given: Any, name: str) -> Rows:
     Raises: TypeError when it is no array, or of another type than float16, bfloat16, float32.
     """
     if isinstance(given, np.ndarray):
+        unmasked(given, name)
         if given.dtype.name == "bfloat16":  # ml_dtypes
             return Rows(given.view(np.uint16), True, _same)
         return Rows(_checked(given, name), False, _same)
@@ -60,14 +61,14 @@ def as_rows(given: Any, name: str) -> Rows:
     )
 
 
-def _unmasked(array: Any, name: str) -> Any:
+def unmasked(array: Any, name: str) -> Any:
+    """The same; a TypeError for a masked array, whose values under the mask are none."""
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array: fill or compress it first")
     return array
 
 
 def _checked(array: np.ndarray, name: str) -> np.ndarray:
-    _unmasked(array, name)
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4):
         raise TypeError(f"{name} must be float16, bfloat16 or float32, got {array.dtype}")
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
@@ -109,7 +110,7 @@ def _host_array(given: Any, name: str) -> np.ndarray:
         given = _on_host(torch, given, name).numpy()
     elif hasattr(given, "__cuda_array_interface__") and "cupy" in sys.modules:
         given = sys.modules["cupy"].asnumpy(given)
-    return np.asarray(_unmasked(given, name))
+    return np.asarray(unmasked(given, name))
 
 
 def as_ids(given: Any, name: str) -> np.ndarray:
@@ -144,7 +145,7 @@ def as_filter(given: Any, name: str) -> np.ndarray | None:
         return np.ascontiguousarray(given)
     if isinstance(given, bytes | bytearray):
         given = np.frombuffer(given, np.uint8)
-    elif isinstance(given, memoryview | Buffer):
+    elif isinstance(given, memoryview | typed_array):
         given = np.asarray(given)
     kind = str(getattr(given, "dtype", "")).removeprefix("torch.")
     if kind == "bool":
