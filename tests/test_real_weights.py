@@ -84,6 +84,13 @@ def test_open_clip_and_a_vqvae_drive_everything(
         with Image.open(report["files"][0]) as image:
             assert image.size == (16, 16)
 
+    if backbone == "discrete":  # told before anything is encoded
+        odd = [20 if word == 16 else word for word in options]
+        result = invoke(*odd, "--out", tmp_path / "odd")
+        assert result.exit_code == 2
+        assert "grid (5, 5) of codes is not a multiple of patch 2" in result.stderr
+        assert not (tmp_path / "odd").exists()
+
     other = {"discrete": "continuous", "continuous": "discrete"}[backbone]
     (run / "model").rename(tmp_path / "aside")
     options[options.index("--backbone") + 1] = other

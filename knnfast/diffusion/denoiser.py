@@ -82,7 +82,7 @@ class DenoiserConfig(Settings):
         if any(not 0 <= i < self.depth for i in self.canvas_layers):
             raise ValueError(f"canvas_layers {self.canvas_layers} must lie in [0, {self.depth})")
         if self.grid[0] % self.patch or self.grid[1] % self.patch:
-            raise ValueError(f"grid {self.grid} is not a multiple of patch {self.patch}")
+            raise ValueError(f"grid {self.grid} of codes is not a multiple of patch {self.patch}")
         Schedule(self.schedule, self.num_steps, self.num_codes)
 
     @property

@@ -223,6 +223,7 @@ def train(
     model = model or (DenoiserConfig() if start is None else start.config)
     if isinstance(model, DenoiserConfig) and model.source:
         raise ValueError("model: an editor; `editing.train_editor` (--editor) trains one")
+    model = replace(model, num_codes=tokenizer.codebook_size, grid=tokenizer.grid)
     with processes(device) as these:
         if isinstance(data, Pairs):
             pairs = data
@@ -233,12 +234,7 @@ def train(
                 data, folder, encoder, tokenizer, versions, config.seed, these, progress,
                 augmentation, crop,
             )  # fmt: skip
-        model = replace(
-            model,
-            num_codes=tokenizer.codebook_size,
-            grid=tokenizer.grid,
-            embed_dim=pairs.embeddings.shape[-1],
-        )
+        model = replace(model, embed_dim=pairs.embeddings.shape[-1])
         folder.mkdir(parents=True, exist_ok=True)
         candidates = None
         if config.candidates and config.condition.shows_neighbours:
