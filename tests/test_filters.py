@@ -153,7 +153,11 @@ def test_a_run_of_rows_is_scanned(rows, queries):
 
 @pytest.mark.parametrize("m", [1, 3, 4, 9, 40])
 def test_blocks_without_rows_are_not_counted_as_stopped(rows, m):
-    x = np.random.default_rng(7).standard_normal((20_000, 256)).astype(np.float16)
+    rng = np.random.default_rng(7)
+    centres = rng.standard_normal((500, 256))
+    x = (centres[rng.integers(500, size=40_000)] + 0.1 * rng.standard_normal((40_000, 256))).astype(
+        np.float16
+    )
     index = Index(256, scan="int8")
     index.add(x)
     index.remove(np.flatnonzero(np.arange(len(x)) // 16 % 2))  # every other block

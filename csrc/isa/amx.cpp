@@ -35,8 +35,7 @@ struct Next : Ahead {
     at = rows.codes + next.first * bytes;
     end = at + all / streams;
     stride = apart ? next.apart * bytes : all / streams;
-    lines =
-        (next.count * 16 / streams + tiles - 1) / tiles;  // a tile is summed in groups / 16 steps
+    lines = (next.count * 16 / streams + tiles - 1) / tiles;  // a step of multiply() is 16 groups
   }
   void ask() {
     if (apart)

@@ -402,7 +402,8 @@ void scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQu
   StopTest test(queries, Stops ? nq : 0, rows.stop);
   Wave wave(nq);
   uint32_t b = begin;
-  if (nq < kNextBatch) {  // memory answers four streams faster than one: quarters go side by side
+  if (nq <
+      kQuarterBatch) {  // memory answers four streams faster than one: quarters go side by side
     const uint32_t quarter = (end - begin) / 4;
     for (; b < begin + quarter; ++b) {
       const uint8_t* next = rows.codes + (b + 1) * bytes;
@@ -422,7 +423,7 @@ void scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQu
     next = Blocks(rows, now.behind(), end);
     const uint8_t* at = rows.codes + next.first * bytes;
     Ahead ahead;
-    if (next.count && nq >= kNextBatch) {
+    if (next.count && nq >= kQuarterBatch) {
       if (Stops || rows.live || nq >= kTiledBatch)
         ahead = {at, at + wanted, next.apart * bytes, lines};
       else

@@ -9,11 +9,11 @@
 
 namespace knnfast {
 
-constexpr int kGroup = 256;     // queries at most that a scan takes through the rows together
-constexpr int kBlockRows = 16;  // rows of a block of codes
-constexpr int kBlockDims = 4;   // dimensions of a group, side by side for one dot-product unit
-constexpr int kNextBatch = 4;   // fewer queries take four quarters of the blocks side by side
-constexpr int kQueryPad = 64;   // a query's codes and values are zero-filled to a multiple of this
+constexpr int kGroup = 256;       // queries at most that a scan takes through the rows together
+constexpr int kBlockRows = 16;    // rows of a block of codes
+constexpr int kBlockDims = 4;     // dimensions of a group, side by side for one dot-product unit
+constexpr int kQuarterBatch = 4;  // fewer queries take four quarters of the blocks side by side
+constexpr int kQueryPad = 64;  // a query's codes and values are zero-filled to a multiple of this
 
 // A kernel may sum the products of `window` groups in 16 bits, the first two and the last two
 // dimensions of the groups apart. Queries for it are coded so that this is exact, with c in
@@ -93,7 +93,7 @@ struct Kernels {
   const char* name;
   int window;        // of scan_int8 (see above); 0: it sums in 32 bits
   int tile_batch;    // scan_int8 takes tiles from so many queries on; 0: never
-  int matrix_batch;  // and multiplies them as matrices, but with stops, from so many on; 0: never
+  int matrix_batch;  // where it tests no stop it multiplies matrices from so many on; 0: never
   // Bounds of the rows of blocks [begin, end) for `nq` queries. The one over codes adds to
   // `stopped` how many pairs it left at each stop.
   void (*scan_int8)(const ScanRows&, uint32_t begin, uint32_t end, ScanQuery*, int nq, bool l2,

@@ -160,7 +160,7 @@ void GroupSearch::plan_chunks() {
   }
   // Up to three queries take its four quarters side by side: not too far apart
   // (isa/avx512_int8.h).
-  const size_t most = n_ < kNextBatch ? kLeastChunk : kMostChunk;
+  const size_t most = n_ < kQuarterBatch ? kLeastChunk : kMostChunk;
   bytes = std::clamp(bytes / (kChunks * static_cast<size_t>(threads_)), kLeastChunk, most);
   const uint32_t step = chunk_blocks_ =
       static_cast<uint32_t>(std::max<size_t>(2, bytes / block_bytes / 2 * 2));
@@ -264,7 +264,7 @@ void GroupSearch::scan_chunk(Worker& w, const Chunk& chunk) {
   }
   for (uint32_t begin = chunk.begin, end; begin < chunk.end; begin = end) {
     end = w.pays ? chunk.end : std::min(chunk.end, begin + kTrial);
-    if (mask && n_ < kNextBatch) end = live_run(mask, begin, end);
+    if (mask && n_ < kQuarterBatch) end = live_run(mask, begin, end);
     if (begin < end) scan_blocks(w, begin, end);
   }
 }
@@ -273,7 +273,7 @@ void GroupSearch::scan_blocks(Worker& w, uint32_t begin, uint32_t end) {
   const SegmentView& view = (*task_.snapshot)[w.chunk_segment];
   const uint16_t* mask = live(w.chunk_segment);
   // Scans step over dead blocks, but not those that take quarters side by side.
-  const bool steps = mask && n_ >= kNextBatch;
+  const bool steps = mask && n_ >= kQuarterBatch;
   const auto dead = steps ? std::count(mask + begin, mask + end, 0) : 0;
   const int64_t blocks = int64_t{end - begin} - dead;
   if (blocks == 0) return;
