@@ -315,8 +315,8 @@ void scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQu
   const size_t bytes = static_cast<size_t>(rows.groups) * 64;
   StopTest test(queries, Stops ? nq : 0, rows.stop);
   uint32_t b = begin;
-  if (nq <
-      kQuarterBatch) {  // memory answers four streams faster than one: quarters go side by side
+  // Memory answers four streams faster than one: quarters go side by side.
+  if (nq < kQuarterBatch) {
     const uint32_t quarter = (end - begin) / 4;
     for (; b < begin + quarter; ++b)
       int8_blocks<L2, Stops, 4>(rows, b, quarter, queries, nq, sink, test, Ahead(), stopped);

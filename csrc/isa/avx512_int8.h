@@ -402,8 +402,8 @@ void scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQu
   StopTest test(queries, Stops ? nq : 0, rows.stop);
   Wave wave(nq);
   uint32_t b = begin;
-  if (nq <
-      kQuarterBatch) {  // memory answers four streams faster than one: quarters go side by side
+  // Memory answers four streams faster than one: quarters go side by side.
+  if (nq < kQuarterBatch) {
     const uint32_t quarter = (end - begin) / 4;
     for (; b < begin + quarter; ++b) {
       const uint8_t* next = rows.codes + (b + 1) * bytes;

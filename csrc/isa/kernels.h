@@ -13,7 +13,7 @@ constexpr int kGroup = 256;       // queries at most that a scan takes through t
 constexpr int kBlockRows = 16;    // rows of a block of codes
 constexpr int kBlockDims = 4;     // dimensions of a group, side by side for one dot-product unit
 constexpr int kQuarterBatch = 4;  // fewer queries take four quarters of the blocks side by side
-constexpr int kQueryPad = 64;  // a query's codes and values are zero-filled to a multiple of this
+constexpr int kQueryPad = 64;     // codes and values of a query are zero-filled to a multiple
 
 // A kernel may sum the products of `window` groups in 16 bits, the first two and the last two
 // dimensions of the groups apart. Queries for it are coded so that this is exact, with c in
