@@ -32,10 +32,12 @@ void select(float* x, size_t n, size_t k) {
     float* const larger = front(begin, end, [=](float v) { return v > pivot; });
     if (larger > last) {
       end = larger;
-      continue;
+    } else if (larger > begin) {
+      begin = larger;
+    } else {
+      begin = front(begin, end, [=](float v) { return v == pivot; });
+      if (begin > last) return;
     }
-    begin = front(larger, end, [=](float v) { return v == pivot; });
-    if (begin > last) return;
   }
   std::nth_element(begin, last, end, std::greater<float>());
 }
@@ -144,20 +146,24 @@ void Collector::drop_below() {
 void Collector::rescore_first(size_t count) {
   const TraceRange range("knnfast.rescore");
   // Rows lie anywhere in memory, so they are asked for ahead: all lines a few rows before a row is
-  // summed, and one line long before that, since what waits for a page's address (a miss of the
-  // TLB) holds up all that is asked for after it.
-  constexpr size_t kPage = 16, kRow = 4;
+  // summed, and one line long before that, since a processor ends no instruction that comes after
+  // one which waits for a page's address (a miss of the TLB). Of kPages rows in a row, as such
+  // addresses are looked up side by side.
+  constexpr size_t kPages = 8, kRow = 4;
   const size_t row_bytes = static_cast<size_t>(keys_.dim) * 2;
-  const auto fetch = [&](const Candidate& c, size_t bytes) __attribute__((always_inline)) {
+  const auto fetch = [&](size_t i, size_t bytes) __attribute__((always_inline)) {
+    if (i >= count) return;
+    const Candidate& c = pending_[i];
     fetch_row(segments_[c.segment].segment->rows.as<char>() + c.row * row_bytes, bytes);
   };
-  for (size_t i = 0; i < count + kPage; ++i) {
-    if (i < count) fetch(pending_[i], 1);
-    const size_t row = i - (kPage - kRow), now = i - kPage;  // not yet: beyond count
-    if (row < count) fetch(pending_[row], row_bytes);
-    if (now < count && pending_[now].upper >= tau_)
-      rescore(pending_[now].segment, pending_[now].row);
-    if (now < count && now % 64 == 63) raise();
+  for (size_t i = 0; i < kPages; ++i) fetch(i, 1);
+  for (size_t i = 0; i < kRow; ++i) fetch(i, row_bytes);
+  for (size_t i = 0; i < count; ++i) {
+    if (i % kPages == 0)
+      for (size_t page = i + kPages; page < i + 2 * kPages; ++page) fetch(page, 1);
+    fetch(i + kRow, row_bytes);
+    if (pending_[i].upper >= tau_) rescore(pending_[i].segment, pending_[i].row);
+    if (i % 64 == 63) raise();
   }
   pending_.erase(pending_.begin(), pending_.begin() + static_cast<std::ptrdiff_t>(count));
   raise();

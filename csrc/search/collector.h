@@ -113,6 +113,10 @@ __attribute__((always_inline)) inline void fetch_row(const char* row, size_t byt
 struct Candidate {
   float upper;
   uint32_t segment, row;
+
+  // So that a new one is written to its place: copied, what was just stored in parts would be read
+  // as a whole, and waited for.
+  Candidate(float bound, uint32_t of, uint32_t at) : upper(bound), segment(of), row(at) {}
 };
 
 // Keeps rows whose upper bound reaches tau, the k-th best *floor* that any thread has found so far:
@@ -129,7 +133,7 @@ class alignas(64) Collector {
 
   float tau() const { return tau_; }
   void add(float floor, float upper, uint32_t segment, uint32_t row) {
-    pending_.push_back({upper, segment, row});
+    pending_.emplace_back(upper, segment, row);
     __builtin_prefetch(pending_.data() + pending_.size() + 5, 1);  // the next line: for later
     if (!range_) {
       fresh_floors_.offer(floor, tau_);

@@ -77,15 +77,16 @@ uint32_t live_run(const uint16_t* mask, uint32_t& begin, uint32_t end) {
 float on_hit(Sink* sink, int query, uint32_t block, const float* upper, uint32_t mask) {
   Worker& w = *static_cast<Worker*>(sink);
   Collector& c = w.collectors[static_cast<size_t>(query)];
-  const int count = __builtin_popcount(mask);
-  c.opened += count;
-  if (c.tau() > kNoThreshold) w.opened += count;
-  for (; mask; mask &= mask - 1) {
+  const bool judged = c.tau() > kNoThreshold;
+  int count = 0;  // counting bits would be a call
+  for (; mask; mask &= mask - 1, ++count) {
     const int r = __builtin_ctz(mask);
     const uint32_t row = block * kBlockRows + static_cast<uint32_t>(r);
     if (upper[r] >= c.tau())
       c.add(floor_of(w, query, row, upper[r]), upper[r], w.chunk_segment, row);
   }
+  c.opened += count;
+  if (judged) w.opened += count;
   return c.tau();
 }
 
