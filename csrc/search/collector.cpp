@@ -4,6 +4,7 @@
 #include <functional>
 
 #include "common/trace.h"
+#include "search/rows_ahead.h"
 
 namespace knnfast {
 
@@ -145,23 +146,13 @@ void Collector::drop_below() {
 
 void Collector::rescore_first(size_t count) {
   const TraceRange range("knnfast.rescore");
-  // Rows lie anywhere in memory, so they are asked for ahead: all lines a few rows before a row is
-  // summed, and one line long before that, since a processor ends no instruction that comes after
-  // one which waits for a page's address (a miss of the TLB). Of kPages rows in a row, as such
-  // addresses are looked up side by side.
-  constexpr size_t kPages = 8, kRow = 4;
-  const size_t row_bytes = static_cast<size_t>(keys_.dim) * 2;
-  const auto fetch = [&](size_t i, size_t bytes) __attribute__((always_inline)) {
-    if (i >= count) return;
+  const size_t bytes = static_cast<size_t>(keys_.dim) * 2;
+  RowsAhead ahead(count, bytes, [&](size_t i) {
     const Candidate& c = pending_[i];
-    fetch_row(segments_[c.segment].segment->rows.as<char>() + c.row * row_bytes, bytes);
-  };
-  for (size_t i = 0; i < kPages; ++i) fetch(i, 1);
-  for (size_t i = 0; i < kRow; ++i) fetch(i, row_bytes);
+    return segments_[c.segment].segment->rows.as<char>() + c.row * bytes;
+  });
   for (size_t i = 0; i < count; ++i) {
-    if (i % kPages == 0)
-      for (size_t page = i + kPages; page < i + 2 * kPages; ++page) fetch(page, 1);
-    fetch(i + kRow, row_bytes);
+    ahead.read(i);
     if (pending_[i].upper >= tau_) rescore(pending_[i].segment, pending_[i].row);
     if (i % 64 == 63) raise();
   }

@@ -102,14 +102,6 @@ inline bool better(const Found& a, const Found& b) {
   return a.key > b.key || (a.key == b.key && a.id < b.id);
 }
 
-// Asks for the first bytes of a row that lies anywhere, 4 KiB at most: for the second cache (2),
-// since the first one has fewer lines on their way. Inlined always: GCC takes a function that only
-// prefetches for one without effect, and drops it.
-__attribute__((always_inline)) inline void fetch_row(const char* row, size_t bytes) {
-  const size_t end = std::min<size_t>(bytes, 4096);
-  for (size_t line = 0; line < end; line += 64) __builtin_prefetch(row + line, 0, 2);
-}
-
 struct Candidate {
   float upper;
   uint32_t segment, row;

@@ -8,6 +8,7 @@
 
 #include "common/thread_pool.h"
 #include "common/trace.h"
+#include "search/rows_ahead.h"
 
 namespace knnfast {
 namespace {
@@ -371,18 +372,18 @@ void GroupSearch::canonical_rows(Worker& w, uint32_t segment, uint32_t begin, ui
 // run of equal rows (where nothing came, all zeros) the first one is summed for all.
 void GroupSearch::score(Worker& w, uint32_t segment, const uint32_t* rows, size_t total) {
   constexpr int kRuns = 6;
-  constexpr size_t kAhead = 8;  // rows, which may lie anywhere, are asked for so long before
   const SegmentView& view = (*task_.snapshot)[segment];
   const size_t bytes = static_cast<size_t>(dim_) * 2;
   const char* all = view.segment->rows.as<char>();
   if (n_ > 1) w.wide.resize(kRuns * pad_);
+  RowsAhead ahead(total, bytes, [&](size_t i) { return all + rows[i] * bytes; });
   size_t run[kRuns + 1];
   double keys[kRuns * kGroup];
   for (size_t i = 0; i < total;) {
     int count = 0;
     while (count < kRuns && i < total) {
+      ahead.read(i);
       const char* x = all + rows[i] * bytes;
-      if (i + kAhead < total) fetch_row(all + rows[i + kAhead] * bytes, bytes);
       const auto* row = reinterpret_cast<const uint16_t*>(x);
       if (n_ == 1)
         keys[count] = keys_(row, s_.queries[0]);
