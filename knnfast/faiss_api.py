@@ -186,7 +186,12 @@ class SearchParameters:
 
 
 def _rows(name: str, x: Any, d: int | None = None) -> np.ndarray:
-    rows = np.ascontiguousarray(interop.unmasked(x, name), dtype=np.float32)
+    x = interop.unmasked(x, name)
+    try:
+        rows = np.ascontiguousarray(x, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name} must be a matrix of numbers: {error}") from error
     if rows.ndim != 2 or (d is not None and rows.shape[1] != d):
         wanted = "[n, d]" if d is None else f"[n, {d}]"
         raise ValueError(f"{name} must be a matrix {wanted}, got shape {list(rows.shape)}")
@@ -336,6 +341,7 @@ class _Flat:
 
     def reconstruct_n(self, n0: int = 0, ni: int = -1, x: np.ndarray | None = None) -> np.ndarray:
         """Stored rows n0 to n0 + ni, in order, as float32; ni = -1: to the last one."""
+        n0, ni = interop.as_int(n0, "n0"), interop.as_int(ni, "ni")
         index = self._index
         ids = index.ids
         end = len(ids) if ni == -1 else n0 + ni
@@ -410,6 +416,10 @@ class IndexIDMap(_Flat):
     def _index(self, index: Index) -> None:
         self.index._index = index
 
+    def add(self, x: Any) -> None:
+        """Raises RuntimeError, as in FAISS: these rows need labels."""
+        raise RuntimeError("an IndexIDMap takes rows by add_with_ids(x, ids)")
+
     def add_with_ids(self, x: Any, ids: Any) -> None:
         """Append rows under these unique labels."""
         self._index.add(_rows("x", x, self.d), ids)
@@ -419,7 +429,8 @@ class IndexIDMap(_Flat):
 
         Raises: ValueError for a label that is not there.
         """
-        count = self.ntotal - n0 if ni == -1 else ni
+        n0, ni = interop.as_int(n0, "n0"), interop.as_int(ni, "ni")
+        count = self.ntotal - n0 if ni == -1 else min(ni, self.ntotal + 1)  # labels are unique
         if n0 < 0 or count < 0:
             raise ValueError(f"n0 and ni: labels [{n0}, {n0 + count}) of {self.ntotal} rows")
         return self.reconstruct_batch(np.arange(n0, n0 + count), x)
@@ -487,5 +498,7 @@ def normalize_L2(x: np.ndarray) -> None:
         raise TypeError(
             f"x must be an array of float32, got {getattr(x, 'dtype', type(x).__name__)}"
         )
+    if x.ndim != 2:
+        raise ValueError(f"x must be a matrix [n, d], got shape {list(x.shape)}")
     norms = np.linalg.norm(x, axis=1, keepdims=True)
     x /= np.where(norms > 0, norms, 1)

@@ -110,6 +110,11 @@ def test_faiss_names_with_bad_input():
         for call in (flat.add, lambda x: flat.search(x, 1), lambda x: flat.range_search(x, 1.0)):
             with pytest.raises(ValueError, match=message):
                 call(bad)
+    for ragged in ([[1.0], [1.0, 2.0]], [["a"]]):
+        with pytest.raises(ValueError, match="x must be a matrix of numbers: "):
+            flat.add(ragged)
+    with pytest.raises(TypeError, match="x must be a matrix of numbers: "):
+        flat.add([[{}]])
     with pytest.raises(TypeError, match="thresh must be a number, got 'a'"):
         flat.range_search(np.ones((1, 4)), "a")
     with pytest.raises(TypeError, match=r"key must be a whole number, got 1\.5"):
@@ -120,6 +125,13 @@ def test_faiss_names_with_bad_input():
         flat.reconstruct_n(2, 2)
     named = faiss_api.IndexIDMap(faiss_api.IndexFlatL2(4))
     named.add_with_ids(np.ones((3, 4)), np.arange(3))
+    with pytest.raises(RuntimeError, match=r"takes rows by add_with_ids\(x, ids\)"):
+        named.add(np.ones((3, 4)))
+    for index in (flat, named):
+        with pytest.raises(TypeError, match="n0 must be a whole number, got 'a'"):
+            index.reconstruct_n("a")
+        with pytest.raises(TypeError, match=r"ni must be a whole number, got 1\.5"):
+            index.reconstruct_n(0, 1.5)
     with pytest.raises(ValueError, match=r"n0 and ni: labels \[4, 3\) of 3 rows"):
         named.reconstruct_n(4)
     with pytest.raises(ValueError, match=r"I must have shape \(1, 2\), got \(2, 1\)"):
@@ -136,6 +148,8 @@ def test_faiss_names_with_bad_input():
         faiss_api.IDSelectorBitmap([300])
     with pytest.raises(TypeError, match="x must be an array of float32, got float16"):
         faiss_api.normalize_L2(np.ones((3, 2), np.float16))
+    with pytest.raises(ValueError, match=r"x must be a matrix \[n, d\], got shape \[2\]"):
+        faiss_api.normalize_L2(np.ones(2, np.float32))
     with pytest.raises(TypeError, match="x must be an array of float32, got float64"):
         flat.reconstruct(0, np.ones(4))
     with pytest.raises(ValueError, match=r"labels must have shape \(1, 1\), got \(2, 1\)"):

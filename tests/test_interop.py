@@ -81,6 +81,9 @@ def test_a_bitset_may_come_as_bytes():
     ids = array("q", [3, 4])
     for given in (ids, memoryview(ids)):
         assert index.search(query, 2, allow=given)[1].tolist() == [3, 4]
+    with pytest.raises(TypeError, match="ids must hold integers, got bytearray"):
+        index.remove(bytearray([3, 4]))
+    assert len(index) == 20
 
 
 def test_what_lies_under_a_mask_is_no_row():

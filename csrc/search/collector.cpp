@@ -152,7 +152,7 @@ void Collector::rescore_first(size_t count) {
     return segments_[c.segment].segment->rows.as<char>() + c.row * bytes;
   });
   for (size_t i = 0; i < count; ++i) {
-    ahead.read(i);
+    ahead.before(i);
     if (pending_[i].upper >= tau_) rescore(pending_[i].segment, pending_[i].row);
     if (i % 64 == 63) raise();
   }

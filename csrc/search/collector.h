@@ -108,7 +108,8 @@ struct Candidate {
 
   // So that a new one is written to its place: copied, what was just stored in parts would be read
   // as a whole, and waited for.
-  Candidate(float bound, uint32_t of, uint32_t at) : upper(bound), segment(of), row(at) {}
+  Candidate(float upper, uint32_t segment, uint32_t row)
+      : upper(upper), segment(segment), row(row) {}
 };
 
 // Keeps rows whose upper bound reaches tau, the k-th best *floor* that any thread has found so far:

@@ -382,7 +382,7 @@ void GroupSearch::score(Worker& w, uint32_t segment, const uint32_t* rows, size_
   for (size_t i = 0; i < total;) {
     int count = 0;
     while (count < kRuns && i < total) {
-      ahead.read(i);
+      ahead.before(i);
       const char* x = all + rows[i] * bytes;
       const auto* row = reinterpret_cast<const uint16_t*>(x);
       if (n_ == 1)

@@ -86,7 +86,7 @@ bool sparse(int64_t rows, int64_t blocks, int64_t m) {
   // Measured, a middle: rows without structure would have more, and where scans stop early fewer.
   const int matrix_batch = kernels().matrix_batch;
   if (matrix_batch && m >= matrix_batch) return m <= 16 && m * rows <= (m + 5) * blocks;
-  return m <= 64 && 4 * rows <= (m < 4 ? 12 : m < 16 ? 8 : 5) * blocks;
+  return m <= 64 && 4 * rows <= (m < kQuarterBatch ? 12 : m < 16 ? 8 : 5) * blocks;
 }
 
 void search_topk(const SearchTask& task, int64_t k, const Answers* answers, Stats& stats) {

@@ -115,6 +115,8 @@ def _host_array(given: Any, name: str) -> np.ndarray:
 
 def as_ids(given: Any, name: str) -> np.ndarray:
     """A flat int64 array of ids; other integers are widened, anything else is a TypeError."""
+    if isinstance(given, bytes | bytearray):
+        raise TypeError(f"{name} must hold integers, got {type(given).__name__}")
     array = _host_array(given, name)
     if array.size == 0 and array.dtype.kind == "f":  # an empty list
         array = array.astype(np.int64)
