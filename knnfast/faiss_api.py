@@ -117,7 +117,10 @@ class IDSelectorBitmap(IDSelector):
 
     def __init__(self, bitmap: Any) -> None:
         is_bytes = isinstance(bitmap, bytes | bytearray)
-        self._bitmap = np.frombuffer(bytes(bitmap), np.uint8) if is_bytes else np.array(bitmap)
+        if is_bytes:
+            self._bitmap = np.frombuffer(bytes(bitmap), np.uint8)
+        else:
+            self._bitmap = np.array(interop.host_array(bitmap, "bitmap"))
         if self._bitmap.dtype != np.uint8:
             raise TypeError(f"bitmap must be bytes (uint8), got {self._bitmap.dtype}")
         if self._bitmap.ndim != 1:
@@ -199,7 +202,7 @@ def _rows(name: str, x: Any, d: int | None = None) -> np.ndarray:
 
 
 def _metric(metric: int) -> str:
-    if metric not in _METRICS:
+    if not isinstance(metric, int | np.integer) or metric not in _METRICS:
         raise ValueError(f"metric must be METRIC_INNER_PRODUCT or METRIC_L2, got {metric!r}")
     return _METRICS[metric]
 
@@ -215,6 +218,13 @@ def _into(**given: tuple[Any, np.ndarray]) -> list[np.ndarray]:
             raise TypeError(f"{name} must be an array of {found.dtype}, got {kind}")
         if out.shape != found.shape:
             raise ValueError(f"{name} must have shape {found.shape}, got {out.shape}")
+        if not interop.unmasked(out, name).flags.writeable:
+            raise ValueError(f"{name} must be writeable")
+    outs = [(name, out) for name, (out, _) in given.items() if out is not None]
+    for i, (name, out) in enumerate(outs):
+        for other, taken in outs[:i]:
+            if np.may_share_memory(out, taken):
+                raise ValueError(f"{other} and {name} must not share memory")
     filled = []
     for out, found in given.values():
         if out is not None:
@@ -422,7 +432,7 @@ class IndexIDMap(_Flat):
 
     def add_with_ids(self, x: Any, ids: Any) -> None:
         """Append rows under these unique labels."""
-        self._index.add(_rows("x", x, self.d), ids)
+        self._index.add(_rows("x", x, self.d), interop.as_ids(ids, "ids"))
 
     def reconstruct_n(self, n0: int = 0, ni: int = -1, x: np.ndarray | None = None) -> np.ndarray:
         """Stored rows of the labels n0 to n0 + ni as float32; ni = -1: as many as there are rows.
@@ -498,7 +508,10 @@ def normalize_L2(x: np.ndarray) -> None:
         raise TypeError(
             f"x must be an array of float32, got {getattr(x, 'dtype', type(x).__name__)}"
         )
+    interop.unmasked(x, "x")
     if x.ndim != 2:
         raise ValueError(f"x must be a matrix [n, d], got shape {list(x.shape)}")
+    if not x.flags.writeable:
+        raise ValueError("x must be writeable")
     norms = np.linalg.norm(x, axis=1, keepdims=True)
     x /= np.where(norms > 0, norms, 1)

@@ -127,6 +127,8 @@ def test_faiss_names_with_bad_input():
     named.add_with_ids(np.ones((3, 4)), np.arange(3))
     with pytest.raises(RuntimeError, match=r"takes rows by add_with_ids\(x, ids\)"):
         named.add(np.ones((3, 4)))
+    with pytest.raises(TypeError, match="ids must be a sequence of integers"):
+        named.add_with_ids(np.ones((3, 4)), None)
     for index in (flat, named):
         with pytest.raises(TypeError, match="n0 must be a whole number, got 'a'"):
             index.reconstruct_n("a")
@@ -138,6 +140,20 @@ def test_faiss_names_with_bad_input():
         flat.search(np.ones((1, 4)), 2, I=np.zeros((2, 1), np.int64))
     with pytest.raises(TypeError, match="I must be an array of int64, got uint8"):
         flat.search(np.ones((1, 4)), 2, I=np.zeros((1, 2), np.uint8))
+    fixed = np.zeros((1, 2), np.int64)
+    fixed.flags.writeable = False
+    distances = np.full((1, 2), 7, np.float32)
+    with pytest.raises(ValueError, match="I must be writeable"):
+        flat.search(np.ones((1, 4)), 2, D=distances, I=fixed)
+    shared = np.full(4, 7, np.float32)
+    with pytest.raises(ValueError, match="D and I must not share memory"):
+        flat.search(
+            np.ones((1, 4)), 2, D=shared[:2].reshape(1, 2), I=shared.view(np.int64).reshape(1, 2)
+        )
+    with pytest.raises(TypeError, match="D is a masked array"):
+        flat.search(np.ones((1, 4)), 2, D=np.ma.masked_array(distances))
+    assert (distances == 7).all()  # none is written
+    assert (shared == 7).all()
     with pytest.raises(TypeError, match="D must be an array of float32, got list"):
         flat.search(np.ones((1, 4)), 2, D=[[0, 0]])
     with pytest.raises(TypeError, match=r"params must be SearchParameters\(sel=...\), got int"):
@@ -146,6 +162,12 @@ def test_faiss_names_with_bad_input():
         faiss_api.SearchParameters(sel=[1])
     with pytest.raises(TypeError, match=r"bitmap must be bytes \(uint8\), got int64"):
         faiss_api.IDSelectorBitmap([300])
+    with pytest.raises(TypeError, match="bitmap is a masked array"):
+        faiss_api.IDSelectorBitmap(np.ma.masked_array([1], mask=[1], dtype=np.uint8))
+    with pytest.raises(ValueError, match="bitmap must be flat"):
+        faiss_api.IDSelectorBitmap([[1, 2], [3]])
+    with pytest.raises(ValueError, match="x must be writeable"):
+        faiss_api.normalize_L2(np.broadcast_to(np.float32(1), (2, 2)))
     with pytest.raises(TypeError, match="x must be an array of float32, got float16"):
         faiss_api.normalize_L2(np.ones((3, 2), np.float16))
     with pytest.raises(ValueError, match=r"x must be a matrix \[n, d\], got shape \[2\]"):
@@ -160,8 +182,10 @@ def test_faiss_names_with_bad_input():
         faiss_api.IndexIDMap(flat)
     with pytest.raises(TypeError, match="index must be a flat index, got int"):
         faiss_api.IndexIDMap(4)
-    with pytest.raises(ValueError, match="metric must be METRIC_INNER_PRODUCT or METRIC_L2, got 2"):
-        faiss_api.IndexFlat(4, 2)
+    for metric in (2, [0]):
+        message = f"metric must be METRIC_INNER_PRODUCT or METRIC_L2, got {metric}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            faiss_api.IndexFlat(4, metric)
     for bad in ("HNSW32", "IDMap,IDMap2", "Flat,Flat", "IDMap", None):
         with pytest.raises(ValueError, match=f"description must be Flat, .* got {bad!r}"):
             faiss_api.index_factory(4, bad)

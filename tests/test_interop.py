@@ -81,6 +81,9 @@ def test_a_bitset_may_come_as_bytes():
     ids = array("q", [3, 4])
     for given in (ids, memoryview(ids)):
         assert index.search(query, 2, allow=given)[1].tolist() == [3, 4]
+    for name in ("allow", "deny"):
+        with pytest.raises(ValueError, match=f"{name} must be flat: "):
+            index.search(query, 2, **{name: [[1, 2], [3]]})
     with pytest.raises(TypeError, match="ids must hold integers, got bytearray"):
         index.remove(bytearray([3, 4]))
     assert len(index) == 20

@@ -104,20 +104,24 @@ def _on_host(torch: Any, given: Any, name: str) -> Any:
     return as_dense(torch, given, name).cpu()
 
 
-def _host_array(given: Any, name: str) -> np.ndarray:
+def host_array(given: Any, name: str) -> np.ndarray:
+    """`given` as a numpy array in the host's memory; a ValueError for lists of several lengths."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(given, torch.Tensor):
         given = _on_host(torch, given, name).numpy()
     elif hasattr(given, "__cuda_array_interface__") and "cupy" in sys.modules:
         given = sys.modules["cupy"].asnumpy(given)
-    return np.asarray(unmasked(given, name))
+    try:
+        return np.asarray(unmasked(given, name))
+    except ValueError as error:  # lists of several lengths
+        raise ValueError(f"{name} must be flat: {error}") from error
 
 
 def as_ids(given: Any, name: str) -> np.ndarray:
     """A flat int64 array of ids; other integers are widened, anything else is a TypeError."""
     if isinstance(given, bytes | bytearray):
         raise TypeError(f"{name} must hold integers, got {type(given).__name__}")
-    array = _host_array(given, name)
+    array = host_array(given, name)
     if array.size == 0 and array.dtype.kind == "f":  # an empty list
         array = array.astype(np.int64)
     listed = array.dtype.kind == "f" and isinstance(given, list | tuple)
@@ -156,7 +160,7 @@ def as_filter(given: Any, name: str) -> np.ndarray | None:
             "got bool"
         )
     if kind == "uint8":
-        array = _host_array(given, name)
+        array = host_array(given, name)
         if array.ndim != 1:
             raise ValueError(f"{name} as a bitset must be flat, got shape {list(array.shape)}")
         return np.ascontiguousarray(array)
