@@ -9,6 +9,7 @@ names raise AttributeError.
 from __future__ import annotations
 
 import os
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,9 @@ class IDSelectorBitmap(IDSelector):
     """Those whose bit is set: bit i % 8 of byte i // 8."""
 
     def __init__(self, bitmap: Any) -> None:
-        is_bytes = isinstance(bitmap, bytes | bytearray)
-        if is_bytes:
-            self._bitmap = np.frombuffer(bytes(bitmap), np.uint8)
-        else:
-            self._bitmap = np.array(interop.host_array(bitmap, "bitmap"))
+        if isinstance(bitmap, bytes | bytearray):
+            bitmap = np.frombuffer(bitmap, np.uint8)
+        self._bitmap = np.array(interop.host_array(bitmap, "bitmap"))
         if self._bitmap.dtype != np.uint8:
             raise TypeError(f"bitmap must be bytes (uint8), got {self._bitmap.dtype}")
         if self._bitmap.ndim != 1:
@@ -221,10 +220,9 @@ def _into(**given: tuple[Any, np.ndarray]) -> list[np.ndarray]:
         if not interop.unmasked(out, name).flags.writeable:
             raise ValueError(f"{name} must be writeable")
     outs = [(name, out) for name, (out, _) in given.items() if out is not None]
-    for i, (name, out) in enumerate(outs):
-        for other, taken in outs[:i]:
-            if np.may_share_memory(out, taken):
-                raise ValueError(f"{other} and {name} must not share memory")
+    for (first, one), (second, other) in combinations(outs, 2):
+        if np.may_share_memory(one, other):
+            raise ValueError(f"{first} and {second} must not share memory")
     filled = []
     for out, found in given.values():
         if out is not None:
@@ -440,7 +438,8 @@ class IndexIDMap(_Flat):
         Raises: ValueError for a label that is not there.
         """
         n0, ni = interop.as_int(n0, "n0"), interop.as_int(ni, "ni")
-        count = self.ntotal - n0 if ni == -1 else min(ni, self.ntotal + 1)  # labels are unique
+        # Labels are unique: of one more than there are rows one is not there.
+        count = self.ntotal - n0 if ni == -1 else min(ni, self.ntotal + 1)
         if n0 < 0 or count < 0:
             raise ValueError(f"n0 and ni: labels [{n0}, {n0 + count}) of {self.ntotal} rows")
         return self.reconstruct_batch(np.arange(n0, n0 + count), x)
