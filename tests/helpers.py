@@ -25,10 +25,10 @@ def compiled(compiler, code, path, suffix, *options):
     return str(path)
 
 
-def assert_topk(index, x, q, k, ids=None):
+def assert_topk(index, x, q, k, ids=None, **filters):
     """Scores and ids equal the reference's, bit for bit."""
     want_s, want_i = reference.topk(torch.as_tensor(q), torch.as_tensor(x), k, index.metric, ids)
-    scores, found = index.search(q, k)
+    scores, found = index.search(q, k, **filters)
     np.testing.assert_array_equal(found, want_i.numpy())
     np.testing.assert_array_equal(scores, want_s.numpy())
 

@@ -24,6 +24,15 @@ ISAS = ("portable", "avx2", "avx512", "avx512vnni", "amx")
 STOPPING = ("portable", "avx2", "avx512", "avx512vnni")  # amx: at small batches
 
 
+@pytest.fixture
+def one_thread():
+    """Another one would see rows in an order of its own."""
+    before = _C.num_threads()
+    set_num_threads(1)
+    yield
+    set_num_threads(before)
+
+
 def hard_rows(kind, n, d, rng):
     """Data that breaks a bound, an order or a range if anything does."""
     x = rng.standard_normal((n, d))
@@ -282,7 +291,7 @@ def test_equal_rows_behind_a_stop(m):
 
 
 @pytest.mark.parametrize("m", [1, 16])
-def test_rows_left_out_hold_up_no_stop(m, seed):
+def test_rows_left_out_hold_up_no_stop(m, seed, one_thread):
     """Every block has a row near the queries, but only the first 40 are in the search."""
     rng = np.random.default_rng(seed)
     centre = rng.standard_normal(256)
@@ -295,12 +304,7 @@ def test_rows_left_out_hold_up_no_stop(m, seed):
     index = Index(256, scan="int8")
     index.add(x)
     index.remove(near[40:])
-    before = _C.num_threads()
-    try:
-        set_num_threads(1)  # another one would begin where there is no threshold yet
-        assert_topk(index, x[kept], q, 10, torch.as_tensor(kept))
-    finally:
-        set_num_threads(before)
+    assert_topk(index, x[kept], q, 10, torch.as_tensor(kept))
     if _C.isa() in STOPPING:
         assert index.stats["rows_stopped"] > 0.7 * index.stats["rows_scanned"]
 
@@ -328,11 +332,59 @@ def test_trust_is_checked(d, m, seed):
     index = Index(d, scan="int8")
     index.add(x)
     assert_topk(index, x, q, k)
-    # All of a group are repeated; a group that begins after another's failure is not.
+    # All of a group are repeated, first without trust in the rows' order, then without any; a group
+    # that begins after another's failure is not.
     repeated = index.stats["queries_repeated"]
-    assert m / 2 <= repeated <= m
+    assert m <= repeated <= 2 * m
     assert set(index.search(q, k)[1].flatten()) == set(2 * better)
     assert index.stats["queries_repeated"] == repeated  # the index has learnt
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("scan", ["int8", "fp16"])
+@pytest.mark.parametrize("m", [1, 20])
+def test_order_is_checked(m, scan, seed, one_thread):
+    """The best rows come first: a threshold for rows in no order is too high, and they are lost."""
+    rng = np.random.default_rng(seed)
+    k, n, d = 50, 1 << 16, 64
+    x = rng.standard_normal((n, d)).astype(np.float16)
+    q = rng.standard_normal(d)
+    q = (q * rng.choice([1, 2, 4], (m, 1))).astype(np.float32)
+    x = x[np.argsort(-(x.astype(np.float64) @ q[0]), kind="stable")]
+    index = Index(d, scan=scan)
+    index.add(x)
+    assert_topk(index, x, q, k)
+    assert index.stats["queries_repeated"] == m
+    assert_topk(index, x, q, k)
+    if m > 1:
+        return
+    # The order is doubted by the next 256 searches; after another failure by four times as many.
+    for repeated, searches in ((1, 255), (2, 1 + 1024), (3, 1)):
+        for _ in range(searches):
+            index.search(q, k)
+        assert index.stats["queries_repeated"] == repeated
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("m", [1, 20])
+def test_rows_in_no_order_set_early_thresholds(m, seed, one_thread):
+    rng = np.random.default_rng(seed)
+    k, n, d = 200, 1 << 16, 64
+    x = rng.standard_normal((n, d)).astype(np.float16)
+    q = rng.standard_normal((m, d)).astype(np.float32)
+    index = Index(d, scan="fp16")
+    index.add(x)
+    assert_topk(index, x, q, k)
+    # A row is among the k best so far so often:
+    assert index.stats["rows_opened"] < 0.6 * m * k * (1 + np.log(n / k))
+    # Where a filter leaves k rows or fewer, none may set a threshold.
+    for left in (k - 1, k, k + 1, 3 * k):
+        kept = np.sort(rng.choice(n // 2, left, replace=False))
+        bits = np.zeros(n, bool)
+        bits[kept] = True
+        allow = np.packbits(bits, bitorder="little")
+        assert_topk(index, x[kept], q, k, torch.as_tensor(kept), allow=allow)
+    assert index.stats["queries_repeated"] == 0
 
 
 @pytest.mark.isa

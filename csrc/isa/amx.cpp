@@ -7,6 +7,7 @@ namespace knnfast {
 namespace {
 
 constexpr int kTile = kTileQueries, kAmxBatch = 4, kStreams = 4;
+constexpr int kStopBatch = 16;  // beyond, all codes are multiplied in less time than with stops
 
 // Tiles 0-3: sums [query tile][block]; 4, 5: queries; 6, 7: codes. All are 16 rows of 64 bytes.
 struct alignas(64) TileConfig {
@@ -194,33 +195,118 @@ void scan_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* 
 
 void scan_int8_amx(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
                    bool l2, Sink* sink, int64_t* stopped) {
-  // Beyond, all codes are multiplied in less time than with stops.
-  constexpr int kStopBatch = 16;
-  if (nq < kAmxBatch || (rows.stop < kStops && nq <= kStopBatch))
+  if (nq < kAmxBatch || rows.stop < kStops)
     return scan_int8<true>(rows, begin, end, queries, nq, l2, sink, stopped);
   auto* scan = l2 ? scan_metric<true> : scan_metric<false>;
   scan(rows, begin, end, queries, nq, sink);
 }
 
+// Products of int16 by bytes: x = 256·h + l, h with a sign and l without. That is four products of
+// tiles, whose sums over a whole row fit into 32 bits. Floor: 4·16 cycles for 16·16 sums of 64, a
+// quarter of what pairs of int16 take.
+constexpr int kTileBytes = kTile * 64;
+static_assert(kSumLength == 64 && kPanel == 2 * kTile, "a tile's bytes of a row, its columns");
+
+// Of 64 rows of a panel, in place: of its first 16 columns the high bytes, four rows' side by side,
+// and the low ones; then of the others.
+void arrange(int16_t* b, int inner, int cols) {
+  constexpr int kWords = kSumLength * kPanel;
+  for (int16_t* end = b + static_cast<size_t>(inner) * cols; b < end; b += kWords) {
+    uint8_t bytes[2][2][kTileBytes];
+    for (int row = 0; row < kSumLength; ++row)
+      for (int col = 0; col < kPanel; ++col) {
+        const int word = b[row / 2 * 2 * kPanel + 2 * col + row % 2];
+        const int half = col / kTile, at = row / 4 * 64 + col % kTile * 4 + row % 4;
+        bytes[half][0][at] = static_cast<uint8_t>(word >> 8);
+        bytes[half][1][at] = static_cast<uint8_t>(word);
+      }
+    memcpy(b, bytes, sizeof(bytes));
+  }
+}
+
+// The high bytes of 64 words, and then the low ones, in place.
+inline void split(int16_t* words) {
+  const __m512i x = _mm512_loadu_si512(words), y = _mm512_loadu_si512(words + 32);
+  const auto join = [](__m512i low, __m512i high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(low)),
+                              _mm512_cvtepi16_epi8(high), 1);
+  };
+  _mm512_storeu_si512(words, join(_mm512_srai_epi16(x, 8), _mm512_srai_epi16(y, 8)));
+  _mm512_storeu_si512(words + 32, join(x, y));
+}
+
+// 256·(256·hh + mixed) + ll, rounded once.
+inline __m256 joined(__m256i hh, __m256i mixed, __m256i ll) {
+  const __m512d scale = _mm512_set1_pd(256);
+  const __m512d high = _mm512_fmadd_pd(_mm512_cvtepi32_pd(hh), scale, _mm512_cvtepi32_pd(mixed));
+  return _mm512_cvtpd_ps(_mm512_fmadd_pd(high, scale, _mm512_cvtepi32_pd(ll)));
+}
+
+// A tile of rows, 16 columns. b: both bytes' tiles of 64 rows, then of the next ones.
+inline void multiply_words(const int16_t* a, int inner, const int16_t* b, int cols, float* out) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  for (int j = 0; j < inner; j += kSumLength, b += kPanel * kSumLength) {
+    _tile_loadd(4, a + j, static_cast<size_t>(inner) * 2);
+    _tile_loadd(5, a + j + kSumLength / 2, static_cast<size_t>(inner) * 2);
+    _tile_loadd(6, b, 64);
+    _tile_loadd(7, b + kTileBytes / 2, 64);
+    _tile_dpbsud(1, 4, 7);
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbuud(2, 5, 7);
+    _tile_dpbusd(1, 5, 6);
+  }
+  alignas(64) int32_t sums[3][2 * kTile][8];
+  _tile_stored(0, sums[0], 64);
+  _tile_stored(1, sums[1], 64);
+  _tile_stored(2, sums[2], 64);
+  const auto load = [](const int32_t* x) {
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(x));
+  };
+  for (int i = 0; i < 2 * kTile; ++i)
+    _mm256_storeu_ps(out + static_cast<size_t>(i / 2) * cols + i % 2 * 8,
+                     joined(load(sums[0][i]), load(sums[1][i]), load(sums[2][i])));
+}
+
+void matmul_tiles(int16_t* a, int rows, int inner, const int16_t* b, int cols, float* out) {
+  for (int64_t j = 0; j < int64_t{rows} * inner; j += kSumLength) split(a + j);
+  const Tiles tiles;
+  for (int col = 0; col < cols; col += kTile) {
+    const int16_t* columns =
+        b + static_cast<size_t>(col / kPanel * kPanel) * inner + col % kPanel / kTile * kTileBytes;
+    for (int r = 0; r < rows; r += kTile)
+      multiply_words(a + static_cast<size_t>(r) * inner, inner, columns, cols,
+                     out + static_cast<size_t>(r) * cols + col);
+  }
+}
+
 }  // namespace
 
-extern const Kernels kAmx = {"amx",
-                             0,
-                             kAmxBatch,
-                             kAmxBatch,
-                             scan_int8_amx,
-                             scan_fp16,
-                             canonical<false>,
-                             canonical<true>,
-                             widen,
-                             row_sum<kDot>,
-                             row_sum<kL2>,
-                             row_sum<kNorm2>,
-                             to_half,
-                             to_float,
-                             centre_row,
-                             quantize_row,
-                             matmul,
-                             matmul};
+extern const Kernels kAmx = {
+    "amx",
+    0,           // window
+    kAmxBatch,   // tile_batch
+    kAmxBatch,   // matrix_batch
+    kStopBatch,  // stop_batch
+    scan_int8_amx,
+    scan_fp16,
+    canonical<false>,
+    canonical<true>,
+    widen,
+    row_sum<kDot>,
+    row_sum<kL2>,
+    row_sum<kNorm2>,
+    to_half,
+    to_float,
+    centre_row,
+    quantize_row,
+    squares,
+    round_row,
+    scale_row,
+    matmul,
+    matmul_tiles,
+    arrange,
+};
 
 }  // namespace knnfast

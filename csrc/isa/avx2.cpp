@@ -231,23 +231,30 @@ void to_float(const uint16_t* x, float* out, int64_t n) {
 
 }  // namespace
 
-extern const Kernels kAvx2 = {"avx2",
-                              kWindow,
-                              0,
-                              0,
-                              scan_int8,
-                              scan_fp16,
-                              canonical<false>,
-                              canonical<true>,
-                              widen,
-                              row_sum<kDot>,
-                              row_sum<kL2>,
-                              row_sum<kNorm2>,
-                              to_half,
-                              to_float,
-                              centre_row_plain<to_float>,
-                              quantize_row_plain,
-                              matmul,
-                              matmul};
+extern const Kernels kAvx2 = {
+    "avx2",
+    kWindow,  // window
+    0,        // tile_batch
+    0,        // matrix_batch
+    kGroup,   // stop_batch
+    scan_int8,
+    scan_fp16,
+    canonical<false>,
+    canonical<true>,
+    widen,
+    row_sum<kDot>,
+    row_sum<kL2>,
+    row_sum<kNorm2>,
+    to_half,
+    to_float,
+    centre_row_plain<to_float>,
+    quantize_row_plain,
+    squares,
+    round_row,
+    scale_row,
+    matmul,
+    matmul,
+    nullptr,
+};
 
 }  // namespace knnfast

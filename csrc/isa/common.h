@@ -97,6 +97,48 @@ inline void quantize_row_plain(const float* y, int dim, uint8_t* codes, float* s
   *residual = residual_bound(rr, yy, dim);
 }
 
+inline double squares(const float* x, int n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int j = 0; j < n; ++j) sum += static_cast<double>(x[j]) * x[j];
+  return sum;
+}
+
+inline float round_row(const float* y, int dim, float largest, float longest, int16_t* out,
+                       float* lost) {
+  float top = 0, most = 0;  // of squares, kSumLength of them
+  for (int begin = 0; begin < dim; begin += kSumLength) {
+    const int n = dim - begin < kSumLength ? dim - begin : kSumLength;
+    const float* part = y + begin;
+    float square = 0;
+#pragma omp simd reduction(max : top) reduction(+ : square)
+    for (int j = 0; j < n; ++j) {
+      top = larger(fabsf(part[j]), top);
+      square += part[j] * part[j];
+    }
+    most = larger(square, most);
+  }
+  if (!(top > 1e-15f)) return 0;
+  const float by_top = largest / top, by_part = longest / sqrtf(most);
+  const float u = (by_top < by_part ? by_top : by_part) * (1 - 1e-5f);
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int j = 0; j < dim; ++j) {
+    const float x = y[j] * u;
+    const int nearest = static_cast<int>(x + (x < 0 ? -0.5f : 0.5f));
+    const float rest = x - static_cast<float>(nearest);
+    sum += rest * rest;
+    out[j] = static_cast<int16_t>(nearest);
+  }
+  *lost = sum;
+  return u;
+}
+
+inline void scale_row(float* x, float factor, const float* factors, int n) {
+#pragma omp simd
+  for (int j = 0; j < n; ++j) x[j] *= factor * factors[j];
+}
+
 // The first test of a pair, at a stop or at the end: bounds of all pairs would cost as much as
 // their sums. Divided by mul·scale, u >= tau (kernels.h) says
 //   c·p >= (tau - base)/mul · 1/scale - left/mul · share·norm/scale

@@ -94,6 +94,7 @@ struct Kernels {
   int window;        // of scan_int8 (see above); 0: it sums in 32 bits
   int tile_batch;    // scan_int8 takes tiles from so many queries on; 0: never
   int matrix_batch;  // where it tests no stop it multiplies matrices from so many on; 0: never
+  int stop_batch;    // it tests stops up to so many
   // Bounds of the rows of blocks [begin, end) for `nq` queries. The one over codes adds to
   // `stopped` how many pairs it left at each stop.
   void (*scan_int8)(const ScanRows&, uint32_t begin, uint32_t end, ScanQuery*, int nq, bool l2,
@@ -120,13 +121,21 @@ struct Kernels {
   // Codes (stride 64 bytes a group), scale, residual and norm of such a y.
   void (*quantize_row)(const float* y, int dim, uint8_t* codes, float* scale, float* residual,
                        float* norm);
+  double (*squares)(const float* x, int n);  // Σx²
+  // y·u in whole numbers, with the largest u, nearly, by which none is above `largest` and the norm
+  // of kSumLength of them not above `longest`; `lost` is the sum of the squares of what rounding
+  // takes. Returns u. It is 0, and nothing is written, where all of y is as good as 0.
+  float (*round_row)(const float* y, int dim, float largest, float longest, int16_t* out,
+                     float* lost);
+  void (*scale_row)(float* x, float factor, const float* factors, int n);  // x *= factor·factors
   // out [rows, cols] = a [rows, inner] · b, with b in panels [cols/32][inner][32]; cols is a
   // multiple of 32, inner of kSumLength: so many products are summed at a time.
   void (*matmul)(const float* a, int rows, int inner, const float* b, int cols, float* out);
-  // The same of whole numbers, b's rows in pairs, panels [cols/32][inner/2][32][2]. What is summed
-  // at a time has to fit into an int32, and becomes a float then.
-  void (*matmul_int16)(const int16_t* a, int rows, int inner, const int16_t* b, int cols,
-                       float* out);
+  // The same of whole numbers, b's rows in pairs, panels [cols/32][inner/2][32][2], and then as
+  // `arrange` leaves them; rows are a multiple of 16, and a is overwritten. What is summed at a
+  // time has to fit into an int32, and becomes a float then.
+  void (*matmul_int16)(int16_t* a, int rows, int inner, const int16_t* b, int cols, float* out);
+  void (*arrange)(int16_t* b, int inner, int cols);  // or null: they stay as they are
 };
 
 const Kernels& kernels();  // the best this machine has, or KNNFAST_ISA's

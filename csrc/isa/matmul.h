@@ -109,8 +109,8 @@ inline void matmul_tile(const T* a, int inner, const T* b, int cols, bool first,
     }
 }
 
-template <class T>
-void matmul(const T* a, int rows, int inner, const T* b, int cols, float* out) {
+template <class A, class T>
+void matmul(A* a, int rows, int inner, const T* b, int cols, float* out) {
   constexpr int kRows = kFloats == 16 ? 8 : 4, kStep = sizeof(float) / sizeof(T);
   for (int panel = 0; panel < cols; panel += kPanel, b += static_cast<size_t>(inner) * kPanel)
     for (int j = 0; j < inner; j += kSumLength)

@@ -171,23 +171,30 @@ void to_float(const uint16_t* x, float* out, int64_t n) {
 
 }  // namespace
 
-extern const Kernels kPortable = {"portable",
-                                  0,
-                                  0,
-                                  0,
-                                  scan_int8,
-                                  scan_fp16,
-                                  one_by_one<dot>,
-                                  one_by_one<l2>,
-                                  widen,
-                                  dot_row,
-                                  l2_row,
-                                  norm2_row,
-                                  to_half,
-                                  to_float,
-                                  centre_row_plain<to_float>,
-                                  quantize_row_plain,
-                                  matmul,
-                                  matmul};
+extern const Kernels kPortable = {
+    "portable",
+    0,       // window
+    0,       // tile_batch
+    0,       // matrix_batch
+    kGroup,  // stop_batch
+    scan_int8,
+    scan_fp16,
+    one_by_one<dot>,
+    one_by_one<l2>,
+    widen,
+    dot_row,
+    l2_row,
+    norm2_row,
+    to_half,
+    to_float,
+    centre_row_plain<to_float>,
+    quantize_row_plain,
+    squares,
+    round_row,
+    scale_row,
+    matmul,
+    matmul,
+    nullptr,
+};
 
 }  // namespace knnfast

@@ -45,8 +45,8 @@ void select(float* x, size_t n, size_t k) {
 
 }  // namespace
 
-void Floors::start(size_t k) {
-  k_ = k;
+void Floors::start(size_t k, const Rank* rank) {
+  rank_ = rank;
   values_.clear();
   values_.reserve(2 * std::min<size_t>(k, 256));  // a search allocates nothing (see Collector)
 }
@@ -57,16 +57,17 @@ float Floors::take(FreshFloors& fresh) {
   const auto begin = fresh.values.begin();
   values_.insert(values_.end(), begin, begin + static_cast<std::ptrdiff_t>(fresh.count));
   fresh.count = 0;
-  if (values_.size() < k_) return kNoThreshold;
-  select(values_.data(), values_.size(), k_);
-  values_.resize(k_);
+  const size_t rank = rank_->now();
+  if (values_.size() < rank) return kNoThreshold;
+  select(values_.data(), values_.size(), rank);
+  values_.resize(rank);  // a later threshold is above this one, too
   return values_.back();
 }
 
-void Query::start(size_t k) {
+void Query::start(size_t k, const Rank* rank) {
   tau.store(kNoThreshold, std::memory_order_relaxed);
-  floors.start(k);
-  scores.start(k);
+  floors.start(k, rank);
+  scores.start(k, rank);
 }
 
 void Query::raise(float threshold) {
@@ -81,7 +82,7 @@ void Collector::start(const SegmentView* segments, const CanonicalKeys& keys, Qu
   segments_ = segments;
   keys_ = keys;
   query_ = query;
-  k_ = k;
+  enough_ = k_ = k;
   range_ = false;
   worst_ = {-std::numeric_limits<double>::infinity(), INT64_MAX};
   capacity_ = std::max<size_t>(512, 16 * k);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "knnfast/index.h"
+#include "search/rank.h"
 #include "search/segment.h"
 
 namespace knnfast {
@@ -36,16 +37,16 @@ struct FreshFloors {
   }
 };
 
-// The k best floors from all threads.
+// The best floors from all threads, down to the one that sets the threshold.
 class Floors {
  public:
-  void start(size_t k);
-  // Moves `fresh` here and returns the k-th best; while another thread is at it, does nothing.
+  void start(size_t k, const Rank* rank);
+  // Moves `fresh` here and returns that one; while another thread is at it, does nothing.
   float take(FreshFloors& fresh);
 
  private:
   std::mutex busy_;
-  size_t k_ = 0;
+  const Rank* rank_ = nullptr;
   std::vector<float> values_;
 };
 
@@ -57,7 +58,7 @@ struct Query {
   std::atomic<float> tau{kNoThreshold};  // the best threshold of any thread
   Floors floors, scores;                 // of rows opened, of rows rescored
 
-  void start(size_t k);
+  void start(size_t k, const Rank* rank);
   void raise(float threshold);  // tau
 };
 
@@ -112,12 +113,12 @@ struct Candidate {
       : upper(upper), segment(segment), row(row) {}
 };
 
-// Keeps rows whose upper bound reaches tau, the k-th best *floor* that any thread has found so far:
-// while rows are scanned no row itself is read. When the buffer fills with rows that tau cannot
-// drop, the best k of it are rescored, which raises tau to the k-th canonical score so far, and
-// then what is left; so the memory is bounded whatever the data. A floor is a score's lower bound,
-// or a value that the score hardly lies below: then `certain` says whether the result stands. With
-// `radius` it keeps all rows above a fixed threshold instead.
+// Keeps rows whose upper bound reaches tau, the k-th best *floor* that any thread has found so far,
+// or an earlier one (rank.h): while rows are scanned no row itself is read. When the buffer fills
+// with rows that tau cannot drop, the best k of it are rescored, which raises tau to the k-th
+// canonical score so far, and then what is left; so the memory is bounded whatever the data. A
+// floor is a score's lower bound, or a value that the score hardly lies below. `certain` says
+// whether the result stands. With `radius` it keeps all rows above a fixed threshold instead.
 class alignas(64) Collector {
  public:
   void start(const SegmentView* segments, const CanonicalKeys& keys, Query* query, size_t k);
@@ -130,7 +131,7 @@ class alignas(64) Collector {
     __builtin_prefetch(pending_.data() + pending_.size() + 5, 1);  // the next line: for later
     if (!range_) {
       fresh_floors_.offer(floor, tau_);
-      if (4 * fresh_floors_.count >= k_) share(query_->floors, fresh_floors_);
+      if (fresh_floors_.count >= enough_) share(query_->floors, fresh_floors_);
     }
     if (pending_.size() >= capacity_) shrink();
   }
@@ -147,6 +148,11 @@ class alignas(64) Collector {
       keep(found);
       fresh_scores_.offer(round_down(key * query_->key_scale), tau_);
     }
+  }
+  // Before rows are scanned: the threshold of that time, and the rank that sets it.
+  void start_scan(size_t rank) {
+    refresh();
+    enough_ = (rank + 1) / 2;
   }
   void refresh() { tau_ = std::max(tau_, query_->tau.load(std::memory_order_relaxed)); }
   void raise();                 // tau to what is known by now
@@ -171,6 +177,7 @@ class alignas(64) Collector {
   bool range_ = false;
   std::vector<Candidate> pending_;
   FreshFloors fresh_floors_;  // of rows opened
+  size_t enough_ = 0;         // of them are shared at once
   size_t k_ = 0, capacity_ = 0;
 
   FreshFloors fresh_scores_;  // of rows rescored

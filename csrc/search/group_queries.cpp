@@ -17,7 +17,7 @@ void GroupSearch::prepare(const float* queries) {
     s_.queries.reset(new Query[static_cast<size_t>(n_)]);
     s_.capacity = n_;
   }
-  s_.q.assign(static_cast<size_t>(n_) * pad_, 0);
+  s_.q.resize(static_cast<size_t>(n_) * pad_);
   for (int64_t i = 0; i < n_; ++i) {
     double* q = s_.q.data() + i * pad_;
     double top = 0;
@@ -26,6 +26,7 @@ void GroupSearch::prepare(const float* queries) {
       q[j] = static_cast<double>(queries[i * dim_ + j]);
       top = std::max(top, std::fabs(q[j]));
     }
+    std::fill(q + dim_, q + pad_, 0);
     Query& query = s_.queries[static_cast<size_t>(i)];
     query.q = q;
     double norm2;
@@ -47,8 +48,8 @@ void GroupSearch::prepare(const float* queries) {
 }
 
 void GroupSearch::code_queries() {
-  s_.coded.v.assign(s_.q.size(), 0);
-  s_.values.assign(s_.q.size(), 0);
+  s_.coded.v.resize(s_.q.size());
+  s_.values.resize(s_.q.size());
   for (int64_t i = 0; i < n_; ++i) {
     const double* q = s_.q.data() + i * pad_;
     double* v = s_.coded.v.data() + i * pad_;
@@ -58,6 +59,8 @@ void GroupSearch::code_queries() {
       v[j] = q[j] * scale;
       values[j] = static_cast<float>(v[j]);
     }
+    std::fill(v + dim_, v + pad_, 0);
+    std::fill(values + dim_, values + pad_, 0);
   }
   const Rotation* rotation = nullptr;  // there is one at most
   bool straight = false;
@@ -142,7 +145,7 @@ void GroupSearch::fill_int8(Worker& w, const Codes& codes, double exact, double 
     q.values = nullptr;
     q.offset = c.offset;
     q.offsets = windows_ ? coded.offsets.data() + at * windows_ : nullptr;
-    fill_stops(q, c, coded.v.data() + at * pad_, dim_, kernels_.window, row_scale);
+    fill_stops(q, c, coded.v.data() + at * pad_, dim_, kernels_.window, stops_, row_scale);
     q.mul = static_cast<float>(c.step * row_scale);
     q.sq = l2 ? static_cast<float>(-0.5 * row_scale * row_scale * two_scales) : 0;
     // A share is of ν at most, and a cosine row's y may be longer than that by what its own

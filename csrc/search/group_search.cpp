@@ -102,20 +102,24 @@ GroupSearch::GroupSearch(const SearchTask& task, int64_t first, int64_t count, i
       s_(scratch()),
       kernels_(kernels()),
       tiles_(kernels_.tile_batch && count >= kernels_.tile_batch),
+      stops_(stop_group(code_groups(dim_), 0) > 0 && count <= kernels_.stop_batch),
       windows_(kernels_.window ? pad_ / (static_cast<size_t>(kernels_.window) * kBlockDims) : 0),
       keys_{&kernels_, task.metric, static_cast<int>(task.dim), pad_} {
   prepare(task.queries + first * dim_);
 }
 
-void GroupSearch::run(size_t k, const double* radius, bool trust) {
+void GroupSearch::run(size_t k, const double* radius, Trust trust) {
   k_ = static_cast<int64_t>(k);
-  trust_ = trust ? trusted_share(dim_) : 1;
+  trust_ = trust.errors ? trusted_share(dim_) : 1;
   listed() ? plan_listed() : plan_chunks();
+  int64_t rows = 0;
+  for (const Chunk& chunk : s_.chunks) rows += rows_of(chunk);
+  rank_.start(k, rows, trust.order);
   const int64_t work = static_cast<int64_t>(s_.chunks.size());
   if (work < 2) threads_ = 1;
   if (static_cast<int>(s_.workers.size()) < threads_)
     s_.workers.resize(static_cast<size_t>(threads_));
-  for (int64_t q = 0; q < n_; ++q) s_.queries[static_cast<size_t>(q)].start(k);
+  for (int64_t q = 0; q < n_; ++q) s_.queries[static_cast<size_t>(q)].start(k, &rank_);
   for (int t = 0; t < threads_; ++t) start(s_.workers[static_cast<size_t>(t)], k, radius);
   {
     const TraceRange range("knnfast.scan");
@@ -243,9 +247,16 @@ const uint16_t* GroupSearch::live(uint32_t segment) const {
   return view.live ? view.live->data() : nullptr;
 }
 
+// In which rows may be returned.
+int64_t GroupSearch::rows_of(const Chunk& chunk) const {
+  if (listed()) return chunk.end - chunk.begin;
+  return live(chunk.segment) ? chunk.rows : int64_t{chunk.end - chunk.begin} * kBlockRows;
+}
+
 // A scan that has failed before is tried on a few blocks first.
 void GroupSearch::scan_chunk(Worker& w, const Chunk& chunk) {
   constexpr uint32_t kTrial = 4;
+  rank_.begin(rows_of(chunk));
   if (listed()) {
     ++w.stats.chunks_canonical;
     w.stats.rows_scanned += int64_t{chunk.end - chunk.begin} * n_;
@@ -296,10 +307,12 @@ void GroupSearch::scan_blocks(Worker& w, uint32_t begin, uint32_t end) {
   rows.dim = static_cast<int>(dim_);
   rows.groups = code_groups(dim_);
   const bool l2 = task_.metric == Metric::l2;
+  const size_t rank = rank_.now();
   std::vector<ScanQuery>& queries = level == kInt8 ? w.int8 : w.fp16;
   for (int64_t q = 0; q < n_; ++q) {
-    w.collectors[static_cast<size_t>(q)].refresh();
-    queries[static_cast<size_t>(q)].tau = w.collectors[static_cast<size_t>(q)].tau();
+    Collector& c = w.collectors[static_cast<size_t>(q)];
+    c.start_scan(rank);
+    queries[static_cast<size_t>(q)].tau = c.tau();
   }
   w.queries = queries.data();
   if (level == kInt8) {
@@ -308,15 +321,14 @@ void GroupSearch::scan_blocks(Worker& w, uint32_t begin, uint32_t end) {
     rows.scale = view.codes->scale.as<float>();
     rows.bounds = view.codes->bounds.as<uint32_t>();
     rows.norm = view.codes->norm.as<float>();
-    const bool stops = stop_group(rows.groups, 0) > 0;
-    rows.stop = stops ? w.stop.next() : kStops;
+    rows.stop = stops_ ? w.stop.next() : kStops;
     w.bounds = rows.bounds;
     w.norms = rows.norm;
     int64_t stopped[kStops] = {};
     const auto began = std::chrono::steady_clock::now();
     kernels_.scan_int8(rows, begin, end, queries.data(), static_cast<int>(n_), l2, &w, stopped);
     w.stats.rows_stopped += stopped[0] + stopped[1];
-    if (stops) {
+    if (stops_) {
       const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - began;
       w.stop.add(taken.count(), blocks, stopped, pairs);
       if (w.stop.blocks() >= chunk_blocks_ / 2) w.stop.judge();

@@ -60,8 +60,8 @@ class GroupSearch {
  public:
   GroupSearch(const SearchTask& task, int64_t first, int64_t count, int threads);
 
-  // `trust`: floors may be taken that are no bounds.
-  void run(size_t k, const double* radius, bool trust);
+  // `trust`: so thresholds may be taken that are no bounds.
+  void run(size_t k, const double* radius, Trust trust);
 
   const std::vector<Found>& found(int64_t q) {
     return s_.workers[0].collectors[static_cast<size_t>(q)].result();
@@ -86,6 +86,7 @@ class GroupSearch {
   void start(Worker& w, size_t k, const double* radius);
   bool listed() const { return task_.filter && task_.filter->listed; }
   const uint16_t* live(uint32_t segment) const;
+  int64_t rows_of(const Chunk& chunk) const;
   Chunk allowed(uint32_t segment) const;
   void scan_chunk(Worker& w, const Chunk& chunk);
   void scan_blocks(Worker& w, uint32_t begin, uint32_t end);
@@ -99,10 +100,12 @@ class GroupSearch {
   Scratch& s_;
   const Kernels& kernels_;
   const bool tiles_;      // of the queries' codes
+  const bool stops_;      // are tested
   const size_t windows_;  // of a query's codes
   const CanonicalKeys keys_;
   int64_t k_ = 0;
   float trust_ = 1;
+  Rank rank_;
   uint32_t chunk_blocks_ = 0;
 };
 

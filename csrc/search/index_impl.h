@@ -3,7 +3,6 @@
 // searches take the snapshot under it, and where ids lie in it, and then hold nothing.
 #pragma once
 
-#include <atomic>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
@@ -39,7 +38,7 @@ struct Index::Impl {
   std::string folder;            // where it was opened from or saved to last
   std::vector<FileEntry> files;  // its payloads there
 
-  mutable std::atomic<int> doubt{0};  // search.h
+  mutable Doubt doubt;
   mutable std::mutex stats_mutex;
   mutable Stats stats;
 

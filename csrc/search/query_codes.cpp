@@ -153,12 +153,13 @@ void CodedQueries::code_centred(const AlignedVector<double>& straight, const Cod
 }
 
 void fill_stops(ScanQuery& q, const QueryCodes& c, const double* v, int64_t dim, int window,
-                double row_scale) {
+                bool stops, double row_scale) {
   const double arithmetic = 0x1p-18 * (c.norm + c.error);
   q.rest[kStops] = 0;
   q.left[kStops] = 0;
   q.err[kStops] = round_up((c.norm + c.error + arithmetic) * row_scale);
   q.err_norm[kStops] = round_up((c.error + arithmetic) * row_scale);
+  if (!stops) return;
   const int groups = code_groups(dim);
   double square = 0;
   int32_t sum = 0;

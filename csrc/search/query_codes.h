@@ -37,9 +37,9 @@ struct CodedQueries {
   AlignedVector<float> straight_, turned_;
 };
 
-// What has a value for each stop in q, which holds the codes c of v, for a kernel of `window`; a
-// row counts `row_scale` times.
+// What has a value for each stop, if any is tested, and for the end of a row, in q, which holds the
+// codes c of v, for a kernel of `window`; a row counts `row_scale` times.
 void fill_stops(ScanQuery& q, const QueryCodes& c, const double* v, int64_t dim, int window,
-                double row_scale);
+                bool stops, double row_scale);
 
 }  // namespace knnfast

@@ -17,9 +17,8 @@ constexpr double kGain = 0.2;          // of the rows' squares, before the first
 constexpr double kBehind = 0.1;        // at most, behind the second one
 constexpr double kMaxError = 0x1p-19;  // half of every margin of the bounds; FP32 has less
 constexpr int kIterations = 3;
-constexpr double kLargest = 32766;    // of whole numbers, with room for rounding
+constexpr float kLargest = 32766;     // of whole numbers, with room for rounding
 constexpr double kLongest = 1 << 16;  // kSumLength of W: then W and Y lose about as much
-constexpr double kTiny = 1e-15;       // a row so small is as good as 0
 
 // b [inner, cols] into the panels that matmul takes.
 AlignedVector<float> to_panels(const float* b, int64_t inner, int64_t cols) {
@@ -336,9 +335,11 @@ const Rotation::Whole& Rotation::whole() const {
         longest = std::max(longest, std::sqrt(square));
       }
     }
+    if (kernels().arrange)
+      kernels().arrange(made.panels.data(), static_cast<int>(pad), static_cast<int>(pad));
     made.error = norm_of(std::move(off), dim);
     // Rounding makes kSumLength elements of u·y longer by half a unit each at most.
-    made.most = 0x1.fffffp30 / longest - std::sqrt(kSumLength) / 2;
+    made.most = static_cast<float>(0x1.fffffp30 / longest - std::sqrt(kSumLength) / 2);
     whole_ = std::move(made);
     whole_bytes_ = static_cast<int64_t>(pad * pad * sizeof(int16_t));
   });
@@ -349,47 +350,43 @@ int64_t Rotation::bytes() const {
   return static_cast<int64_t>(panels.size()) * 4 + whole_bytes_.load();
 }
 
-void rotate_rows(const Rotation& rotation, const float* y, const double* norms, int64_t n,
-                 float* out, double* off) {
-  const Rotation::Whole& whole = rotation.whole();
-  const int64_t dim = rotation.dim, pad = static_cast<int64_t>(padded(dim));
-  AlignedVector<int16_t> rounded(static_cast<size_t>(n * pad));
-  std::vector<float> back(static_cast<size_t>(n));
+RotatedRows::RotatedRows(const Rotation& rotation, int64_t n)
+    : rotation_(rotation),
+      whole_(rotation.whole()),
+      pad_(padded(rotation.dim)),
+      rounded_(static_cast<size_t>(n) * pad_),
+      out_(static_cast<size_t>(n) * pad_),
+      back_(static_cast<size_t>(n)),
+      off_(static_cast<size_t>(n)) {}
+
+void RotatedRows::put(int64_t i, const float* y, double norm) {
+  const size_t at = static_cast<size_t>(i), dim = static_cast<size_t>(rotation_.dim);
+  float lost;
+  const float u = kernels().round_row(y, static_cast<int>(dim), kLargest, whole_.most,
+                                      rounded_.data() + at * pad_, &lost);
+  if (u == 0) {  // and so is all that there is of the row here
+    off_[at] = 1.01 * norm;
+    return;
+  }
   // Sums become floats and are added up; 1/u, 1/w, their product and what is multiplied by it; u·y;
   // and y itself. Those of a coordinate are within ‖y‖.
-  const double roundings = static_cast<double>(pad / kSumLength) + 6;
-  const double share = rotation.error + whole.error +
+  const double roundings = static_cast<double>(pad_ / kSumLength) + 6;
+  const double share = rotation_.error + whole_.error +
                        1.01 * roundings * 0x1p-24 * std::sqrt(static_cast<double>(dim));
-  for (int64_t i = 0; i < n; ++i) {
-    const float* from = y + i * pad;
-    const double top = largest(from, dim);
-    if (top < kTiny) {
-      off[i] = 1.01 * norms[i];
-      continue;  // Y and `back` are 0
-    }
-    const float u = static_cast<float>(
-        std::min(kLargest / top, whole.most / longest_part(from, dim)) * (1 - 1e-5));
-    int16_t* to = rounded.data() + i * pad;
-    float lost = 0;
-#pragma omp simd reduction(+ : lost)
-    for (int64_t j = 0; j < dim; ++j) {
-      const float x = from[j] * u;
-      const int nearest = static_cast<int>(x + std::copysign(0.5f, x));
-      const float rest = x - static_cast<float>(nearest);
-      lost += rest * rest;
-      to[j] = static_cast<int16_t>(nearest);
-    }
-    back[static_cast<size_t>(i)] = 1 / u;
-    off[i] =
-        share * norms[i] + 1.01 * std::sqrt(static_cast<double>(lost)) / static_cast<double>(u);
-  }
-  kernels().matmul_int16(rounded.data(), static_cast<int>(n), static_cast<int>(pad),
-                         whole.panels.data(), static_cast<int>(pad), out);
-  for (int64_t i = 0; i < n; ++i) {
-    const float factor = back[static_cast<size_t>(i)];
-    for (int64_t j = 0; j < pad; ++j)
-      out[i * pad + j] *= factor * whole.back[static_cast<size_t>(j)];
-  }
+  back_[at] = 1 / u;
+  off_[at] = share * norm + 1.01 * std::sqrt(static_cast<double>(lost)) / static_cast<double>(u);
+}
+
+void RotatedRows::rotate() {
+  const int n = static_cast<int>(back_.size()), pad = static_cast<int>(pad_);
+  kernels().matmul_int16(rounded_.data(), n, pad, whole_.panels.data(), pad, out_.data());
+}
+
+const float* RotatedRows::take(int64_t i) {
+  const size_t at = static_cast<size_t>(i);
+  float* row = out_.data() + at * pad_;
+  kernels().scale_row(row, back_[at], whole_.back.data(), static_cast<int>(pad_));
+  return row;
 }
 
 }  // namespace knnfast

@@ -15,10 +15,10 @@
 // Cost: dim² multiplications for each row that is added and for each query of a search; about
 // 15·dim³ + 4096·dim² once, to find R. A scan saves up to two thirds of rows·dim for each query.
 //
-// Rows are rotated in whole numbers, which takes half of FP32's time: row i of R times w_i and y
-// times u are rounded to int16, W and Y, and (Ry)_i ≈ (WY)_i/(w_i·u). Products are summed exactly,
-// 64 of them in an int32: w and u are so small that they fit. That is off by 2e-4 of ‖y‖, where the
-// codes themselves are off by 3e-3 to 1e-2.
+// Rows are rotated in whole numbers, which takes half of FP32's time, with AMX a fifth: row i of R
+// times w_i and y times u are rounded to int16, W and Y, and (Ry)_i ≈ (WY)_i/(w_i·u). Products are
+// summed exactly, 64 of them in an int32 (AMX: all): w and u are so small that they fit. That is
+// off by 2e-4 of ‖y‖, where the codes themselves are off by 3e-3 to 1e-2.
 #pragma once
 
 #include <atomic>
@@ -50,7 +50,7 @@ struct Rotation {
   struct Whole {
     AlignedVector<int16_t> panels;  // Wᵀ, as matmul_int16 takes it
     std::vector<float> back;        // 1/w [padded dim]
-    double most = 0;                // u times the norm of kSumLength elements of y may be so much
+    float most = 0;                 // u times the norm of kSumLength elements of y may be so much
     double error = 0;               // at least the norm of R less W's rows over w
   };
   const Whole& whole() const;  // made on the first call
@@ -73,9 +73,24 @@ std::shared_ptr<const Rotation> find_rotation(const float* y, int64_t n, int64_t
 // out = R·y for vectors [n, padded dim]; on the calling thread.
 void rotate(const Rotation& rotation, const float* y, int64_t n, float* out);
 
-// The same in whole numbers. norms [n]: those of y; off [n]: what out is off at most, `error`
-// included.
-void rotate_rows(const Rotation& rotation, const float* y, const double* norms, int64_t n,
-                 float* out, double* off);
+// The same in whole numbers, for n rows; n is a multiple of 16.
+class RotatedRows {
+ public:
+  RotatedRows(const Rotation& rotation, int64_t n);
+  void put(int64_t i, const float* y, double norm);  // row i, [padded dim], and its norm
+  void rotate();                                     // when all of them are there
+  const float* take(int64_t i);                      // R·y, [padded dim]; once for each row
+  // What it is off at most; the rotation's `error` is in it.
+  double off(int64_t i) const { return off_[static_cast<size_t>(i)]; }
+
+ private:
+  const Rotation& rotation_;
+  const Rotation::Whole& whole_;
+  const size_t pad_;
+  AlignedVector<int16_t> rounded_;
+  AlignedVector<float> out_;
+  std::vector<float> back_;  // 1/u
+  std::vector<double> off_;
+};
 
 }  // namespace knnfast

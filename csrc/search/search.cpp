@@ -11,7 +11,6 @@ namespace knnfast {
 namespace {
 
 constexpr int64_t kGroupWhileOthersWait = 64;  // nearly as fast as kGroup
-constexpr int kDoubt = 256;  // searches without trust after one that had to be repeated
 
 int64_t rows_of(const Snapshot& snapshot, const Filter* filter) {
   int64_t rows = 0;
@@ -27,33 +26,38 @@ template <class Emit>
 void for_groups(const SearchTask& task, size_t k, const double* radius, Stats& stats, Emit emit) {
   const int threads = num_threads();
   const bool small = !worth_sharing(*task.snapshot, task.filter, task.dim, task.m);
-  const auto doubted = [&] { return task.doubt->load(std::memory_order_relaxed) > 0; };
-  if (doubted()) task.doubt->fetch_sub(1, std::memory_order_relaxed);
+  task.doubt->start_search();
   auto run = [&](int64_t first, int64_t size, int with, Stats& into) {
     const int64_t count = std::min(size, task.m - first);
-    GroupSearch search(task, first, count, with);
-    search.run(k, radius, !radius && !doubted());
-    search.add_stats(into);
+    Trust trust = radius ? Trust() : task.doubt->trust();
+    // Returns the queries whose answers do not stand.
+    const auto answer = [&](const SearchTask& part, int64_t begin, int64_t n, auto query) {
+      GroupSearch search(part, begin, n, with);
+      search.run(k, radius, trust);
+      search.add_stats(into);
+      std::vector<int64_t> again;
+      for (int64_t q = 0; q < n; ++q)
+        if (search.certain(q) || !trust.any())
+          emit(search, q, query(q));
+        else
+          again.push_back(query(q));
+      return again;
+    };
+    std::vector<int64_t> again = answer(task, first, count, [&](int64_t q) { return first + q; });
     into.queries += count;
-    std::vector<int64_t> again;
-    std::vector<float> queries;
-    for (int64_t q = 0; q < count; ++q) {
-      emit(search, q, first + q);
-      if (search.certain(q)) continue;
-      const float* at = task.queries + (first + q) * task.dim;
-      again.push_back(first + q);
-      queries.insert(queries.end(), at, at + task.dim);
+    while (!again.empty()) {
+      task.doubt->wrong(trust);
+      std::vector<float> queries;
+      for (const int64_t query : again) {
+        const float* at = task.queries + query * task.dim;
+        queries.insert(queries.end(), at, at + task.dim);
+      }
+      SearchTask rest = task;
+      rest.queries = queries.data();
+      rest.m = static_cast<int64_t>(again.size());
+      into.queries_repeated += rest.m;
+      again = answer(rest, 0, rest.m, [&](int64_t q) { return again[static_cast<size_t>(q)]; });
     }
-    if (again.empty()) return;
-    task.doubt->store(kDoubt + 1, std::memory_order_relaxed);  // a search takes one off first
-    SearchTask rest = task;
-    rest.queries = queries.data();
-    rest.m = static_cast<int64_t>(again.size());
-    GroupSearch second(rest, 0, rest.m, with);
-    second.run(k, radius, false);
-    second.add_stats(into);
-    into.queries_repeated += rest.m;
-    for (int64_t q = 0; q < rest.m; ++q) emit(second, q, again[static_cast<size_t>(q)]);
   };
   if (small && task.m > 16 && threads > 1) {
     const int64_t size = std::min<int64_t>(kGroup, (task.m + threads - 1) / threads);

@@ -2,10 +2,10 @@
 // One search over one snapshot: scan, threshold, open, rescore.
 #pragma once
 
-#include <atomic>
 #include <vector>
 
 #include "knnfast/index.h"
+#include "search/doubt.h"
 #include "search/segment.h"
 #include "search/turn.h"
 
@@ -35,8 +35,8 @@ struct SearchTask {
   int64_t m, dim;
   Metric metric;
   Scan scan;
-  std::atomic<int>* doubt;  // the index's: so many searches from now on take nothing on trust
-  Turn* turn;               // gives way between groups of queries
+  Doubt* doubt;  // the index's
+  Turn* turn;    // gives way between groups of queries
 };
 
 inline Stats& operator+=(Stats& total, const Stats& s) {

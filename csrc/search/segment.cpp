@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 #include <new>
+#include <optional>
 #include <system_error>
 
 #include "common/thread_pool.h"
@@ -119,15 +120,8 @@ std::shared_ptr<Codes> make_codes(const Segment& segment, int64_t dim, int64_t n
   return c;
 }
 
-static double squares(const float* y, int64_t begin, int64_t end) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = begin; j < end; ++j) sum += static_cast<double>(y[j]) * y[j];
-  return sum;
-}
-
 // A row's word of bounds. y itself is off by up to `error`, and by the 2^-23 of it that floats
-// lose, which rounding up covers here (with a rotation, rotate_rows does).
+// lose, which rounding up covers here (with a rotation, RotatedRows does).
 static uint32_t bounds_of(double residual, double error, float norm, const float* y, int64_t dim) {
   const float above = round_up(residual);
   uint32_t word;
@@ -137,7 +131,7 @@ static uint32_t bounds_of(double residual, double error, float norm, const float
   int64_t end = dim;
   for (int stop = kStops - 1; stop >= 0; --stop) {
     const int64_t begin = stop_group(code_groups(dim), stop) * kBlockDims;
-    square += squares(y, begin, end);
+    square += kernels().squares(y + begin, static_cast<int>(end - begin));
     end = begin;
     const double rest = (std::sqrt(square) + error) * (1 + 1e-6);
     const double share = norm > 0 ? std::ceil(255 * rest / static_cast<double>(norm)) : 255;
@@ -159,18 +153,25 @@ void quantize_blocks(const Segment& segment, Codes& codes, int64_t dim, uint32_t
     const uint32_t first = begin + static_cast<uint32_t>(task) * kTask;
     const uint32_t rows = (std::min(end, first + kTask) - first) * kBlockRows;
     const int64_t first_row = static_cast<int64_t>(first) * kBlockRows;
-    AlignedVector<float> y(rows * pad), turned(rotation ? rows * pad : 0);
-    double norms[kTask * kBlockRows], off[kTask * kBlockRows];
-    for (uint32_t r = 0; r < rows; ++r)
+    AlignedVector<float> y(pad);
+    double norms[kTask * kBlockRows];
+    const auto centre = [&](uint32_t r) {
       k.centre_row(segment.rows.as<uint16_t>() + (first_row + r) * dim,
                    row_factor(segment, first_row + r, cosine), codes.mean.data(),
-                   static_cast<int>(dim), y.data() + r * pad);
+                   static_cast<int>(dim), y.data());
+      return y.data();
+    };
+    std::optional<RotatedRows> rotated;
     if (rotation) {
-      for (uint32_t r = 0; r < rows; ++r) norms[r] = std::sqrt(squares(y.data() + r * pad, 0, dim));
-      rotate_rows(*rotation, y.data(), norms, rows, turned.data(), off);
+      rotated.emplace(*rotation, rows);
+      for (uint32_t r = 0; r < rows; ++r) {
+        norms[r] = std::sqrt(k.squares(centre(r), static_cast<int>(dim)));
+        rotated->put(r, y.data(), norms[r]);
+      }
+      rotated->rotate();
     }
     for (uint32_t r = 0; r < rows; ++r) {
-      const float* from = (rotation ? turned : y).data() + r * pad;
+      const float* from = rotation ? rotated->take(r) : centre(r);
       const size_t row = static_cast<size_t>(first_row + r);
       float* norm = codes.norm.as<float>() + row;
       float residual = 0;
@@ -181,7 +182,7 @@ void quantize_blocks(const Segment& segment, Codes& codes, int64_t dim, uint32_t
       double error = slack;
       if (rotation) {
         *norm = static_cast<float>(norms[r]);
-        error += off[r];
+        error += rotated->off(r);
       }
       codes.bounds.as<uint32_t>()[row] =
           bounds_of((static_cast<double>(residual) + error) * (1 + 1e-9), error, *norm, from, dim);
