@@ -137,9 +137,11 @@ extern "C" void rotate_rows_of(const float* r, const float* y, const double* nor
   }
 }
 """
+AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 UNITS = {
-    "portable": "", "avx2": "-mavx2 -mfma -mf16c", "avx512": "-march=skylake-avx512",
-    "avx512vnni": "-march=cascadelake", "amx": "-march=sapphirerapids",
+    "portable": "", "avx2": AVX2, "avx512": AVX512, "avx512vnni": f"{AVX512} -mavx512vnni",
+    "amx": f"{AVX512} -mavx512vnni -mamx-tile -mamx-int8",
 }  # fmt: skip
 
 

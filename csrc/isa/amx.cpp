@@ -247,6 +247,7 @@ inline void multiply_words(const int16_t* a, int inner, const int16_t* b, int co
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
+  _tile_zero(3);
   for (int j = 0; j < inner; j += kSumLength, b += kPanel * kSumLength) {
     _tile_loadd(4, a + j, static_cast<size_t>(inner) * 2);
     _tile_loadd(5, a + j + kSumLength / 2, static_cast<size_t>(inner) * 2);
@@ -255,22 +256,25 @@ inline void multiply_words(const int16_t* a, int inner, const int16_t* b, int co
     _tile_dpbsud(1, 4, 7);
     _tile_dpbssd(0, 4, 6);
     _tile_dpbuud(2, 5, 7);
-    _tile_dpbusd(1, 5, 6);
+    _tile_dpbusd(3, 5, 6);  // of its own: a product waits for the one before it in the same sum
   }
-  alignas(64) int32_t sums[3][2 * kTile][8];
+  alignas(64) int32_t sums[4][2 * kTile][8];
   _tile_stored(0, sums[0], 64);
   _tile_stored(1, sums[1], 64);
   _tile_stored(2, sums[2], 64);
+  _tile_stored(3, sums[3], 64);
   const auto load = [](const int32_t* x) {
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(x));
   };
   for (int i = 0; i < 2 * kTile; ++i)
     _mm256_storeu_ps(out + static_cast<size_t>(i / 2) * cols + i % 2 * 8,
-                     joined(load(sums[0][i]), load(sums[1][i]), load(sums[2][i])));
+                     joined(load(sums[0][i]), _mm256_add_epi32(load(sums[1][i]), load(sums[3][i])),
+                            load(sums[2][i])));
 }
 
 void matmul_tiles(int16_t* a, int rows, int inner, const int16_t* b, int cols, float* out) {
   for (int64_t j = 0; j < int64_t{rows} * inner; j += kSumLength) split(a + j);
+  __asm__ volatile("" ::: "memory");  // _tile_loadd does not say that it reads
   const Tiles tiles;
   for (int col = 0; col < cols; col += kTile) {
     const int16_t* columns =
@@ -285,10 +289,11 @@ void matmul_tiles(int16_t* a, int rows, int inner, const int16_t* b, int cols, f
 
 extern const Kernels kAmx = {
     "amx",
-    0,           // window
-    kAmxBatch,   // tile_batch
-    kAmxBatch,   // matrix_batch
-    kStopBatch,  // stop_batch
+    0,            // window
+    kAmxBatch,    // tile_batch
+    kAmxBatch,    // matrix_batch
+    kStopGroups,  // stop_groups
+    kStopBatch,   // stop_batch
     scan_int8_amx,
     scan_fp16,
     canonical<false>,

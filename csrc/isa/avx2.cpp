@@ -233,10 +233,11 @@ void to_float(const uint16_t* x, float* out, int64_t n) {
 
 extern const Kernels kAvx2 = {
     "avx2",
-    kWindow,  // window
-    0,        // tile_batch
-    0,        // matrix_batch
-    kGroup,   // stop_batch
+    kWindow,       // window
+    0,             // tile_batch
+    0,             // matrix_batch
+    kWindowStops,  // stop_groups
+    kGroup,        // stop_batch
     scan_int8,
     scan_fp16,
     canonical<false>,

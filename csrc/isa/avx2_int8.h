@@ -12,7 +12,8 @@
 namespace knnfast {
 namespace {
 
-constexpr int kWindow = 8;  // groups
+constexpr int kWindow = 8;        // groups
+constexpr int kWindowStops = 64;  // groups of a row with stops
 static_assert(kQueryPad % (kWindow * kBlockDims) == 0, "whole windows of zeros");
 
 static_assert((kWindow - 1) * 64 <= 1024, "what may be read past the codes");
@@ -335,7 +336,7 @@ void scan_int8_metric(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQu
 
 void scan_int8(const ScanRows& rows, uint32_t begin, uint32_t end, ScanQuery* queries, int nq,
                bool l2, Sink* sink, int64_t* stopped) {
-  const bool stops = rows.stop < kStops && rows.groups >= 64;
+  const bool stops = rows.stop < kStops;
   auto* scan = l2 ? (stops ? scan_int8_metric<true, true> : scan_int8_metric<true, false>)
                   : (stops ? scan_int8_metric<false, true> : scan_int8_metric<false, false>);
   scan(rows, begin, end, queries, nq, sink, stopped);

@@ -8,6 +8,7 @@ extern const Kernels kAvx512 = {
     0,            // window
     kTiledBatch,  // tile_batch
     0,            // matrix_batch
+    kStopGroups,  // stop_groups
     kGroup,       // stop_batch
     scan_int8<false>,
     scan_fp16,

@@ -23,11 +23,11 @@ constexpr int kWindowSum = 258, kPairSum = 128;
 static_assert(127 * kWindowSum <= 32767 && 255 * kPairSum <= 32767, "sums of 16 bits");
 
 // A scan of codes may stop after five or ten sixteenths of a row's groups, rounded up to a multiple
-// of four, where what is left of the row cannot lift it to tau any more. Rows of fewer than 32
-// groups have no stops.
-constexpr int kStops = 2;
+// of four, where what is left of the row cannot lift it to tau any more. Rows of fewer groups than
+// kStopGroups have no stops.
+constexpr int kStops = 2, kStopGroups = 32;
 static inline int stop_group(int groups, int stop) {
-  return groups < 32 ? 0 : (groups * 5 * (stop + 1) + 63) / 64 * 4;
+  return groups < kStopGroups ? 0 : (groups * 5 * (stop + 1) + 63) / 64 * 4;
 }
 // Where a kernel with windows (below) tests it. What is left, from the stop itself on, is more.
 static inline int stop_end(int groups, int stop, int window) {
@@ -77,7 +77,7 @@ struct ScanQuery {
   float tau;  // rows with u < tau are out
 };
 
-constexpr int kPanel = 32, kSumLength = 64;  // of matmul
+constexpr int kPanel = 32, kSumLength = 64, kMaxInner = 1 << 14;  // of matmul
 
 // A kernel may take the codes of batches as tiles: 16 queries' codes of 64 dimensions, side by
 // side, then the next 64 dimensions.
@@ -94,7 +94,8 @@ struct Kernels {
   int window;        // of scan_int8 (see above); 0: it sums in 32 bits
   int tile_batch;    // scan_int8 takes tiles from so many queries on; 0: never
   int matrix_batch;  // where it tests no stop it multiplies matrices from so many on; 0: never
-  int stop_batch;    // it tests stops up to so many
+  int stop_groups;   // it tests stops in rows of so many groups or more (kStopGroups at least),
+  int stop_batch;    // for up to so many queries
   // Bounds of the rows of blocks [begin, end) for `nq` queries. The one over codes adds to
   // `stopped` how many pairs it left at each stop.
   void (*scan_int8)(const ScanRows&, uint32_t begin, uint32_t end, ScanQuery*, int nq, bool l2,
@@ -133,7 +134,8 @@ struct Kernels {
   void (*matmul)(const float* a, int rows, int inner, const float* b, int cols, float* out);
   // The same of whole numbers, b's rows in pairs, panels [cols/32][inner/2][32][2], and then as
   // `arrange` leaves them; rows are a multiple of 16, and a is overwritten. What is summed at a
-  // time has to fit into an int32, and becomes a float then.
+  // time has to fit into an int32, and becomes a float then. inner is kMaxInner at most: sums of
+  // products of their bytes fit.
   void (*matmul_int16)(int16_t* a, int rows, int inner, const int16_t* b, int cols, float* out);
   void (*arrange)(int16_t* b, int inner, int cols);  // or null: they stay as they are
 };

@@ -173,10 +173,11 @@ void to_float(const uint16_t* x, float* out, int64_t n) {
 
 extern const Kernels kPortable = {
     "portable",
-    0,       // window
-    0,       // tile_batch
-    0,       // matrix_batch
-    kGroup,  // stop_batch
+    0,            // window
+    0,            // tile_batch
+    0,            // matrix_batch
+    kStopGroups,  // stop_groups
+    kGroup,       // stop_batch
     scan_int8,
     scan_fp16,
     one_by_one<dot>,

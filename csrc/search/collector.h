@@ -152,7 +152,7 @@ class alignas(64) Collector {
   // Before rows are scanned: the threshold of that time, and the rank that sets it.
   void start_scan(size_t rank) {
     refresh();
-    enough_ = (rank + 1) / 2;
+    enough_ = std::max((rank + 3) / 4, std::min<size_t>((rank + 1) / 2, 64));
   }
   void refresh() { tau_ = std::max(tau_, query_->tau.load(std::memory_order_relaxed)); }
   void raise();                 // tau to what is known by now

@@ -15,37 +15,35 @@ struct Trust {
   bool any() const { return errors || order; }
 };
 
+// Of one thing: doubted by 256 searches after one that was wrong, after each further failure by
+// four times as many, and by a quarter after as many searches that trusted it and were right.
 class Doubt {
  public:
+  bool doubted() const { return left_.load(std::memory_order_relaxed) > 0; }
   void start_search() {
-    errors_.start_search();
-    order_.start_search();
+    const int length = length_.load(std::memory_order_relaxed);
+    if (left_.fetch_sub(1, std::memory_order_relaxed) > -length) return;
+    left_.store(0, std::memory_order_relaxed);
+    length_.store(std::max(length / 4, kLeast), std::memory_order_relaxed);
   }
-  Trust trust() const { return {!errors_.doubted(), !order_.doubted()}; }
-  // Takes the first thing off that a search may have been wrong about. A wrong order is likelier.
-  void wrong(Trust& trust) {
-    (trust.order ? order_ : errors_).wrong();
-    (trust.order ? trust.order : trust.errors) = false;
+  void wrong() {
+    const int length = length_.load(std::memory_order_relaxed);
+    int left = left_.load(std::memory_order_relaxed);
+    do {
+      if (left > 0) return;  // another search was wrong at the same time
+    } while (!left_.compare_exchange_weak(left, length + 1, std::memory_order_relaxed));
+    length_.store(std::min(4 * length, kMost), std::memory_order_relaxed);
   }
 
  private:
-  class Thing {
-   public:
-    bool doubted() const { return searches_.load(std::memory_order_relaxed) > 0; }
-    void start_search() {
-      if (doubted()) searches_.fetch_sub(1, std::memory_order_relaxed);
-    }
-    void wrong() {
-      constexpr int kMost = 1 << 20;
-      const int next = next_.load(std::memory_order_relaxed);
-      searches_.store(next + 1, std::memory_order_relaxed);  // one is taken off first
-      next_.store(std::min(4 * next, kMost), std::memory_order_relaxed);
-    }
+  static constexpr int kLeast = 256, kMost = 1 << 20;
+  // Searches that doubt it, and one, as the next one takes one off; below 0, that have trusted it.
+  std::atomic<int> left_{0};
+  std::atomic<int> length_{kLeast};  // of the next doubt
+};
 
-   private:
-    std::atomic<int> searches_{0}, next_{256};  // that doubt it; that will the next time
-  };
-  Thing errors_, order_;
+struct Doubts {
+  Doubt errors, order;
 };
 
 }  // namespace knnfast

@@ -102,19 +102,20 @@ GroupSearch::GroupSearch(const SearchTask& task, int64_t first, int64_t count, i
       s_(scratch()),
       kernels_(kernels()),
       tiles_(kernels_.tile_batch && count >= kernels_.tile_batch),
-      stops_(stop_group(code_groups(dim_), 0) > 0 && count <= kernels_.stop_batch),
+      stops_(code_groups(dim_) >= kernels_.stop_groups && count <= kernels_.stop_batch),
       windows_(kernels_.window ? pad_ / (static_cast<size_t>(kernels_.window) * kBlockDims) : 0),
       keys_{&kernels_, task.metric, static_cast<int>(task.dim), pad_} {
   prepare(task.queries + first * dim_);
 }
 
-void GroupSearch::run(size_t k, const double* radius, Trust trust) {
+void GroupSearch::run(size_t k, const double* radius, Trust& trust) {
   k_ = static_cast<int64_t>(k);
   trust_ = trust.errors ? trusted_share(dim_) : 1;
   listed() ? plan_listed() : plan_chunks();
   int64_t rows = 0;
   for (const Chunk& chunk : s_.chunks) rows += rows_of(chunk);
-  rank_.start(k, rows, trust.order);
+  const int64_t chunk = s_.chunks.empty() ? 0 : rows_of(s_.chunks.front());
+  trust.order = rank_.start(k, rows, chunk, trust.order);
   const int64_t work = static_cast<int64_t>(s_.chunks.size());
   if (work < 2) threads_ = 1;
   if (static_cast<int>(s_.workers.size()) < threads_)

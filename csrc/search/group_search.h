@@ -60,8 +60,8 @@ class GroupSearch {
  public:
   GroupSearch(const SearchTask& task, int64_t first, int64_t count, int threads);
 
-  // `trust`: so thresholds may be taken that are no bounds.
-  void run(size_t k, const double* radius, Trust trust);
+  // `trust`: so thresholds may be taken that are no bounds. Leaves in it what made a difference.
+  void run(size_t k, const double* radius, Trust& trust);
 
   const std::vector<Found>& found(int64_t q) {
     return s_.workers[0].collectors[static_cast<size_t>(q)].result();

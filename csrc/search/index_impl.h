@@ -38,7 +38,7 @@ struct Index::Impl {
   std::string folder;            // where it was opened from or saved to last
   std::vector<FileEntry> files;  // its payloads there
 
-  mutable Doubt doubt;
+  mutable Doubts doubts;
   mutable std::mutex stats_mutex;
   mutable Stats stats;
 

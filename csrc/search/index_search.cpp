@@ -296,8 +296,8 @@ bool same_rows(const Work& a, const Work& b) {
 
 SearchTask task_of(const Index::Impl& impl, const Scope& scope, const float* queries, int64_t m,
                    Turn& turn) {
-  return {&scope.snapshot(), scope.filter(), queries,     m,    impl.dim,
-          impl.metric,       impl.scan,      &impl.doubt, &turn};
+  return {&scope.snapshot(), scope.filter(), queries,      m,    impl.dim,
+          impl.metric,       impl.scan,      &impl.doubts, &turn};
 }
 
 void count(const Index::Impl& impl, const Stats& stats) {

@@ -12,31 +12,36 @@ namespace knnfast {
 
 // The k-th best: so many rows score at least that. But few of the k best rows of all are among the
 // first of them. Where rows come in no order that matters to the query, of these k the share f of
-// all rows that has been seen holds a binomial number: k·f of them, and hardly ever more than
-// 6·√(k·f·(1-f)) + 6 above (about 10⁻⁹). So a row of that rank among those seen hardly ever scores
-// more than the k-th of all.
+// all rows that has been seen holds a binomial number: k·f of them, and at any one moment with a
+// probability of about 2·10⁻⁹ as many as 6·√(k·f·(1-f)) + 6 more. So the row of that rank among
+// those seen hardly ever scores more than the k-th of all.
 class Rank {
  public:
-  // `rows` will be seen. `predicts`: that their order does not matter is taken on trust.
-  void start(size_t k, int64_t rows, bool predicts) {
+  // Of `rows`, `first` are begun at once, at least. `early`: that their order does not matter is
+  // taken on trust. Returns whether it makes a difference.
+  bool start(size_t k, int64_t rows, int64_t first, bool early) {
     k_ = k;
-    rows_ = predicts && rows > static_cast<int64_t>(k) ? rows : 0;
     begun_.store(0, std::memory_order_relaxed);
+    rows_ = rows;
+    early_ =
+        early && rows > static_cast<int64_t>(k) && of(first) < k;  // and later ranks are k, too
+    return early_;
   }
-  // From now on some of these rows are seen.
+  // Some of these rows are seen from now on; all of them count.
   void begin(int64_t rows) { begun_.fetch_add(rows, std::memory_order_relaxed); }
-  size_t now() const {
-    const int64_t begun = begun_.load(std::memory_order_relaxed);
-    if (begun >= rows_) return k_;
+  size_t now() const { return early_ ? of(begun_.load(std::memory_order_relaxed)) : k_; }
+
+ private:
+  size_t of(int64_t begun) const {
     const double share = static_cast<double>(begun) / static_cast<double>(rows_);
     const double mean = share * static_cast<double>(k_);
-    const double most = mean + 6 * std::sqrt(mean * (1 - share)) + 6;
+    const double most = mean + 6 * std::sqrt(mean * std::max(0.0, 1 - share)) + 6;
     return std::min(k_, static_cast<size_t>(most));
   }
 
- private:
   size_t k_ = 0;
   int64_t rows_ = 0;
+  bool early_ = false;
   std::atomic<int64_t> begun_{0};
 };
 

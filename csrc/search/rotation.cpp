@@ -12,6 +12,7 @@
 namespace knnfast {
 namespace {
 
+static_assert(kMaxRotated <= kMaxInner, "of products of rows");
 constexpr double kFlat = 0.6;          // of dim: so many directions are all alike
 constexpr double kGain = 0.2;          // of the rows' squares, before the first stop
 constexpr double kBehind = 0.1;        // at most, behind the second one
@@ -295,9 +296,7 @@ int64_t settled_rows(int64_t dim) {
 
 std::shared_ptr<const Rotation> find_rotation(const float* y, int64_t n, int64_t dim) {
   n = n / kSumLength * kSumLength;
-  // AVX2 has stops from 64 groups on (isa/avx2_int8.h).
-  const bool has_stops = code_groups(dim) >= (kernels().window ? 64 : 32);
-  if (!has_stops || dim > kMaxRotated || n < 2 * dim) return nullptr;
+  if (code_groups(dim) < kernels().stop_groups || dim > kMaxRotated || n < 2 * dim) return nullptr;
   AlignedVector<float> c = covariance(y, n, dim);
   if (!normalise_trace(c, dim) || !differs(c, dim)) return nullptr;
   const AlignedVector<float> directions = leading_directions(c, dim);

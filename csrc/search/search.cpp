@@ -26,10 +26,13 @@ template <class Emit>
 void for_groups(const SearchTask& task, size_t k, const double* radius, Stats& stats, Emit emit) {
   const int threads = num_threads();
   const bool small = !worth_sharing(*task.snapshot, task.filter, task.dim, task.m);
-  task.doubt->start_search();
+  Doubts& doubts = *task.doubts;
+  if (!radius)
+    for (Doubt* doubt : {&doubts.errors, &doubts.order}) doubt->start_search();
   auto run = [&](int64_t first, int64_t size, int with, Stats& into) {
     const int64_t count = std::min(size, task.m - first);
-    Trust trust = radius ? Trust() : task.doubt->trust();
+    Trust trust;
+    if (!radius) trust = {!doubts.errors.doubted(), !doubts.order.doubted()};
     // Returns the queries whose answers do not stand.
     const auto answer = [&](const SearchTask& part, int64_t begin, int64_t n, auto query) {
       GroupSearch search(part, begin, n, with);
@@ -46,7 +49,9 @@ void for_groups(const SearchTask& task, size_t k, const double* radius, Stats& s
     std::vector<int64_t> again = answer(task, first, count, [&](int64_t q) { return first + q; });
     into.queries += count;
     while (!again.empty()) {
-      task.doubt->wrong(trust);
+      // An order is likelier to be at fault; it was where an answer stands without it.
+      Doubt& doubt = trust.order ? doubts.order : doubts.errors;
+      (trust.order ? trust.order : trust.errors) = false;
       std::vector<float> queries;
       for (const int64_t query : again) {
         const float* at = task.queries + query * task.dim;
@@ -57,6 +62,7 @@ void for_groups(const SearchTask& task, size_t k, const double* radius, Stats& s
       rest.m = static_cast<int64_t>(again.size());
       into.queries_repeated += rest.m;
       again = answer(rest, 0, rest.m, [&](int64_t q) { return again[static_cast<size_t>(q)]; });
+      if (static_cast<int64_t>(again.size()) < rest.m) doubt.wrong();
     }
   };
   if (small && task.m > 16 && threads > 1) {

@@ -35,8 +35,8 @@ struct SearchTask {
   int64_t m, dim;
   Metric metric;
   Scan scan;
-  Doubt* doubt;  // the index's
-  Turn* turn;    // gives way between groups of queries
+  Doubts* doubts;  // the index's
+  Turn* turn;      // gives way between groups of queries
 };
 
 inline Stats& operator+=(Stats& total, const Stats& s) {
