@@ -62,7 +62,7 @@ class IDSelector:
 
     def is_member(self, id: int) -> bool:
         """Whether this one does."""
-        return bool(self.members(np.array([id]))[0])
+        return bool(self.members(np.array([interop.as_int(id, "id")]))[0])
 
     def filters(self, index: Index) -> dict[str, np.ndarray]:
         """`allow` or `deny` of this index's searches."""
@@ -190,6 +190,9 @@ class SearchParameters:
 def _rows(name: str, x: Any, d: int | None = None) -> np.ndarray:
     x = interop.unmasked(x, name)
     try:
+        x = np.asarray(x)
+        if x.dtype.kind in "cMmSU":  # some of it would be lost, or made up
+            raise TypeError(f"got {x.dtype}")
         rows = np.ascontiguousarray(x, dtype=np.float32)
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
@@ -240,7 +243,7 @@ def _filters(index: Index, params: SearchParameters | None) -> dict[str, np.ndar
         return {}
     if not isinstance(params, SearchParameters):
         raise TypeError(f"params must be SearchParameters(sel=...), got {type(params).__name__}")
-    return {} if params.sel is None else params.sel.filters(index)
+    return {} if params.sel is None else _selector("params.sel", params.sel).filters(index)
 
 
 def _search(

@@ -110,11 +110,12 @@ def test_faiss_names_with_bad_input():
         for call in (flat.add, lambda x: flat.search(x, 1), lambda x: flat.range_search(x, 1.0)):
             with pytest.raises(ValueError, match=message):
                 call(bad)
-    for ragged in ([[1.0], [1.0, 2.0]], [["a"]]):
-        with pytest.raises(ValueError, match="x must be a matrix of numbers: "):
-            flat.add(ragged)
-    with pytest.raises(TypeError, match="x must be a matrix of numbers: "):
-        flat.add([[{}]])
+    with pytest.raises(ValueError, match="x must be a matrix of numbers: "):
+        flat.add([[1.0], [1.0, 2.0]])
+    for bad in ([[{}]], [["1"] * 4], np.ones((1, 4), complex), np.ones((1, 4), "M8[s]")):
+        with pytest.raises(TypeError, match="x must be a matrix of numbers: "):
+            flat.add(bad)
+    assert flat.ntotal == 3
     with pytest.raises(TypeError, match="thresh must be a number, got 'a'"):
         flat.range_search(np.ones((1, 4)), "a")
     with pytest.raises(TypeError, match=r"key must be a whole number, got 1\.5"):
@@ -160,6 +161,10 @@ def test_faiss_names_with_bad_input():
         flat.search(np.ones((1, 4)), 2, params=5)
     with pytest.raises(TypeError, match="sel must be an IDSelector, got list"):
         faiss_api.SearchParameters(sel=[1])
+    params = faiss_api.SearchParameters()
+    params.sel = [1]
+    with pytest.raises(TypeError, match=r"params\.sel must be an IDSelector, got list"):
+        flat.search(np.ones((1, 4)), 2, params=params)
     with pytest.raises(TypeError, match=r"bitmap must be bytes \(uint8\), got int64"):
         faiss_api.IDSelectorBitmap([300])
     with pytest.raises(TypeError, match="bitmap is a masked array"):
@@ -264,6 +269,7 @@ def test_selectors_keep_what_they_were_given():
         (lambda: faiss_api.IDSelectorBatch([1.5]), TypeError, "ids must hold integers, got float"),
         (lambda: faiss_api.IDSelectorBatch([True]), TypeError, "ids must hold integers, got bool"),
         (lambda: faiss_api.IDSelectorBitmap(np.zeros((2, 2), np.uint8)), ValueError, "bitmap must"),
+        (lambda: faiss_api.IDSelectorAll().is_member("a"), TypeError, "id must be a whole number"),
     ],
 )
 def test_selectors_reject(make, error, message):
