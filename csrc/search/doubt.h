@@ -15,31 +15,30 @@ struct Trust {
   bool any() const { return errors || order; }
 };
 
-// Of one thing: doubted by 256 searches after one that was wrong, after each further failure by
-// four times as many, and by a quarter after as many searches that trusted it and were right.
+// Of one thing: doubted by 256 searches after one that was wrong. Where it is wrong again soon
+// after, by four times as many, and so on: then a search that is repeated is a rare one at last.
 class Doubt {
  public:
   bool doubted() const { return left_.load(std::memory_order_relaxed) > 0; }
   void start_search() {
-    const int length = length_.load(std::memory_order_relaxed);
-    if (left_.fetch_sub(1, std::memory_order_relaxed) > -length) return;
-    left_.store(0, std::memory_order_relaxed);
-    length_.store(std::max(length / 4, kLeast), std::memory_order_relaxed);
+    if (left_.load(std::memory_order_relaxed) > -kSoon)
+      left_.fetch_sub(1, std::memory_order_relaxed);
   }
   void wrong() {
-    const int length = length_.load(std::memory_order_relaxed);
-    int left = left_.load(std::memory_order_relaxed);
+    const int last = last_.load(std::memory_order_relaxed);
+    int left = left_.load(std::memory_order_relaxed), next;
     do {
       if (left > 0) return;  // another search was wrong at the same time
-    } while (!left_.compare_exchange_weak(left, length + 1, std::memory_order_relaxed));
-    length_.store(std::min(4 * length, kMost), std::memory_order_relaxed);
+      next = left > -kSoon ? std::min(4 * last, kMost) : kLeast;
+    } while (!left_.compare_exchange_weak(left, next + 1, std::memory_order_relaxed));
+    last_.store(next, std::memory_order_relaxed);
   }
 
  private:
-  static constexpr int kLeast = 256, kMost = 1 << 20;
+  static constexpr int kLeast = 256, kMost = 1 << 20, kSoon = 32;
   // Searches that doubt it, and one, as the next one takes one off; below 0, that have trusted it.
   std::atomic<int> left_{0};
-  std::atomic<int> length_{kLeast};  // of the next doubt
+  std::atomic<int> last_{kLeast / 4};  // length of the last doubt
 };
 
 struct Doubts {

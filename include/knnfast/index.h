@@ -56,7 +56,7 @@ struct Stats {
   int64_t searches = 0;          // calls
   int64_t searches_joined = 0;   // of these, answered by another that came before
   int64_t queries = 0;           // queries in them
-  int64_t queries_repeated = 0;  // that were searched again (docs/search.md): all count below
+  int64_t queries_repeated = 0;  // searches of one again (docs/search.md), counted below, too
   int64_t rows_scanned = 0;   // (row, query) pairs that met a bound, or a canonical score at once
   int64_t rows_stopped = 0;   // of these, left after a part of their codes
   int64_t rows_opened = 0;    // pairs whose bound reached the threshold

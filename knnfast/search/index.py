@@ -118,7 +118,7 @@ class Index:
         """Counters of all searches so far (docs/search.md).
 
         searches, and of these searches_joined, which waited and were answered with another's;
-        queries, and of these queries_repeated, which were searched again; pairs of a row and a
+        queries, and how often one was searched again, queries_repeated; pairs of a row and a
         query: rows_scanned, rows_stopped, rows_opened, rows_rescored; chunks_int8, chunks_fp16 and
         chunks_canonical, by the scan that went through them.
         """
