@@ -23,8 +23,8 @@ class Rank {
     k_ = k;
     begun_.store(0, std::memory_order_relaxed);
     rows_ = rows;
-    early_ =
-        early && rows > static_cast<int64_t>(k) && of(first) < k;  // and later ranks are k, too
+    // Where the first rank is k all later ones are.
+    early_ = early && rows > static_cast<int64_t>(k) && of(first) < k;
     return early_;
   }
   // Some of these rows are seen from now on; all of them count.

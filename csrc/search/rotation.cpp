@@ -349,31 +349,34 @@ int64_t Rotation::bytes() const {
   return static_cast<int64_t>(panels.size()) * 4 + whole_bytes_.load();
 }
 
+// Sums become floats and are added up; 1/u, 1/w, their product and what is multiplied by it; u·y;
+// and y itself. Those of a coordinate are within ‖y‖.
+static double rounded_share(int64_t dim) {
+  const double roundings = static_cast<double>(padded(dim) / kSumLength) + 6;
+  return 1.01 * roundings * 0x1p-24 * std::sqrt(static_cast<double>(dim));
+}
+
 RotatedRows::RotatedRows(const Rotation& rotation, int64_t n)
     : rotation_(rotation),
       whole_(rotation.whole()),
       pad_(padded(rotation.dim)),
+      share_(rotation.error + whole_.error + rounded_share(rotation.dim)),
       rounded_(static_cast<size_t>(n) * pad_),
       out_(static_cast<size_t>(n) * pad_),
       back_(static_cast<size_t>(n)),
       off_(static_cast<size_t>(n)) {}
 
 void RotatedRows::put(int64_t i, const float* y, double norm) {
-  const size_t at = static_cast<size_t>(i), dim = static_cast<size_t>(rotation_.dim);
+  const size_t at = static_cast<size_t>(i);
   float lost;
-  const float u = kernels().round_row(y, static_cast<int>(dim), kLargest, whole_.most,
+  const float u = kernels().round_row(y, static_cast<int>(rotation_.dim), kLargest, whole_.most,
                                       rounded_.data() + at * pad_, &lost);
   if (u == 0) {  // and so is all that there is of the row here
     off_[at] = 1.01 * norm;
     return;
   }
-  // Sums become floats and are added up; 1/u, 1/w, their product and what is multiplied by it; u·y;
-  // and y itself. Those of a coordinate are within ‖y‖.
-  const double roundings = static_cast<double>(pad_ / kSumLength) + 6;
-  const double share = rotation_.error + whole_.error +
-                       1.01 * roundings * 0x1p-24 * std::sqrt(static_cast<double>(dim));
   back_[at] = 1 / u;
-  off_[at] = share * norm + 1.01 * std::sqrt(static_cast<double>(lost)) / static_cast<double>(u);
+  off_[at] = share_ * norm + 1.01 * std::sqrt(static_cast<double>(lost)) / static_cast<double>(u);
 }
 
 void RotatedRows::rotate() {

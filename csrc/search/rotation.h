@@ -15,10 +15,11 @@
 // Cost: dim² multiplications for each row that is added and for each query of a search; about
 // 15·dim³ + 4096·dim² once, to find R. A scan saves up to two thirds of rows·dim for each query.
 //
-// Rows are rotated in whole numbers, which takes half of FP32's time, with AMX a seventh: row i of
-// R times w_i and y times u are rounded to int16, W and Y, and (Ry)_i ≈ (WY)_i/(w_i·u). Products
-// are summed exactly, 64 of them in an int32 (AMX: all): w and u are so small that they fit. That
-// is off by 2e-4 of ‖y‖, where the codes themselves are off by 3e-3 to 1e-2.
+// Rows are rotated in whole numbers, of whose products a processor does twice as many as of FP32's,
+// with AMX up to eight times as many (isa/amx.cpp): row i of R times w_i and y times u are rounded
+// to int16, W and Y, and (Ry)_i ≈ (WY)_i/(w_i·u). Products are summed exactly, 64 of them in an
+// int32 (AMX: all): w and u are so small that they fit. That is off by 2e-4 of ‖y‖, where the codes
+// themselves are off by 3e-3 to 1e-2.
 #pragma once
 
 #include <atomic>
@@ -87,6 +88,7 @@ class RotatedRows {
   const Rotation& rotation_;
   const Rotation::Whole& whole_;
   const size_t pad_;
+  const double share_;  // of a row's norm that it is off by, but for what its rounding takes
   AlignedVector<int16_t> rounded_;
   AlignedVector<float> out_;
   std::vector<float> back_;  // 1/u
